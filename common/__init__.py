@@ -1,0 +1,1 @@
+"""What both script families need: flags, ranks and devices, atomic files, logging."""

@@ -1,0 +1,85 @@
+"""Ranks and devices: the only file that knows which process this is and where its tensors live."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among its peers.
+
+    Attributes:
+        rank: 0 to `world_size` - 1, over all nodes.
+        world_size: number of processes.
+        device: where this process's models and batches live.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes files and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over all processes, in float64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        self.sum_(total)
+        return total.tolist()
+
+    def sum_(self, tensor: torch.Tensor) -> None:
+        """Replace `tensor` in place by its sum over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every process, in rank order, on every process. Values must pickle."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def launched_world_size() -> int:
+    """How many processes the launcher (deepspeed, torchrun) started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_process(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> Process:
+    """Join the process group that the launcher announced in the environment, if any, and pick this rank's device.
+
+    Args:
+        device: "auto" takes the GPU where there is one, else the CPU; any torch device name forces it.
+        timeout: how long a collective may wait for a peer before the run is given up.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "auto":
+        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+
+    # RANK is set by a launcher only; DeepSpeed needs the group even where the launcher started one process.
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
+    if dist.is_initialized():
+        return Process(dist.get_rank(), dist.get_world_size(), chosen)
+    return Process(0, 1, chosen)

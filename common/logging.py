@@ -1,0 +1,51 @@
+"""What a run says: lines on the terminal, progress bars, metrics on disk."""
+
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from common.distributed import Process
+
+
+def say(process: Process, message: str) -> None:
+    """Print `message` once, above any progress bar."""
+    if process.is_main:
+        tqdm.write(message)
+
+
+def progress(process: Process, iterable: Iterable | None = None, **options: Any) -> tqdm:
+    """A progress bar, shown by one process only."""
+    return tqdm(iterable, disable=not process.is_main, dynamic_ncols=True, smoothing=0.05, **options)
+
+
+class Metrics:
+    """Numbers of a run, as JSON lines in `metrics.jsonl` and as TensorBoard events in the same folder."""
+
+    def __init__(self, process: Process, folder: Path):
+        self._file = self._board = None
+        if process.is_main:
+            # TensorBoard takes seconds to import, and only the rank that writes needs it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, step: int, **values: float) -> None:
+        """Record `values` at optimizer step `step`."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush everything to disk."""
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
