@@ -1,0 +1,140 @@
+"""From a model's text to the number it answers: pure functions of strings."""
+
+import re
+import unicodedata
+from collections.abc import Callable
+from fractions import Fraction
+
+_MARKER = re.compile(r"the\s+(?:final\s+)?answer\s+is|####|\\boxed\s*\{", re.IGNORECASE)
+
+# In the order in which they are tried; `'` stands for every separator that is no comma and no point.
+_UNSIGNED = r"""
+        (?<!\d,)\d{1,3}(?:,\d{2,3})*,\d{3}(?![,\d])(?:\.\d+)?   # 1,234,567.8 and India's 1,23,456
+      | \d{1,3}(?:\.\d{3})+,\d+                                 # 1.234,56
+      | \d{1,3}(?:\.\d{3}){2,}                                  # 1.234.567
+      | \d{1,3}(?:'\d{3})+(?:[.,]\d+)?                          # 1'234
+      | (?<!\d,)\d+,\d+(?![,\d])                                # 1,5
+      | \d+(?:\.\d+)?
+      | (?<!\d)\.\d+                                            # $.50
+"""
+_NUMBER = re.compile(
+    rf"""
+    (?P<sign>(?<![\w)])(?<!\d\s)[-+])?
+    (?:[$€£¥₹]\s?)?
+    (?P<inner_sign>(?<=[$€£¥₹])-)?
+    (?:
+        \\[dt]?frac\s*\{{\s*(?P<frac_sign>-?)(?P<frac_top>\d+)\s*\}}\s*\{{\s*(?P<frac_bottom>\d+)\s*\}}
+      | (?:(?P<whole>\d+)\s+)?(?P<top>\d+)\s?/\s?(?P<bottom>\d+)(?![\d/])
+      | (?P<plain>{_UNSIGNED})(?P<exponent>[eE][-+]?\d+)?
+    )
+    """,
+    re.VERBOSE,
+)
+_GROUP_SEPARATORS = {"\u00a0", "\u2009", "\u202f", "'", "’", "٬"}
+_MINUS_SIGNS = "−‐‑‒–﹣－"
+
+
+def parse_answer(text: str) -> Fraction | None:
+    """The number that `text` answers, or None where it gives none.
+
+    An explicit marker (`The answer is`, `####`, `\\boxed{}`) wins over position: the last marker that is followed
+    by a number on its line decides, by the first number after it, or the one after its last `=`. Without a marker
+    the last number of the text counts. Signs, thousands and decimal separators, fractions, exponents, currency
+    signs and the digits of any script are read. A lone separator followed by exactly three digits is a thousands
+    comma (`1,234`) but a decimal point (`1.234`), as English text has them.
+    """
+    text = _normalise(text)
+    for marker in reversed(list(_MARKER.finditer(text))):
+        claim = text[marker.end() :].lstrip(" :\t\n").split("\n", 1)[0]
+        if marker.group().startswith("\\"):
+            claim = _braced(text[marker.end() :])
+        claim = claim.split("=")[-1] if _NUMBER.search(claim.split("=")[-1]) else claim
+        numbers = [value for match in _NUMBER.finditer(claim) if (value := _value(match)) is not None]
+        if numbers:
+            return numbers[0]
+    numbers = [value for match in _NUMBER.finditer(text) if (value := _value(match)) is not None]
+    return numbers[-1] if numbers else None
+
+
+def parse_answer_published(text: str) -> Fraction:
+    """The published parser, for comparing published figures: the last unsigned decimal number, 0 where there is none.
+
+    One comma between two digits is dropped as a thousands separator.
+    """
+    numbers = re.findall(r"\d+(?:\.\d+)?", re.sub(r"(\d),(\d)", r"\1\2", text))
+    return Fraction(_ascii_digits(numbers[-1])) if numbers else Fraction(0)
+
+
+PARSERS: dict[str, Callable[[str], Fraction | None]] = {"default": parse_answer, "published": parse_answer_published}
+
+
+def _ascii_digits(text: str) -> str:
+    return "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
+
+
+def _normalise(text: str) -> str:
+    """ASCII digits, signs and separators, so that one grammar reads every script."""
+    characters = []
+    for position, character in enumerate(_ascii_digits(text)):
+        if character in _MINUS_SIGNS:
+            character = "-"
+        elif character in _GROUP_SEPARATORS:
+            character = "'"
+        elif character == "٫":
+            character = "."
+        elif unicodedata.category(character) == "No" and "VULGAR FRACTION" in unicodedata.name(character):
+            # `1½` and `1 ½` are the mixed number `1 1/2`; NFKC writes the fraction with U+2044.
+            plain = unicodedata.normalize("NFKC", character).replace("⁄", "/")
+            character = f" {plain}" if position and text[position - 1].isdecimal() else plain
+        characters.append(character)
+    return "".join(characters).replace("\\$", "$").replace("\\!", "").replace("{,}", ",").replace("\\,", "'")
+
+
+def _braced(text: str) -> str:
+    """`text` up to the brace that closes the one just opened."""
+    depth = 1
+    for position, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return text[:position]
+    return text
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
+    # No problem has such a number, and a model's loop of digits must not cost quadratic time.
+    if len(match.group()) > 300:
+        return None
+    part = match.groupdict()
+    negative = (part["sign"] or "").startswith("-") != bool(part["inner_sign"])
+    if part["frac_top"]:
+        if int(part["frac_bottom"]) == 0:
+            return None
+        value = Fraction(int(part["frac_top"]), int(part["frac_bottom"]))
+        negative = negative != bool(part["frac_sign"])
+    elif part["top"]:
+        if int(part["bottom"]) == 0:
+            return None
+        value = Fraction(int(part["top"]), int(part["bottom"])) + int(part["whole"] or 0)
+    else:
+        value = _decimal(part["plain"])
+        exponent = int((part["exponent"] or "e0")[1:])
+        # 10**exponent of a longer one would not end.
+        if abs(exponent) > 300:
+            return None
+        value *= Fraction(10) ** exponent
+    return -value if negative else value
+
+
+def _decimal(digits: str) -> Fraction:
+    """The value of what `_UNSIGNED` matched: its last separator is the decimal one unless it groups thousands."""
+    separators = re.findall(r"[.,']", digits)
+    if not separators:
+        return Fraction(digits)
+    last = separators[-1]
+    whole, _, fraction = digits.rpartition(last)
+    groups_thousands = (
+        last == "'" or separators.count(last) > 1 or (last == "," and separators == [","] and len(fraction) == 3)
+    )
+    if groups_thousands:
+        whole, fraction = whole + fraction, ""
+    return Fraction(f"{re.sub(r'[^0-9]', '', whole) or 0}.{fraction or 0}")
