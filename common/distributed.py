@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.errors import InputError
+
 
 @dataclass(frozen=True)
 class Process:
@@ -63,23 +65,34 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start_process(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> Process:
+def start_process(
+    device: str = "auto", timeout: timedelta = timedelta(minutes=30), needs_group: bool = False
+) -> Process:
     """Join the process group that the launcher announced in the environment, if any, and pick this rank's device.
 
     Args:
         device: "auto" takes the GPU where there is one, else the CPU; any torch device name forces it.
         timeout: how long a collective may wait for a peer before the run is given up.
+        needs_group: without a launcher, form a group of one, as DeepSpeed asks for.
+
+    Raises:
+        InputError: no such device.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     if device == "auto":
         device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+    try:
+        chosen = torch.device(device)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: {error}") from error
 
-    # RANK is set by a launcher only; DeepSpeed needs the group even where the launcher started one process.
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    elif needs_group:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if dist.is_initialized():
         return Process(dist.get_rank(), dist.get_world_size(), chosen)
     return Process(0, 1, chosen)

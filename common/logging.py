@@ -1,7 +1,9 @@
 """What a run says: lines on the terminal, progress bars, metrics on disk."""
 
 import json
+import logging
 import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,16 @@ from typing import Any
 from tqdm import tqdm
 
 from common.distributed import Process
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' notes about their own inner workings off the terminal; their errors still come through."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
 
 
 def say(process: Process, message: str) -> None:

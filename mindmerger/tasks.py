@@ -114,6 +114,16 @@ def xnli_prompt(premise: str, hypothesis: str) -> Prompt:
     return Prompt("Premise: ", premise, f"\nHypothesis: {hypothesis}\nLabel:")
 
 
+def prompt_template(task: str, stage: str) -> str:
+    """The prompt of a training stage with placeholders where an example's own words go, for the record."""
+    if stage == "mapping":
+        source = Language("{source language}", "", "")
+        return translation_prompt("{sentence}", source, LANGUAGES["English"]).text
+    if task == "x-csqa":
+        return x_csqa_prompt("{stem}", ["{choice}"]).text
+    return xnli_prompt("{premise}", "{hypothesis}").text if task == "xnli" else math_prompt("{question}").text
+
+
 @dataclass(frozen=True)
 class Task:
     """What one value of `--task` stands for.
@@ -169,14 +179,14 @@ def find_task(name: str, tasks: dict[str, Task]) -> Task:
     return tasks[name]
 
 
-def select_languages(task: Task, words: str | None) -> tuple[Language, ...]:
-    """The languages named in the comma-separated `--languages`, or all that the task has.
+def select_languages(words: str | None) -> tuple[Language, ...] | None:
+    """The languages named in the comma-separated `--languages`; None where the flag is not given.
 
     Raises:
         InputError: an unknown language, or one named twice.
     """
     if words is None:
-        return task.languages
+        return None
     chosen = tuple(find_language(word) for word in words.split(","))
     if len(set(chosen)) < len(chosen):
         raise InputError(f"--languages {words}: a language is named twice")

@@ -1,0 +1,76 @@
+"""The two frozen models, loaded from a hub id or a local folder and told apart by their configs."""
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForTextEncoding,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from common.errors import InputError
+
+
+def base_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a hub id or local folder, without its weights.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no model config could be loaded from {path}: {error}") from error
+
+
+def load_llm(path: str, revision: str | None, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """A causal language model, in eval mode.
+
+    Raises:
+        InputError: `path` holds none, or not all of its weights.
+    """
+    return _load(AutoModelForCausalLM, path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def load_encoder(path: str, revision: str | None, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """A multilingual model as an encoder, in eval mode: of an encoder-decoder, the encoder alone is read.
+
+    The kind is told by the model's config: encoder-decoder (mT5, NLLB, M2M100, ...), encoder-only (XLM-R, ...),
+    or decoder-only, whose last hidden states serve.
+
+    Raises:
+        InputError: `path` holds no such model, or not all of its encoder's weights.
+    """
+    config = base_config(path, revision, trust_remote_code)
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype}
+    if not config.is_encoder_decoder:
+        known = AutoModel._model_mapping.get(type(config), None)
+        if known is not None and "add_pooling_layer" in inspect.signature(known).parameters:
+            options["add_pooling_layer"] = False
+        return _load(AutoModel, path, trust_remote_code=trust_remote_code, **options)
+    if type(config) in AutoModelForTextEncoding._model_mapping:
+        return _load(AutoModelForTextEncoding, path, trust_remote_code=trust_remote_code, **options)
+
+    # No auto class reads the encoder half of the other families; their encoders are models of their own.
+    with torch.device("meta"):
+        encoder_class = type(AutoModel.from_config(config).get_encoder())
+    renamed = {r"^(model\.)?encoder\.": "", r"^(model\.)?shared\.": "embed_tokens."}
+    return _load(encoder_class, path, config=config, key_mapping=renamed, **options)
+
+
+def _load(model_class: Any, path: str, **options: Any) -> PreTrainedModel:
+    try:
+        model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no model could be loaded from {path} as {model_class.__name__}: {error}") from error
+    if info["missing_keys"]:
+        raise InputError(
+            f"{path} lacks weights of {type(model).__name__}, which would start at random: "
+            + ", ".join(sorted(info["missing_keys"])[:5])
+        )
+    return model.eval()

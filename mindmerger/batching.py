@@ -1,0 +1,87 @@
+"""Examples to batches: who sees which rows, in which order, padded how little."""
+
+import itertools
+import random
+from dataclasses import dataclass
+
+import torch
+
+from mindmerger.tokenization import Tokens
+
+# The label that cross entropy leaves out, by PyTorch's and Hugging Face's convention.
+IGNORED = -100
+
+
+@dataclass
+class Batch:
+    """Right-padded int64 token ids, under the names that `MindMergerForCausalLM` takes them by.
+
+    Attributes:
+        input_ids, attention_mask: the source, [batch, source length]; the mask is 1 for a token, 0 for padding.
+        prompt_ids, prompt_attention_mask: [batch, prompt length]; length 0 without augmentation.
+        labels: the target, [batch, target length], padded with -100; length 0 for generation.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    prompt_ids: torch.Tensor
+    prompt_attention_mask: torch.Tensor
+    labels: torch.Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`."""
+        return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+
+
+def collate(rows: list[Tokens], source_pad_id: int) -> Batch:
+    """Pad `rows` to the longest of each kind. An encoder may tell padding by its own padding id alone."""
+    input_ids, attention_mask = _pad([row.source for row in rows], source_pad_id)
+    prompt_ids, prompt_attention_mask = _pad([row.prompt for row in rows], 0)
+    labels, _ = _pad([row.target for row in rows], IGNORED)
+    return Batch(input_ids, attention_mask, prompt_ids, prompt_attention_mask, labels)
+
+
+def _pad(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, sequences))
+    ids = [[*sequence, *[pad_id] * (longest - len(sequence))] for sequence in sequences]
+    mask = [[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences]
+    return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
+
+
+def plan_epoch(lengths: list[int], batch_size: int, micro_batches: int, seed: int, epoch: int) -> list[list[list[int]]]:
+    """The rows of every optimizer step of one epoch, shuffled anew, the same for any number of ranks.
+
+    A global batch is a random draw; within it the rows are sorted by length before they are dealt out, so that the
+    rows of a micro batch, and the micro batches that run side by side, are of like length and need little padding.
+
+    Args:
+        lengths: of all rows, in tokens.
+        batch_size: rows of a global batch; the epoch's last one may have fewer.
+        micro_batches: how many micro batches make a global batch: gradient accumulation times ranks.
+        seed, epoch: of the shuffle.
+
+    Returns:
+        `plan[step][i]`: row numbers of micro batch i, which runs on rank `i % ranks` as accumulation step
+        `i // ranks`. Sizes differ by at most one; micro batches are empty only where a last batch has too few rows.
+    """
+    order = list(range(len(lengths)))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    plan = []
+    for start in range(0, len(order), batch_size):
+        rows = sorted(order[start : start + batch_size], key=lambda row: (lengths[row], row))
+        edges = [len(rows) * i // micro_batches for i in range(micro_batches + 1)]
+        plan.append([rows[a:b] for a, b in itertools.pairwise(edges)])
+    return plan
+
+
+def plan_once(lengths: list[int], batch_size: int, ranks: int) -> list[list[list[int]]]:
+    """Every row once, longest first, for evaluation.
+
+    Returns:
+        `plan[rank]`: that rank's batches of row numbers, of like length; as many on every rank, the last ones of
+        some ranks empty.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches += [[]] * (-len(batches) % ranks)
+    return [batches[rank::ranks] for rank in range(ranks)]

@@ -1,0 +1,102 @@
+"""The trained mapping on disk: as a Hugging Face folder, and in the published form beside it."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from common.errors import InputError
+from common.files import atomic_path, write_json
+
+CONFIG = "config.json"
+SAFETENSORS = "model.safetensors"
+PUBLISHED = "pytorch_model.bin"
+
+
+def mapping_shapes(mt_hidden_size: int, llm_hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a mapping between models of these widths."""
+    return {
+        "mlp.linear1.weight": (2 * mt_hidden_size, mt_hidden_size),
+        "mlp.linear1.bias": (2 * mt_hidden_size,),
+        "mlp.linear2.weight": (llm_hidden_size, 2 * mt_hidden_size),
+        "mlp.linear2.bias": (llm_hidden_size,),
+        "end_boundary": (1, 1, llm_hidden_size),
+    }
+
+
+def mapping_file(checkpoint: Path) -> Path:
+    """The file that holds the mapping: `checkpoint` itself, or the one in that folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    candidates = [checkpoint / SAFETENSORS, checkpoint / PUBLISHED] if checkpoint.is_dir() else [checkpoint]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise InputError(f"no mapping at {checkpoint}: looked for {', '.join(map(str, candidates))}")
+
+
+def read_mapping(checkpoint: Path, mt_hidden_size: int, llm_hidden_size: int) -> dict[str, torch.Tensor]:
+    """A mapping between models of the given widths, as float32 on the CPU.
+
+    Args:
+        checkpoint: a folder, a `.safetensors` file, or a published `pytorch_model.bin`.
+
+    Raises:
+        InputError: a file that is missing or damaged, or a tensor that is missing, unknown, of another shape, or
+            not finite; all such tensors are named.
+    """
+    path = mapping_file(checkpoint)
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_published(path)
+
+    expected = mapping_shapes(mt_hidden_size, llm_hidden_size)
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} is not a tensor of a mapping" for name in state if name not in expected]
+    for name, shape in expected.items():
+        if name in state and tuple(state[name].shape) != shape:
+            problems.append(f"{name} is {list(state[name].shape)}, these models need {list(shape)}")
+        elif name in state and not torch.isfinite(state[name]).all():
+            problems.append(f"{name} holds values that are not finite")
+    if problems:
+        raise InputError(
+            f"{path} is no mapping from an encoder of width {mt_hidden_size} to an LLM of width {llm_hidden_size}: "
+            + "; ".join(problems)
+        )
+    return {name: tensor.float() for name, tensor in state.items()}
+
+
+def write_mapping(folder: Path, config: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+    """Write `model.safetensors`, `pytorch_model.bin` in the published form, and `config.json`, each whole."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with atomic_path(folder / SAFETENSORS) as partial:
+        save_file(state, partial, metadata={"format": "pt"})
+    write_published(folder / PUBLISHED, state)
+    write_json(folder / CONFIG, config)
+
+
+def write_published(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Write the published form, `{"model_state_dict": {...}}`."""
+    with atomic_path(path) as partial:
+        torch.save({"model_state_dict": state}, partial)
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file: {error}") from error
+
+
+def _read_published(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not a whole PyTorch checkpoint of plain tensors: {error}") from error
+    state = content.get("model_state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise InputError(f'{path}: expected the published form, {{"model_state_dict": {{name: tensor}}}}')
+    return state

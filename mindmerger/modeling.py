@@ -1,0 +1,389 @@
+"""MindMerger's model: a frozen multilingual encoder, a trainable mapping, a frozen LLM.
+
+Section 3 of Huang et al., NeurIPS 2024 (arXiv 2405.17386). The LLM reads
+`[bos | mapped source states | boundary | prompt | target]`; loss is on the target alone.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutput
+
+from mindmerger.base_models import base_config, load_encoder, load_llm
+from mindmerger.batching import IGNORED
+from mindmerger.checkpoint import read_mapping, write_mapping
+
+
+class MindMergerConfig(PretrainedConfig):
+    """Which two models a mapping joins, and what it was trained for.
+
+    Args:
+        llm_path, mt_path: hub ids or local folders of the LLM and of the multilingual model.
+        llm_revision, mt_revision: hub revisions to pin them to.
+        llm_hidden_size, mt_hidden_size: widths of the LLM's embeddings and of the encoder's states.
+        llm_bos_token_id: opens every sequence; None for an LLM without one.
+        task, stage, augmentation, prompt: what the mapping was last trained for; `prompt` is the template that
+            followed the boundary, None where none did.
+    """
+
+    model_type = "mindmerger"
+
+    def __init__(
+        self,
+        llm_path: str | None = None,
+        mt_path: str | None = None,
+        llm_revision: str | None = None,
+        mt_revision: str | None = None,
+        llm_hidden_size: int | None = None,
+        mt_hidden_size: int | None = None,
+        llm_bos_token_id: int | None = None,
+        task: str | None = None,
+        stage: str | None = None,
+        augmentation: bool | None = None,
+        prompt: str | None = None,
+        **kwargs: Any,
+    ):
+        self.llm_path = llm_path
+        self.mt_path = mt_path
+        self.llm_revision = llm_revision
+        self.mt_revision = mt_revision
+        self.llm_hidden_size = llm_hidden_size
+        self.mt_hidden_size = mt_hidden_size
+        self.llm_bos_token_id = llm_bos_token_id
+        self.task = task
+        self.stage = stage
+        self.augmentation = augmentation
+        self.prompt = prompt
+        super().__init__(**kwargs)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a ReLU between: [..., mt_hidden_size] to [..., llm_hidden_size]."""
+
+    def __init__(self, mt_hidden_size: int, llm_hidden_size: int):
+        super().__init__()
+        self.linear1 = nn.Linear(mt_hidden_size, 2 * mt_hidden_size)
+        self.linear2 = nn.Linear(2 * mt_hidden_size, llm_hidden_size)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.linear2(F.relu(self.linear1(states)))
+
+
+class Mapping(nn.Module):
+    """All that is trained. Names and shapes are those of the published checkpoints."""
+
+    def __init__(self, mt_hidden_size: int, llm_hidden_size: int):
+        super().__init__()
+        self.mlp = MLP(mt_hidden_size, llm_hidden_size)
+        self.end_boundary = nn.Parameter(torch.zeros(1, 1, llm_hidden_size))
+
+    def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encoder states [batch, length, mt_hidden_size] to (vectors [batch, length, llm_hidden_size], boundary).
+
+        The boundary [batch, 1, llm_hidden_size] leaves through here because ZeRO-3 gathers a parameter only while
+        the module that owns it runs.
+        """
+        return self.mlp(states), self.end_boundary.expand(len(states), -1, -1)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What the LLM reads, left-padded, so that every row ends in the last column.
+
+    Attributes:
+        embeds: [batch, length, llm_hidden_size].
+        mask: [batch, length], 1 for a vector, 0 for padding.
+    """
+
+    embeds: torch.Tensor
+    mask: torch.Tensor
+
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """[batch, length]; a row's first vector is at position 0, whatever its padding."""
+        return (self.mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def join(segments: list[tuple[torch.Tensor, torch.Tensor]]) -> Sequence:
+    """Concatenate (embeds [batch, n, hidden], mask [batch, n]) segments and move all padding to the left."""
+    embeds = torch.cat([embeds for embeds, _ in segments], dim=1)
+    mask = torch.cat([mask for _, mask in segments], dim=1)
+    return Sequence(*squeeze_padding(mask, embeds, side="left"))
+
+
+def squeeze_padding(mask: torch.Tensor, values: torch.Tensor, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move the padding of each row to one side and drop the columns that then hold nothing else.
+
+    Args:
+        mask: [batch, length], 1 for a real position, 0 for padding, in any order.
+        values: [batch, length] or [batch, length, hidden].
+        side: where the padding goes, "left" or "right".
+
+    Returns:
+        (values, mask), real positions in their order.
+    """
+    order = mask.argsort(dim=1, descending=side == "right", stable=True)
+    longest = int(mask.sum(dim=1).max())
+    order = order[:, -longest:] if side == "left" else order[:, :longest]
+    index = order if values.dim() == 2 else order.unsqueeze(-1).expand(-1, -1, values.shape[-1])
+    return values.gather(1, index), mask.gather(1, order)
+
+
+class MindMergerForCausalLM(PreTrainedModel):
+    """A multilingual encoder, a mapping, and an LLM, of which only the mapping is trained, saved and loaded.
+
+    Args:
+        config: names and sizes of the two models.
+        encoder: gives states [batch, length, mt_hidden_size]; see `load_encoder`.
+        llm: any Hugging Face causal language model; see `load_llm`.
+    """
+
+    config_class = MindMergerConfig
+    base_model_prefix = "mindmerger"
+    main_input_name = "input_ids"
+
+    def __init__(self, config: MindMergerConfig, encoder: PreTrainedModel, llm: PreTrainedModel):
+        super().__init__(config)
+        # Not PreTrainedModel.post_init: it would initialise weights, and all but the mapping's are loaded ones.
+        self.encoder = encoder.requires_grad_(False)
+        self.llm = llm.requires_grad_(False)
+        self.mapping = Mapping(config.mt_hidden_size, config.llm_hidden_size)
+        # No cache is read in training, and an encoder's is never read.
+        self.encoder.config.use_cache = False
+        self.eval()
+
+    @classmethod
+    def from_base_models(
+        cls, config: MindMergerConfig, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    ) -> "MindMergerForCausalLM":
+        """Load both frozen models that `config` names, in `dtype`; the mapping starts at random, in float32."""
+        encoder = load_encoder(config.mt_path, config.mt_revision, dtype, trust_remote_code)
+        llm = load_llm(config.llm_path, config.llm_revision, dtype, trust_remote_code)
+        return cls(config, encoder, llm)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        checkpoint: str | Path,
+        *,
+        config: MindMergerConfig | None = None,
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+    ) -> "MindMergerForCausalLM":
+        """Load a mapping saved by `save_pretrained`, and the two models that its config names.
+
+        Args:
+            checkpoint: a folder; with `config` given, also a `.safetensors` file or a published `pytorch_model.bin`.
+            config: stands in for the folder's own, for instance to name other copies of the two models.
+            dtype: of all three parts.
+            trust_remote_code: run the code that a base model's repository brings.
+
+        Raises:
+            InputError: a missing file, or a mapping of other models (the tensor is named).
+        """
+        config = config or MindMergerConfig.from_pretrained(checkpoint)
+        state = read_mapping(Path(checkpoint), config.mt_hidden_size, config.llm_hidden_size)
+        model = cls.from_base_models(config, dtype, trust_remote_code)
+        model.mapping.load_state_dict(state)
+        model.mapping.to(dtype)
+        return model
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write config and mapping to a folder; the base models stay where they are."""
+        write_mapping(Path(save_directory), self.config.to_dict(), self.mapping.state_dict())
+
+    def train(self, mode: bool = True) -> "MindMergerForCausalLM":
+        """As for any module, but the frozen models never leave eval mode: no dropout where nothing is learned."""
+        super().train(mode)
+        self.encoder.eval()
+        self.llm.eval()
+        return self
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute the LLM's layers in the backward pass instead of keeping their activations.
+
+        Hugging Face's own switch does nothing in eval mode, in which the LLM stays.
+        """
+        for layer in self.llm.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.forward = _checkpointed(layer.forward)
+
+    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Source ids, padded on either side, to (encoder states [batch, length, mt_hidden_size], mask)."""
+        # Some encoders count positions from the first column, padding or not.
+        input_ids, attention_mask = squeeze_padding(attention_mask, input_ids, side="right")
+        with torch.no_grad():
+            states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return states, attention_mask
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        prompt_ids: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> Sequence:
+        """The sequence `[bos | mapped source states | boundary | prompt | target]`; arguments as in `forward`."""
+        states, states_mask = self.encode(input_ids, attention_mask)
+        vectors, boundary = self.mapping(states.to(self.mapping.end_boundary.dtype))
+        dtype = self.llm.get_input_embeddings().weight.dtype
+        segments = [
+            *bos_segment(self.llm, self.config.llm_bos_token_id, len(states)),
+            (vectors.to(dtype), states_mask),
+            (boundary.to(dtype), states_mask.new_ones(len(states), 1)),
+        ]
+        if prompt_ids is not None:
+            segments.append(token_segment(self.llm, prompt_ids, prompt_attention_mask))
+        if labels is not None:
+            segments.append(token_segment(self.llm, labels.clamp(min=0), (labels != IGNORED).long()))
+        return join(segments)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        prompt_ids: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: float | None = None,
+    ) -> CausalLMOutput:
+        """Loss on the target, or the next token's logits where there is none.
+
+        Args:
+            input_ids, attention_mask: source for the encoder, [batch, source length].
+            prompt_ids, prompt_attention_mask: prompt for the LLM, [batch, prompt length].
+            labels: target ids, [batch, target length], -100 where padded.
+            num_items_in_batch: divides the summed loss; default the number of target tokens here.
+
+        Returns:
+            `loss`: cross entropy in nats, float32; `logits`: [target tokens, vocabulary] in row order, or
+            [batch, vocabulary] of the next token where `labels` is None or empty.
+        """
+        if labels is None or labels.shape[1] == 0:
+            sequence = self.embed(input_ids, attention_mask, prompt_ids, prompt_attention_mask)
+            return CausalLMOutput(logits=self._logits(sequence, 1)[:, -1])
+
+        sequence = self.embed(input_ids, attention_mask, prompt_ids, prompt_attention_mask, labels)
+        targets, is_target = squeeze_padding((labels != IGNORED).long(), labels, side="left")
+        # Rows end in the last column, and nothing is predicted from the last token.
+        sequence = Sequence(sequence.embeds[:, :-1], sequence.mask[:, :-1])
+        logits = self._logits(sequence, targets.shape[1])[is_target.bool()].float()
+        loss = F.cross_entropy(logits, targets[is_target.bool()], reduction="sum")
+        return CausalLMOutput(loss=loss / (num_items_in_batch or len(logits)), logits=logits)
+
+    def _logits(self, sequence: Sequence, last: int) -> torch.Tensor:
+        return self.llm(
+            inputs_embeds=sequence.embeds,
+            attention_mask=sequence.mask,
+            position_ids=sequence.position_ids,
+            logits_to_keep=last,
+            use_cache=False,
+        ).logits
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        prompt_ids: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """New token ids [batch, new tokens]; `kwargs` go to the LLM's own `generate`."""
+        sequence = self.embed(input_ids, attention_mask, prompt_ids, prompt_attention_mask)
+        return self.llm.generate(inputs_embeds=sequence.embeds, attention_mask=sequence.mask, **kwargs)
+
+
+AutoConfig.register("mindmerger", MindMergerConfig)
+AutoModelForCausalLM.register(MindMergerConfig, MindMergerForCausalLM)
+
+
+def bos_segment(llm: PreTrainedModel, bos_token_id: int | None, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The one segment that opens `rows` sequences, or none for an LLM without a bos token."""
+    if bos_token_id is None:
+        return []
+    bos = torch.full((rows, 1), bos_token_id, device=llm.device)
+    return [token_segment(llm, bos, torch.ones_like(bos))]
+
+
+def token_segment(
+    llm: PreTrainedModel, token_ids: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, both [batch, n], as a segment for `join`."""
+    return llm.get_input_embeddings()(token_ids), mask
+
+
+@torch.no_grad()
+def scaled_start(
+    model: MindMergerForCausalLM, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """A start at the LLM's own scale: mapped vectors as long as its embeddings, the boundary at their mean.
+
+    A frozen LLM has only ever read vectors of its embedding table's scale; PyTorch's initialisation, made for
+    hidden layers, exceeds it many times over.
+
+    Args:
+        model: with a mapping at PyTorch's initialisation.
+        input_ids, attention_mask: some sources, [batch, source length], to measure the encoder's scale on.
+
+    Returns:
+        New float32 values of `mlp.linear2.weight`, `mlp.linear2.bias` and `end_boundary`.
+    """
+    embedding = model.llm.get_input_embeddings()
+    total, squares = 0.0, 0.0
+    for ids in torch.arange(embedding.num_embeddings, device=input_ids.device).split(8192):
+        vectors = embedding(ids).float()
+        total = total + vectors.sum(dim=0)
+        squares += float(vectors.square().sum())
+    embedding_rms = (squares / (embedding.num_embeddings * model.config.llm_hidden_size)) ** 0.5
+
+    states, mask = model.encode(input_ids, attention_mask)
+    vectors, _ = model.mapping(states.to(model.mapping.end_boundary.dtype))
+    mapped_rms = float(vectors[mask.bool()].float().square().mean().sqrt())
+    linear2 = model.mapping.mlp.linear2
+    return {
+        "mlp.linear2.weight": linear2.weight.float() * (embedding_rms / mapped_rms),
+        "mlp.linear2.bias": linear2.bias.float() * (embedding_rms / mapped_rms),
+        "end_boundary": (total / embedding.num_embeddings).view(1, 1, -1),
+    }
+
+
+def mapping_config(
+    llm_path: str,
+    mt_path: str,
+    llm_bos_token_id: int | None,
+    llm_revision: str | None = None,
+    mt_revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> MindMergerConfig:
+    """The config that joins two models, from theirs alone: no weights are read.
+
+    Raises:
+        InputError: one of the two cannot be found.
+    """
+    llm = base_config(llm_path, llm_revision, trust_remote_code)
+    mt = base_config(mt_path, mt_revision, trust_remote_code)
+    return MindMergerConfig(
+        llm_path=llm_path,
+        mt_path=mt_path,
+        llm_revision=llm_revision,
+        mt_revision=mt_revision,
+        llm_hidden_size=llm.get_text_config().hidden_size,
+        mt_hidden_size=mt.get_text_config().hidden_size,
+        llm_bos_token_id=llm_bos_token_id,
+    )
+
+
+def _checkpointed(forward: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run

@@ -1,0 +1,201 @@
+"""Text to token ids, once per example: special tokens by id, and the query cut where a text is too long."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from common.errors import InputError
+from mindmerger.data import Example
+from mindmerger.tasks import LANGUAGES, Language, Prompt
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One example as token ids.
+
+    Attributes:
+        source: for the encoder, with its special tokens.
+        prompt: for the LLM, without special tokens; empty where augmentation is off.
+        target: for the LLM, closed by eos unless it was cut.
+        language: English name of the source's language.
+        cut: which of "source", "prompt" and "target" were shortened.
+    """
+
+    source: list[int]
+    prompt: list[int]
+    target: list[int]
+    language: str
+    cut: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Length of the LLM's sequence: bos, source, boundary, prompt, target."""
+        return len(self.source) + len(self.prompt) + len(self.target) + 2
+
+
+def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id or local folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no tokenizer could be loaded from {path}: {error}") from error
+
+
+class ExampleTokenizer:
+    """Turns examples into `Tokens` for one pair of models.
+
+    Args:
+        mt_tokenizer: the multilingual model's.
+        mt_config: the multilingual model's; M2M100 and NLLB open a source with its language's token.
+        llm_tokenizer: the LLM's.
+        augmentation: whether the prompt follows the mapped states.
+        max_seq_len: tokens of a source, its special tokens included.
+        max_prompt_len: tokens of a prompt.
+        max_gen_len: tokens of a target, its eos included.
+
+    Raises:
+        InputError: the LLM's tokenizer names no eos token.
+    """
+
+    def __init__(
+        self,
+        mt_tokenizer: PreTrainedTokenizerBase,
+        mt_config: PretrainedConfig,
+        llm_tokenizer: PreTrainedTokenizerBase,
+        *,
+        augmentation: bool,
+        max_seq_len: int,
+        max_prompt_len: int,
+        max_gen_len: int,
+    ):
+        if llm_tokenizer.eos_token_id is None:
+            raise InputError(f"the tokenizer in {llm_tokenizer.name_or_path} names no eos token to end a target with")
+        self.mt_tokenizer = mt_tokenizer
+        self.llm_tokenizer = llm_tokenizer
+        self.augmentation = augmentation
+        self.max_seq_len = max_seq_len
+        self.max_prompt_len = max_prompt_len
+        self.max_gen_len = max_gen_len
+        self._source_prefix, self._source_suffix = _special_tokens(mt_tokenizer)
+        self._names_language = mt_config.model_type == "m2m_100"
+
+    def __call__(self, examples: list[Example], with_targets: bool = True) -> list[Tokens]:
+        """Tokenize `examples`, all texts of a kind at once; without targets for generation.
+
+        Raises:
+            InputError: a template alone is longer than its limit, or the encoder lacks a source's language.
+        """
+        specials = len(self._source_prefix) + len(self._source_suffix)
+        sources = _fit_all(
+            [example.source for example in examples], self.mt_tokenizer, self.max_seq_len - specials, "--max_seq_len"
+        )
+        if self.augmentation:
+            prompts = _fit_all(
+                [example.prompt for example in examples], self.llm_tokenizer, self.max_prompt_len, "--max_prompt_len"
+            )
+        else:
+            prompts = [([], False)] * len(examples)
+        if with_targets:
+            targets = [self._target(ids) for ids in _ids(self.llm_tokenizer, [e.target for e in examples])]
+        else:
+            targets = [([], False)] * len(examples)
+
+        tokens = []
+        for example, source, prompt, target in zip(examples, sources, prompts, targets, strict=True):
+            prefix = [self._language_token(example.language)] if self._names_language else self._source_prefix
+            kinds = {"source": source, "prompt": prompt, "target": target}
+            tokens.append(
+                Tokens(
+                    source=[*prefix, *source[0], *self._source_suffix],
+                    prompt=prompt[0],
+                    target=target[0],
+                    language=example.language.name,
+                    cut=tuple(kind for kind, (_, was_cut) in kinds.items() if was_cut),
+                )
+            )
+        return tokens
+
+    def label_ids(self, label: str) -> list[int]:
+        """A label word as a target begins with it: without eos."""
+        return _ids(self.llm_tokenizer, [label])[0]
+
+    def _target(self, ids: list[int]) -> tuple[list[int], bool]:
+        if len(ids) < self.max_gen_len:
+            return [*ids, self.llm_tokenizer.eos_token_id], False
+        # A model must not learn that a solution ends where the limit happened to fall.
+        return ids[: self.max_gen_len], True
+
+    def _language_token(self, language: Language) -> int:
+        for token in (language.nllb, f"__{language.code}__"):
+            index = self.mt_tokenizer.convert_tokens_to_ids(token)
+            if index is not None and index != self.mt_tokenizer.unk_token_id:
+                return index
+        known = [other.code for other in LANGUAGES.values() if self._knows(other)]
+        raise InputError(
+            f"{self.mt_tokenizer.name_or_path} has no language token for {language.name}: "
+            f"leave it out, as in --languages {','.join(known)}"
+        )
+
+    def _knows(self, language: Language) -> bool:
+        tokens = self.mt_tokenizer.convert_tokens_to_ids([language.nllb, f"__{language.code}__"])
+        return any(index not in (None, self.mt_tokenizer.unk_token_id) for index in tokens)
+
+
+def count_cuts(tokens: Iterable[Tokens]) -> dict[str, dict[str, int]]:
+    """How many texts of each kind were cut, by language: `{"German": {"prompt": 3}}`."""
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for example in tokens:
+        counts[example.language].update(example.cut)
+    return {language: dict(counter) for language, counter in counts.items() if counter}
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    # verbose=False: a text beyond the model's length is cut below, by our own rule.
+    return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and after a text."""
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    full = tokenizer("a").input_ids
+    start = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
+    return full[:start], full[start + len(plain) :]
+
+
+def _fit_all(
+    prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, limit: int, flag: str
+) -> list[tuple[list[int], bool]]:
+    """(ids, was cut) of every prompt, none longer than `limit`."""
+    fitted = []
+    for prompt, ids in zip(prompts, _ids(tokenizer, [prompt.text for prompt in prompts]), strict=True):
+        was_cut = len(ids) > limit
+        fitted.append((_cut_query(prompt, tokenizer, limit, flag) if was_cut else ids, was_cut))
+    return fitted
+
+
+def _cut_query(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, limit: int, flag: str) -> list[int]:
+    """The ids of the prompt with the longest beginning of its query that fits, found by bisection over characters.
+
+    Token ids are not cut and pasted: only the whole text tokenizes as the model has seen it.
+    """
+
+    def ids_with(characters: int) -> list[int]:
+        return _ids(tokenizer, [prompt.before + prompt.query[:characters] + prompt.after])[0]
+
+    best = ids_with(0)
+    if len(best) > limit:
+        raise InputError(f"{flag} {limit} leaves no room: the template alone has {len(best)} tokens")
+    fits, too_long = 0, len(prompt.query)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        ids = ids_with(middle)
+        if len(ids) <= limit:
+            fits, best = middle, ids
+        else:
+            too_long = middle
+    return best

@@ -1,0 +1,378 @@
+"""One stage of training: set up, fit, validate. Only the mapping learns."""
+
+import dataclasses
+import math
+import resource
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+from transformers.integrations import HfDeepSpeedConfig
+
+from common.distributed import Process, start_process
+from common.errors import InputError
+from common.files import read_json, write_json
+from common.logging import Metrics, progress, quiet_libraries, say
+from mindmerger.base_models import base_config
+from mindmerger.batching import Batch, collate, plan_epoch, plan_once
+from mindmerger.checkpoint import PUBLISHED, read_mapping, write_mapping, write_published
+from mindmerger.data import hold_out, read_training
+from mindmerger.flags import TrainingFlags
+from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM, mapping_config, scaled_start
+from mindmerger.tasks import TRAINING_TASKS, find_task, prompt_template, select_languages
+from mindmerger.tokenization import ExampleTokenizer, Tokens, count_cuts, load_tokenizer
+
+DEEPSPEED_CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
+RUN = "run.json"
+STATE = "state"
+
+# Flags that say where and how often, not what: a run may be continued under others.
+_FREE_FLAGS = ("deepspeed", "local_rank", "device", "overwrite", "eval_batch_size", "save_steps")
+
+
+def train(flags: TrainingFlags) -> None:
+    """Train one stage and leave its best mapping in `outputs/{save_name}/{stage}/`.
+
+    Raises:
+        InputError: before any model loads, whatever is wrong with flags, files, or an earlier run in that folder.
+    """
+    process = start_process(flags.device, needs_group=True)
+    quiet_libraries()
+    try:
+        _train(flags, process)
+    finally:
+        process.close()
+
+
+def _train(flags: TrainingFlags, process: Process) -> None:
+    ds_config = deepspeed_config(flags, process)
+    folder = Path("outputs") / flags.save_name / flags.stage_name
+    settings = run_settings(flags, process.world_size)
+    if _is_finished(folder, settings, flags.overwrite):
+        say(process, f"{folder} holds this very run, finished: nothing to do (--overwrite trains anew)")
+        return
+    if flags.augmentation is not None and flags.augmentation != (flags.stage_name == "augmentation"):
+        say(process, f"warning: --augmentation {flags.augmentation} in the {flags.stage_name} stage, as told")
+
+    task = find_task(flags.task, TRAINING_TASKS)
+    rows = read_training(
+        Path(flags.data_dir), task, flags.stage_name, select_languages(flags.languages), flags.train_num
+    )
+    dev_rows, train_rows = hold_out(rows, flags.dev_size, flags.seed)
+    config, tokenizer = _set_up_text(flags)
+    initial = _initial_mapping(flags, config)
+    train_tokens, dev_tokens = tokenizer(train_rows), tokenizer(dev_rows)
+    say(process, f"{len(train_tokens)} training rows, {len(dev_tokens)} dev rows, {process.world_size} rank(s)")
+    for language, cuts in count_cuts(train_tokens + dev_tokens).items():
+        say(process, f"cut to the limits in {language}: {', '.join(f'{n} {kind}(s)' for kind, n in cuts.items())}")
+
+    _prepare_folder(folder, settings, flags.overwrite, process)
+    # transformers reads a model straight into ZeRO-3's partitions while this object is alive.
+    hf_ds_config = HfDeepSpeedConfig(ds_config)
+    torch.manual_seed(flags.seed)
+    dtype = torch.bfloat16 if hf_ds_config.is_true("bf16.enabled") else torch.float32
+    model = MindMergerForCausalLM.from_base_models(config, dtype, flags.trust_remote_code)
+    if initial is not None:
+        model.mapping.load_state_dict(initial)
+    if flags.gradient_checkpointing:
+        model.checkpoint_gradients()
+
+    stage = Stage(
+        flags, process, model, ds_config, train_tokens, dev_tokens, folder, tokenizer.mt_tokenizer.pad_token_id
+    )
+    if initial is None:
+        stage.initialise_mapping()
+    result = stage.fit()
+
+    if process.is_main:
+        best = read_mapping(folder, config.mt_hidden_size, config.llm_hidden_size)
+        write_published(folder.parent / PUBLISHED, best)
+        write_json(folder / RUN, {"settings": settings, "result": result})
+        shutil.rmtree(folder / STATE, ignore_errors=True)
+    process.barrier()
+    say(process, f"done: {folder} and {folder.parent / PUBLISHED}; {', '.join(f'{k} {v}' for k, v in result.items())}")
+
+
+class Stage:
+    """One stage's engine and rows; `fit` runs it, or the rest of it after an interruption."""
+
+    def __init__(
+        self,
+        flags: TrainingFlags,
+        process: Process,
+        model: MindMergerForCausalLM,
+        ds_config: dict[str, Any],
+        train_tokens: list[Tokens],
+        dev_tokens: list[Tokens],
+        folder: Path,
+        source_pad_id: int,
+    ):
+        self.flags = flags
+        self.process = process
+        self.model = model
+        self.train_tokens = train_tokens
+        self.dev_tokens = dev_tokens
+        self.folder = folder
+        self.source_pad_id = source_pad_id
+        self.micro_batches = flags.gradient_accumulation * process.world_size
+        self.steps_per_epoch = math.ceil(len(train_tokens) / flags.train_batch_size)
+        self.total_steps = self.steps_per_epoch * flags.epoch_num
+        self.best_perplexity = math.inf
+        # Betas, eps and weight decay as published.
+        optimizer = torch.optim.AdamW(
+            model.mapping.parameters(), lr=flags.lr, betas=(0.8, 0.999), eps=1e-8, weight_decay=3e-7
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=self._schedule, config=ds_config
+        )
+
+    def initialise_mapping(self) -> None:
+        """The start that `--mapping_init` and `--boundary_init` ask for, on a mapping at PyTorch's own."""
+        first = plan_epoch(self._lengths(), self.flags.train_batch_size, 1, self.flags.seed, 0)[0][0][:32]
+        batch = self._batch(first)
+        start = scaled_start(self.model, batch.input_ids, batch.attention_mask)
+        if self.flags.mapping_init == "random":
+            start = {"end_boundary": start["end_boundary"]}
+        if self.flags.boundary_init == "zero":
+            start["end_boundary"].zero_()
+        parameters = dict(self.model.mapping.named_parameters())
+        for name, value in start.items():
+            # Under ZeRO the weights that compute and the float32 ones that learn are two copies.
+            with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0):
+                parameters[name].data.copy_(value)
+            safe_set_full_fp32_param(parameters[name], value)
+
+    def fit(self) -> dict[str, float]:
+        """Run all steps that are left; the best mapping is in the stage's folder afterwards.
+
+        Returns:
+            Optimizer steps, dev perplexities, seconds and peak memory of this process.
+        """
+        flags, started = self.flags, time.monotonic()
+        done = self._load_state()
+        metrics = Metrics(self.process, self.folder)
+        if done:
+            say(self.process, f"continuing after step {done} of {self.total_steps}")
+        elif self.dev_tokens:
+            self._validate(0, metrics)
+
+        bar = progress(self.process, total=self.total_steps, initial=done, desc=flags.stage_name, unit="step")
+        step = done
+        for epoch in range(done // self.steps_per_epoch, flags.epoch_num):
+            plan = plan_epoch(self._lengths(), flags.train_batch_size, self.micro_batches, flags.seed, epoch)
+            for micro_batches in plan[step - epoch * self.steps_per_epoch :]:
+                step_started = time.monotonic()
+                loss, tokens = self._step(micro_batches)
+                step += 1
+                speed = tokens / (time.monotonic() - step_started)
+                metrics.write(step, loss=loss, lr=self.engine.get_lr()[0], tokens_per_s=round(speed, 1))
+                bar.set_postfix(
+                    loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}", best_dev_ppl=f"{self.best_perplexity:.3f}"
+                )
+                bar.update()
+                # The end of an epoch is evaluated as published, the end of training as any last step must be.
+                if self.dev_tokens and (step % flags.eval_steps == 0 or step % self.steps_per_epoch == 0):
+                    self._validate(step, metrics)
+                if step % flags.save_steps == 0 and step < self.total_steps:
+                    self._save_state(step)
+        bar.close()
+        metrics.close()
+        if not self.dev_tokens:
+            self._save_mapping()
+        result = {"steps": step, "seconds": round(time.monotonic() - started, 1)}
+        if self.dev_tokens:
+            result["best_dev_perplexity"] = round(self.best_perplexity, 4)
+        return {**result, **_peak_memory(self.process)}
+
+    def validate(self) -> float:
+        """Perplexity of the dev targets: exp of the mean loss over all their tokens, on all ranks."""
+        loss, tokens = 0.0, 0
+        plan = plan_once([len(row) for row in self.dev_tokens], self.flags.eval_batch_size, self.process.world_size)
+        with torch.no_grad():
+            for rows in plan[self.process.rank]:
+                # A rank without rows left runs along, since under ZeRO-3 its peers need its share of the weights.
+                batch = self._batch(rows or [0], self.dev_tokens)
+                summed = float(self.engine(**vars(batch), num_items_in_batch=1.0).loss)
+                if rows:
+                    loss += summed
+                    tokens += sum(len(self.dev_tokens[row].target) for row in rows)
+        loss, tokens = self.process.sum(loss, tokens)
+        return math.exp(min(loss / tokens, 700.0))
+
+    def _step(self, micro_batches: list[list[int]]) -> tuple[float, int]:
+        """One optimizer step: (mean loss over the target tokens of the global batch, tokens the LLM read)."""
+        world_size = self.process.world_size
+        rows = [row for micro_batch in micro_batches for row in micro_batch]
+        targets = sum(len(self.train_tokens[row].target) for row in rows)
+        # Summed on the device: reading a number off a GPU waits for it.
+        loss = torch.zeros((), device=self.process.device)
+        for micro_batch in micro_batches[self.process.rank :: world_size]:
+            batch = self._batch(micro_batch or rows[:1])
+            # DeepSpeed averages over ranks and accumulation; this makes that the mean over all target tokens.
+            share = self.engine(**vars(batch), num_items_in_batch=targets / self.micro_batches).loss
+            share = share if micro_batch else share * 0
+            self.engine.backward(share)
+            self.engine.step()
+            loss += share.detach() / self.micro_batches
+        (loss,) = self.process.sum(float(loss))
+        return loss, sum(len(self.train_tokens[row]) for row in rows)
+
+    def _validate(self, step: int, metrics: Metrics) -> None:
+        perplexity = self.validate()
+        metrics.write(step, dev_perplexity=perplexity)
+        say(self.process, f"step {step}: dev perplexity {perplexity:.4f}")
+        if perplexity < self.best_perplexity:
+            self.best_perplexity = perplexity
+            self._save_mapping()
+
+    def _save_mapping(self) -> None:
+        parameters = self.model.mapping.named_parameters()
+        state = {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in parameters}
+        if self.process.is_main:
+            write_mapping(self.folder, self.model.config.to_dict(), state)
+        self.process.barrier()
+
+    def _save_state(self, step: int) -> None:
+        tag = f"step_{step}"
+        self.engine.save_checkpoint(
+            str(self.folder / STATE),
+            tag=tag,
+            client_state={"step": step, "best_perplexity": self.best_perplexity},
+            exclude_frozen_parameters=True,
+        )
+        self.process.barrier()
+        if self.process.is_main:
+            for older in (self.folder / STATE).glob("step_*"):
+                if older.name != tag:
+                    shutil.rmtree(older)
+
+    def _load_state(self) -> int:
+        """Continue from the last saved state: the number of steps already done, 0 where there is none."""
+        if not (self.folder / STATE / "latest").exists():
+            return 0
+        _, state = self.engine.load_checkpoint(str(self.folder / STATE), load_module_strict=False)
+        self.best_perplexity = state["best_perplexity"]
+        return state["step"]
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        warmup = round(self.flags.warmup_ratio * self.total_steps)
+        if self.flags.lr_scheduler == "cosine":
+            return get_cosine_schedule_with_warmup(optimizer, warmup, self.total_steps)
+        return get_constant_schedule_with_warmup(optimizer, warmup)
+
+    def _lengths(self) -> list[int]:
+        return [len(row) for row in self.train_tokens]
+
+    def _batch(self, rows: list[int], tokens: list[Tokens] | None = None) -> Batch:
+        chosen = [(self.train_tokens if tokens is None else tokens)[row] for row in rows]
+        return collate(chosen, self.source_pad_id).to(self.process.device)
+
+
+def deepspeed_config(flags: TrainingFlags, process: Process) -> dict[str, Any]:
+    """The DeepSpeed JSON that `--deepspeed_config` names, or the machine's default, with the batch sizes filled in.
+
+    Raises:
+        InputError: an unreadable file, or one that sets what flags set.
+    """
+    default = "zero2_bf16.json" if process.device.type == "cuda" else "cpu.json"
+    path = Path(flags.deepspeed_config or DEEPSPEED_CONFIGS / default)
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    for key, flag in {"optimizer": "--lr", "scheduler": "--lr_scheduler", "fp16": "bf16"}.items():
+        if key in config:
+            raise InputError(f"{path}: take {key!r} out, {flag} stands for it")
+    return config | {
+        "train_batch_size": flags.train_batch_size,
+        "train_micro_batch_size_per_gpu": flags.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": flags.gradient_accumulation,
+    }
+
+
+def run_settings(flags: TrainingFlags, world_size: int) -> dict[str, Any]:
+    """What makes two runs the same run."""
+    settings = {k: v for k, v in dataclasses.asdict(flags).items() if k not in _FREE_FLAGS}
+    return {**settings, "augmentation": flags.uses_prompt, "ranks": world_size}
+
+
+def _is_finished(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
+    """Whether `folder` holds this run, finished.
+
+    Raises:
+        InputError: it holds another run, and `overwrite` is off; the differences are listed.
+    """
+    if overwrite or not (folder / RUN).exists():
+        return False
+    run = read_json(folder / RUN)
+    differences = [
+        f"{key} was {run['settings'].get(key)!r}, now {settings.get(key)!r}"
+        for key in sorted(settings.keys() | run["settings"].keys())
+        if run["settings"].get(key) != settings.get(key)
+    ]
+    if differences:
+        raise InputError(
+            f"{folder} holds another run ({'; '.join(differences)}): choose another --save_name, or --overwrite it"
+        )
+    return "result" in run
+
+
+def _prepare_folder(folder: Path, settings: dict[str, Any], overwrite: bool, process: Process) -> None:
+    process.barrier()
+    if process.is_main:
+        if overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        write_json(folder / RUN, {"settings": settings})
+    process.barrier()
+
+
+def _set_up_text(flags: TrainingFlags) -> tuple[MindMergerConfig, ExampleTokenizer]:
+    llm_tokenizer = load_tokenizer(flags.llm_path, flags.llm_revision, flags.trust_remote_code)
+    mt_tokenizer = load_tokenizer(flags.mt_path, flags.mt_revision, flags.trust_remote_code)
+    config = mapping_config(
+        flags.llm_path,
+        flags.mt_path,
+        llm_tokenizer.bos_token_id,
+        flags.llm_revision,
+        flags.mt_revision,
+        flags.trust_remote_code,
+    )
+    config.task, config.stage, config.augmentation = flags.task, flags.stage_name, flags.uses_prompt
+    config.prompt = prompt_template(flags.task, flags.stage_name) if flags.uses_prompt else None
+    tokenizer = ExampleTokenizer(
+        mt_tokenizer,
+        base_config(flags.mt_path, flags.mt_revision, flags.trust_remote_code),
+        llm_tokenizer,
+        augmentation=flags.uses_prompt,
+        max_seq_len=flags.max_seq_len,
+        max_prompt_len=flags.max_prompt_len,
+        max_gen_len=flags.max_gen_len,
+    )
+    return config, tokenizer
+
+
+def _initial_mapping(flags: TrainingFlags, config: MindMergerConfig) -> dict[str, torch.Tensor] | None:
+    """The mapping to start from: as told, else the mapping stage's best for the augmentation stage, else none."""
+    if flags.init_checkpoint == "none":
+        return None
+    checkpoint = flags.init_checkpoint
+    if checkpoint is None and flags.stage_name == "augmentation":
+        checkpoint = str(Path("outputs") / flags.save_name / "mapping")
+        if not Path(checkpoint).exists():
+            raise InputError(
+                f"the augmentation stage starts from the mapping stage's best, and {checkpoint} does not exist: "
+                "run --stage_name mapping first, or name a mapping with --init_checkpoint (none starts afresh)"
+            )
+    if checkpoint is None:
+        return None
+    return read_mapping(Path(checkpoint), config.mt_hidden_size, config.llm_hidden_size)
+
+
+def _peak_memory(process: Process) -> dict[str, int]:
+    if process.device.type == "cuda":
+        return {"peak_device_bytes": torch.cuda.max_memory_allocated(process.device)}
+    return {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}

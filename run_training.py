@@ -1,0 +1,18 @@
+"""Train MindMerger's mapping, one stage at a time: `deepspeed run_training.py --deepspeed --llm_path L ...`"""
+
+from common.errors import exit_with_message
+from common.flags import parse_flags
+
+
+def main() -> None:
+    from mindmerger.flags import TrainingFlags
+
+    flags = parse_flags(TrainingFlags)
+    # DeepSpeed and transformers take seconds to import: wrong flags are told before.
+    from mindmerger.trainer import train
+
+    train(flags)
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
