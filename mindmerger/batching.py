@@ -48,29 +48,33 @@ def _pad(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.T
     return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
 
 
-def plan_epoch(lengths: list[int], batch_size: int, micro_batches: int, seed: int, epoch: int) -> list[list[list[int]]]:
-    """The rows of every optimizer step of one epoch, shuffled anew, the same for any number of ranks.
+def plan_epoch(
+    lengths: list[int], batch_size: int, accumulation: int, ranks: int, seed: int, epoch: int
+) -> list[list[list[list[int]]]]:
+    """The rows of every optimizer step of one epoch, shuffled anew.
 
-    A global batch is a random draw; within it the rows are sorted by length before they are dealt out, so that the
-    rows of a micro batch, and the micro batches that run side by side, are of like length and need little padding.
+    A global batch is a random draw, the same for any accumulation and any number of ranks. Within it the rows are
+    sorted by length and dealt out, so that the rows of a micro batch are of like length and need little padding, and
+    the ranks that wait for each other have like work.
 
     Args:
         lengths: of all rows, in tokens.
         batch_size: rows of a global batch; the epoch's last one may have fewer.
-        micro_batches: how many micro batches make a global batch: gradient accumulation times ranks.
+        accumulation: micro batches of a step on each rank.
+        ranks: how many.
         seed, epoch: of the shuffle.
 
     Returns:
-        `plan[step][i]`: row numbers of micro batch i, which runs on rank `i % ranks` as accumulation step
-        `i // ranks`. Sizes differ by at most one; micro batches are empty only where a last batch has too few rows.
+        `plan[step][i][rank]`: row numbers of the i-th micro batch of a step on a rank. Sizes within a step differ by
+        at most two; micro batches are empty only where a last batch has too few rows.
     """
     order = list(range(len(lengths)))
     random.Random(f"{seed} {epoch}").shuffle(order)
     plan = []
     for start in range(0, len(order), batch_size):
         rows = sorted(order[start : start + batch_size], key=lambda row: (lengths[row], row))
-        edges = [len(rows) * i // micro_batches for i in range(micro_batches + 1)]
-        plan.append([rows[a:b] for a, b in itertools.pairwise(edges)])
+        edges = [len(rows) * i // accumulation for i in range(accumulation + 1)]
+        plan.append([[rows[a:b][rank::ranks] for rank in range(ranks)] for a, b in itertools.pairwise(edges)])
     return plan
 
 

@@ -119,7 +119,6 @@ class Stage:
         self.dev_tokens = dev_tokens
         self.folder = folder
         self.source_pad_id = source_pad_id
-        self.micro_batches = flags.gradient_accumulation * process.world_size
         self.steps_per_epoch = math.ceil(len(train_tokens) / flags.train_batch_size)
         self.total_steps = self.steps_per_epoch * flags.epoch_num
         self.best_perplexity = math.inf
@@ -133,8 +132,7 @@ class Stage:
 
     def initialise_mapping(self) -> None:
         """The start that `--mapping_init` and `--boundary_init` ask for, on a mapping at PyTorch's own."""
-        first = plan_epoch(self._lengths(), self.flags.train_batch_size, 1, self.flags.seed, 0)[0][0][:32]
-        batch = self._batch(first)
+        batch = self._batch(list(range(min(32, len(self.train_tokens)))))
         start = scaled_start(self.model, batch.input_ids, batch.attention_mask)
         if self.flags.mapping_init == "random":
             start = {"end_boundary": start["end_boundary"]}
@@ -164,10 +162,9 @@ class Stage:
         bar = progress(self.process, total=self.total_steps, initial=done, desc=flags.stage_name, unit="step")
         step = done
         for epoch in range(done // self.steps_per_epoch, flags.epoch_num):
-            plan = plan_epoch(self._lengths(), flags.train_batch_size, self.micro_batches, flags.seed, epoch)
-            for micro_batches in plan[step - epoch * self.steps_per_epoch :]:
+            for step_rows in self._plan(epoch)[step - epoch * self.steps_per_epoch :]:
                 step_started = time.monotonic()
-                loss, tokens = self._step(micro_batches)
+                loss, tokens = self._step(step_rows)
                 step += 1
                 speed = tokens / (time.monotonic() - step_started)
                 metrics.write(step, loss=loss, lr=self.engine.get_lr()[0], tokens_per_s=round(speed, 1))
@@ -204,23 +201,29 @@ class Stage:
         loss, tokens = self.process.sum(loss, tokens)
         return math.exp(min(loss / tokens, 700.0))
 
-    def _step(self, micro_batches: list[list[int]]) -> tuple[float, int]:
+    def _plan(self, epoch: int) -> list[list[list[list[int]]]]:
+        lengths = [len(row) for row in self.train_tokens]
+        flags, ranks = self.flags, self.process.world_size
+        return plan_epoch(lengths, flags.train_batch_size, flags.gradient_accumulation, ranks, flags.seed, epoch)
+
+    def _step(self, step_rows: list[list[list[int]]]) -> tuple[float, int]:
         """One optimizer step: (mean loss over the target tokens of the global batch, tokens the LLM read)."""
-        world_size = self.process.world_size
-        rows = [row for micro_batch in micro_batches for row in micro_batch]
-        targets = sum(len(self.train_tokens[row].target) for row in rows)
+        rows = [row for micro_batches in step_rows for micro_batch in micro_batches for row in micro_batch]
+        target_tokens = sum(len(self.train_tokens[row].target) for row in rows)
+        # DeepSpeed averages over accumulation and ranks; divided by this, that is the mean over all target tokens.
+        divisor = target_tokens / (self.flags.gradient_accumulation * self.process.world_size)
         # Summed on the device: reading a number off a GPU waits for it.
         loss = torch.zeros((), device=self.process.device)
-        for micro_batch in micro_batches[self.process.rank :: world_size]:
+        for micro_batches in step_rows:
+            micro_batch = micro_batches[self.process.rank]
             batch = self._batch(micro_batch or rows[:1])
-            # DeepSpeed averages over ranks and accumulation; this makes that the mean over all target tokens.
-            share = self.engine(**vars(batch), num_items_in_batch=targets / self.micro_batches).loss
+            share = self.engine(**vars(batch), num_items_in_batch=divisor).loss
             share = share if micro_batch else share * 0
             self.engine.backward(share)
             self.engine.step()
-            loss += share.detach() / self.micro_batches
+            loss += share.detach() * divisor
         (loss,) = self.process.sum(float(loss))
-        return loss, sum(len(self.train_tokens[row]) for row in rows)
+        return loss / target_tokens, sum(len(self.train_tokens[row]) for row in rows)
 
     def _validate(self, step: int, metrics: Metrics) -> None:
         perplexity = self.validate()
@@ -264,9 +267,6 @@ class Stage:
         if self.flags.lr_scheduler == "cosine":
             return get_cosine_schedule_with_warmup(optimizer, warmup, self.total_steps)
         return get_constant_schedule_with_warmup(optimizer, warmup)
-
-    def _lengths(self) -> list[int]:
-        return [len(row) for row in self.train_tokens]
 
     def _batch(self, rows: list[int], tokens: list[Tokens] | None = None) -> Batch:
         chosen = [(self.train_tokens if tokens is None else tokens)[row] for row in rows]
