@@ -50,8 +50,8 @@ class ExampleTokenizer:
     """Turns examples into `Tokens` for one pair of models.
 
     Args:
-        mt_tokenizer: the multilingual model's.
-        mt_config: the multilingual model's; M2M100 and NLLB open a source with its language's token.
+        mt_tokenizer, mt_config: the multilingual model's, None for the LLM alone, which reads no source. M2M100 and
+            NLLB open a source with its language's token.
         llm_tokenizer: the LLM's.
         augmentation: whether the prompt follows the mapped states.
         max_seq_len: tokens of a source, its special tokens included.
@@ -64,8 +64,8 @@ class ExampleTokenizer:
 
     def __init__(
         self,
-        mt_tokenizer: PreTrainedTokenizerBase,
-        mt_config: PretrainedConfig,
+        mt_tokenizer: PreTrainedTokenizerBase | None,
+        mt_config: PretrainedConfig | None,
         llm_tokenizer: PreTrainedTokenizerBase,
         *,
         augmentation: bool,
@@ -81,8 +81,14 @@ class ExampleTokenizer:
         self.max_seq_len = max_seq_len
         self.max_prompt_len = max_prompt_len
         self.max_gen_len = max_gen_len
-        self._source_prefix, self._source_suffix = _special_tokens(mt_tokenizer)
-        self._names_language = mt_config.model_type == "m2m_100"
+        self._source_prefix, self._source_suffix = _special_tokens(mt_tokenizer) if mt_tokenizer else ([], [])
+        self._names_language = mt_config is not None and mt_config.model_type == "m2m_100"
+
+    @property
+    def source_pad_id(self) -> int:
+        """What pads a source: the encoder's own padding id, by which some encoders count positions."""
+        pad_id = None if self.mt_tokenizer is None else self.mt_tokenizer.pad_token_id
+        return 0 if pad_id is None else pad_id
 
     def __call__(self, examples: list[Example], with_targets: bool = True) -> list[Tokens]:
         """Tokenize `examples`, all texts of a kind at once; without targets for generation.
@@ -90,10 +96,11 @@ class ExampleTokenizer:
         Raises:
             InputError: a template alone is longer than its limit, or the encoder lacks a source's language.
         """
-        specials = len(self._source_prefix) + len(self._source_suffix)
-        sources = _fit_all(
-            [example.source for example in examples], self.mt_tokenizer, self.max_seq_len - specials, "--max_seq_len"
-        )
+        if self.mt_tokenizer is not None:
+            limit = self.max_seq_len - len(self._source_prefix) - len(self._source_suffix)
+            sources = _fit_all([example.source for example in examples], self.mt_tokenizer, limit, "--max_seq_len")
+        else:
+            sources = [([], False)] * len(examples)
         if self.augmentation:
             prompts = _fit_all(
                 [example.prompt for example in examples], self.llm_tokenizer, self.max_prompt_len, "--max_prompt_len"

@@ -14,9 +14,10 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 from transformers.integrations import HfDeepSpeedConfig
 
+from common import runs
 from common.distributed import Process, start_process
 from common.errors import InputError
-from common.files import read_json, write_json
+from common.files import read_json
 from common.logging import Metrics, progress, quiet_libraries, say
 from mindmerger.base_models import base_config
 from mindmerger.batching import Batch, collate, plan_epoch, plan_once
@@ -28,7 +29,6 @@ from mindmerger.tasks import TRAINING_TASKS, find_task, prompt_template, select_
 from mindmerger.tokenization import ExampleTokenizer, Tokens, count_cuts, load_tokenizer
 
 DEEPSPEED_CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
-RUN = "run.json"
 STATE = "state"
 
 # Flags that say where and how often, not what: a run may be continued under others.
@@ -53,7 +53,7 @@ def _train(flags: TrainingFlags, process: Process) -> None:
     ds_config = deepspeed_config(flags, process)
     folder = Path("outputs") / flags.save_name / flags.stage_name
     settings = run_settings(flags, process.world_size)
-    if _is_finished(folder, settings, flags.overwrite):
+    if runs.is_finished(folder, settings, flags.overwrite):
         say(process, f"{folder} holds this very run, finished: nothing to do (--overwrite trains anew)")
         return
     if flags.augmentation is not None and flags.augmentation != (flags.stage_name == "augmentation"):
@@ -71,7 +71,7 @@ def _train(flags: TrainingFlags, process: Process) -> None:
     for language, cuts in count_cuts(train_tokens + dev_tokens).items():
         say(process, f"cut to the limits in {language}: {', '.join(f'{n} {kind}(s)' for kind, n in cuts.items())}")
 
-    _prepare_folder(folder, settings, flags.overwrite, process)
+    runs.start(folder, settings, flags.overwrite, process)
     # transformers reads a model straight into ZeRO-3's partitions while this object is alive.
     hf_ds_config = HfDeepSpeedConfig(ds_config)
     torch.manual_seed(flags.seed)
@@ -92,7 +92,7 @@ def _train(flags: TrainingFlags, process: Process) -> None:
     if process.is_main:
         best = read_mapping(folder, config.mt_hidden_size, config.llm_hidden_size)
         write_published(folder.parent / PUBLISHED, best)
-        write_json(folder / RUN, {"settings": settings, "result": result})
+        runs.finish(folder, settings, result)
         shutil.rmtree(folder / STATE, ignore_errors=True)
     process.barrier()
     say(process, f"done: {folder} and {folder.parent / PUBLISHED}; {', '.join(f'{k} {v}' for k, v in result.items())}")
@@ -298,36 +298,6 @@ def run_settings(flags: TrainingFlags, world_size: int) -> dict[str, Any]:
     """What makes two runs the same run."""
     settings = {k: v for k, v in dataclasses.asdict(flags).items() if k not in _FREE_FLAGS}
     return {**settings, "augmentation": flags.uses_prompt, "ranks": world_size}
-
-
-def _is_finished(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `folder` holds this run, finished.
-
-    Raises:
-        InputError: it holds another run, and `overwrite` is off; the differences are listed.
-    """
-    if overwrite or not (folder / RUN).exists():
-        return False
-    run = read_json(folder / RUN)
-    differences = [
-        f"{key} was {run['settings'].get(key)!r}, now {settings.get(key)!r}"
-        for key in sorted(settings.keys() | run["settings"].keys())
-        if run["settings"].get(key) != settings.get(key)
-    ]
-    if differences:
-        raise InputError(
-            f"{folder} holds another run ({'; '.join(differences)}): choose another --save_name, or --overwrite it"
-        )
-    return "result" in run
-
-
-def _prepare_folder(folder: Path, settings: dict[str, Any], overwrite: bool, process: Process) -> None:
-    process.barrier()
-    if process.is_main:
-        if overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
-        write_json(folder / RUN, {"settings": settings})
-    process.barrier()
 
 
 def _set_up_text(flags: TrainingFlags) -> tuple[MindMergerConfig, ExampleTokenizer]:

@@ -1,0 +1,308 @@
+"""Ask, generate or score, judge: accuracies per language of an LLM with a mapping, or alone."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from common import runs
+from common.distributed import Process, start_process
+from common.errors import InputError
+from common.files import read_json, sha256
+from common.logging import progress, quiet_libraries, say
+from mindmerger.answers import PARSERS, parse_answer
+from mindmerger.base_models import base_config, load_llm
+from mindmerger.batching import Batch, collate, plan_once
+from mindmerger.checkpoint import CONFIG, mapping_file, read_mapping
+from mindmerger.data import Example, read_evaluation
+from mindmerger.decoding import greedy, label_log_likelihoods
+from mindmerger.flags import EvaluationFlags
+from mindmerger.modeling import (
+    MindMergerConfig,
+    MindMergerForCausalLM,
+    Sequence,
+    bos_segment,
+    join,
+    mapping_config,
+    token_segment,
+)
+from mindmerger.report import SCORES, score, table, write_report
+from mindmerger.tasks import EVALUATION_TASKS, Task, find_task, select_languages
+from mindmerger.tokenization import ExampleTokenizer, Tokens, load_tokenizer
+
+ANSWERS = "answers"
+
+
+@dataclass
+class Subject:
+    """Who is asked.
+
+    Attributes:
+        llm: the language model that answers.
+        embed: from a batch to what that model reads.
+        tokenizer: from examples to tokens.
+    """
+
+    llm: PreTrainedModel
+    embed: Callable[[Batch], Sequence]
+    tokenizer: ExampleTokenizer
+
+
+def evaluate(flags: EvaluationFlags) -> None:
+    """Evaluate on every task of `--task`; results in `results/{save_name}/{task}/`, or `{save_name}-baseline`.
+
+    Raises:
+        InputError: before any model loads, whatever is wrong with flags, files, or earlier results in that folder.
+    """
+    process = start_process(flags.device)
+    quiet_libraries()
+    try:
+        _evaluate(flags, process)
+    finally:
+        process.close()
+
+
+def _evaluate(flags: EvaluationFlags, process: Process) -> None:
+    tasks = [find_task(name, EVALUATION_TASKS) for name in flags.task.split(",")]
+    languages = select_languages(flags.languages)
+    problems = {
+        task.name: [
+            example
+            for rows in read_evaluation(
+                Path(flags.data_dir), task, languages or task.languages, flags.test_num
+            ).values()
+            for example in rows
+        ]
+        for task in tasks
+    }
+    config = None if flags.baseline else _mapping_config(flags)
+    uses_prompt = True if config is None else config.augmentation
+    tokenizer = _example_tokenizer(flags, uses_prompt)
+    dtype = _dtype(flags, process)
+
+    root = Path("results") / (f"{flags.save_name}-baseline" if flags.baseline else flags.save_name)
+    settings = {task.name: _settings(flags, problems[task.name], uses_prompt, dtype) for task in tasks}
+    finished = {task.name: runs.is_finished(root / task.name, settings[task.name], flags.overwrite) for task in tasks}
+    subject = None
+    for task in tasks:
+        folder = root / task.name
+        if not finished[task.name]:
+            runs.start(folder, settings[task.name], flags.overwrite, process)
+            subject = subject or _load_subject(flags, config, tokenizer, dtype, process)
+            answer_all(subject, task, problems[task.name], flags, folder, process)
+            if process.is_main:
+                records = sorted(read_answers(folder), key=lambda record: record["problem"])
+                scores = score(task.name, records)
+                write_report(folder, scores, records)
+                runs.finish(folder, settings[task.name], {"average": scores["average"]})
+            process.barrier()
+        say(process, f"\n{task.name}: {folder}\n{table(read_json(folder / SCORES)).expandtabs(14)}")
+
+
+def answer_all(
+    subject: Subject,
+    task: Task,
+    examples: list[Example],
+    flags: EvaluationFlags,
+    folder: Path,
+    process: Process,
+) -> None:
+    """Answer and judge the problems that no earlier run has; this rank's share goes to its file of JSON lines."""
+    done = {record["problem"] for record in read_answers(folder)}
+    # Every rank has read what is done before any rank adds to it.
+    process.barrier()
+    left = [number for number in range(len(examples)) if number not in done]
+    if done:
+        say(process, f"{task.name}: {len(done)} of {len(examples)} problems were answered before")
+    tokens = subject.tokenizer([examples[number] for number in left], with_targets=False)
+    plan = plan_once([len(row) for row in tokens], flags.eval_batch_size, process.world_size)[process.rank]
+
+    by_likelihood = task.labels and flags.classification == "likelihood"
+    answer = _choose if by_likelihood else _generate
+    bar = progress(process, total=sum(map(len, plan)), desc=task.name, unit="problem")
+    right = count = 0
+    with (folder / ANSWERS / f"rank_{process.rank}.jsonl").open("a", encoding="utf-8") as file:
+        for rows in plan:
+            if not rows:
+                continue
+            asked = [examples[left[row]] for row in rows]
+            outputs = answer(subject, asked, [tokens[row] for row in rows], flags.max_gen_len, process.device)
+            for row, example, (output, stopped) in zip(rows, asked, outputs, strict=True):
+                record = judge(example, output, flags.answer_parser)
+                record |= {"problem": left[row], "cut": list(tokens[row].cut), "stopped": stopped}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                right, count = right + record["right"], count + 1
+            file.flush()
+            bar.set_postfix(accuracy=f"{100 * right / count:.1f}")
+            bar.update(len(rows))
+    bar.close()
+    process.barrier()
+
+
+def judge(example: Example, output: str, answer_parser: str) -> dict[str, Any]:
+    """One answer, read and compared with the gold one."""
+    if example.labels:
+        words = {label.lower(): label for label in example.labels}
+        parsed = words.get(output.strip().strip(".").lower())
+        right = parsed == example.target
+    else:
+        number, gold = PARSERS[answer_parser](output), parse_answer(example.target)
+        right = number is not None and math.isclose(number, gold, rel_tol=1e-6)
+        parsed = None if number is None else float(number)
+    return {
+        "language": example.language.name,
+        "question": example.source.text,
+        "output": output,
+        "parsed": parsed,
+        "gold": example.target,
+        "right": right,
+    }
+
+
+def read_answers(folder: Path) -> list[dict[str, Any]]:
+    """The answers that all ranks have written so far; a last line cut short by a kill is dropped from its file."""
+    records: dict[int, dict[str, Any]] = {}
+    (folder / ANSWERS).mkdir(exist_ok=True)
+    for path in sorted((folder / ANSWERS).glob("rank_*.jsonl")):
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                record = json.loads(line)
+                records[record["problem"]] = record
+            except (json.JSONDecodeError, TypeError, KeyError):
+                continue
+    return list(records.values())
+
+
+def _generate(
+    subject: Subject, examples: list[Example], rows: list[Tokens], max_gen_len: int, device: torch.device
+) -> list[tuple[str, bool]]:
+    """(text, whether it ended by itself) of each row, greedily."""
+    tokenizer = subject.tokenizer
+    with torch.inference_mode():
+        sequence = subject.embed(collate(rows, tokenizer.source_pad_id).to(device))
+    eos = _eos_token_ids(subject.llm, tokenizer.llm_tokenizer)
+    outputs = greedy(subject.llm, sequence, max_gen_len, eos)
+    texts = [tokenizer.llm_tokenizer.decode(ids, skip_special_tokens=True) for ids in outputs]
+    return [(text, ids[-1] in eos) for text, ids in zip(texts, outputs, strict=True)]
+
+
+def _choose(
+    subject: Subject, examples: list[Example], rows: list[Tokens], max_gen_len: int, device: torch.device
+) -> list[tuple[str, bool]]:
+    """(most likely label of its own, True) of each row."""
+    words = list(dict.fromkeys(label for example in examples for label in example.labels))
+    with torch.inference_mode():
+        sequence = subject.embed(collate(rows, subject.tokenizer.source_pad_id).to(device))
+    scores = label_log_likelihoods(subject.llm, sequence, [subject.tokenizer.label_ids(word) for word in words])
+    chosen = []
+    for example, row in zip(examples, scores.tolist(), strict=True):
+        chosen.append((max(example.labels, key=lambda label, row=row: row[words.index(label)]), True))
+    return chosen
+
+
+def _eos_token_ids(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    configured = llm.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return {index for index in (*configured, tokenizer.eos_token_id) if index is not None}
+
+
+def _load_subject(
+    flags: EvaluationFlags,
+    config: MindMergerConfig | None,
+    tokenizer: ExampleTokenizer,
+    dtype: torch.dtype,
+    process: Process,
+) -> Subject:
+    if config is None:
+        llm = load_llm(flags.llm_path, flags.llm_revision, dtype, flags.trust_remote_code).to(process.device)
+        bos_token_id = tokenizer.llm_tokenizer.bos_token_id
+
+        def embed_prompt(batch: Batch) -> Sequence:
+            prompt = token_segment(llm, batch.prompt_ids, batch.prompt_attention_mask)
+            return join([*bos_segment(llm, bos_token_id, len(batch.prompt_ids)), prompt])
+
+        return Subject(llm, embed_prompt, tokenizer)
+
+    model = MindMergerForCausalLM.from_pretrained(
+        flags.init_checkpoint, config=config, dtype=dtype, trust_remote_code=flags.trust_remote_code
+    ).to(process.device)
+
+    def embed_all(batch: Batch) -> Sequence:
+        return model.embed(batch.input_ids, batch.attention_mask, batch.prompt_ids, batch.prompt_attention_mask)
+
+    return Subject(model.llm, embed_all, tokenizer)
+
+
+def _mapping_config(flags: EvaluationFlags) -> MindMergerConfig:
+    """The config of the mapping to evaluate, flags before the checkpoint's own record; the mapping is checked."""
+    checkpoint = Path(flags.init_checkpoint)
+    mapping_file(checkpoint)
+    saved = read_json(checkpoint / CONFIG) if (checkpoint / CONFIG).is_file() else {}
+    flags.llm_path = flags.llm_path or saved.get("llm_path")
+    flags.mt_path = flags.mt_path or saved.get("mt_path")
+    if flags.llm_path is None or flags.mt_path is None:
+        raise InputError(f"--llm_path and --mt_path are needed: {checkpoint} does not say which models it joins")
+    llm_tokenizer = load_tokenizer(flags.llm_path, flags.llm_revision, flags.trust_remote_code)
+    config = mapping_config(
+        flags.llm_path,
+        flags.mt_path,
+        llm_tokenizer.bos_token_id,
+        flags.llm_revision,
+        flags.mt_revision,
+        flags.trust_remote_code,
+    )
+    as_trained = saved.get("augmentation")
+    config.augmentation = flags.augmentation
+    if config.augmentation is None:
+        config.augmentation = True if as_trained is None else as_trained
+    read_mapping(checkpoint, config.mt_hidden_size, config.llm_hidden_size)
+    return config
+
+
+def _example_tokenizer(flags: EvaluationFlags, uses_prompt: bool) -> ExampleTokenizer:
+    llm_tokenizer = load_tokenizer(flags.llm_path, flags.llm_revision, flags.trust_remote_code)
+    mt_tokenizer = mt_config = None
+    if not flags.baseline:
+        mt_tokenizer = load_tokenizer(flags.mt_path, flags.mt_revision, flags.trust_remote_code)
+        mt_config = base_config(flags.mt_path, flags.mt_revision, flags.trust_remote_code)
+    return ExampleTokenizer(
+        mt_tokenizer,
+        mt_config,
+        llm_tokenizer,
+        augmentation=uses_prompt,
+        max_seq_len=flags.max_seq_len,
+        max_prompt_len=flags.max_prompt_len,
+        max_gen_len=flags.max_gen_len,
+    )
+
+
+def _dtype(flags: EvaluationFlags, process: Process) -> torch.dtype:
+    if flags.dtype == "auto":
+        return torch.bfloat16 if process.device.type == "cuda" else torch.float32
+    return getattr(torch, flags.dtype)
+
+
+def _settings(flags: EvaluationFlags, examples: list[Example], uses_prompt: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """What makes two evaluations the same one: models, mapping, problems and how they are put and judged."""
+    texts = json.dumps([[e.language.name, e.source.text, e.target] for e in examples], ensure_ascii=False)
+    return {
+        "llm_path": flags.llm_path,
+        "llm_revision": flags.llm_revision,
+        "mt_path": None if flags.baseline else flags.mt_path,
+        "mt_revision": None if flags.baseline else flags.mt_revision,
+        "mapping_sha256": None if flags.baseline else sha256(mapping_file(Path(flags.init_checkpoint))),
+        "augmentation": uses_prompt,
+        "problems_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+        "max_seq_len": flags.max_seq_len,
+        "max_prompt_len": flags.max_prompt_len,
+        "max_gen_len": flags.max_gen_len,
+        "answer_parser": flags.answer_parser,
+        "classification": flags.classification,
+        "dtype": str(dtype).removeprefix("torch."),
+    }

@@ -1,0 +1,18 @@
+"""Evaluate an LLM with a mapping, or alone: `python run_evaluation.py --llm_path L --mt_path M --init_checkpoint C`"""
+
+from common.errors import exit_with_message
+from common.flags import parse_flags
+
+
+def main() -> None:
+    from mindmerger.flags import EvaluationFlags
+
+    flags = parse_flags(EvaluationFlags)
+    # torch and transformers take seconds to import: wrong flags are told before.
+    from mindmerger.evaluation import evaluate
+
+    evaluate(flags)
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
