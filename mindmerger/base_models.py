@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from common.errors import InputError
+from common.errors import InputError, first_line
 
 
 def base_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -25,7 +25,7 @@ def base_config(path: str, revision: str | None = None, trust_remote_code: bool 
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"no model config could be loaded from {path}: {error}") from error
+        raise InputError(f"no model config could be loaded from {path}: {first_line(error)}") from error
 
 
 def load_llm(path: str, revision: str | None, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -67,7 +67,9 @@ def _load(model_class: Any, path: str, **options: Any) -> PreTrainedModel:
     try:
         model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
-        raise InputError(f"no model could be loaded from {path} as {model_class.__name__}: {error}") from error
+        raise InputError(
+            f"no model could be loaded from {path} as {model_class.__name__}: {first_line(error)}"
+        ) from error
     if info["missing_keys"]:
         raise InputError(
             f"{path} lacks weights of {type(model).__name__}, which would start at random: "

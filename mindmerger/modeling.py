@@ -15,10 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import cached_file
 
 from mindmerger.base_models import base_config, load_encoder, load_llm
 from mindmerger.batching import IGNORED
-from mindmerger.checkpoint import read_mapping, write_mapping
+from mindmerger.checkpoint import SAFETENSORS, read_mapping, write_mapping
 
 
 class MindMergerConfig(PretrainedConfig):
@@ -155,8 +156,10 @@ class MindMergerForCausalLM(PreTrainedModel):
         self.encoder = encoder.requires_grad_(False)
         self.llm = llm.requires_grad_(False)
         self.mapping = Mapping(config.mt_hidden_size, config.llm_hidden_size)
-        # No cache is read in training, and an encoder's is never read.
+        # An encoder's cache is never read.
         self.encoder.config.use_cache = False
+        # Frozen weights are in no checkpoint, under whichever of their names (embeddings often have two).
+        self.register_state_dict_post_hook(_keep_mapping)
         self.eval()
 
     @classmethod
@@ -176,20 +179,28 @@ class MindMergerForCausalLM(PreTrainedModel):
         config: MindMergerConfig | None = None,
         dtype: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
+        **hub_options: Any,
     ) -> "MindMergerForCausalLM":
         """Load a mapping saved by `save_pretrained`, and the two models that its config names.
 
         Args:
-            checkpoint: a folder; with `config` given, also a `.safetensors` file or a published `pytorch_model.bin`.
+            checkpoint: a folder or hub id; with `config` given, also a `.safetensors` file or a published
+                `pytorch_model.bin`.
             config: stands in for the folder's own, for instance to name other copies of the two models.
             dtype: of all three parts.
             trust_remote_code: run the code that a base model's repository brings.
+            hub_options: of a download: `revision`, `token`, `cache_dir` and the like.
 
         Raises:
             InputError: a missing file, or a mapping of other models (the tensor is named).
         """
-        config = config or MindMergerConfig.from_pretrained(checkpoint)
-        state = read_mapping(Path(checkpoint), config.mt_hidden_size, config.llm_hidden_size)
+        # The auto classes add these for models of their own.
+        hub_options = {k: v for k, v in hub_options.items() if k not in ("adapter_kwargs", "_from_auto")}
+        config = config or MindMergerConfig.from_pretrained(checkpoint, **hub_options)
+        path = Path(checkpoint)
+        if not path.exists():
+            path = Path(cached_file(str(checkpoint), SAFETENSORS, **hub_options))
+        state = read_mapping(path, config.mt_hidden_size, config.llm_hidden_size)
         model = cls.from_base_models(config, dtype, trust_remote_code)
         model.mapping.load_state_dict(state)
         model.mapping.to(dtype)
@@ -322,20 +333,21 @@ def token_segment(
 
 
 @torch.no_grad()
-def scaled_start(
+def embedding_scale(
     model: MindMergerForCausalLM, input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """A start at the LLM's own scale: mapped vectors as long as its embeddings, the boundary at their mean.
+) -> tuple[torch.Tensor, float]:
+    """What a mapping at PyTorch's initialisation lacks to speak at the LLM's own scale.
 
-    A frozen LLM has only ever read vectors of its embedding table's scale; PyTorch's initialisation, made for
-    hidden layers, exceeds it many times over.
+    A frozen LLM has only ever read vectors of its embedding table; PyTorch's initialisation, made for hidden
+    layers, gives vectors many times as long.
 
     Args:
-        model: with a mapping at PyTorch's initialisation.
+        model: with a fresh mapping.
         input_ids, attention_mask: some sources, [batch, source length], to measure the encoder's scale on.
 
     Returns:
-        New float32 values of `mlp.linear2.weight`, `mlp.linear2.bias` and `end_boundary`.
+        (mean embedding [llm_hidden_size], float32; root mean square of the embeddings over that of the mapped
+        vectors).
     """
     embedding = model.llm.get_input_embeddings()
     total, squares = 0.0, 0.0
@@ -348,12 +360,7 @@ def scaled_start(
     states, mask = model.encode(input_ids, attention_mask)
     vectors, _ = model.mapping(states.to(model.mapping.end_boundary.dtype))
     mapped_rms = float(vectors[mask.bool()].float().square().mean().sqrt())
-    linear2 = model.mapping.mlp.linear2
-    return {
-        "mlp.linear2.weight": linear2.weight.float() * (embedding_rms / mapped_rms),
-        "mlp.linear2.bias": linear2.bias.float() * (embedding_rms / mapped_rms),
-        "end_boundary": (total / embedding.num_embeddings).view(1, 1, -1),
-    }
+    return total / embedding.num_embeddings, embedding_rms / mapped_rms
 
 
 def mapping_config(
@@ -380,6 +387,11 @@ def mapping_config(
         mt_hidden_size=mt.get_text_config().hidden_size,
         llm_bos_token_id=llm_bos_token_id,
     )
+
+
+def _keep_mapping(_: nn.Module, state: dict[str, torch.Tensor], prefix: str, __: Any) -> None:
+    for name in [name for name in state if not name.startswith(f"{prefix}mapping.")]:
+        del state[name]
 
 
 def _checkpointed(forward: Any) -> Any:

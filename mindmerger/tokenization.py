@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from common.errors import InputError
+from common.errors import InputError, first_line
 from mindmerger.data import Example
 from mindmerger.tasks import LANGUAGES, Language, Prompt
 
@@ -43,7 +43,7 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"no tokenizer could be loaded from {path}: {error}") from error
+        raise InputError(f"no tokenizer could be loaded from {path}: {first_line(error)}") from error
 
 
 class ExampleTokenizer:

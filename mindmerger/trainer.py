@@ -5,6 +5,7 @@ import math
 import resource
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mindmerger.batching import Batch, collate, plan_epoch, plan_once
 from mindmerger.checkpoint import PUBLISHED, read_mapping, write_mapping, write_published
 from mindmerger.data import hold_out, read_training
 from mindmerger.flags import TrainingFlags
-from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM, mapping_config, scaled_start
+from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM, embedding_scale, mapping_config
 from mindmerger.tasks import TRAINING_TASKS, find_task, prompt_template, select_languages
 from mindmerger.tokenization import ExampleTokenizer, Tokens, count_cuts, load_tokenizer
 
@@ -43,6 +44,8 @@ def train(flags: TrainingFlags) -> None:
     """
     process = start_process(flags.device, needs_group=True)
     quiet_libraries()
+    # Takes over the process group; ZeRO-3 asks it for the number of ranks while a model is being read.
+    deepspeed.init_distributed()
     try:
         _train(flags, process)
     finally:
@@ -133,17 +136,13 @@ class Stage:
     def initialise_mapping(self) -> None:
         """The start that `--mapping_init` and `--boundary_init` ask for, on a mapping at PyTorch's own."""
         batch = self._batch(list(range(min(32, len(self.train_tokens)))))
-        start = scaled_start(self.model, batch.input_ids, batch.attention_mask)
-        if self.flags.mapping_init == "random":
-            start = {"end_boundary": start["end_boundary"]}
-        if self.flags.boundary_init == "zero":
-            start["end_boundary"].zero_()
-        parameters = dict(self.model.mapping.named_parameters())
-        for name, value in start.items():
-            # Under ZeRO the weights that compute and the float32 ones that learn are two copies.
-            with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0):
-                parameters[name].data.copy_(value)
-            safe_set_full_fp32_param(parameters[name], value)
+        mean, scale = embedding_scale(self.model, batch.input_ids, batch.attention_mask)
+        mapping = self.model.mapping
+        if self.flags.boundary_init == "mean":
+            _change(mapping.end_boundary, lambda zero: zero + mean)
+        if self.flags.mapping_init == "scaled":
+            _change(mapping.mlp.linear2.weight, lambda weight: weight * scale)
+            _change(mapping.mlp.linear2.bias, lambda bias: bias * scale)
 
     def fit(self) -> dict[str, float]:
         """Run all steps that are left; the best mapping is in the stage's folder afterwards.
@@ -271,6 +270,14 @@ class Stage:
     def _batch(self, rows: list[int], tokens: list[Tokens] | None = None) -> Batch:
         chosen = [(self.train_tokens if tokens is None else tokens)[row] for row in rows]
         return collate(chosen, self.source_pad_id).to(self.process.device)
+
+
+def _change(parameter: torch.nn.Parameter, to: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace a parameter's value, whole or partitioned, and its float32 copy, which is what ZeRO's optimizer moves."""
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        value = to(parameter.data.float())
+        parameter.data.copy_(value)
+    safe_set_full_fp32_param(parameter, value)
 
 
 def deepspeed_config(flags: TrainingFlags, process: Process) -> dict[str, Any]:

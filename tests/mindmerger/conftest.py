@@ -1,0 +1,81 @@
+"""Tiny random models of every kind, made once per session, and one small set of rows."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.logging import quiet_libraries
+from mindmerger.base_models import base_config
+from mindmerger.data import Example
+from mindmerger.modeling import MindMergerForCausalLM, mapping_config
+from mindmerger.tasks import LANGUAGES, Prompt, math_prompt
+from mindmerger.tokenization import ExampleTokenizer, load_tokenizer
+from quickstart import tiny
+
+ENCODERS = ("mt5", "nllb", "xlm_roberta", "qwen")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet() -> None:
+    """What a script's run keeps off the terminal, a test keeps out of its report."""
+    quiet_libraries()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of the tiny models, by name."""
+    folder = tmp_path_factory.mktemp("models")
+    makers: dict[str, Callable[[Path], None]] = {
+        "llama": tiny.tiny_llama,
+        "mt5": tiny.tiny_mt5,
+        "nllb": tiny.tiny_nllb,
+        "xlm_roberta": tiny.tiny_xlm_roberta,
+        "qwen": tiny.tiny_qwen,
+    }
+    for name, make in makers.items():
+        make(folder / name)
+    return {name: folder / name for name in makers}
+
+
+@pytest.fixture(scope="session")
+def examples() -> list[Example]:
+    """Rows of very different lengths, in several languages."""
+    texts = [
+        ("German", "Wie viele Äpfel hat Anna?", "3 + 4 = 7.\nThe answer is: 7"),
+        ("Swahili", "Tufaha ngapi?", "The answer is: 2"),
+        (
+            "Chinese",
+            "安娜有3个苹果，又买了4个，给了别人2个。现在有多少个？",
+            "3 + 4 = 7. 7 - 2 = 5.\nThe answer is: 5",
+        ),
+        ("English", "How many apples does Anna have after she has eaten two of five?", "5 - 2 = 3.\nThe answer is: 3"),
+        ("German", "Und jetzt?", "1"),
+    ]
+    return [
+        Example(Prompt("", query, ""), math_prompt(query), target, LANGUAGES[language])
+        for language, query, target in texts
+    ]
+
+
+@pytest.fixture
+def build(models: dict[str, Path]) -> Callable[..., tuple[MindMergerForCausalLM, ExampleTokenizer]]:
+    """Builds (model, tokenizer) of an LLM and an encoder by their names, with a mapping that is not all small."""
+
+    def build_pair(
+        llm: str = "llama", mt: str = "mt5", augmentation: bool = True, **limits: int
+    ) -> tuple[MindMergerForCausalLM, ExampleTokenizer]:
+        llm_path, mt_path = str(models[llm]), str(models[mt])
+        llm_tokenizer = load_tokenizer(llm_path)
+        config = mapping_config(llm_path, mt_path, llm_tokenizer.bos_token_id)
+        torch.manual_seed(1)
+        model = MindMergerForCausalLM.from_base_models(config)
+        torch.nn.init.normal_(model.mapping.end_boundary)
+        limits = {"max_seq_len": 200, "max_prompt_len": 300, "max_gen_len": 60} | limits
+        tokenizer = ExampleTokenizer(
+            load_tokenizer(mt_path), base_config(mt_path), llm_tokenizer, augmentation=augmentation, **limits
+        )
+        return model, tokenizer
+
+    return build_pair

@@ -1,0 +1,228 @@
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GPT2Config, MistralConfig
+
+from mindmerger.batching import IGNORED, Batch, collate
+from mindmerger.data import Example
+from mindmerger.decoding import greedy
+from mindmerger.modeling import MindMergerForCausalLM, embedding_scale, squeeze_padding
+from mindmerger.tokenization import ExampleTokenizer
+from tests.mindmerger.conftest import ENCODERS
+
+Build = Callable[..., tuple[MindMergerForCausalLM, ExampleTokenizer]]
+
+
+def left_padded(batch: Batch) -> Batch:
+    """The same batch with each row's padding moved to the left, as a user's own collator may have it."""
+
+    def flip(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for row, real in zip(ids, mask.bool(), strict=True):
+            rows.append(torch.cat([row[~real], row[real]]))
+        return torch.stack(rows)
+
+    return Batch(
+        flip(batch.input_ids, batch.attention_mask),
+        flip(batch.attention_mask, batch.attention_mask),
+        flip(batch.prompt_ids, batch.prompt_attention_mask),
+        flip(batch.prompt_attention_mask, batch.prompt_attention_mask),
+        flip(batch.labels, batch.labels != IGNORED),
+    )
+
+
+def row_losses(model: MindMergerForCausalLM, batch: Batch) -> list[float]:
+    """Summed loss of each row of a batch, read off the batch's logits."""
+    output = model(**vars(batch))
+    targets = batch.labels[batch.labels != IGNORED]
+    losses = torch.nn.functional.cross_entropy(output.logits, targets, reduction="none")
+    counts = (batch.labels != IGNORED).sum(dim=1).tolist()
+    return [float(part.sum()) for part in losses.split(counts)]
+
+
+@pytest.mark.parametrize("mt", ENCODERS)
+@pytest.mark.parametrize("augmentation", [True, False])
+@torch.no_grad()
+def test_padding_changes_nothing(build: Build, examples: list[Example], mt: str, augmentation: bool) -> None:
+    model, tokenizer = build(mt=mt, augmentation=augmentation)
+    rows = tokenizer(examples)
+    together = collate(rows, tokenizer.source_pad_id)
+    alone = [row_losses(model, collate([row], tokenizer.source_pad_id))[0] for row in rows]
+    assert row_losses(model, together) == pytest.approx(alone, abs=2e-5)
+    assert row_losses(model, left_padded(together)) == pytest.approx(alone, abs=2e-5)
+
+    questions = tokenizer(examples, with_targets=False)
+    together = collate(questions, tokenizer.source_pad_id)
+
+    def answers(batch: Batch) -> list[list[int]]:
+        sequence = model.embed(batch.input_ids, batch.attention_mask, batch.prompt_ids, batch.prompt_attention_mask)
+        return greedy(model.llm, sequence, 12, {2})
+
+    alone_answers = [answers(collate([row], tokenizer.source_pad_id))[0] for row in questions]
+    assert answers(together) == alone_answers
+    assert answers(left_padded(together)) == alone_answers
+    assert len({tuple(answer) for answer in alone_answers}) > 1
+
+
+@pytest.mark.parametrize("mt", ENCODERS)
+def test_loss_equals_a_plain_implementation(
+    build: Build, models: dict[str, Path], examples: list[Example], mt: str
+) -> None:
+    """One row at a time, no padding, every logit, float64 log softmax: written from the definition."""
+    model, tokenizer = build(mt=mt)
+    rows = tokenizer(examples)
+    whole = AutoModel.from_pretrained(models[mt])
+    encoder = whole.get_encoder() if whole.config.is_encoder_decoder else whole
+    llm = AutoModelForCausalLM.from_pretrained(models["llama"])
+    mapping = {name: tensor.detach() for name, tensor in model.mapping.state_dict().items()}
+
+    total, count = 0.0, 0
+    for row in rows:
+        with torch.no_grad():
+            states = encoder(input_ids=torch.tensor([row.source])).last_hidden_state
+            hidden = torch.relu(states @ mapping["mlp.linear1.weight"].T + mapping["mlp.linear1.bias"])
+            vectors = hidden @ mapping["mlp.linear2.weight"].T + mapping["mlp.linear2.bias"]
+            table = llm.model.embed_tokens.weight
+            ids = torch.tensor(row.target)
+            sequence = torch.cat(
+                [table[[1]], vectors[0], mapping["end_boundary"][0], table[torch.tensor(row.prompt)], table[ids]]
+            )
+            logits = llm(inputs_embeds=sequence[None]).logits[0].double()
+        predicting = logits[-len(ids) - 1 : -1].log_softmax(dim=-1)
+        total -= float(predicting[torch.arange(len(ids)), ids].sum())
+        count += len(ids)
+
+    batch = collate(rows, tokenizer.source_pad_id)
+    assert model(**vars(batch)).loss.item() == pytest.approx(total / count, rel=1e-5)
+    assert model(**vars(batch), num_items_in_batch=7).loss.item() == pytest.approx(total / 7, rel=1e-5)
+
+
+LLMS = {
+    "mistral": MistralConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                             num_key_value_heads=2, sliding_window=16),
+    "gemma2": Gemma2Config(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                           num_key_value_heads=2, head_dim=8, sliding_window=16),
+    "gemma3": Gemma3TextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                               num_key_value_heads=2, head_dim=8, sliding_window=16),
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", LLMS)
+@torch.no_grad()
+def test_other_llm_families(build: Build, examples: list[Example], family: str) -> None:
+    """Sliding windows, scaled embeddings, soft-capped logits, learned positions: padding still changes nothing."""
+    model, tokenizer = build()
+    config = LLMS[family]
+    config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = 420, 0, 1, 2
+    torch.manual_seed(0)
+    model.llm = AutoModelForCausalLM.from_config(config).eval()
+    rows = tokenizer(examples)
+    alone = [row_losses(model, collate([row], 0))[0] for row in rows]
+    assert row_losses(model, collate(rows, 0)) == pytest.approx(alone, rel=1e-5)
+    sequences = [model.embed(**vars(collate([row], 0)) | {"labels": None}) for row in rows]
+    answers = [greedy(model.llm, sequence, 8, {2})[0] for sequence in sequences]
+    together = model.embed(**vars(collate(rows, 0)) | {"labels": None})
+    assert greedy(model.llm, together, 8, {2}) == answers
+
+
+def test_only_the_mapping_learns(build: Build, examples: list[Example]) -> None:
+    model, tokenizer = build()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model.train()
+    assert not model.encoder.training and not model.llm.training and model.mapping.training
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-2)
+    for _ in range(3):
+        model(**vars(collate(tokenizer(examples), 0))).loss.backward()
+        optimizer.step()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name in before if name.startswith("mapping.")}
+    assert all(parameter.grad is None for parameter in [*model.encoder.parameters(), *model.llm.parameters()])
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(build: Build, examples: list[Example]) -> None:
+    gradients, forwards = [], []
+    for checkpointed in (False, True):
+        model, tokenizer = build()
+        if checkpointed:
+            model.checkpoint_gradients()
+        calls: list[int] = []
+        # The first module of a layer: recomputation ends as soon as it has what the backward pass needs.
+        model.llm.model.layers[0].input_layernorm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model(**vars(collate(tokenizer(examples), 0))).loss.backward()
+        gradients.append([parameter.grad for parameter in model.mapping.parameters()])
+        forwards.append(len(calls))
+    assert forwards == [1, 2]
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_an_llm_without_bos_gets_none(build: Build, examples: list[Example]) -> None:
+    model, tokenizer = build(llm="qwen")
+    rows = tokenizer(examples[:1])
+    with_bos = model.embed(**vars(collate(rows, 0)))
+    model.config.llm_bos_token_id = None
+    without = model.embed(**vars(collate(rows, 0)))
+    assert with_bos.mask.sum() == len(rows[0])
+    torch.testing.assert_close(without.embeds, with_bos.embeds[:, 1:])
+
+
+@torch.no_grad()
+def test_embedding_scale(build: Build, examples: list[Example]) -> None:
+    model, tokenizer = build()
+    batch = collate(tokenizer(examples), 0)
+    mean, scale = embedding_scale(model, batch.input_ids, batch.attention_mask)
+    table = model.llm.model.embed_tokens.weight
+    torch.testing.assert_close(mean, table.mean(dim=0))
+    model.mapping.mlp.linear2.weight *= scale
+    model.mapping.mlp.linear2.bias *= scale
+    states, mask = model.encode(batch.input_ids, batch.attention_mask)
+    vectors, _ = model.mapping(states)
+    assert float(vectors[mask.bool()].square().mean()) == pytest.approx(float(table.square().mean()), rel=1e-4)
+
+
+@torch.no_grad()
+def test_saved_and_loaded_it_answers_the_same(build: Build, examples: list[Example], tmp_path: Path) -> None:
+    model, tokenizer = build()
+    batch = collate(tokenizer(examples, with_targets=False), 0)
+    inputs = {name: tensor for name, tensor in vars(batch).items() if name != "labels"}
+    expected = model(**inputs).logits
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "pytorch_model.bin"}
+    for loaded in (MindMergerForCausalLM.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert torch.equal(loaded(**inputs).logits, expected)
+    published = MindMergerForCausalLM.from_pretrained(tmp_path / "pytorch_model.bin", config=model.config)
+    assert torch.equal(published(**inputs).logits, expected)
+
+
+@torch.no_grad()
+def test_greedy_equals_hugging_faces_generate(build: Build, examples: list[Example]) -> None:
+    model, tokenizer = build()
+    batch = collate(tokenizer(examples, with_targets=False), 0)
+    inputs = {name: tensor for name, tensor in vars(batch).items() if name != "labels"}
+    # Tokens that these rows do produce, so that rows end at different times.
+    eos = model.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=2, pad_token_id=0)[:2, 5].tolist()
+    generated = model.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=eos, pad_token_id=0)
+    ours = greedy(model.llm, model.embed(**inputs), 20, set(eos))
+    assert len({len(row) for row in ours}) > 1
+    for row, reference in zip(ours, generated.tolist(), strict=True):
+        assert row == reference[: len(row)]
+        assert set(reference[len(row) :]) <= {0}
+
+
+def test_squeeze_padding_keeps_the_order() -> None:
+    mask = torch.tensor([[1, 0, 1, 0, 1], [0, 1, 0, 0, 1]])
+    values = torch.tensor([[1, 0, 2, 0, 3], [0, 4, 0, 0, 5]])
+    assert squeeze_padding(mask, values, "right")[0].tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert squeeze_padding(mask, values, "left")[0].tolist() == [[1, 2, 3], [0, 4, 5]]
+    assert squeeze_padding(mask, values, "left")[1].tolist() == [[1, 1, 1], [0, 1, 1]]
+
+
+def test_batch_moves_all_its_tensors(build: Build, examples: list[Example]) -> None:
+    _, tokenizer = build()
+    moved = collate(tokenizer(examples), 0).to(torch.device("meta"))
+    assert all(getattr(moved, field.name).is_meta for field in dataclasses.fields(moved))

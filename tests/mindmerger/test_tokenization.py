@@ -1,0 +1,98 @@
+from collections.abc import Callable
+
+import pytest
+
+from common.errors import InputError
+from mindmerger.data import Example
+from mindmerger.tasks import LANGUAGES, Prompt, math_prompt, x_csqa_prompt, xnli_prompt
+from mindmerger.tokenization import ExampleTokenizer, count_cuts, load_tokenizer
+
+GERMAN = LANGUAGES["German"]
+
+
+def example(prompt: Prompt, target: str = "7", language: str = "German") -> Example:
+    return Example(Prompt("", prompt.query, ""), prompt, target, LANGUAGES[language])
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        math_prompt("Anna hat viele Äpfel. " * 40),
+        x_csqa_prompt("Wo kauft man Äpfel? " * 40, ["Markt", "Mond", "Meer", "Moor", "Mars"]),
+        xnli_prompt("Anna kauft Äpfel auf dem Markt. " * 40, "Anna war auf dem Markt."),
+    ],
+)
+def test_a_cut_prompt_keeps_template_and_tail(build: Callable, prompt: Prompt) -> None:
+    _, tokenizer = build(max_prompt_len=260, max_seq_len=50)
+    tokens = tokenizer([example(prompt)])[0]
+    text = tokenizer.llm_tokenizer.decode(tokens.prompt)
+    assert text.startswith(prompt.before) and text.endswith(prompt.after)
+    kept = text.removeprefix(prompt.before).removesuffix(prompt.after)
+    assert prompt.query.startswith(kept)
+    # As much of the query stays as fits: its next character would not.
+    longer = prompt.before + prompt.query[: len(kept) + 1] + prompt.after
+    assert len(tokens.prompt) <= 260 < len(tokenizer.llm_tokenizer(longer, add_special_tokens=False).input_ids)
+    assert len(tokens.source) <= 50
+    assert tokens.cut == ("source", "prompt")
+    assert count_cuts([tokens, tokens]) == {"German": {"source": 2, "prompt": 2}}
+
+
+def test_a_cut_target_carries_no_eos(build: Callable) -> None:
+    _, tokenizer = build(max_gen_len=5)
+    target = "3 + 4 = 7. The answer is: 7"
+    ids = tokenizer.llm_tokenizer(target, add_special_tokens=False).input_ids
+    cut = tokenizer([example(math_prompt("?"), target)])[0]
+    assert (cut.target, cut.cut) == (ids[:5], ("target",))
+    _, tokenizer = build(max_gen_len=len(ids) + 1)
+    whole = tokenizer([example(math_prompt("?"), target)])[0]
+    assert (whole.target, whole.cut) == ([*ids, 2], ())
+    _, tokenizer = build(max_gen_len=len(ids))
+    assert tokenizer([example(math_prompt("?"), target)])[0].target == ids
+
+
+def test_special_tokens_are_added_by_id_and_once(build: Callable) -> None:
+    prompt = math_prompt("Anna")
+    for mt, prefix in (("mt5", []), ("xlm_roberta", ["<s>"]), ("nllb", ["deu_Latn"]), ("qwen", [])):
+        _, tokenizer = build(mt=mt)
+        tokens = tokenizer([example(prompt)])[0]
+        suffix = [] if mt == "qwen" else ["</s>"]
+        plain = tokenizer.mt_tokenizer.tokenize("Anna")
+        assert tokenizer.mt_tokenizer.convert_ids_to_tokens(tokens.source) == [*prefix, *plain, *suffix]
+        assert 1 not in tokens.prompt and 2 not in tokens.prompt
+        assert tokenizer.llm_tokenizer.decode(tokens.prompt) == prompt.text
+
+
+def test_a_template_longer_than_its_limit_is_refused(build: Callable) -> None:
+    _, tokenizer = build(max_prompt_len=10)
+    with pytest.raises(InputError, match="--max_prompt_len 10 leaves no room: the template alone has"):
+        tokenizer([example(math_prompt("Anna"))])
+
+
+def test_without_augmentation_there_is_no_prompt(build: Callable) -> None:
+    _, tokenizer = build(augmentation=False)
+    assert tokenizer([example(math_prompt("Anna"))])[0].prompt == []
+
+
+def test_an_encoder_that_lacks_a_language_says_so(build: Callable) -> None:
+    _, tokenizer = build(mt="nllb")
+    tokenizer._names_language, tokenizer.mt_tokenizer = True, load_tokenizer(tokenizer.llm_tokenizer.name_or_path)
+    with pytest.raises(InputError, match="no language token for Telugu"):
+        tokenizer([example(math_prompt("?"), language="Telugu")])
+
+
+def test_language_tokens_of_nllb_and_m2m100_exist() -> None:
+    """Against the lists that transformers itself carries; M2M100 was never trained on Telugu."""
+    from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES as M2M100
+    from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES as NLLB
+
+    assert {language.name for language in LANGUAGES.values() if language.nllb not in NLLB} == set()
+    assert {language.name for language in LANGUAGES.values() if language.code not in M2M100["m2m100"]} == {"Telugu"}
+
+
+def test_the_llm_alone_reads_no_source(build: Callable) -> None:
+    _, pair = build()
+    alone = ExampleTokenizer(
+        None, None, pair.llm_tokenizer, augmentation=True, max_seq_len=9, max_prompt_len=300, max_gen_len=9
+    )
+    tokens = alone([example(math_prompt("Anna"))], with_targets=False)[0]
+    assert (tokens.source, tokens.target, alone.source_pad_id) == ([], [], 0)
