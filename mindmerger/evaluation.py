@@ -89,13 +89,16 @@ def _evaluate(flags: EvaluationFlags, process: Process) -> None:
     root = Path("results") / (f"{flags.save_name}-baseline" if flags.baseline else flags.save_name)
     settings = {task.name: _settings(flags, problems[task.name], uses_prompt, dtype) for task in tasks}
     finished = {task.name: runs.is_finished(root / task.name, settings[task.name], flags.overwrite) for task in tasks}
+    tokens = {
+        name: tokenizer(examples, with_targets=False) for name, examples in problems.items() if not finished[name]
+    }
     subject = None
     for task in tasks:
         folder = root / task.name
         if not finished[task.name]:
             runs.start(folder, settings[task.name], flags.overwrite, process)
             subject = subject or _load_subject(flags, config, tokenizer, dtype, process)
-            answer_all(subject, task, problems[task.name], flags, folder, process)
+            answer_all(subject, task, problems[task.name], tokens[task.name], flags, folder, process)
             if process.is_main:
                 records = sorted(read_answers(folder), key=lambda record: record["problem"])
                 scores = score(task.name, records)
@@ -109,6 +112,7 @@ def answer_all(
     subject: Subject,
     task: Task,
     examples: list[Example],
+    tokens: list[Tokens],
     flags: EvaluationFlags,
     folder: Path,
     process: Process,
@@ -120,22 +124,25 @@ def answer_all(
     left = [number for number in range(len(examples)) if number not in done]
     if done:
         say(process, f"{task.name}: {len(done)} of {len(examples)} problems were answered before")
-    tokens = subject.tokenizer([examples[number] for number in left], with_targets=False)
-    plan = plan_once([len(row) for row in tokens], flags.eval_batch_size, process.world_size)[process.rank]
+    lengths = [len(tokens[number]) for number in left]
+    plan = plan_once(lengths, flags.eval_batch_size, process.world_size)[process.rank]
 
     by_likelihood = task.labels and flags.classification == "likelihood"
     answer = _choose if by_likelihood else _generate
     bar = progress(process, total=sum(map(len, plan)), desc=task.name, unit="problem")
     right = count = 0
     with (folder / ANSWERS / f"rank_{process.rank}.jsonl").open("a", encoding="utf-8") as file:
+        # The line that an earlier run was writing when it was killed has no end.
+        file.write("\n" if file.tell() else "")
         for rows in plan:
             if not rows:
                 continue
-            asked = [examples[left[row]] for row in rows]
-            outputs = answer(subject, asked, [tokens[row] for row in rows], flags.max_gen_len, process.device)
-            for row, example, (output, stopped) in zip(rows, asked, outputs, strict=True):
-                record = judge(example, output, flags.answer_parser)
-                record |= {"problem": left[row], "cut": list(tokens[row].cut), "stopped": stopped}
+            numbers = [left[row] for row in rows]
+            asked = [examples[number] for number in numbers]
+            outputs = answer(subject, asked, [tokens[number] for number in numbers], flags.max_gen_len, process.device)
+            for number, (output, stopped) in zip(numbers, outputs, strict=True):
+                record = judge(examples[number], output, flags.answer_parser)
+                record |= {"problem": number, "cut": list(tokens[number].cut), "stopped": stopped}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 right, count = right + record["right"], count + 1
             file.flush()

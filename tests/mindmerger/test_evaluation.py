@@ -1,0 +1,190 @@
+"""`run_evaluation.py` on tiny models: alone, with a mapping, on several ranks, in pieces."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import InputError
+from common.flags import parse_flags
+from mindmerger.batching import collate
+from mindmerger.data import Example
+from mindmerger.decoding import label_log_likelihoods
+from mindmerger.evaluation import evaluate, judge, read_answers
+from mindmerger.flags import EvaluationFlags
+from mindmerger.tasks import LANGUAGES, Prompt
+from tests.mindmerger.datas import write_datas
+from tests.mindmerger.scripts import run, torchrun_command
+
+Words = tuple[object, ...]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation")
+    write_datas(folder / "datas")
+    return folder
+
+
+@pytest.fixture
+def words(work: Path, build: Callable, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Words:
+    """Flags that evaluate a random mapping, from a user's folder."""
+    monkeypatch.chdir(work)
+    model, _ = build()
+    model.save_pretrained(work / "checkpoint")
+    return ("--llm_path", models["llama"], "--mt_path", models["mt5"], "--init_checkpoint", "checkpoint",
+            "--max_gen_len", 12)  # fmt: skip
+
+
+def evaluate_words(*words: object) -> None:
+    evaluate(parse_flags(EvaluationFlags, [str(word) for word in words]))
+
+
+def predictions(folder: Path) -> dict[str, list[dict]]:
+    return {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted((folder / "predictions").iterdir())
+    }
+
+
+def test_all_tasks_with_every_output(words: Words) -> None:
+    evaluate_words(*words, "--task", "mgsm,msvamp,x-csqa,xnli", "--save_name", "all")
+    for task, languages in {"mgsm": 11, "msvamp": 10, "x-csqa": 16, "xnli": 15}.items():
+        folder = Path("results/all") / task
+        scores = json.loads((folder / "scores.json").read_text())
+        assert len(scores["languages"]) == languages
+        assert {entry["count"] for entry in scores["languages"].values()} == {2}
+        assert (folder / "scores.tsv").exists() and (folder / "accuracy.png").exists()
+        rows = [row for rows in predictions(folder).values() for row in rows]
+        assert len(rows) == 2 * languages
+        assert {"language", "question", "output", "parsed", "gold", "right", "cut"} <= rows[0].keys()
+        for language, entry in scores["languages"].items():
+            right = [row["right"] for row in rows if row["language"] == language]
+            assert entry["accuracy"] == sum(right) / 2
+    chosen = {row["output"] for rows in predictions(Path("results/all/xnli")).values() for row in rows}
+    assert chosen <= {"entailment", "neutral", "contradiction"}
+
+
+def test_two_ranks_answer_each_problem_once_and_as_one_does(work: Path, words: Words) -> None:
+    command = torchrun_command(2, "run_evaluation.py", *words, "--save_name", "two", "--eval_batch_size", 3)
+    run(command, work)
+    evaluate_words(*words, "--save_name", "one", "--eval_batch_size", 8)
+    assert predictions(Path("results/two/mgsm")) == predictions(Path("results/one/mgsm"))
+    shares = [len(path.read_text().splitlines()) for path in Path("results/two/mgsm/answers").iterdir()]
+    assert sum(shares) == 22 and min(shares) >= 8
+
+
+def test_a_second_run_continues_where_the_first_stopped(words: Words, capsys: pytest.CaptureFixture) -> None:
+    evaluate_words(*words, "--save_name", "stopped")
+    folder = Path("results/stopped/mgsm")
+    before = predictions(folder)
+    answers = folder / "answers/rank_0.jsonl"
+    lines = answers.read_text().splitlines(keepends=True)
+    # As a kill in the middle of a line leaves it.
+    answers.write_text("".join(lines[:9]) + lines[9][:40])
+    settings = json.loads((folder / "run.json").read_text())["settings"]
+    (folder / "run.json").write_text(json.dumps({"settings": settings}))
+    capsys.readouterr()
+    evaluate_words(*words, "--save_name", "stopped")
+    assert "9 of 22 problems were answered before" in capsys.readouterr().out
+    assert predictions(folder) == before
+
+    evaluate_words(*words, "--save_name", "stopped")
+    assert "answered before" not in capsys.readouterr().out
+    with pytest.raises(InputError, match="max_gen_len was 12, now 13.*--overwrite"):
+        evaluate_words(*words, "--save_name", "stopped", "--max_gen_len", 13)
+    evaluate_words(*words, "--save_name", "stopped", "--max_gen_len", 13, "--overwrite")
+
+
+def test_every_form_of_a_checkpoint_answers_alike(words: Words) -> None:
+    results = []
+    for form in ("checkpoint", "checkpoint/model.safetensors", "checkpoint/pytorch_model.bin"):
+        save_name = form.replace("/", "_")
+        evaluate_words(*words, "--init_checkpoint", form, "--save_name", save_name, "--languages", "de,en")
+        results.append(predictions(Path("results") / save_name / "mgsm"))
+    assert results[0] == results[1] == results[2]
+
+
+def test_the_baseline_is_the_llm_alone_on_the_same_prompts(words: Words, build: Callable, models: dict) -> None:
+    evaluate_words("--baseline", "--llm_path", models["llama"], "--max_gen_len", 12, "--languages", "de")
+    rows = predictions(Path("results/MergeMinds-baseline/mgsm"))["de"]
+    model, tokenizer = build()
+    for row in rows:
+        prompt = (
+            "Below is an instruction that describes a task. Write a response that appropriately completes the "
+            f"request.\n\n### Instruction:\n{row['question']}\n\n### Response: Let's think step by step."
+        )
+        ids = torch.tensor([[1, *tokenizer.llm_tokenizer(prompt, add_special_tokens=False).input_ids]])
+        new = model.llm.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        assert row["output"] == tokenizer.llm_tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_label_likelihoods_equal_the_loss_of_each_label_as_target(build: Callable, examples: list[Example]) -> None:
+    model, tokenizer = build()
+    labels = ["A", "entailment", "no", "contradiction"]
+    label_ids = [tokenizer.label_ids(label) for label in labels]
+    assert len({len(ids) for ids in label_ids}) > 2
+    questions = tokenizer(examples, with_targets=False)
+    with torch.no_grad():
+        batch = collate(questions, tokenizer.source_pad_id)
+        sequence = model.embed(**vars(batch) | {"labels": None})
+        scores = label_log_likelihoods(model.llm, sequence, label_ids)
+        for row, question in enumerate(questions):
+            for column, ids in enumerate(label_ids):
+                one = collate([question], tokenizer.source_pad_id)
+                one.labels = torch.tensor([ids])
+                loss = model(**vars(one), num_items_in_batch=1.0).loss
+                assert float(scores[row, column]) == pytest.approx(-float(loss), abs=1e-4)
+        singles = label_log_likelihoods(model.llm, sequence, label_ids[:1])
+    torch.testing.assert_close(singles, scores[:, :1])
+
+
+def test_classification_by_generation_as_published(words: Words) -> None:
+    evaluate_words(*words, "--task", "xnli", "--languages", "de", "--classification", "generation", "--save_name", "g")
+    scores = json.loads(Path("results/g/xnli/scores.json").read_text())
+    # A random model says no label word, and is not credited with one.
+    assert scores["languages"]["German"]["unanswered"] == 2
+
+
+def test_answers_are_judged_as_numbers_or_as_labels() -> None:
+    def example(target: str, labels: tuple[str, ...] = ()) -> Example:
+        return Example(Prompt("", "q", ""), Prompt("", "q", ""), target, LANGUAGES["German"], labels)
+
+    assert judge(example("2,125"), "So 2125.0 it is", "default")["right"]
+    assert judge(example("8.0"), "The answer is: 8", "default")["right"]
+    assert not judge(example("0"), "I do not know", "default")["right"]
+    assert judge(example("0"), "I do not know", "published")["right"]
+    assert not judge(example("-5"), "-5", "published")["right"]
+    assert judge(example("B", tuple("ABC")), " B.", "default")["right"]
+    assert judge(example("B", tuple("ABC")), "D", "default")["parsed"] is None
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--task", "gsm8k"), "--task 'gsm8k' is not one of: mgsm, msvamp, x-csqa, xnli"),
+        (("--baseline",), "--baseline is the LLM alone: leave --init_checkpoint out"),
+        (("--init_checkpoint", "nowhere"), "no mapping at nowhere"),
+        (("--test_num", "0"), "--test_num 0 must be above 0"),
+        (("--data_dir", "nowhere"), "mgsm_te.tsv: no such file"),
+        (("--max_prompt_len", "5"), "--max_prompt_len 5 leaves no room"),
+    ],
+)
+def test_bad_input_is_told_before_anything_loads(words: Words, more: Words, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        evaluate_words(*words, "--save_name", "refused", *more)
+    assert message in str(error.value)
+
+
+def test_a_mapping_of_another_encoder_is_refused(words: Words, models: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match=r"mlp.linear1.weight is \[48, 24\], these models need \[32, 16\]"):
+        evaluate_words(*words, "--mt_path", models["xlm_roberta"], "--save_name", "refused")
+    assert not Path("results/refused").exists()
+
+
+def test_answers_of_a_broken_file_are_those_that_are_whole(tmp_path: Path) -> None:
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers/rank_0.jsonl").write_bytes(b'{"problem": 3}\n[1]\n\xff\xfe\n{"problem": 4}\n{"prob')
+    assert [record["problem"] for record in read_answers(tmp_path)] == [3, 4]
