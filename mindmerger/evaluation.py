@@ -232,7 +232,7 @@ def _load_subject(
 
         def embed_prompt(batch: Batch) -> Sequence:
             prompt = token_segment(llm, batch.prompt_ids, batch.prompt_attention_mask)
-            return join([*bos_segment(llm, bos_token_id, len(batch.prompt_ids)), prompt])
+            return join([*bos_segment(llm, bos_token_id, batch.prompt_attention_mask), prompt])
 
         return Subject(llm, embed_prompt, tokenizer)
 

@@ -247,7 +247,7 @@ class MindMergerForCausalLM(PreTrainedModel):
         vectors, boundary = self.mapping(states.to(self.mapping.end_boundary.dtype))
         dtype = self.llm.get_input_embeddings().weight.dtype
         segments = [
-            *bos_segment(self.llm, self.config.llm_bos_token_id, len(states)),
+            *bos_segment(self.llm, self.config.llm_bos_token_id, states_mask),
             (vectors.to(dtype), states_mask),
             (boundary.to(dtype), states_mask.new_ones(len(states), 1)),
         ]
@@ -317,11 +317,13 @@ AutoConfig.register("mindmerger", MindMergerConfig)
 AutoModelForCausalLM.register(MindMergerConfig, MindMergerForCausalLM)
 
 
-def bos_segment(llm: PreTrainedModel, bos_token_id: int | None, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The one segment that opens `rows` sequences, or none for an LLM without a bos token."""
+def bos_segment(
+    llm: PreTrainedModel, bos_token_id: int | None, mask: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The one segment that opens as many sequences as `mask` has rows, or none for an LLM without a bos token."""
     if bos_token_id is None:
         return []
-    bos = torch.full((rows, 1), bos_token_id, device=llm.device)
+    bos = torch.full_like(mask[:, :1], bos_token_id)
     return [token_segment(llm, bos, torch.ones_like(bos))]
 
 

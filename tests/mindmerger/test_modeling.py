@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GPT2Config, MistralConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    MistralConfig,
+)
 
 from mindmerger.batching import IGNORED, Batch, collate
 from mindmerger.data import Example
@@ -142,6 +150,13 @@ def test_only_the_mapping_learns(build: Build, examples: list[Example]) -> None:
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {name for name in before if name.startswith("mapping.")}
     assert all(parameter.grad is None for parameter in [*model.encoder.parameters(), *model.llm.parameters()])
+
+
+@pytest.mark.parametrize("mt", ["mt5", "nllb"])
+def test_of_an_encoder_decoder_only_the_encoder_is_in_memory(build: Build, models: dict[str, Path], mt: str) -> None:
+    model, _ = build(mt=mt)
+    whole = AutoModelForSeq2SeqLM.from_pretrained(models[mt]).get_encoder()
+    assert sum(p.numel() for p in model.encoder.parameters()) == sum(p.numel() for p in whole.parameters())
 
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing(build: Build, examples: list[Example]) -> None:

@@ -112,6 +112,31 @@ def test_micro_batch_accumulation_ranks_and_zero_stage_change_nothing(
     assert ours == pytest.approx(theirs, rel=1e-5) and len(ours) == 3
 
 
+def test_only_the_mapping_has_gradients_and_optimizer_state(
+    work: Path, small: Words, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under DeepSpeed, too, frozen weights are bit for bit what they were, and the optimizer knows none of them."""
+    from common.flags import parse_flags
+    from mindmerger import trainer
+    from mindmerger.flags import TrainingFlags
+
+    stages = []
+    fit = trainer.Stage.fit
+    monkeypatch.setattr(trainer.Stage, "fit", lambda stage: (stages.append(stage), fit(stage))[1])
+    monkeypatch.chdir(work)
+    trainer.train(parse_flags(TrainingFlags, [str(word) for word in (*small, "--save_name", "in_process")]))
+
+    (stage,) = stages
+    fresh = trainer.MindMergerForCausalLM.from_base_models(stage.model.config)
+    for part in ("encoder", "llm"):
+        trained = dict(getattr(stage.model, part).named_parameters())
+        for name, parameter in getattr(fresh, part).named_parameters():
+            assert torch.equal(trained[name], parameter) and trained[name].grad is None
+    mapping = sum(parameter.numel() for parameter in stage.model.mapping.parameters())
+    moments = stage.engine.optimizer.optimizer.state.values()
+    assert sum(state["exp_avg"].numel() for state in moments) == mapping
+
+
 def test_bf16_on_the_cpu_as_on_a_gpu(work: Path, small: Words, reference: dict[str, torch.Tensor]) -> None:
     config = REPOSITORY / "configs/deepspeed/zero2_bf16.json"
     run(python_command("run_training.py", *small, "--deepspeed_config", config, "--save_name", "bf16"), work)
