@@ -94,7 +94,7 @@ def _bar_chart(scores: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(max(4.0, 0.8 * len(languages) + 1.5), 4.0), layout="constrained")
     axes = figure.add_subplot()
     bars = axes.bar(languages, heights, yerr=[below, above], color="#4c78a8", ecolor="#555555", capsize=3)
-    axes.bar_label(bars, [f"{height:.1f}" for height in heights], label_type="center", color="white", fontsize=8)
+    axes.bar_label(bars, [f"{height:.1f}" for height in heights], padding=2, fontsize=8)
     axes.axhline(scores["average"] * 100, color="#e45756", linewidth=1, label=f"average {scores['average'] * 100:.1f}")
     axes.set_ylabel("accuracy, % (95% Wilson interval)")
     axes.set_ylim(0, max(5.0, min(100.0, 1.15 * max(h + a for h, a in zip(heights, above, strict=True)))))

@@ -1,0 +1,113 @@
+"""Does anything of the source get through a trained mapping? Its dev perplexity beside that of shuffled sources.
+
+    python -m benchmarks.mapping_control --init_checkpoint outputs/MergeMinds/mapping --data_dir D \\
+        --languages de,es,fr --train_num N --dev_size M
+
+with the languages, N, M and seed of the training run, so that the same dev rows are held out. A mapping that has only
+taught the LLM what such targets look like has the same perplexity on both. The last line is one JSON object.
+"""
+
+import json
+import math
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from common.errors import InputError, exit_with_message
+from common.flags import flag, parse_flags
+from common.logging import quiet_libraries
+from mindmerger.base_models import base_config
+from mindmerger.batching import collate, plan_once
+from mindmerger.data import hold_out, read_training
+from mindmerger.decoding import greedy
+from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM
+from mindmerger.tasks import TRAINING_TASKS, find_task, select_languages
+from mindmerger.tokenization import ExampleTokenizer, Tokens, load_tokenizer
+
+
+@dataclass
+class ControlFlags:
+    """Perplexity of a mapping's dev rows, with their own sources and with sources shuffled among the targets."""
+
+    init_checkpoint: str | None = flag(None, "folder of a mapping")
+    data_dir: str = flag("./datas", "folder in the published data layout")
+    languages: str | None = flag(None, "comma-separated, as in training")
+    train_num: int = flag(100_000, "rows per language, as in training")
+    dev_size: int = flag(3000, "rows held out, as in training")
+    seed: int = flag(0, "as in training")
+    max_seq_len: int = flag(256, "tokens of a source")
+    max_gen_len: int = flag(256, "tokens of a target")
+    eval_batch_size: int = flag(12, "rows of a batch")
+    translations: int = flag(5, "dev rows to translate greedily")
+
+    def __post_init__(self) -> None:
+        if self.init_checkpoint is None:
+            raise InputError("--init_checkpoint is needed: the mapping to measure")
+
+
+@torch.inference_mode()
+def perplexity(model: MindMergerForCausalLM, rows: list[Tokens], batch_size: int, source_pad_id: int) -> float:
+    """exp of the mean loss over all target tokens."""
+    (plan,) = plan_once([len(row) for row in rows], batch_size, ranks=1)
+    loss = sum(
+        float(model(**vars(collate([rows[i] for i in batch], source_pad_id)), num_items_in_batch=1.0).loss)
+        for batch in plan
+    )
+    return math.exp(loss / sum(len(row.target) for row in rows))
+
+
+def shuffled_sources(rows: list[Tokens], seed: int) -> list[Tokens]:
+    """The rows with each target beside another row's source."""
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    # A cycle through the shuffled rows leaves none with its own.
+    partner = {row: order[(place + 1) % len(order)] for place, row in enumerate(order)}
+    return [replace(row, source=rows[partner[number]].source) for number, row in enumerate(rows)]
+
+
+def main() -> None:
+    flags = parse_flags(ControlFlags)
+    quiet_libraries()
+    set_seed(flags.seed)
+    config = MindMergerConfig.from_pretrained(flags.init_checkpoint)
+    task = find_task(config.task, TRAINING_TASKS)
+    languages = select_languages(flags.languages)
+    examples = read_training(Path(flags.data_dir), task, config.stage, languages, flags.train_num)
+    dev, _ = hold_out(examples, flags.dev_size, flags.seed)
+    tokenizer = ExampleTokenizer(
+        load_tokenizer(config.mt_path),
+        base_config(config.mt_path),
+        load_tokenizer(config.llm_path),
+        augmentation=config.augmentation,
+        max_seq_len=flags.max_seq_len,
+        max_prompt_len=flags.max_gen_len,
+        max_gen_len=flags.max_gen_len,
+    )
+    rows = tokenizer(dev)
+    model = MindMergerForCausalLM.from_pretrained(flags.init_checkpoint)
+
+    pad_id, result = tokenizer.source_pad_id, {}
+    for language in dict.fromkeys(row.language for row in rows):
+        own = [row for row in rows if row.language == language]
+        result[language] = {
+            "rows": len(own),
+            "perplexity": round(perplexity(model, own, flags.eval_batch_size, pad_id), 3),
+            "shuffled": round(perplexity(model, shuffled_sources(own, flags.seed), flags.eval_batch_size, pad_id), 3),
+        }
+        print(language, result[language])
+
+    for example, row in zip(dev[: flags.translations], rows, strict=False):
+        inputs = vars(collate([row], pad_id)) | {"labels": None}
+        with torch.inference_mode():
+            sequence = model.embed(**inputs)
+        ids = greedy(model.llm, sequence, 80, {tokenizer.llm_tokenizer.eos_token_id})[0]
+        text = tokenizer.llm_tokenizer.decode(ids, skip_special_tokens=True)
+        print(f"\n{example.language.name}: {example.source.text}\nmeant:   {example.target}\nwritten: {text}")
+    print(json.dumps({"benchmark": "mapping_control", "checkpoint": flags.init_checkpoint, "languages": result}))
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
