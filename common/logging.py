@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from common.distributed import Process
+from common.files import write_text
 
 
 def quiet_libraries() -> None:
@@ -35,17 +36,31 @@ def progress(process: Process, iterable: Iterable | None = None, **options: Any)
 
 
 class Metrics:
-    """Numbers of a run, as JSON lines in `metrics.jsonl` and as TensorBoard events in the same folder."""
+    """Numbers of a run, as JSON lines in `metrics.jsonl` and as TensorBoard events in the same folder.
 
-    def __init__(self, process: Process, folder: Path):
+    Args:
+        process: only the main one writes.
+        folder: of the run.
+        done: steps that a continued run starts after; what an interrupted one wrote of later steps is dropped.
+    """
+
+    def __init__(self, process: Process, folder: Path, done: int = 0):
         self._file = self._board = None
         if process.is_main:
             # TensorBoard takes seconds to import, and only the rank that writes needs it.
             from torch.utils.tensorboard import SummaryWriter
 
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            path = folder / "metrics.jsonl"
+            kept = []
+            if done and path.exists():
+                # A last line without its end was being written when the run was killed.
+                lines = [
+                    line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"
+                ]
+                kept = [line for line in lines if json.loads(line)["step"] <= done]
+            write_text(path, "".join(kept))
+            self._file = path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
 
     def write(self, step: int, **values: float) -> None:
         """Record `values` at optimizer step `step`."""

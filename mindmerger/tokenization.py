@@ -81,8 +81,11 @@ class ExampleTokenizer:
         self.max_seq_len = max_seq_len
         self.max_prompt_len = max_prompt_len
         self.max_gen_len = max_gen_len
-        self._source_prefix, self._source_suffix = _special_tokens(mt_tokenizer) if mt_tokenizer else ([], [])
         self._names_language = mt_config is not None and mt_config.model_type == "m2m_100"
+        self._source_prefix, self._source_suffix = _special_tokens(mt_tokenizer) if mt_tokenizer else ([], [])
+        if self._names_language:
+            # Where such a tokenizer itself puts the language has changed; the models were trained on this order.
+            self._source_suffix = [mt_tokenizer.eos_token_id]
 
     @property
     def source_pad_id(self) -> int:
@@ -97,7 +100,8 @@ class ExampleTokenizer:
             InputError: a template alone is longer than its limit, or the encoder lacks a source's language.
         """
         if self.mt_tokenizer is not None:
-            limit = self.max_seq_len - len(self._source_prefix) - len(self._source_suffix)
+            specials = (1 if self._names_language else len(self._source_prefix)) + len(self._source_suffix)
+            limit = self.max_seq_len - specials
             sources = _fit_all([example.source for example in examples], self.mt_tokenizer, limit, "--max_seq_len")
         else:
             sources = [([], False)] * len(examples)

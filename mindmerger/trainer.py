@@ -152,7 +152,7 @@ class Stage:
         """
         flags, started = self.flags, time.monotonic()
         done = self._load_state()
-        metrics = Metrics(self.process, self.folder)
+        metrics = Metrics(self.process, self.folder, done)
         if done:
             say(self.process, f"continuing after step {done} of {self.total_steps}")
         elif self.dev_tokens:
