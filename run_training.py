@@ -1,5 +1,7 @@
 """Train MindMerger's mapping, one stage at a time: `deepspeed run_training.py --deepspeed --llm_path L ...`"""
 
+import os
+
 from common.errors import exit_with_message
 from common.flags import parse_flags
 
@@ -8,6 +10,9 @@ def main() -> None:
     from mindmerger.flags import TrainingFlags
 
     flags = parse_flags(TrainingFlags)
+    if flags.device == "cpu":
+        # DeepSpeed picks its device when it is imported.
+        os.environ["DS_ACCELERATOR"] = "cpu"
     # DeepSpeed and transformers take seconds to import: wrong flags are told before.
     from mindmerger.trainer import train
 

@@ -85,7 +85,7 @@ def start_process(
         chosen = torch.device(device)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, AttributeError) as error:
         raise InputError(f"--device {device}: {error}") from error
 
     backend = "nccl" if chosen.type == "cuda" else "gloo"

@@ -1,6 +1,5 @@
 """Command lines and YAML files, parsed as one: a dataclass holds the flags, the command line wins."""
 
-import argparse
 import dataclasses
 import difflib
 import sys
@@ -39,7 +38,7 @@ def parse_flags(flags_class: type[Flags], argv: list[str] | None = None, presets
     if presets is not None and words and not words[0].startswith("-"):
         words[:1] = ["--config", str(_preset(presets, words[0]))]
 
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser = _Parser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config", type=Path)
     config = config_parser.parse_known_args(words)[0].config
     from_file = [] if config is None else _words_of_yaml(config, parser)

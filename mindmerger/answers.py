@@ -9,7 +9,8 @@ _MARKER = re.compile(r"the\s+(?:final\s+)?answer\s+is|####|\\boxed\s*\{", re.IGN
 
 # In the order in which they are tried; `'` stands for every separator that is no comma and no point.
 _UNSIGNED = r"""
-        (?<!\d,)\d{1,3}(?:,\d{2,3})*,\d{3}(?![,\d])(?:\.\d+)?   # 1,234,567.8 and India's 1,23,456
+        (?<![\d.,])\d{1,3}(?:[ ]\d{3})+(?![.,]?\d)              # 1 234
+      | (?<!\d,)\d{1,3}(?:,\d{2,3})*,\d{3}(?![,\d])(?:\.\d+)?   # 1,234,567.8 and India's 1,23,456
       | \d{1,3}(?:\.\d{3})+,\d+                                 # 1.234,56
       | \d{1,3}(?:\.\d{3}){2,}                                  # 1.234.567
       | \d{1,3}(?:'\d{3})+(?:[.,]\d+)?                          # 1'234
@@ -23,13 +24,18 @@ _NUMBER = re.compile(
     (?:[$€£¥₹]\s?)?
     (?P<inner_sign>(?<=[$€£¥₹])-)?
     (?:
-        \\[dt]?frac\s*\{{\s*(?P<frac_sign>-?)(?P<frac_top>\d+)\s*\}}\s*\{{\s*(?P<frac_bottom>\d+)\s*\}}
-      | (?:(?P<whole>\d+)\s+)?(?P<top>\d+)\s?/\s?(?P<bottom>\d+)(?![\d/])
+        (?:(?P<frac_whole>\d+)\s?)?\\[dt]?frac\s*\{{\s*(?P<frac_sign>-?)(?P<frac_top>\d+)\s*\}}\s*\{{\s*(?P<frac_bottom>\d+)\s*\}}
+      | (?:(?P<whole>\d+)[ ]+)?(?P<top>\d+)\s?/\s?(?P<bottom>\d+)(?![\d/])
       | (?P<plain>{_UNSIGNED})(?P<exponent>[eE][-+]?\d+)?
     )
     """,
     re.VERBOSE,
 )
+# No problem has such a number; a model's loop of digits must neither take long nor overflow a float.
+_LONGEST = 100
+
+# `3 * 4 =` or `x =`, of which the answer is the other side; but not the `=` of a remark, as in `18 (x = 2)`.
+_LEFT_SIDE = re.compile(r"[\s$\\(]*(?:[a-zA-Z]\s*|[-+*/×÷·().,%$€\d\s]+)=(?:[-+*/×÷·().,%$€\d\s]+=)*")
 _GROUP_SEPARATORS = {"\u00a0", "\u2009", "\u202f", "'", "’", "٬"}
 _MINUS_SIGNS = "−‐‑‒–﹣－"
 
@@ -38,17 +44,19 @@ def parse_answer(text: str) -> Fraction | None:
     """The number that `text` answers, or None where it gives none.
 
     An explicit marker (`The answer is`, `####`, `\\boxed{}`) wins over position: the last marker that is followed
-    by a number on its line decides, by the first number after it, or the one after its last `=`. Without a marker
-    the last number of the text counts. Signs, thousands and decimal separators, fractions, exponents, currency
-    signs and the digits of any script are read. A lone separator followed by exactly three digits is a thousands
-    comma (`1,234`) but a decimal point (`1.234`), as English text has them.
+    by a number on its line decides, by the first number after it; of an equation, `3 * 4 = 12` or `x = 12`, by its
+    right side. Without a marker the last number of the text counts. Signs, thousands and decimal separators, fractions,
+    exponents, currency signs and the digits of any script are read. A lone separator followed by exactly three digits
+    is a thousands comma (`1,234`) but a decimal point (`1.234`), as English text has them.
     """
     text = _normalise(text)
     for marker in reversed(list(_MARKER.finditer(text))):
         claim = text[marker.end() :].lstrip(" :\t\n").split("\n", 1)[0]
         if marker.group().startswith("\\"):
             claim = _braced(text[marker.end() :])
-        claim = claim.split("=")[-1] if _NUMBER.search(claim.split("=")[-1]) else claim
+        left_side = _LEFT_SIDE.match(claim)
+        if left_side and _NUMBER.search(claim[left_side.end() :]):
+            claim = claim[left_side.end() :]
         numbers = [value for match in _NUMBER.finditer(claim) if (value := _value(match)) is not None]
         if numbers:
             return numbers[0]
@@ -59,10 +67,12 @@ def parse_answer(text: str) -> Fraction | None:
 def parse_answer_published(text: str) -> Fraction:
     """The published parser, for comparing published figures: the last unsigned decimal number, 0 where there is none.
 
-    One comma between two digits is dropped as a thousands separator.
+    One comma between two digits is dropped as a thousands separator. An endless run of digits counts as none.
     """
     numbers = re.findall(r"\d+(?:\.\d+)?", re.sub(r"(\d),(\d)", r"\1\2", text))
-    return Fraction(_ascii_digits(numbers[-1])) if numbers else Fraction(0)
+    if not numbers or len(numbers[-1]) > _LONGEST:
+        return Fraction(0)
+    return Fraction(_ascii_digits(numbers[-1]))
 
 
 PARSERS: dict[str, Callable[[str], Fraction | None]] = {"default": parse_answer, "published": parse_answer_published}
@@ -101,15 +111,14 @@ def _braced(text: str) -> str:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    # No problem has such a number, and a model's loop of digits must not cost quadratic time.
-    if len(match.group()) > 300:
+    if len(match.group()) > _LONGEST:
         return None
     part = match.groupdict()
     negative = (part["sign"] or "").startswith("-") != bool(part["inner_sign"])
     if part["frac_top"]:
         if int(part["frac_bottom"]) == 0:
             return None
-        value = Fraction(int(part["frac_top"]), int(part["frac_bottom"]))
+        value = Fraction(int(part["frac_top"]), int(part["frac_bottom"])) + int(part["frac_whole"] or 0)
         negative = negative != bool(part["frac_sign"])
     elif part["top"]:
         if int(part["bottom"]) == 0:
@@ -118,8 +127,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
     else:
         value = _decimal(part["plain"])
         exponent = int((part["exponent"] or "e0")[1:])
-        # 10**exponent of a longer one would not end.
-        if abs(exponent) > 300:
+        if abs(exponent) > _LONGEST:
             return None
         value *= Fraction(10) ** exponent
     return -value if negative else value
@@ -127,13 +135,13 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 def _decimal(digits: str) -> Fraction:
     """The value of what `_UNSIGNED` matched: its last separator is the decimal one unless it groups thousands."""
-    separators = re.findall(r"[.,']", digits)
+    separators = re.findall(r"[.,' ]", digits)
     if not separators:
         return Fraction(digits)
     last = separators[-1]
     whole, _, fraction = digits.rpartition(last)
     groups_thousands = (
-        last == "'" or separators.count(last) > 1 or (last == "," and separators == [","] and len(fraction) == 3)
+        last in "' " or separators.count(last) > 1 or (last == "," and separators == [","] and len(fraction) == 3)
     )
     if groups_thousands:
         whole, fraction = whole + fraction, ""

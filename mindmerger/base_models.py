@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -12,6 +13,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 
 from common.errors import InputError, first_line
 
@@ -57,8 +59,9 @@ def load_encoder(path: str, revision: str | None, dtype: torch.dtype, trust_remo
         return _load(AutoModelForTextEncoding, path, trust_remote_code=trust_remote_code, **options)
 
     # No auto class reads the encoder half of the other families; their encoders are models of their own.
-    with torch.device("meta"):
-        encoder_class = type(AutoModel.from_config(config).get_encoder())
+    # The class alone is wanted: no memory, no random weights, and no ZeRO-3 to hand them to.
+    with torch.device("meta"), no_init_weights():
+        encoder_class = type(AutoModel._model_mapping[type(config)](config).get_encoder())
     renamed = {r"^(model\.)?encoder\.": "", r"^(model\.)?shared\.": "embed_tokens."}
     return _load(encoder_class, path, config=config, key_mapping=renamed, **options)
 
@@ -66,7 +69,7 @@ def load_encoder(path: str, revision: str | None, dtype: torch.dtype, trust_remo
 def _load(model_class: Any, path: str, **options: Any) -> PreTrainedModel:
     try:
         model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"no model could be loaded from {path} as {model_class.__name__}: {first_line(error)}"
         ) from error

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from array import array
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,7 @@ def collate(rows: list[Tokens], source_pad_id: int) -> Batch:
     return Batch(input_ids, attention_mask, prompt_ids, prompt_attention_mask, labels)
 
 
-def _pad(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(sequences: list[array], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(map(len, sequences))
     ids = [[*sequence, *[pad_id] * (longest - len(sequence))] for sequence in sequences]
     mask = [[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences]

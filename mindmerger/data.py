@@ -123,7 +123,8 @@ def hold_out(examples: list[Example], dev_size: int, seed: int) -> tuple[list[Ex
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        # Not read_text, which would take a lone carriage return inside a sentence for the end of a line.
+        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file (--data_dir names the folder in the published layout)") from error
     except UnicodeDecodeError as error:
@@ -211,6 +212,8 @@ def _read_x_csqa(path: Path, language: Language) -> list[Example]:
             raise InputError(
                 f'{place}: expected {{"question": {{"stem": ..., "choices": [{{"label", "text"}}, ...]}}}}'
             )
+        if [choice.get("label") for choice in choices] != list(letters[: len(choices)]):
+            raise InputError(f"{place}: the choices' labels must be {', '.join(letters)}, in this order")
         prompt = x_csqa_prompt(_string(question, "stem", place), [_string(choice, "text", place) for choice in choices])
         key = _string(row, "answerKey", place)
         labels = letters[: len(choices)]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from common.errors import InputError
 from common.files import read_json, sha256
 from common.logging import progress, quiet_libraries, say
 from mindmerger.answers import PARSERS, parse_answer
-from mindmerger.base_models import base_config, load_llm
+from mindmerger.base_models import load_llm
 from mindmerger.batching import Batch, collate, plan_once
 from mindmerger.checkpoint import CONFIG, mapping_file, read_mapping
 from mindmerger.data import Example, read_evaluation
@@ -34,7 +33,7 @@ from mindmerger.modeling import (
 )
 from mindmerger.report import SCORES, score, table, write_report
 from mindmerger.tasks import EVALUATION_TASKS, Task, find_task, select_languages
-from mindmerger.tokenization import ExampleTokenizer, Tokens, load_tokenizer
+from mindmerger.tokenization import ExampleTokenizer, Tokens, load_example_tokenizer
 
 ANSWERS = "answers"
 
@@ -62,10 +61,9 @@ def evaluate(flags: EvaluationFlags) -> None:
     """
     process = start_process(flags.device)
     quiet_libraries()
-    try:
-        _evaluate(flags, process)
-    finally:
-        process.close()
+    _evaluate(flags, process)
+    # Not after an error: peers that wait in a collective would keep this process, and its message, waiting too.
+    process.close()
 
 
 def _evaluate(flags: EvaluationFlags, process: Process) -> None:
@@ -81,9 +79,15 @@ def _evaluate(flags: EvaluationFlags, process: Process) -> None:
         ]
         for task in tasks
     }
-    config = None if flags.baseline else _mapping_config(flags)
-    uses_prompt = True if config is None else config.augmentation
-    tokenizer = _example_tokenizer(flags, uses_prompt)
+    if not flags.baseline:
+        _take_from_checkpoint(flags)
+    # A published .bin says nothing, and was trained to be followed by the prompt.
+    uses_prompt = True if flags.augmentation is None else flags.augmentation
+    tokenizer = load_example_tokenizer(flags, uses_prompt, llm_alone=flags.baseline)
+    config = None
+    if not flags.baseline:
+        config = mapping_config(flags, tokenizer.llm_tokenizer.bos_token_id)
+        read_mapping(Path(flags.init_checkpoint), config.mt_hidden_size, config.llm_hidden_size)
     dtype = _dtype(flags, process)
 
     root = Path("results") / (f"{flags.save_name}-baseline" if flags.baseline else flags.save_name)
@@ -96,8 +100,8 @@ def _evaluate(flags: EvaluationFlags, process: Process) -> None:
     for task in tasks:
         folder = root / task.name
         if not finished[task.name]:
-            runs.start(folder, settings[task.name], flags.overwrite, process)
             subject = subject or _load_subject(flags, config, tokenizer, dtype, process)
+            runs.start(folder, settings[task.name], flags.overwrite, process)
             answer_all(subject, task, problems[task.name], tokens[task.name], flags, folder, process)
             if process.is_main:
                 records = sorted(read_answers(folder), key=lambda record: record["problem"])
@@ -131,6 +135,7 @@ def answer_all(
     answer = _choose if by_likelihood else _generate
     bar = progress(process, total=sum(map(len, plan)), desc=task.name, unit="problem")
     right = count = 0
+    (folder / ANSWERS).mkdir(exist_ok=True)
     with (folder / ANSWERS / f"rank_{process.rank}.jsonl").open("a", encoding="utf-8") as file:
         # The line that an earlier run was writing when it was killed has no end.
         file.write("\n" if file.tell() else "")
@@ -139,7 +144,7 @@ def answer_all(
                 continue
             numbers = [left[row] for row in rows]
             asked = [examples[number] for number in numbers]
-            outputs = answer(subject, asked, [tokens[number] for number in numbers], flags.max_gen_len, process.device)
+            outputs = answer(subject, asked, [tokens[number] for number in numbers], flags.max_gen_len)
             for number, (output, stopped) in zip(numbers, outputs, strict=True):
                 record = judge(examples[number], output, flags.answer_parser)
                 record |= {"problem": number, "cut": list(tokens[number].cut), "stopped": stopped}
@@ -155,12 +160,11 @@ def answer_all(
 def judge(example: Example, output: str, answer_parser: str) -> dict[str, Any]:
     """One answer, read and compared with the gold one."""
     if example.labels:
-        words = {label.lower(): label for label in example.labels}
-        parsed = words.get(output.strip().strip(".").lower())
+        parsed = output.strip() if output.strip() in example.labels else None
         right = parsed == example.target
     else:
         number, gold = PARSERS[answer_parser](output), parse_answer(example.target)
-        right = number is not None and math.isclose(number, gold, rel_tol=1e-6)
+        right = number is not None and abs(number - gold) <= abs(gold) / 10**6
         parsed = None if number is None else float(number)
     return {
         "language": example.language.name,
@@ -173,9 +177,8 @@ def judge(example: Example, output: str, answer_parser: str) -> dict[str, Any]:
 
 
 def read_answers(folder: Path) -> list[dict[str, Any]]:
-    """The answers that all ranks have written so far; a last line cut short by a kill is dropped from its file."""
+    """The answers that all ranks have written so far; lines cut short by a kill are passed over."""
     records: dict[int, dict[str, Any]] = {}
-    (folder / ANSWERS).mkdir(exist_ok=True)
     for path in sorted((folder / ANSWERS).glob("rank_*.jsonl")):
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
@@ -186,26 +189,22 @@ def read_answers(folder: Path) -> list[dict[str, Any]]:
     return list(records.values())
 
 
-def _generate(
-    subject: Subject, examples: list[Example], rows: list[Tokens], max_gen_len: int, device: torch.device
-) -> list[tuple[str, bool]]:
+def _generate(subject: Subject, _: list[Example], rows: list[Tokens], max_gen_len: int) -> list[tuple[str, bool]]:
     """(text, whether it ended by itself) of each row, greedily."""
     tokenizer = subject.tokenizer
     with torch.inference_mode():
-        sequence = subject.embed(collate(rows, tokenizer.source_pad_id).to(device))
+        sequence = subject.embed(collate(rows, tokenizer.source_pad_id).to(subject.llm.device))
     eos = _eos_token_ids(subject.llm, tokenizer.llm_tokenizer)
     outputs = greedy(subject.llm, sequence, max_gen_len, eos)
     texts = [tokenizer.llm_tokenizer.decode(ids, skip_special_tokens=True) for ids in outputs]
     return [(text, ids[-1] in eos) for text, ids in zip(texts, outputs, strict=True)]
 
 
-def _choose(
-    subject: Subject, examples: list[Example], rows: list[Tokens], max_gen_len: int, device: torch.device
-) -> list[tuple[str, bool]]:
+def _choose(subject: Subject, examples: list[Example], rows: list[Tokens], _: int) -> list[tuple[str, bool]]:
     """(most likely label of its own, True) of each row."""
     words = list(dict.fromkeys(label for example in examples for label in example.labels))
     with torch.inference_mode():
-        sequence = subject.embed(collate(rows, subject.tokenizer.source_pad_id).to(device))
+        sequence = subject.embed(collate(rows, subject.tokenizer.source_pad_id).to(subject.llm.device))
     scores = label_log_likelihoods(subject.llm, sequence, [subject.tokenizer.label_ids(word) for word in words])
     chosen = []
     for example, row in zip(examples, scores.tolist(), strict=True):
@@ -246,47 +245,24 @@ def _load_subject(
     return Subject(model.llm, embed_all, tokenizer)
 
 
-def _mapping_config(flags: EvaluationFlags) -> MindMergerConfig:
-    """The config of the mapping to evaluate, flags before the checkpoint's own record; the mapping is checked."""
-    checkpoint = Path(flags.init_checkpoint)
-    mapping_file(checkpoint)
-    saved = read_json(checkpoint / CONFIG) if (checkpoint / CONFIG).is_file() else {}
-    flags.llm_path = flags.llm_path or saved.get("llm_path")
-    flags.mt_path = flags.mt_path or saved.get("mt_path")
-    if flags.llm_path is None or flags.mt_path is None:
-        raise InputError(f"--llm_path and --mt_path are needed: {checkpoint} does not say which models it joins")
-    llm_tokenizer = load_tokenizer(flags.llm_path, flags.llm_revision, flags.trust_remote_code)
-    config = mapping_config(
-        flags.llm_path,
-        flags.mt_path,
-        llm_tokenizer.bos_token_id,
-        flags.llm_revision,
-        flags.mt_revision,
-        flags.trust_remote_code,
-    )
-    as_trained = saved.get("augmentation")
-    config.augmentation = flags.augmentation
-    if config.augmentation is None:
-        config.augmentation = True if as_trained is None else as_trained
-    read_mapping(checkpoint, config.mt_hidden_size, config.llm_hidden_size)
-    return config
+def _take_from_checkpoint(flags: EvaluationFlags) -> None:
+    """Fill in, from the record beside the mapping, which models it joins and whether the prompt follows it.
 
-
-def _example_tokenizer(flags: EvaluationFlags, uses_prompt: bool) -> ExampleTokenizer:
-    llm_tokenizer = load_tokenizer(flags.llm_path, flags.llm_revision, flags.trust_remote_code)
-    mt_tokenizer = mt_config = None
-    if not flags.baseline:
-        mt_tokenizer = load_tokenizer(flags.mt_path, flags.mt_revision, flags.trust_remote_code)
-        mt_config = base_config(flags.mt_path, flags.mt_revision, flags.trust_remote_code)
-    return ExampleTokenizer(
-        mt_tokenizer,
-        mt_config,
-        llm_tokenizer,
-        augmentation=uses_prompt,
-        max_seq_len=flags.max_seq_len,
-        max_prompt_len=flags.max_prompt_len,
-        max_gen_len=flags.max_gen_len,
-    )
+    Raises:
+        InputError: there is no such mapping, or neither flags nor record name the models.
+    """
+    path = mapping_file(Path(flags.init_checkpoint)).parent / CONFIG
+    saved = read_json(path) if path.is_file() else {}
+    if not isinstance(saved, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    for name in ("llm", "mt"):
+        if getattr(flags, f"{name}_path") is None:
+            setattr(flags, f"{name}_path", saved.get(f"{name}_path"))
+            setattr(flags, f"{name}_revision", saved.get(f"{name}_revision"))
+        if getattr(flags, f"{name}_path") is None:
+            raise InputError(f"--{name}_path is needed: there is no {path} that names the models")
+    if flags.augmentation is None:
+        flags.augmentation = saved.get("augmentation")
 
 
 def _dtype(flags: EvaluationFlags, process: Process) -> torch.dtype:

@@ -51,7 +51,7 @@ class TrainingFlags(ModelFlags):
     dev_size: int = flag(3000, "training rows held out to select the best mapping by perplexity")
     epoch_num: int = flag(3, "passes over the training rows")
     train_batch_size: int | None = flag(None, "rows of an optimizer step, over all ranks; default 128")
-    train_micro_batch_size_per_gpu: int | None = flag(None, "rows of a forward pass; default 8, or derived")
+    train_micro_batch_size_per_gpu: int | None = flag(None, "rows of a forward pass; default at most 8, or derived")
     gradient_accumulation: int | None = flag(None, "forward passes per step on each rank; default: derived")
     lr: float = flag(2e-5, "peak learning rate of AdamW")
     lr_scheduler: Literal["constant", "cosine"] = flag("constant", "learning rate after warm-up")
@@ -96,7 +96,8 @@ class TrainingFlags(ModelFlags):
         if batch is None and (micro is None or accumulation is None):
             batch = 128
         if micro is None:
-            micro = 8 if accumulation is None else max(1, batch // (accumulation * world_size))
+            rows = max(1, batch // (world_size * (accumulation or 1)))
+            micro = rows if accumulation else max(size for size in range(1, 9) if rows % size == 0)
         if accumulation is None:
             accumulation = max(1, batch // (micro * world_size))
         batch = batch or micro * accumulation * world_size
@@ -123,7 +124,7 @@ class EvaluationFlags(ModelFlags):
     test_num: int | None = flag(None, "problems per language; default: all")
     answer_parser: Literal["default", "published"] = flag("default", "how a number is read from an answer")
     classification: Literal["likelihood", "generation"] = flag(
-        "likelihood", "label words scored by likelihood, or generated and compared as published"
+        "likelihood", "label words scored by likelihood, or generated and compared to the letter, as published"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
 
@@ -143,5 +144,6 @@ class EvaluationFlags(ModelFlags):
 
 def require_positive(flags: object, name: str) -> None:
     """Raise InputError unless the flag's value is above 0."""
-    if getattr(flags, name) <= 0:
+    # Written so that not-a-number fails too.
+    if not getattr(flags, name) > 0:
         raise InputError(f"--{name} {getattr(flags, name)} must be above 0")

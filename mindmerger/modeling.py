@@ -17,9 +17,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import cached_file
 
+from common.errors import InputError, first_line
 from mindmerger.base_models import base_config, load_encoder, load_llm
 from mindmerger.batching import IGNORED
 from mindmerger.checkpoint import SAFETENSORS, read_mapping, write_mapping
+from mindmerger.flags import ModelFlags
+
+_HUB_OPTIONS = {
+    *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
+    "_commit_hash",
+}
 
 
 class MindMergerConfig(PretrainedConfig):
@@ -177,7 +184,7 @@ class MindMergerForCausalLM(PreTrainedModel):
         checkpoint: str | Path,
         *,
         config: MindMergerConfig | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         trust_remote_code: bool = False,
         **hub_options: Any,
     ) -> "MindMergerForCausalLM":
@@ -187,19 +194,28 @@ class MindMergerForCausalLM(PreTrainedModel):
             checkpoint: a folder or hub id; with `config` given, also a `.safetensors` file or a published
                 `pytorch_model.bin`.
             config: stands in for the folder's own, for instance to name other copies of the two models.
-            dtype: of all three parts.
+            dtype: of all three parts, as a torch dtype or its name.
             trust_remote_code: run the code that a base model's repository brings.
             hub_options: of a download: `revision`, `token`, `cache_dir` and the like.
 
         Raises:
             InputError: a missing file, or a mapping of other models (the tensor is named).
         """
-        # The auto classes add these for models of their own.
+        # The auto classes add these two for models of their own.
         hub_options = {k: v for k, v in hub_options.items() if k not in ("adapter_kwargs", "_from_auto")}
-        config = config or MindMergerConfig.from_pretrained(checkpoint, **hub_options)
+        unknown = hub_options.keys() - _HUB_OPTIONS
+        if unknown:
+            raise TypeError(f"from_pretrained() takes no {', '.join(sorted(unknown))}")
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         path = Path(checkpoint)
-        if not path.exists():
-            path = Path(cached_file(str(checkpoint), SAFETENSORS, **hub_options))
+        try:
+            config = config or MindMergerConfig.from_pretrained(checkpoint, **hub_options)
+            if not path.exists():
+                path = Path(cached_file(str(checkpoint), SAFETENSORS, **hub_options))
+        except OSError as error:
+            raise InputError(f"no mapping could be loaded from {checkpoint}: {first_line(error)}") from error
+        if config.mt_hidden_size is None or config.llm_hidden_size is None:
+            raise InputError(f"the config in {checkpoint} is not a mapping's: it names no hidden sizes")
         state = read_mapping(path, config.mt_hidden_size, config.llm_hidden_size)
         model = cls.from_base_models(config, dtype, trust_remote_code)
         model.mapping.load_state_dict(state)
@@ -276,7 +292,8 @@ class MindMergerForCausalLM(PreTrainedModel):
 
         Returns:
             `loss`: cross entropy in nats, float32; `logits`: [target tokens, vocabulary] in row order, or
-            [batch, vocabulary] of the next token where `labels` is None or empty.
+            [batch, vocabulary] of the next token where `labels` is None or empty. The LLM's head runs on the last
+            columns only, as many as the longest target has.
         """
         if labels is None or labels.shape[1] == 0:
             sequence = self.embed(input_ids, attention_mask, prompt_ids, prompt_attention_mask)
@@ -365,26 +382,19 @@ def embedding_scale(
     return total / embedding.num_embeddings, embedding_rms / mapped_rms
 
 
-def mapping_config(
-    llm_path: str,
-    mt_path: str,
-    llm_bos_token_id: int | None,
-    llm_revision: str | None = None,
-    mt_revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> MindMergerConfig:
-    """The config that joins two models, from theirs alone: no weights are read.
+def mapping_config(flags: ModelFlags, llm_bos_token_id: int | None) -> MindMergerConfig:
+    """The config that joins the two models that the flags name, from their configs alone: no weights are read.
 
     Raises:
         InputError: one of the two cannot be found.
     """
-    llm = base_config(llm_path, llm_revision, trust_remote_code)
-    mt = base_config(mt_path, mt_revision, trust_remote_code)
+    llm = base_config(flags.llm_path, flags.llm_revision, flags.trust_remote_code)
+    mt = base_config(flags.mt_path, flags.mt_revision, flags.trust_remote_code)
     return MindMergerConfig(
-        llm_path=llm_path,
-        mt_path=mt_path,
-        llm_revision=llm_revision,
-        mt_revision=mt_revision,
+        llm_path=flags.llm_path,
+        mt_path=flags.mt_path,
+        llm_revision=flags.llm_revision,
+        mt_revision=flags.mt_revision,
         llm_hidden_size=llm.get_text_config().hidden_size,
         mt_hidden_size=mt.get_text_config().hidden_size,
         llm_bos_token_id=llm_bos_token_id,

@@ -1,5 +1,6 @@
 """Text to token ids, once per example: special tokens by id, and the query cut where a text is too long."""
 
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,8 +8,13 @@ from dataclasses import dataclass
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from common.errors import InputError, first_line
+from mindmerger.base_models import base_config
 from mindmerger.data import Example
+from mindmerger.flags import ModelFlags
 from mindmerger.tasks import LANGUAGES, Language, Prompt
+
+# Texts handed to a tokenizer at a time: enough for its threads, few enough for its memory.
+_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True)
@@ -16,16 +22,17 @@ class Tokens:
     """One example as token ids.
 
     Attributes:
-        source: for the encoder, with its special tokens.
+        source: for the encoder, with its special tokens. All ids are int32 arrays: a list takes ten times the
+            memory, and the published mapping stage has a hundred million tokens.
         prompt: for the LLM, without special tokens; empty where augmentation is off.
         target: for the LLM, closed by eos unless it was cut.
         language: English name of the source's language.
         cut: which of "source", "prompt" and "target" were shortened.
     """
 
-    source: list[int]
-    prompt: list[int]
-    target: list[int]
+    source: array
+    prompt: array
+    target: array
     language: str
     cut: tuple[str, ...]
 
@@ -78,7 +85,8 @@ class ExampleTokenizer:
         self.mt_tokenizer = mt_tokenizer
         self.llm_tokenizer = llm_tokenizer
         self.augmentation = augmentation
-        self.max_seq_len = max_seq_len
+        # Beyond its own limit an encoder with learned positions has none.
+        self.max_seq_len = min(max_seq_len, mt_tokenizer.model_max_length) if mt_tokenizer else max_seq_len
         self.max_prompt_len = max_prompt_len
         self.max_gen_len = max_gen_len
         self._names_language = mt_config is not None and mt_config.model_type == "m2m_100"
@@ -94,11 +102,17 @@ class ExampleTokenizer:
         return 0 if pad_id is None else pad_id
 
     def __call__(self, examples: list[Example], with_targets: bool = True) -> list[Tokens]:
-        """Tokenize `examples`, all texts of a kind at once; without targets for generation.
+        """Tokenize `examples`; without targets for generation.
 
         Raises:
             InputError: a template alone is longer than its limit, or the encoder lacks a source's language.
         """
+        rows: list[Tokens] = []
+        for start in range(0, len(examples), _AT_ONCE):
+            rows += self._tokenize(examples[start : start + _AT_ONCE], with_targets)
+        return rows
+
+    def _tokenize(self, examples: list[Example], with_targets: bool) -> list[Tokens]:
         if self.mt_tokenizer is not None:
             specials = (1 if self._names_language else len(self._source_prefix)) + len(self._source_suffix)
             limit = self.max_seq_len - specials
@@ -122,9 +136,9 @@ class ExampleTokenizer:
             kinds = {"source": source, "prompt": prompt, "target": target}
             tokens.append(
                 Tokens(
-                    source=[*prefix, *source[0], *self._source_suffix],
-                    prompt=prompt[0],
-                    target=target[0],
+                    source=array("i", [*prefix, *source[0], *self._source_suffix]),
+                    prompt=array("i", prompt[0]),
+                    target=array("i", target[0]),
                     language=example.language.name,
                     cut=tuple(kind for kind, (_, was_cut) in kinds.items() if was_cut),
                 )
@@ -157,6 +171,27 @@ class ExampleTokenizer:
         return any(index not in (None, self.mt_tokenizer.unk_token_id) for index in tokens)
 
 
+def load_example_tokenizer(flags: ModelFlags, augmentation: bool, llm_alone: bool = False) -> ExampleTokenizer:
+    """The tokenizers of the two models that the flags name, with the flags' limits.
+
+    Raises:
+        InputError: a tokenizer or the multilingual model's config cannot be loaded.
+    """
+    mt_tokenizer = mt_config = None
+    if not llm_alone:
+        mt_tokenizer = load_tokenizer(flags.mt_path, flags.mt_revision, flags.trust_remote_code)
+        mt_config = base_config(flags.mt_path, flags.mt_revision, flags.trust_remote_code)
+    return ExampleTokenizer(
+        mt_tokenizer,
+        mt_config,
+        load_tokenizer(flags.llm_path, flags.llm_revision, flags.trust_remote_code),
+        augmentation=augmentation,
+        max_seq_len=flags.max_seq_len,
+        max_prompt_len=flags.max_prompt_len,
+        max_gen_len=flags.max_gen_len,
+    )
+
+
 def count_cuts(tokens: Iterable[Tokens]) -> dict[str, dict[str, int]]:
     """How many texts of each kind were cut, by language: `{"German": {"prompt": 3}}`."""
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -166,16 +201,19 @@ def count_cuts(tokens: Iterable[Tokens]) -> dict[str, dict[str, int]]:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # verbose=False: a text beyond the model's length is cut below, by our own rule.
-    return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
+    # A "</s>" in somebody's text is text. verbose=False: what is too long is cut below, by our own rule.
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    return tokenizer(texts, return_attention_mask=False, **options).input_ids
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer puts before and after a text."""
     plain = tokenizer("a", add_special_tokens=False).input_ids
     full = tokenizer("a").input_ids
-    start = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
-    return full[:start], full[start + len(plain) :]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start], full[start + len(plain) :]
+    raise InputError(f"cannot tell which special tokens {tokenizer.name_or_path} puts around a text: {full}")
 
 
 def _fit_all(

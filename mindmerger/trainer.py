@@ -1,6 +1,7 @@
 """One stage of training: set up, fit, validate. Only the mapping learns."""
 
 import dataclasses
+import hashlib
 import math
 import resource
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 from transformers.integrations import HfDeepSpeedConfig
@@ -18,22 +20,26 @@ from transformers.integrations import HfDeepSpeedConfig
 from common import runs
 from common.distributed import Process, start_process
 from common.errors import InputError
-from common.files import read_json
+from common.files import read_json, sha256, write_json
 from common.logging import Metrics, progress, quiet_libraries, say
-from mindmerger.base_models import base_config
 from mindmerger.batching import Batch, collate, plan_epoch, plan_once
-from mindmerger.checkpoint import PUBLISHED, read_mapping, write_mapping, write_published
-from mindmerger.data import hold_out, read_training
+from mindmerger.checkpoint import PUBLISHED, mapping_file, read_mapping, write_mapping, write_published
+from mindmerger.data import Example, hold_out, read_training
 from mindmerger.flags import TrainingFlags
-from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM, embedding_scale, mapping_config
+from mindmerger.modeling import MindMergerForCausalLM, embedding_scale, mapping_config
 from mindmerger.tasks import TRAINING_TASKS, find_task, prompt_template, select_languages
-from mindmerger.tokenization import ExampleTokenizer, Tokens, count_cuts, load_tokenizer
+from mindmerger.tokenization import Tokens, count_cuts, load_example_tokenizer
 
 DEEPSPEED_CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
 STATE = "state"
+COMPLETE = "complete.json"
 
-# Flags that say where and how often, not what: a run may be continued under others.
-_FREE_FLAGS = ("deepspeed", "local_rank", "device", "overwrite", "eval_batch_size", "save_steps")
+# Flags that say where and how often, not what: a run may be continued under others. The files that some flags name
+# stand in a run's settings by their content.
+_FREE_FLAGS = (
+    *("deepspeed", "local_rank", "device", "overwrite", "eval_batch_size", "save_steps", "gradient_checkpointing"),
+    *("deepspeed_config", "init_checkpoint", "data_dir"),
+)
 
 
 def train(flags: TrainingFlags) -> None:
@@ -46,50 +52,48 @@ def train(flags: TrainingFlags) -> None:
     quiet_libraries()
     # Takes over the process group; ZeRO-3 asks it for the number of ranks while a model is being read.
     deepspeed.init_distributed()
-    try:
-        _train(flags, process)
-    finally:
-        process.close()
+    _train(flags, process)
+    # Not after an error: peers that wait in a collective would keep this process, and its message, waiting too.
+    process.close()
 
 
 def _train(flags: TrainingFlags, process: Process) -> None:
-    ds_config = deepspeed_config(flags, process)
     folder = Path("outputs") / flags.save_name / flags.stage_name
-    settings = run_settings(flags, process.world_size)
-    if runs.is_finished(folder, settings, flags.overwrite):
-        say(process, f"{folder} holds this very run, finished: nothing to do (--overwrite trains anew)")
-        return
     if flags.augmentation is not None and flags.augmentation != (flags.stage_name == "augmentation"):
         say(process, f"warning: --augmentation {flags.augmentation} in the {flags.stage_name} stage, as told")
 
+    ds_config = deepspeed_config(flags, process)
     task = find_task(flags.task, TRAINING_TASKS)
-    rows = read_training(
-        Path(flags.data_dir), task, flags.stage_name, select_languages(flags.languages), flags.train_num
-    )
+    languages = select_languages(flags.languages)
+    rows = read_training(Path(flags.data_dir), task, flags.stage_name, languages, flags.train_num)
     dev_rows, train_rows = hold_out(rows, flags.dev_size, flags.seed)
-    config, tokenizer = _set_up_text(flags)
-    initial = _initial_mapping(flags, config)
+    tokenizer = load_example_tokenizer(flags, flags.uses_prompt)
+    config = mapping_config(flags, tokenizer.llm_tokenizer.bos_token_id)
+    config.task, config.stage, config.augmentation = flags.task, flags.stage_name, flags.uses_prompt
+    config.prompt = prompt_template(flags.task, flags.stage_name) if flags.uses_prompt else None
+    checkpoint = initial_checkpoint(flags)
+    initial = checkpoint and read_mapping(checkpoint, config.mt_hidden_size, config.llm_hidden_size)
+
+    settings = run_settings(flags, ds_config, rows, checkpoint, process)
+    if runs.is_finished(folder, settings, flags.overwrite):
+        say(process, f"{folder} holds this very run, finished: nothing to do (--overwrite trains anew)")
+        return
     train_tokens, dev_tokens = tokenizer(train_rows), tokenizer(dev_rows)
     say(process, f"{len(train_tokens)} training rows, {len(dev_tokens)} dev rows, {process.world_size} rank(s)")
     for language, cuts in count_cuts(train_tokens + dev_tokens).items():
         say(process, f"cut to the limits in {language}: {', '.join(f'{n} {kind}(s)' for kind, n in cuts.items())}")
 
-    runs.start(folder, settings, flags.overwrite, process)
     # transformers reads a model straight into ZeRO-3's partitions while this object is alive.
     hf_ds_config = HfDeepSpeedConfig(ds_config)
     torch.manual_seed(flags.seed)
     dtype = torch.bfloat16 if hf_ds_config.is_true("bf16.enabled") else torch.float32
     model = MindMergerForCausalLM.from_base_models(config, dtype, flags.trust_remote_code)
-    if initial is not None:
-        model.mapping.load_state_dict(initial)
     if flags.gradient_checkpointing:
         model.checkpoint_gradients()
 
-    stage = Stage(
-        flags, process, model, ds_config, train_tokens, dev_tokens, folder, tokenizer.mt_tokenizer.pad_token_id
-    )
-    if initial is None:
-        stage.initialise_mapping()
+    runs.start(folder, settings, flags.overwrite, process)
+    stage = Stage(flags, process, model, ds_config, train_tokens, dev_tokens, folder, tokenizer.source_pad_id)
+    stage.initialise_mapping(initial)
     result = stage.fit()
 
     if process.is_main:
@@ -133,11 +137,15 @@ class Stage:
             model=model, optimizer=optimizer, lr_scheduler=self._schedule, config=ds_config
         )
 
-    def initialise_mapping(self) -> None:
-        """The start that `--mapping_init` and `--boundary_init` ask for, on a mapping at PyTorch's own."""
+    def initialise_mapping(self, initial: dict[str, torch.Tensor] | None) -> None:
+        """Give a mapping at PyTorch's own start the `initial` values, or the start that the flags ask for."""
+        mapping = self.model.mapping
+        if initial is not None:
+            for name, parameter in mapping.named_parameters():
+                _change(parameter, lambda _, name=name: initial[name].to(self.process.device))
+            return
         batch = self._batch(list(range(min(32, len(self.train_tokens)))))
         mean, scale = embedding_scale(self.model, batch.input_ids, batch.attention_mask)
-        mapping = self.model.mapping
         if self.flags.boundary_init == "mean":
             _change(mapping.end_boundary, lambda zero: zero + mean)
         if self.flags.mapping_init == "scaled":
@@ -162,18 +170,21 @@ class Stage:
         step = done
         for epoch in range(done // self.steps_per_epoch, flags.epoch_num):
             for step_rows in self._plan(epoch)[step - epoch * self.steps_per_epoch :]:
-                step_started = time.monotonic()
+                step_started, lr = time.monotonic(), self.engine.get_lr()[0]
                 loss, tokens = self._step(step_rows)
                 step += 1
                 speed = tokens / (time.monotonic() - step_started)
-                metrics.write(step, loss=loss, lr=self.engine.get_lr()[0], tokens_per_s=round(speed, 1))
-                bar.set_postfix(
-                    loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}", best_dev_ppl=f"{self.best_perplexity:.3f}"
-                )
-                bar.update()
+                metrics.write(step, loss=loss, lr=lr, tokens_per_s=round(speed, 1))
+                if not math.isfinite(loss):
+                    raise InputError(
+                        f"the loss of step {step} is {loss}: the best mapping so far is in {self.folder}; lower --lr"
+                    )
                 # The end of an epoch is evaluated as published, the end of training as any last step must be.
                 if self.dev_tokens and (step % flags.eval_steps == 0 or step % self.steps_per_epoch == 0):
                     self._validate(step, metrics)
+                best = f"{self.best_perplexity:.3f}" if self.dev_tokens else "none"
+                bar.set_postfix(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}", best_dev_ppl=best)
+                bar.update()
                 if step % flags.save_steps == 0 and step < self.total_steps:
                     self._save_state(step)
         bar.close()
@@ -190,7 +201,7 @@ class Stage:
         loss, tokens = 0.0, 0
         plan = plan_once([len(row) for row in self.dev_tokens], self.flags.eval_batch_size, self.process.world_size)
         with torch.no_grad():
-            for rows in plan[self.process.rank]:
+            for rows in progress(self.process, plan[self.process.rank], desc="dev", leave=False):
                 # A rank without rows left runs along, since under ZeRO-3 its peers need its share of the weights.
                 batch = self._batch(rows or [0], self.dev_tokens)
                 summed = float(self.engine(**vars(batch), num_items_in_batch=1.0).loss)
@@ -240,26 +251,28 @@ class Stage:
         self.process.barrier()
 
     def _save_state(self, step: int) -> None:
-        tag = f"step_{step}"
+        state, tag = self.folder / STATE, f"step_{step}"
+        best = {"step": step, "best_perplexity": self.best_perplexity}
         self.engine.save_checkpoint(
-            str(self.folder / STATE),
-            tag=tag,
-            client_state={"step": step, "best_perplexity": self.best_perplexity},
-            exclude_frozen_parameters=True,
+            str(state), tag=tag, client_state=best, save_latest=False, exclude_frozen_parameters=True
         )
         self.process.barrier()
         if self.process.is_main:
-            for older in (self.folder / STATE).glob("step_*"):
+            # Only now every rank's share is on disk; a kill before this line leaves the state before it in force.
+            write_json(state / COMPLETE, {"tag": tag})
+            for older in state.glob("step_*"):
                 if older.name != tag:
                     shutil.rmtree(older)
 
     def _load_state(self) -> int:
         """Continue from the last saved state: the number of steps already done, 0 where there is none."""
-        if not (self.folder / STATE / "latest").exists():
+        state = self.folder / STATE
+        if not (state / COMPLETE).exists():
             return 0
-        _, state = self.engine.load_checkpoint(str(self.folder / STATE), load_module_strict=False)
-        self.best_perplexity = state["best_perplexity"]
-        return state["step"]
+        tag = read_json(state / COMPLETE)["tag"]
+        _, saved = self.engine.load_checkpoint(str(state), tag=tag, load_module_strict=False)
+        self.best_perplexity = saved["best_perplexity"]
+        return saved["step"]
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         warmup = round(self.flags.warmup_ratio * self.total_steps)
@@ -291,62 +304,58 @@ def deepspeed_config(flags: TrainingFlags, process: Process) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a JSON object")
-    for key, flag in {"optimizer": "--lr", "scheduler": "--lr_scheduler", "fp16": "bf16"}.items():
+    for key, instead in {"optimizer": "--lr", "scheduler": "--lr_scheduler", "fp16": "bf16"}.items():
         if key in config:
-            raise InputError(f"{path}: take {key!r} out, {flag} stands for it")
-    return config | {
+            raise InputError(f"{path}: take {key!r} out, {instead} stands for it")
+    config |= {
         "train_batch_size": flags.train_batch_size,
         "train_micro_batch_size_per_gpu": flags.train_micro_batch_size_per_gpu,
         "gradient_accumulation_steps": flags.gradient_accumulation,
+        # AdamW is PyTorch's own, wherever its state is kept.
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    config.setdefault("gradient_clipping", 1.0)
+    try:
+        stage = DeepSpeedConfig(config).zero_optimization_stage
+    except (ValueError, TypeError, AssertionError) as error:
+        raise InputError(f"{path}: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
+    if stage == 0:
+        raise InputError(f'{path}: set "zero_optimization": {{"stage": 2}}, or 1, or 3')
+    return config
+
+
+def run_settings(
+    flags: TrainingFlags, ds_config: dict[str, Any], rows: list[Example], checkpoint: Path | None, process: Process
+) -> dict[str, Any]:
+    """What makes two runs the same run: flags, ranks, and what the files hold that the flags name."""
+    settings = {k: v for k, v in dataclasses.asdict(flags).items() if k not in _FREE_FLAGS}
+    texts = "\n".join(f"{row.language.code}\t{row.source.text}\t{row.target}" for row in rows)
+    return settings | {
+        "augmentation": flags.uses_prompt,
+        "deepspeed": ds_config,
+        "initial_mapping_sha256": None if checkpoint is None else sha256(mapping_file(checkpoint)),
+        "rows_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+        "ranks": process.world_size,
     }
 
 
-def run_settings(flags: TrainingFlags, world_size: int) -> dict[str, Any]:
-    """What makes two runs the same run."""
-    settings = {k: v for k, v in dataclasses.asdict(flags).items() if k not in _FREE_FLAGS}
-    return {**settings, "augmentation": flags.uses_prompt, "ranks": world_size}
+def initial_checkpoint(flags: TrainingFlags) -> Path | None:
+    """The mapping to start from: as told, else the mapping stage's best for the augmentation stage, else none.
 
-
-def _set_up_text(flags: TrainingFlags) -> tuple[MindMergerConfig, ExampleTokenizer]:
-    llm_tokenizer = load_tokenizer(flags.llm_path, flags.llm_revision, flags.trust_remote_code)
-    mt_tokenizer = load_tokenizer(flags.mt_path, flags.mt_revision, flags.trust_remote_code)
-    config = mapping_config(
-        flags.llm_path,
-        flags.mt_path,
-        llm_tokenizer.bos_token_id,
-        flags.llm_revision,
-        flags.mt_revision,
-        flags.trust_remote_code,
-    )
-    config.task, config.stage, config.augmentation = flags.task, flags.stage_name, flags.uses_prompt
-    config.prompt = prompt_template(flags.task, flags.stage_name) if flags.uses_prompt else None
-    tokenizer = ExampleTokenizer(
-        mt_tokenizer,
-        base_config(flags.mt_path, flags.mt_revision, flags.trust_remote_code),
-        llm_tokenizer,
-        augmentation=flags.uses_prompt,
-        max_seq_len=flags.max_seq_len,
-        max_prompt_len=flags.max_prompt_len,
-        max_gen_len=flags.max_gen_len,
-    )
-    return config, tokenizer
-
-
-def _initial_mapping(flags: TrainingFlags, config: MindMergerConfig) -> dict[str, torch.Tensor] | None:
-    """The mapping to start from: as told, else the mapping stage's best for the augmentation stage, else none."""
-    if flags.init_checkpoint == "none":
+    Raises:
+        InputError: the mapping stage has left nothing to start from.
+    """
+    if flags.init_checkpoint is not None:
+        return None if flags.init_checkpoint == "none" else Path(flags.init_checkpoint)
+    if flags.stage_name == "mapping":
         return None
-    checkpoint = flags.init_checkpoint
-    if checkpoint is None and flags.stage_name == "augmentation":
-        checkpoint = str(Path("outputs") / flags.save_name / "mapping")
-        if not Path(checkpoint).exists():
-            raise InputError(
-                f"the augmentation stage starts from the mapping stage's best, and {checkpoint} does not exist: "
-                "run --stage_name mapping first, or name a mapping with --init_checkpoint (none starts afresh)"
-            )
-    if checkpoint is None:
-        return None
-    return read_mapping(Path(checkpoint), config.mt_hidden_size, config.llm_hidden_size)
+    checkpoint = Path("outputs") / flags.save_name / "mapping"
+    if not checkpoint.exists():
+        raise InputError(
+            f"the augmentation stage starts from the mapping stage's best, and {checkpoint} does not exist: "
+            "run --stage_name mapping first, or name a mapping with --init_checkpoint (none starts afresh)"
+        )
+    return checkpoint
 
 
 def _peak_memory(process: Process) -> dict[str, int]:

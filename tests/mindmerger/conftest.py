@@ -9,6 +9,7 @@ import torch
 from common.logging import quiet_libraries
 from mindmerger.base_models import base_config
 from mindmerger.data import Example
+from mindmerger.flags import ModelFlags
 from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 from mindmerger.tasks import LANGUAGES, Prompt, math_prompt
 from mindmerger.tokenization import ExampleTokenizer, load_tokenizer
@@ -68,7 +69,7 @@ def build(models: dict[str, Path]) -> Callable[..., tuple[MindMergerForCausalLM,
     ) -> tuple[MindMergerForCausalLM, ExampleTokenizer]:
         llm_path, mt_path = str(models[llm]), str(models[mt])
         llm_tokenizer = load_tokenizer(llm_path)
-        config = mapping_config(llm_path, mt_path, llm_tokenizer.bos_token_id)
+        config = mapping_config(ModelFlags(llm_path=llm_path, mt_path=mt_path), llm_tokenizer.bos_token_id)
         torch.manual_seed(1)
         model = MindMergerForCausalLM.from_base_models(config)
         torch.nn.init.normal_(model.mapping.end_boundary)

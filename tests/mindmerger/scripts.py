@@ -8,7 +8,9 @@ from pathlib import Path
 
 from tests.conftest import REPOSITORY
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+# DeepSpeed calls `ninja`, which stands on the PATH of a user who has activated the environment.
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": PATH}
 
 
 def deepspeed_command(ranks: int, script: str, *words: object) -> list[str]:
@@ -33,10 +35,8 @@ def python_command(script: str, *words: object) -> list[str]:
 
 def run(command: list[str], folder: Path, expect: int = 0) -> str:
     """Run to the end in `folder`; what it printed."""
-    # The deepspeed launcher finds `python` by PATH on no account, but a user's shell has the environment's on it.
-    environment = {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
     )
     assert done.returncode == expect, done.stdout
     return done.stdout

@@ -59,8 +59,11 @@ def test_a_mapping_of_another_llm_is_refused(state: dict[str, torch.Tensor], tmp
 
 
 class Malicious:
+    def __init__(self, witness: Path):
+        self.witness = witness
+
     def __reduce__(self) -> tuple:
-        return os.system, ("touch /tmp/unpickled",)
+        return os.system, (f"touch {self.witness}",)
 
 
 def test_damaged_and_malicious_files_are_refused(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -71,10 +74,10 @@ def test_damaged_and_malicious_files_are_refused(state: dict[str, torch.Tensor],
             (tmp_path / name).write_bytes(whole[:size])
             with pytest.raises(InputError, match=name):
                 read_mapping(tmp_path / name, 6, 4)
-    torch.save({"model_state_dict": Malicious()}, tmp_path / "evil.bin")
+    torch.save({"model_state_dict": Malicious(tmp_path / "unpickled")}, tmp_path / "evil.bin")
     with pytest.raises(InputError, match=r"evil\.bin"):
         read_mapping(tmp_path / "evil.bin", 6, 4)
-    assert not Path("/tmp/unpickled").exists()
+    assert not (tmp_path / "unpickled").exists()
     torch.save([1, 2], tmp_path / "list.bin")
     with pytest.raises(InputError, match="expected the published form"):
         read_mapping(tmp_path / "list.bin", 6, 4)

@@ -1,4 +1,3 @@
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -89,7 +88,7 @@ def test_real_data_is_read_whole(shared_datas: Path) -> None:
 
 def test_line_separators_inside_a_sentence_end_no_row(datas: Path) -> None:
     path = datas / "bilingual_pairs/en-de/train_100k.de"
-    path.write_text(path.read_text().replace("Äpfel ", "Äp\u2028fel\u0085 "))
+    path.write_bytes(path.read_bytes().replace("Äpfel ".encode(), "Äp\u2028fel\u0085\r ".encode()))
     assert len(read_training(datas, TRAINING_TASKS["math"], "mapping", select_languages("de"), 100)) == ROWS
 
 
@@ -117,8 +116,10 @@ MSVAMP, XNLI = "evaluation/msvamp/test_German.jsonl", "evaluation/xnli/test.json
         (MATH, '[{"query": "q", "response": "r", "lang": "French"}]', "no augmentation rows of task math in German"),
         (CSQA, "{}\nnot json\n", "line 1: expected"),
         (CSQA, "not json\n", "line 1: not JSON"),
-        (CSQA, json.dumps({"answerKey": "F", "question": {"stem": "s", "choices": [{"text": "t"}]}}) + "\n",
+        (CSQA, '{"answerKey": "F", "question": {"stem": "s", "choices": [{"label": "A", "text": "t"}]}}\n',
          "line 1: answerKey 'F' is none of the 1 choices"),
+        (CSQA, '{"answerKey": "A", "question": {"stem": "s", "choices": [{"label": "B", "text": "t"}]}}\n',
+         "line 1: the choices' labels must be A, B, C, D, E, in this order"),
         (MGSM, "question without answer\n", "line 1: expected question<TAB>answer, found 1 field(s)"),
         (MGSM, "q\tmany\n", "line 1: the answer 'many' is not a number"),
         (MSVAMP, '{"m_query": "q"}\n', "line 1: 'response' must be a text"),

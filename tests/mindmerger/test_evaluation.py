@@ -1,6 +1,7 @@
 """`run_evaluation.py` on tiny models: alone, with a mapping, on several ranks, in pieces."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def words(work: Path, build: Callable, models: dict[str, Path], monkeypatch: pyt
     """Flags that evaluate a random mapping, from a user's folder."""
     monkeypatch.chdir(work)
     model, _ = build()
+    model.config.augmentation = False
     model.save_pretrained(work / "checkpoint")
     return ("--llm_path", models["llama"], "--mt_path", models["mt5"], "--init_checkpoint", "checkpoint",
             "--max_gen_len", 12)  # fmt: skip
@@ -104,7 +106,13 @@ def test_every_form_of_a_checkpoint_answers_alike(words: Words) -> None:
         save_name = form.replace("/", "_")
         evaluate_words(*words, "--init_checkpoint", form, "--save_name", save_name, "--languages", "de,en")
         results.append(predictions(Path("results") / save_name / "mgsm"))
+        settings = json.loads(Path("results", save_name, "mgsm/run.json").read_text())["settings"]
+        # As the record beside the file says it was trained, in whichever form the file is named.
+        assert settings["augmentation"] is False
     assert results[0] == results[1] == results[2]
+    shutil.copy("checkpoint/pytorch_model.bin", "published.bin")
+    evaluate_words(*words, "--init_checkpoint", "published.bin", "--save_name", "bin", "--languages", "de")
+    assert json.loads(Path("results/bin/mgsm/run.json").read_text())["settings"]["augmentation"] is True
 
 
 def test_the_baseline_is_the_llm_alone_on_the_same_prompts(words: Words, build: Callable, models: dict) -> None:
@@ -157,7 +165,11 @@ def test_answers_are_judged_as_numbers_or_as_labels() -> None:
     assert not judge(example("0"), "I do not know", "default")["right"]
     assert judge(example("0"), "I do not know", "published")["right"]
     assert not judge(example("-5"), "-5", "published")["right"]
-    assert judge(example("B", tuple("ABC")), " B.", "default")["right"]
+    assert (
+        not judge(example("5"), "9" * 5000, "published")["right"]
+        and not judge(example("5"), "9" * 99, "default")["right"]
+    )
+    assert judge(example("B", tuple("ABC")), " B\n", "default")["right"]
     assert judge(example("B", tuple("ABC")), "D", "default")["parsed"] is None
 
 

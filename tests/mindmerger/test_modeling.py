@@ -1,9 +1,11 @@
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -14,6 +16,8 @@ from transformers import (
     MistralConfig,
 )
 
+from common.errors import InputError
+from mindmerger.base_models import load_llm
 from mindmerger.batching import IGNORED, Batch, collate
 from mindmerger.data import Example
 from mindmerger.decoding import greedy
@@ -90,13 +94,13 @@ def test_loss_equals_a_plain_implementation(
     total, count = 0.0, 0
     for row in rows:
         with torch.no_grad():
-            states = encoder(input_ids=torch.tensor([row.source])).last_hidden_state
+            states = encoder(input_ids=torch.tensor([list(row.source)])).last_hidden_state
             hidden = torch.relu(states @ mapping["mlp.linear1.weight"].T + mapping["mlp.linear1.bias"])
             vectors = hidden @ mapping["mlp.linear2.weight"].T + mapping["mlp.linear2.bias"]
             table = llm.model.embed_tokens.weight
-            ids = torch.tensor(row.target)
+            ids = torch.tensor(list(row.target))
             sequence = torch.cat(
-                [table[[1]], vectors[0], mapping["end_boundary"][0], table[torch.tensor(row.prompt)], table[ids]]
+                [table[[1]], vectors[0], mapping["end_boundary"][0], table[torch.tensor(list(row.prompt))], table[ids]]
             )
             logits = llm(inputs_embeds=sequence[None]).logits[0].double()
         predicting = logits[-len(ids) - 1 : -1].log_softmax(dim=-1)
@@ -227,6 +231,33 @@ def test_greedy_equals_hugging_faces_generate(build: Build, examples: list[Examp
     for row, reference in zip(ours, generated.tolist(), strict=True):
         assert row == reference[: len(row)]
         assert set(reference[len(row) :]) <= {0}
+
+
+def test_what_from_pretrained_refuses(build: Build, models: dict[str, Path], tmp_path: Path) -> None:
+    model, _ = build()
+    model.save_pretrained(tmp_path)
+    loaded = MindMergerForCausalLM.from_pretrained(tmp_path, dtype="bfloat16")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    with pytest.raises(TypeError, match="takes no device_map"):
+        MindMergerForCausalLM.from_pretrained(tmp_path, device_map="auto")
+    with pytest.raises(InputError, match="no mapping could be loaded from nowhere"):
+        MindMergerForCausalLM.from_pretrained("nowhere")
+    with pytest.raises(InputError, match="not a mapping's"):
+        MindMergerForCausalLM.from_pretrained(models["llama"])
+
+
+def test_a_base_model_that_is_not_whole_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(models["llama"], tmp_path / "llm")
+    weights = tmp_path / "llm/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="llm as AutoModelForCausalLM"):
+        load_llm(str(tmp_path / "llm"), None, torch.float32, False)
+    state = load_file(models["llama"] / "model.safetensors")
+    del state["model.norm.weight"]
+    save_file(state, weights, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks weights of LlamaForCausalLM.*model\.norm\.weight"):
+        load_llm(str(tmp_path / "llm"), None, torch.float32, False)
 
 
 def test_squeeze_padding_keeps_the_order() -> None:

@@ -1,11 +1,14 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from common.errors import InputError
+from mindmerger.base_models import base_config
 from mindmerger.data import Example
 from mindmerger.tasks import LANGUAGES, Prompt, math_prompt, x_csqa_prompt, xnli_prompt
-from mindmerger.tokenization import ExampleTokenizer, count_cuts, load_tokenizer
+from mindmerger.tokenization import ExampleTokenizer, count_cuts
+from quickstart.tiny import tiny_tokenizer
 
 GERMAN = LANGUAGES["German"]
 
@@ -42,12 +45,12 @@ def test_a_cut_target_carries_no_eos(build: Callable) -> None:
     target = "3 + 4 = 7. The answer is: 7"
     ids = tokenizer.llm_tokenizer(target, add_special_tokens=False).input_ids
     cut = tokenizer([example(math_prompt("?"), target)])[0]
-    assert (cut.target, cut.cut) == (ids[:5], ("target",))
+    assert (list(cut.target), cut.cut) == (ids[:5], ("target",))
     _, tokenizer = build(max_gen_len=len(ids) + 1)
     whole = tokenizer([example(math_prompt("?"), target)])[0]
-    assert (whole.target, whole.cut) == ([*ids, 2], ())
+    assert (list(whole.target), whole.cut) == ([*ids, 2], ())
     _, tokenizer = build(max_gen_len=len(ids))
-    assert tokenizer([example(math_prompt("?"), target)])[0].target == ids
+    assert list(tokenizer([example(math_prompt("?"), target)])[0].target) == ids
 
 
 def test_special_tokens_are_added_by_id_and_once(build: Callable) -> None:
@@ -62,6 +65,20 @@ def test_special_tokens_are_added_by_id_and_once(build: Callable) -> None:
         assert tokenizer.llm_tokenizer.decode(tokens.prompt) == prompt.text
 
 
+def test_special_tokens_in_a_text_are_text(build: Callable) -> None:
+    _, tokenizer = build()
+    tokens = tokenizer([example(math_prompt("a </s> b"), "c </s> d")])[0]
+    assert list(tokens.target).count(2) == 1 and tokens.target[-1] == 2
+    assert 2 not in tokens.prompt and list(tokens.source).count(2) == 1
+    assert tokenizer.llm_tokenizer.decode(tokens.target[:-1]) == "c </s> d"
+
+
+def test_a_source_ends_where_the_encoders_positions_do(build: Callable) -> None:
+    _, tokenizer = build(mt="xlm_roberta", max_seq_len=5000)
+    tokens = tokenizer([Example(Prompt("", "Äpfel " * 2000, ""), math_prompt("?"), "7", GERMAN)])[0]
+    assert len(tokens.source) == 512 and tokens.cut == ("source",)
+
+
 def test_a_template_longer_than_its_limit_is_refused(build: Callable) -> None:
     _, tokenizer = build(max_prompt_len=10)
     with pytest.raises(InputError, match="--max_prompt_len 10 leaves no room: the template alone has"):
@@ -70,13 +87,17 @@ def test_a_template_longer_than_its_limit_is_refused(build: Callable) -> None:
 
 def test_without_augmentation_there_is_no_prompt(build: Callable) -> None:
     _, tokenizer = build(augmentation=False)
-    assert tokenizer([example(math_prompt("Anna"))])[0].prompt == []
+    assert len(tokenizer([example(math_prompt("Anna"))])[0].prompt) == 0
 
 
-def test_an_encoder_that_lacks_a_language_says_so(build: Callable) -> None:
-    _, tokenizer = build(mt="nllb")
-    tokenizer._names_language, tokenizer.mt_tokenizer = True, load_tokenizer(tokenizer.llm_tokenizer.name_or_path)
-    with pytest.raises(InputError, match="no language token for Telugu"):
+def test_an_encoder_that_lacks_a_language_says_so(build: Callable, models: dict[str, Path]) -> None:
+    _, pair = build(mt="nllb")
+    # M2M100's spelling, without Telugu, as M2M100 is.
+    m2m100 = tiny_tokenizer(["__en__"], ["</s>"], ("__en__", "__de__"))
+    limits = {"augmentation": True, "max_seq_len": 50, "max_prompt_len": 300, "max_gen_len": 9}
+    tokenizer = ExampleTokenizer(m2m100, base_config(str(models["nllb"])), pair.llm_tokenizer, **limits)
+    assert tokenizer([example(math_prompt("?"))])[0].source[0] == m2m100.convert_tokens_to_ids("__de__")
+    with pytest.raises(InputError, match=r"no language token for Telugu: leave it out, as in --languages en,de"):
         tokenizer([example(math_prompt("?"), language="Telugu")])
 
 
@@ -95,4 +116,4 @@ def test_the_llm_alone_reads_no_source(build: Callable) -> None:
         None, None, pair.llm_tokenizer, augmentation=True, max_seq_len=9, max_prompt_len=300, max_gen_len=9
     )
     tokens = alone([example(math_prompt("Anna"))], with_targets=False)[0]
-    assert (tokens.source, tokens.target, alone.source_pad_id) == ([], [], 0)
+    assert (len(tokens.source), len(tokens.target), alone.source_pad_id) == (0, 0, 0)
