@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -63,6 +64,13 @@ class Process:
 def launched_world_size() -> int:
     """How many processes the launcher (deepspeed, torchrun) started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that this process may still take on `device`; ranks that share a machine's memory share what is free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def start_process(
