@@ -1,0 +1,213 @@
+"""safetensors files read and written piece by piece: memory holds a piece, not the file.
+
+The `safetensors` library maps whole files, and mapped pages count as this process's memory; merging two 8B models
+would show up as 32 GB. Here every read lands in a buffer of its own size, and a tensor may be written in pieces,
+in any order. The format: https://huggingface.co/docs/safetensors/index#format
+"""
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from common.errors import InputError
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit; a damaged length field must not make us allocate more
+
+# NumPy has no bfloat16: its bits travel as uint16 until `decode`.
+STORAGE = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("u1"),
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `offset` in bytes from the start of the file `path`."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * STORAGE[self.dtype].itemsize
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Elements `start` to `stop` in row-major order, as a flat array in storage dtype.
+
+        Raises:
+            InputError: the file cannot be read or ends early.
+        """
+        values = np.empty((self.size if stop is None else stop) - start, STORAGE[self.dtype])
+        buffer = memoryview(values).cast("B")
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset + start * values.itemsize)
+                done = 0
+                while done < len(buffer):
+                    count = file.readinto(buffer[done:])
+                    if not count:
+                        raise InputError(f"{self.path}: ends within tensor {self.name}; copy or download it again")
+                    done += count
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot read tensor {self.name}: {error.strerror}") from error
+        return values
+
+    def read_floats(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """As `read`, decoded: float64 where that is stored, else float32.
+
+        Raises:
+            InputError: also where a value is NaN or infinite.
+        """
+        values = decode(self.read(start, stop), self.dtype)
+        if not np.isfinite(values).all():
+            raise InputError(f"{self.path}: tensor {self.name} holds NaN or infinite values")
+        return values
+
+
+def decode(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Stored floats as arithmetic ones: float64 for F64, else float32. Exact."""
+    if dtype == "BF16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float64 if dtype == "F64" else np.float32, copy=False)
+
+
+def encode(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Finite floats in storage dtype `dtype`, rounded to nearest, ties to even.
+
+    Raises:
+        OverflowError: a value is beyond the range of `dtype`.
+    """
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        stored = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
+    else:
+        with np.errstate(over="ignore"):
+            stored = values.astype(STORAGE[dtype], copy=False)
+    if dtype in ("BF16", "F16") and not np.isfinite(decode(stored, dtype)).all():
+        raise OverflowError(f"a value of magnitude {np.abs(values).max():.3g} does not fit {dtype}")
+    return stored
+
+
+class TensorFile:
+    """A safetensors file's header: `tensors` by name and the `metadata` strings. Reading happens in `TensorInfo`.
+
+    Raises:
+        InputError: no such file, not safetensors, truncated, or with tensors of an unknown dtype.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                total = path.stat().st_size
+                (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+                if length > min(MAX_HEADER_BYTES, total - 8):
+                    raise InputError(f"{path}: not a whole safetensors file; copy or download it again")
+                header = json.loads(file.read(length))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: the safetensors header is damaged: {error}") from error
+        try:
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self.tensors = {name: self._info(name, entry, 8 + length) for name, entry in header.items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: the safetensors header is damaged: {error!r}") from error
+        end = max((info.offset + info.nbytes for info in self.tensors.values()), default=8 + length)
+        if end != total:
+            raise InputError(f"{path}: {total} bytes where the header promises {end}; copy or download it again")
+
+    def _info(self, name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
+        if entry["dtype"] not in STORAGE:
+            raise InputError(f"{self.path}: tensor {name} has dtype {entry['dtype']}; this reads {', '.join(STORAGE)}")
+        begin, end = entry["data_offsets"]
+        info = TensorInfo(self.path, name, entry["dtype"], tuple(entry["shape"]), data_start + begin)
+        if begin < 0 or min(info.shape, default=0) < 0 or end - begin != info.nbytes:
+            raise ValueError(f"tensor {name} of shape {info.shape} cannot lie at {entry['data_offsets']}")
+        return info
+
+
+class TensorWriter:
+    """Writes one safetensors file of a layout known beforehand, tensor by tensor or piece by piece, in any order.
+
+    Args:
+        path: the file; it must not be looked at before `close`.
+        layout: dtype and shape of each tensor.
+        metadata: strings for the header.
+    """
+
+    def __init__(self, path: Path, layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]):
+        # Widest first keeps every tensor aligned, which readers that map the file rely on.
+        ordered = sorted(layout, key=lambda name: -STORAGE[layout[name][0]].itemsize)
+        header: dict[str, Any] = {"__metadata__": metadata}
+        end = 0
+        for name in ordered:
+            dtype, shape = layout[name]
+            begin, end = end, end + math.prod(shape) * STORAGE[dtype].itemsize
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._infos = {
+            name: TensorInfo(path, name, *layout[name], offset=8 + len(text) + header[name]["data_offsets"][0])
+            for name in ordered
+        }
+        self._missing = {name: info.size for name, info in self._infos.items()}
+        self._file = path.open("wb", buffering=0)
+        self._write_at(0, struct.pack("<Q", len(text)) + text)
+
+    def write(self, name: str, values: np.ndarray, start: int = 0) -> None:
+        """Write `values`, in the tensor's storage dtype, as its elements from `start` on in row-major order."""
+        info = self._infos[name]
+        if values.dtype != STORAGE[info.dtype] or start + values.size > info.size:
+            raise ValueError(f"{values.size} elements of {values.dtype} from {start} on do not fit tensor {info}")
+        self._write_at(info.offset + start * values.itemsize, np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+        self._missing[name] -= values.size
+
+    def close(self) -> None:
+        """Finish the file.
+
+        Raises:
+            ValueError: some elements were never written.
+        """
+        self._file.close()
+        missing = [name for name, count in self._missing.items() if count]
+        if missing:
+            raise ValueError(f"tensors not fully written: {missing}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._file.close()
+
+    def _write_at(self, offset: int, data: bytes | np.ndarray) -> None:
+        self._file.seek(offset)
+        view = memoryview(data)
+        while view:
+            view = view[self._file.write(view) :]
