@@ -1,0 +1,261 @@
+"""Gram files: what one model's linear layers saw, written once and read layer by layer.
+
+`gram.safetensors` holds one float32 tensor per distinct layer input: the lower triangle, row by row, of the *sum* of
+x x^T over tokens. Sums add: the Grams of two data sets are the sum of their files' tensors and of their token counts.
+The header's metadata says which modules share each Gram, how many tokens it sums, and where it came from.
+
+The published form, `gram.pkl`, is a pickled dict of module name to mean Gram. It is read too, by an unpickler that
+knows tensors and containers and nothing else.
+"""
+
+import collections
+import hashlib
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from common.errors import InputError
+from common.files import atomic_path
+from regmean.tensor_file import TensorFile, TensorWriter
+
+FORMAT = "regmean-gram"
+VERSION = "1"
+FILE_NAME = "gram.safetensors"
+PUBLISHED_NAME = "gram.pkl"
+BLOCK_ELEMENTS = 4_000_000
+
+
+@dataclass(frozen=True)
+class Gram:
+    """One distinct input of `width` features: the modules that receive it, and how many tokens were summed.
+
+    `conv1d` says that those modules keep their weight as (in, out), as GPT-2's Conv1D does, not as (out, in).
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    tokens: int
+    width: int
+    conv1d: bool = False
+
+
+class Grams(Protocol):
+    """A model's Grams, from whichever file."""
+
+    path: Path
+    grams: dict[str, Gram]
+    provenance: dict[str, Any]
+
+    def read(self, name: str) -> np.ndarray:
+        """The sum of x x^T of Gram `name`: float32 of shape (width, width), symmetric, the caller's own.
+
+        Raises:
+            InputError: it cannot be read, is not finite, or has a negative diagonal.
+        """
+
+
+def open_grams(path: Path) -> Grams:
+    """The Grams in `path`: a file of either form, or a folder holding `gram.safetensors` or `gram.pkl`.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    if path.is_dir():
+        found = [path / name for name in (FILE_NAME, PUBLISHED_NAME) if (path / name).exists()]
+        if not found:
+            raise InputError(f"{path}: holds neither {FILE_NAME} nor {PUBLISHED_NAME}; compute_gram.py makes one")
+        path = found[0]
+    if not path.exists():
+        raise InputError(f"{path}: no such Gram file or folder; compute_gram.py makes one")
+    return GramFile(path) if path.suffix == ".safetensors" else PublishedGrams(path)
+
+
+class GramFile:
+    """A `gram.safetensors`, opened: the header is read and checked, the Grams are read when asked for.
+
+    Raises:
+        InputError: damaged, or not a Gram file of a version this reads.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        file = TensorFile(path)
+        form = (file.metadata.get("format"), file.metadata.get("version"))
+        if form != (FORMAT, VERSION):
+            raise InputError(f"{path}: format {form[0]!r}, version {form[1]!r}; this reads {FORMAT!r}, {VERSION!r}")
+        try:
+            entries = json.loads(file.metadata["grams"])
+            self.provenance = json.loads(file.metadata["provenance"])
+            self.grams = {name: Gram(name, tuple(entry.pop("modules")), **entry) for name, entry in entries.items()}
+            for gram in self.grams.values():
+                info = file.tensors[gram.name]
+                if (info.dtype, info.shape) != ("F32", (packed_size(gram.width),)):
+                    raise ValueError(f"tensor {gram.name} is {info.dtype} of shape {info.shape}")
+                if gram.tokens < 1:
+                    raise ValueError(f"{gram.name} sums {gram.tokens} tokens")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: the Gram file's header is damaged: {error!r}") from error
+        self._infos = file.tensors
+
+    def read(self, name: str) -> np.ndarray:
+        """See `Grams.read`."""
+        width = self.grams[name].width
+        square = np.empty((width, width), np.float32)
+        for first, last in _row_blocks(width):
+            packed = self._infos[name].read(packed_size(first), packed_size(last))
+            for row in range(first, last):
+                start = packed_size(row) - packed_size(first)
+                square[row, : row + 1] = packed[start : start + row + 1]
+            square[:first, first:last] = square[first:last, :first].T
+            corner = square[first:last, first:last]
+            corner[...] = np.tril(corner) + np.tril(corner, -1).T
+        return _checked(square, name, self.path)
+
+
+class PublishedGrams:
+    """A published `gram.pkl`, unpickled: mean Grams by module name. Equal Grams are one, as their modules share it.
+
+    The file says nothing of token counts: every Gram counts as one token, whose "sum" is then the mean.
+
+    Raises:
+        InputError: not such a pickle, or one that asks for anything but tensors and containers.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.provenance: dict[str, Any] = {"published_file": path.name, "token_counts": "unknown"}
+        self._means: dict[str, np.ndarray] = {}
+        sharing: dict[str, list[str]] = {}
+        names: dict[bytes, str] = {}
+        for module, mean in _unpickle_grams(path).items():
+            name = names.setdefault(hashlib.sha256(np.ascontiguousarray(mean)).digest(), module)
+            self._means.setdefault(name, mean)
+            sharing.setdefault(name, []).append(module)
+        self.grams = {
+            name: Gram(name, tuple(sharing[name]), tokens=1, width=len(mean)) for name, mean in self._means.items()
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        """See `Grams.read`."""
+        return _checked(self._means[name].copy(), name, self.path)
+
+
+def write_grams(
+    path: Path, grams: Iterable[Gram], read: Callable[[str], np.ndarray], provenance: dict[str, Any]
+) -> None:
+    """Write a Gram file, whole or not at all, holding one Gram at a time.
+
+    Args:
+        path: the file.
+        grams: what it is to hold.
+        read: gives the (width, width) float32 sum of a Gram by its name; its lower triangle is kept.
+        provenance: model, data and versions, as JSON values.
+
+    Raises:
+        InputError: a Gram holds NaN or infinite values, or the file cannot be written.
+    """
+    grams = list(grams)
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "grams": json.dumps(
+            {
+                gram.name: {
+                    "modules": gram.modules,
+                    "tokens": gram.tokens,
+                    "width": gram.width,
+                    "conv1d": gram.conv1d,
+                }
+                for gram in grams
+            }
+        ),
+        "provenance": json.dumps(provenance),
+    }
+    layout = {gram.name: ("F32", (packed_size(gram.width),)) for gram in grams}
+    with atomic_path(path) as partial, TensorWriter(partial, layout, metadata) as writer:
+        for gram in grams:
+            square = read(gram.name)
+            for first, last in _row_blocks(gram.width):
+                packed = np.concatenate([square[row, : row + 1] for row in range(first, last)])
+                if not np.isfinite(packed).all():
+                    raise InputError(
+                        f"the input of {', '.join(gram.modules)} is NaN or infinite for some token; "
+                        "a wider --dtype (bfloat16 or float32) may hold it"
+                    )
+                writer.write(gram.name, packed, start=packed_size(first))
+
+
+def convert(source: Path, target: Path) -> None:
+    """Write the published Gram file `source` as `target` in this repository's form."""
+    if target.exists():
+        raise InputError(f"{target} exists already: remove it, or choose another --output_dir")
+    published = PublishedGrams(source)
+    write_grams(target, published.grams.values(), published.read, published.provenance)
+    modules = sum(len(gram.modules) for gram in published.grams.values())
+    print(f"{target}: {len(published.grams)} Grams of {modules} modules")
+
+
+def packed_size(width: int) -> int:
+    """Elements in the lower triangle, diagonal included; also where row `width` starts in the packed form."""
+    return width * (width + 1) // 2
+
+
+def _checked(square: np.ndarray, name: str, path: Path) -> np.ndarray:
+    if not np.isfinite(square).all():
+        raise InputError(f"{path}: the Gram of {name} holds NaN or infinite values; compute it again")
+    if square.diagonal().min() < 0:
+        raise InputError(f"{path}: the Gram of {name} has a negative diagonal, as no sum of x x^T has: it is damaged")
+    return square
+
+
+def _row_blocks(width: int) -> Iterator[tuple[int, int]]:
+    rows = max(1, BLOCK_ELEMENTS // width)
+    for first in range(0, width, rows):
+        yield first, min(first + rows, width)
+
+
+def _unpickle_grams(path: Path) -> dict[str, np.ndarray]:
+    import torch
+
+    try:
+        with path.open("rb") as file:
+            if zipfile.is_zipfile(file):
+                file.seek(0)
+                content = torch.load(file, map_location="cpu", weights_only=True)
+            else:
+                file.seek(0)
+                content = _GramUnpickler(file).load()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except Exception as error:  # unpickling a damaged or hostile file can raise anything
+        raise InputError(f"{path}: not a published Gram file: {error}") from error
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"{path}: not a published Gram file: expected a dict of module name to Gram")
+    for name, gram in content.items():
+        if not isinstance(gram, torch.Tensor) or gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+            raise InputError(f"{path}: the entry {name!r} is no square matrix")
+    return {str(name): gram.detach().float().cpu().numpy() for name, gram in content.items()}
+
+
+class _GramUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        import torch
+
+        allowed = {
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+            # The storage's bytes are themselves a torch file, which torch's own function would unpickle freely.
+            ("torch.storage", "_load_from_bytes"): lambda data: torch.load(
+                io.BytesIO(data), map_location="cpu", weights_only=True
+            ),
+        }
+        if (module, name) not in allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is neither a tensor nor a container")
+        return allowed[module, name]

@@ -1,0 +1,138 @@
+"""Gram files of both forms: what is written comes back, and nothing else is read."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from common.errors import InputError
+from regmean import gram_file
+from regmean.gram_file import Gram, GramFile, PublishedGrams, convert, open_grams, write_grams
+
+
+def random_gram(width: int, seed: int = 0) -> np.ndarray:
+    x = np.random.default_rng(seed).normal(size=(50, width)).astype(np.float32)
+    return x.T @ x
+
+
+def write(path: Path, sums: dict[str, np.ndarray], tokens: int = 50) -> Path:
+    grams = [Gram(name, (name, f"{name}.twin"), tokens, len(total)) for name, total in sums.items()]
+    write_grams(path, grams, sums.__getitem__, {"model": "m"})
+    return path
+
+
+@pytest.mark.parametrize("block", [1, 7, 4_000_000])
+def test_a_gram_comes_back_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(gram_file, "BLOCK_ELEMENTS", block)
+    sums = {"a": random_gram(13), "b": random_gram(1)}
+    file = GramFile(write(tmp_path / "gram.safetensors", sums))
+    assert file.provenance == {"model": "m"}
+    assert file.grams["a"] == Gram("a", ("a", "a.twin"), 50, 13)
+    for name, total in sums.items():
+        np.testing.assert_array_equal(file.read(name), total)
+    # The contract: the lower triangle, row by row, in float32.
+    packed = load_file(tmp_path / "gram.safetensors")["a"]
+    np.testing.assert_array_equal(packed, sums["a"][np.tril_indices(13)])
+
+
+def test_a_gram_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
+    total = random_gram(4)
+    total[2, 1] = np.inf
+    with pytest.raises(InputError, match=r"input of a, a\.twin is NaN or infinite"):
+        write(tmp_path / "gram.safetensors", {"a": total})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("value", "message"), [(np.nan, "NaN"), (-1.0, "negative diagonal")])
+def test_a_damaged_gram_is_refused_when_read(tmp_path: Path, value: float, message: str) -> None:
+    path = write(tmp_path / "gram.safetensors", {"a": random_gram(2)})
+    content = bytearray(path.read_bytes())
+    content[-4:] = np.float32(value).tobytes()
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"gram\.safetensors: the Gram of a .*{message}"):
+        GramFile(path).read("a")
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "gram.safetensors", {"a": random_gram(2)})
+    content = path.read_bytes()
+    path.write_bytes(content[:-4])
+    with pytest.raises(InputError, match="download it again"):
+        open_grams(tmp_path)
+    for old, new, message in (
+        (b'"version": "1"', b'"version": "9"', "version '9'"),
+        (b'\\"width\\": 2', b'\\"width\\": 3', "header is damaged"),
+        (b'\\"tokens\\": 50', b'\\"tokens\\": -1', "header is damaged"),
+        (b'\\"modules\\"', b'\\"nodules\\"', "header is damaged"),
+    ):
+        assert content.count(old) == 1
+        path.write_bytes(content.replace(old, new))
+        with pytest.raises(InputError, match=message):
+            open_grams(path)
+    with pytest.raises(InputError, match="no such Gram file"):
+        open_grams(tmp_path / "nowhere")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="neither"):
+        open_grams(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("by", ["pickle", "torch.save"])
+def test_published_grams_are_read_and_converted(tmp_path: Path, by: str) -> None:
+    shared, own = torch.from_numpy(random_gram(5)) / 50, torch.from_numpy(random_gram(3, seed=1)) / 50
+    content = {"layers.0.q": shared, "layers.0.k": shared.clone(), "layers.0.o": own.to(torch.bfloat16)}
+    path = tmp_path / "gram.pkl"
+    if by == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+    published = open_grams(tmp_path)
+    assert isinstance(published, PublishedGrams)
+    assert published.grams["layers.0.q"].modules == ("layers.0.q", "layers.0.k")
+    np.testing.assert_array_equal(published.read("layers.0.q"), shared.numpy())
+
+    convert(path, tmp_path / "gram.safetensors")
+    converted = open_grams(tmp_path)
+    assert isinstance(converted, GramFile)
+    assert converted.grams == published.grams
+    for name, gram in converted.grams.items():
+        np.testing.assert_array_equal(converted.read(name) / gram.tokens, content[name].float().numpy())
+    with pytest.raises(InputError, match="exists already"):
+        convert(path, tmp_path / "gram.safetensors")
+
+
+class Exploit:
+    def __init__(self, function: Any, *arguments: Any):
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_malicious_pickle_is_refused(tmp_path: Path, nested: bool) -> None:
+    marker = tmp_path / "executed"
+    attack: Any = Exploit(os.system, f"touch {marker}")
+    if nested:
+        # A tensor's storage is a torch file of its own, which torch itself would unpickle freely.
+        attack = Exploit(torch.storage._load_from_bytes, pickle.dumps(attack))
+    path = tmp_path / "gram.pkl"
+    path.write_bytes(pickle.dumps({"a": attack}))
+    with pytest.raises(InputError, match=r"gram\.pkl: not a published Gram file"):
+        open_grams(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not a pickle", pickle.dumps([1]), pickle.dumps({}), pickle.dumps({"a": 1}),
+     pickle.dumps({"a": torch.zeros(2, 3)})],
+)  # fmt: skip
+def test_what_is_no_published_gram_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "gram.pkl").write_bytes(content)
+    with pytest.raises(InputError, match=r"gram\.pkl"):
+        open_grams(tmp_path)
