@@ -1,0 +1,41 @@
+"""Compute RegMean's Grams of one model; the flags are in regmean/flags.py.
+
+python compute_gram.py code                      a preset of configs/regmean
+python compute_gram.py --model M --dataset D ...
+python compute_gram.py convert gram.pkl          a published file, in this repository's form
+"""
+
+import sys
+from pathlib import Path
+
+from common.errors import exit_with_message
+from common.flags import parse_flags
+from regmean.flags import ConvertFlags, GramFlags
+
+PRESETS = Path(__file__).parent / "configs" / "regmean"
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    if words[:1] == ["convert"]:
+        from regmean.gram_file import FILE_NAME, convert
+
+        named = words[1:2] and not words[1].startswith("-")
+        flags = parse_flags(ConvertFlags, ["--source", *words[1:]] if named else words[1:])
+        source = Path(flags.source)
+        convert(source, Path(flags.output_dir or source.parent) / FILE_NAME)
+        return
+
+    flags = parse_flags(GramFlags, words, presets=PRESETS)
+    from common.distributed import start_process  # imported late: bad flags are told before torch loads
+    from regmean.gram import compute_grams
+
+    process = start_process(flags.device)
+    try:
+        compute_grams(flags, process)
+    finally:
+        process.close()
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

@@ -1,0 +1,517 @@
+"""Grams: what RegMean needs to know of a model's training data, one sum of x x^T per distinct layer input.
+
+From the top: `compute_grams` loads texts and model, probes the model once to learn which layers share an input,
+plans as many passes as memory asks for, and runs them; `LinearInputs` hands over each layer's input; `GramSums` adds
+up its products.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from common.distributed import Process, available_memory
+from common.errors import InputError
+from common.files import read_json, write_json
+from common.logging import progress, say
+from regmean.calibration import Calibration, collate, load_calibration, make_batches
+from regmean.checkpoint import Checkpoint, open_checkpoint
+from regmean.flags import GramFlags
+from regmean.gram_file import FILE_NAME, Gram, GramFile, write_grams
+
+SNAPSHOT_SECONDS = 600.0
+M_MMAP_THRESHOLD = -3  # glibc's <malloc.h>
+# Of the memory that is free beside the model, what the activations of a batch and fragmentation may take.
+RESERVED = 0.1
+
+
+def compute_grams(flags: GramFlags, process: Process, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
+    """Compute the Grams of `flags.model` over its calibration texts and write `gram.safetensors`.
+
+    A run that was cut short leaves `gram.partial/` in the output folder; the same command continues from there and
+    ends with the same Gram.
+
+    Args:
+        flags: what to compute.
+        process: this rank; every rank takes its share of the batches.
+        snapshot_seconds: the time between two snapshots.
+
+    Raises:
+        InputError: bad flags, model or data; a Gram that fits no memory; activations that are not finite.
+    """
+    target = Path(flags.output_dir) / FILE_NAME
+    if target.exists():
+        raise InputError(f"{target} exists already: remove it, or choose another --output_dir")
+    checkpoint = open_checkpoint(flags.model, flags.revision)
+    tokenizer = _load(AutoTokenizer, flags, checkpoint)
+    calibration = load_calibration(flags, tokenizer)
+    say(
+        process,
+        f"{len(calibration.examples):,} examples, {calibration.tokens:,} tokens; "
+        f"{calibration.truncated:,} cut at {flags.max_length} tokens, {calibration.empty:,} empty",
+    )
+    _keep_heap_small()
+    model = _load(AutoModelForCausalLM, flags, checkpoint, dtype=flags.dtype).to(process.device).eval()
+    layers = linear_layers(model)
+    work = target.with_suffix(".partial")
+    identity = {
+        "model": flags.model,
+        "fingerprint": checkpoint.fingerprint(),
+        "examples": calibration.digest(),
+        "tokens_per_batch": flags.tokens_per_batch,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "world_size": process.world_size,
+    }
+    # The first rank decides for all; it is the one that keeps the run's files.
+    plan = process.gather(_continued_plan(work, identity) if process.is_main else None)[0]
+    if plan is None:
+        plan = _make_plan(model, layers, calibration, process)
+        if process.is_main:
+            write_json(work / "run.json", {"identity": identity, "passes": plan.passes, "padding": plan.padding})
+    run = _Run(model, layers, calibration, plan, flags.tokens_per_batch, work, process, snapshot_seconds)
+    provenance = _provenance(flags, identity, checkpoint, tokenizer, calibration)
+
+    started = time.monotonic()
+    parts = [work / f"pass{number}.safetensors" for number in range(len(plan.passes))]
+    for number, part in enumerate(parts):
+        if process.gather(part.exists())[0]:
+            continue
+        sums = run.sums_of_pass(number)
+        sums.add_ranks(process)
+        if process.is_main:
+            sums.write(part, layers, provenance)
+        process.barrier()
+
+    if process.is_main:
+        _assemble(parts, target, provenance)
+        shutil.rmtree(work)
+        grams = GramFile(target).grams.values()
+        covered = {module for gram in grams for module in gram.modules}
+        size, seconds = target.stat().st_size / 1e9, time.monotonic() - started
+        say(process, f"{target}: {len(grams)} Grams of {len(covered)} layers, {size:.2f} GB, {seconds:.0f} s")
+        unseen = [name for name in layers if name not in covered]
+        if unseen:
+            say(process, f"no token reached {len(unseen)} layers, which a merge will average: {', '.join(unseen)}")
+    process.barrier()
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every linear layer by name, but for an output head tied to the input embeddings: no regression has that."""
+    embeddings = model.get_input_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module.weight is not getattr(embeddings, "weight", None)
+    }
+
+
+def input_width(layer: nn.Module) -> int:
+    """Features that a linear layer reads: Conv1D keeps its weight as (in, out), nn.Linear as (out, in)."""
+    return layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
+
+
+def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """total += rows^T rows.
+
+    Args:
+        total: float32 of shape (width, width).
+        rows: float of shape (tokens, width), on the same device.
+    """
+    if rows.device.type == "cpu":
+        # NumPy sees that both factors are one matrix and computes half the product (BLAS syrk).
+        x = rows.float().contiguous().numpy()
+        total.numpy()[...] += x.T @ x
+    elif rows.dtype == torch.float32:
+        total.addmm_(rows.T, rows)
+    else:
+        # Products of two half-precision numbers are exact in float32, and so is nearly their sum.
+        total += torch.mm(rows.T, rows, out_dtype=torch.float32)
+
+
+class LinearInputs:
+    """Hands each distinct input of a model's linear layers to `receive`; a context manager that owns the hooks.
+
+    Which layers share an input is found from the tensors themselves: the first layer to read a tensor lends its name
+    to all that read the same one later in that forward pass.
+
+    Args:
+        layers: the layers to watch, by name.
+        head: the output head, or None; a forward pass ends where the head would turn states into logits.
+        receive: called with the name and the input, of shape (..., width), once for each distinct input.
+    """
+
+    def __init__(
+        self, layers: dict[str, nn.Module], head: nn.Module | None, receive: Callable[[str, torch.Tensor], None]
+    ):
+        self.shared_name: dict[str, str] = {}
+        self._layers = layers
+        self._head = head
+        self._receive = receive
+        self._handles: list[Any] = []
+        self._received: dict[tuple, list[str]] = {}
+
+    def __enter__(self) -> Self:
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+        if self._head is not None:
+            self._handles.append(self._head.register_forward_pre_hook(_end_forward))
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        """One forward pass over token ids, without logits, cache or gradient.
+
+        Args:
+            model: the model that the layers belong to.
+            ids: int64 of shape (examples, length).
+            mask: the same shape, 0 at padding.
+        """
+        self._received.clear()
+        try:
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        except _HeadReached:
+            pass
+        finally:
+            self._received.clear()
+
+    def _hook(self, name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if x.numel() == 0:
+                return
+            # A weak reference keeps the storage's identity from being used again, without keeping its data: another
+            # tensor that the allocator puts at the same address is never taken for this one.
+            storage = StorageWeakRef(x.untyped_storage())
+            key = (storage, x.storage_offset(), x.shape, x.stride(), x._version)
+            names = self._received.setdefault(key, [])
+            shared = self.shared_name.setdefault(name, names[0] if names else name)
+            if shared in names:
+                return
+            if shared != name:
+                raise InputError(
+                    f"layer {name} read the same tensor as {shared} until now and no longer does; "
+                    "models that rewire their layers from input to input are not supported"
+                )
+            names.append(name)
+            self._receive(name, x)
+
+        return hook
+
+
+class GramSums:
+    """The running sums of one pass, each a float32 matrix of shape (width, width) beside the activations."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, torch.Tensor] = {}
+        self.tokens: dict[str, int] = {}
+        self.shared_name: dict[str, str] = {}
+
+    def add(self, name: str, rows: torch.Tensor) -> None:
+        """Add the products of `rows`, of shape (tokens, width), to the sum called `name`."""
+        if name not in self.totals:
+            width = rows.shape[1]
+            self.totals[name] = torch.zeros(width, width, dtype=torch.float32, device=rows.device)
+            self.tokens[name] = 0
+        add_products(self.totals[name], rows)
+        self.tokens[name] += rows.shape[0]
+
+    def add_ranks(self, process: Process) -> None:
+        """Add up the sums of all ranks; a rank whose tokens never reached a layer adds nothing to it."""
+        sharing: dict[str, str] = {}
+        for theirs in process.gather(self.shared_name):
+            for module, name in theirs.items():
+                if sharing.setdefault(module, name) != name:
+                    raise InputError(f"layer {module} shares its input with other layers on one rank than on another")
+        widths: dict[str, int] = {}
+        for theirs in process.gather({name: len(total) for name, total in self.totals.items()}):
+            widths |= theirs
+        self.shared_name = sharing
+        for name, width in widths.items():
+            total = self.totals.setdefault(name, torch.zeros(width, width, device=process.device))
+            process.sum_(total)
+        names = list(widths)
+        counts = process.sum(*(self.tokens.get(name, 0) for name in names))
+        self.tokens = {name: int(count) for name, count in zip(names, counts, strict=True)}
+
+    def write(self, path: Path, layers: dict[str, nn.Module], provenance: dict[str, Any]) -> None:
+        """Write the sums as a Gram file."""
+        grams = [
+            Gram(
+                name,
+                tuple(module for module, shared in self.shared_name.items() if shared == name),
+                self.tokens[name],
+                len(total),
+                isinstance(layers[name], Conv1D),
+            )
+            for name, total in self.totals.items()
+        ]
+        write_grams(path, grams, lambda name: self.totals[name].cpu().numpy(), provenance)
+
+    @classmethod
+    def read(cls, path: Path, device: torch.device) -> Self:
+        """The sums in a Gram file, to go on adding to."""
+        file = GramFile(path)
+        sums = cls()
+        for gram in file.grams.values():
+            sums.totals[gram.name] = torch.from_numpy(file.read(gram.name)).to(device)
+            sums.tokens[gram.name] = gram.tokens
+            sums.shared_name |= dict.fromkeys(gram.modules, gram.name)
+        return sums
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the work is cut: the layers of each pass over the texts, and whether batches may hold padding."""
+
+    passes: list[list[str]]
+    padding: bool
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one example tells.
+
+    Attributes:
+        inputs: the layers that share an input, for each distinct input.
+        padding: as in `Plan`.
+        seconds: what a forward pass with its products takes.
+    """
+
+    inputs: list[list[str]]
+    padding: bool
+    seconds: float
+
+
+def probe(model: nn.Module, layers: dict[str, nn.Module], ids: list[int], device: torch.device) -> Probe:
+    """Run one example to see which layers share an input, and whether every layer's rows are the example's tokens.
+
+    Where they are not (an expert gets some of the tokens, in its own order), padding cannot be told from tokens
+    inside the model, and batches must do without.
+    """
+    example, mask = (tensor.to(device) for tensor in collate([ids]))
+    aligned: list[bool] = []
+
+    def receive(name: str, x: torch.Tensor) -> None:
+        aligned.append(_aligned(x, mask))
+        GramSums().add(name, x.reshape(-1, x.shape[-1]))
+
+    with LinearInputs(layers, _output_head(model), receive) as inputs:
+        inputs.run(model, example, mask)  # the first pass also warms up; the second is timed
+        started = time.monotonic()
+        inputs.run(model, example, mask)
+        seconds = time.monotonic() - started
+    sharing: dict[str, list[str]] = {}
+    for name in layers:
+        # A layer that no token reached yet is on its own until it is seen to share.
+        sharing.setdefault(inputs.shared_name.get(name, name), []).append(name)
+    return Probe(list(sharing.values()), all(aligned) and len(inputs.shared_name) == len(layers), seconds)
+
+
+def plan_passes(inputs: list[list[str]], widths: list[int], memory: int) -> list[list[str]]:
+    """Distribute layers over as few passes as memory allows, those that share an input together.
+
+    Args:
+        inputs: the layers of each distinct input, in the model's order.
+        widths: features of each of these inputs.
+        memory: bytes for the sums of one pass and the product that is being added.
+
+    Raises:
+        InputError: the largest sum and its product do not fit.
+    """
+    largest = 4 * max(widths) ** 2
+    if 2 * largest > memory:
+        raise InputError(
+            f"the widest layer ({max(widths)} features) needs {2 * largest / 1e9:.1f} GB beside the model, "
+            f"and {memory / 1e9:.1f} GB are free; take a larger --device or a narrower --dtype"
+        )
+    passes: list[list[str]] = []
+    free = 0
+    for names, width in zip(inputs, widths, strict=True):
+        if not passes or 4 * width**2 > free:
+            passes.append([])
+            free = memory - largest
+        passes[-1] += names
+        free -= 4 * width**2
+    return passes
+
+
+def _keep_heap_small() -> None:
+    """Have the C library give memory above 1 MB back to the system as soon as it is freed.
+
+    glibc raises that limit to 32 MB by itself; sums and activations then fragment one heap, which on the CPU took
+    twice the memory in use.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another C library has no such setting, and no such habit
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
+class _HeadReached(Exception):
+    """Ends a forward pass before the output head computes logits."""
+
+
+def _end_forward(module: nn.Module, args: tuple) -> None:
+    raise _HeadReached
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+
+
+def _load(auto_class: Any, flags: GramFlags, checkpoint: Checkpoint, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(
+            checkpoint.folder, trust_remote_code=flags.trust_remote_code, local_files_only=True, **options
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise InputError(f"--model {flags.model}: {str(error).strip()}") from error
+
+
+def _continued_plan(work: Path, identity: dict[str, Any]) -> Plan | None:
+    if not (work / "run.json").exists():
+        return None
+    run = read_json(work / "run.json")
+    different = [key for key in identity if run["identity"].get(key) != identity[key]]
+    if different:
+        raise InputError(
+            f"{work} holds a run with another {', '.join(different)}: "
+            "repeat that run's flags to continue it, remove the folder to start anew, or choose another --output_dir"
+        )
+    return Plan(run["passes"], run["padding"])
+
+
+def _make_plan(model: nn.Module, layers: dict[str, nn.Module], calibration: Calibration, process: Process) -> Plan:
+    longest = max(calibration.examples, key=len)
+    probed = probe(model, layers, longest, process.device)
+    widths = [input_width(layers[names[0]]) for names in probed.inputs]
+    memory = int(min(process.gather(available_memory(process.device))) * (1 - RESERVED))
+    plan = Plan(plan_passes(probed.inputs, widths, memory), probed.padding)
+    minutes = probed.seconds / len(longest) * calibration.tokens * len(plan.passes) / process.world_size / 60
+    sums = sum(4 * width**2 for width in widths)
+    passes = "1 pass" if len(plan.passes) == 1 else f"{len(plan.passes)} passes"
+    say(
+        process,
+        f"plan: {len(layers)} layers with {len(widths)} distinct inputs, {sums / 1e9:.2f} GB of sums where "
+        f"{memory / 1e9:.1f} GB are free: {passes}, at most about {minutes:.1f} min"
+        + ("" if plan.padding else "; only examples of equal length share a batch"),
+    )
+    return plan
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything that a pass over the texts needs."""
+
+    model: nn.Module
+    layers: dict[str, nn.Module]
+    calibration: Calibration
+    plan: Plan
+    tokens_per_batch: int
+    work: Path
+    process: Process
+    snapshot_seconds: float
+
+    def sums_of_pass(self, number: int) -> GramSums:
+        """This rank's sums for the layers of pass `number`, from its snapshot on where there is one."""
+        examples, process = self.calibration.examples, self.process
+        lengths = [len(example) for example in examples]
+        batches = make_batches(lengths, self.tokens_per_batch, self.plan.padding)[process.rank :: process.world_size]
+        tokens = [sum(lengths[index] for index in batch) for batch in batches]
+        snapshot = self.work / f"pass{number}-rank{process.rank}.safetensors"
+        done, sums = 0, GramSums()
+        if snapshot.exists():
+            done, sums = GramFile(snapshot).provenance["batches"], GramSums.read(snapshot, process.device)
+            say(process, f"continuing after {done} of {len(batches)} batches")
+
+        def receive(name: str, x: torch.Tensor) -> None:
+            rows = x.reshape(-1, x.shape[-1])
+            if len(kept) < mask.numel():
+                if not _aligned(x, mask):
+                    raise InputError(f"layer {name} reads {tuple(x.shape)}, where padding cannot be told from tokens")
+                rows = rows.index_select(0, kept)
+            sums.add(name, rows)
+
+        layers = {name: self.layers[name] for name in self.plan.passes[number]}
+        inputs = LinearInputs(layers, _output_head(self.model), receive)
+        # A continued pass knows already which layers share an input.
+        inputs.shared_name = sums.shared_name
+        saved = time.monotonic()
+        bar = progress(
+            process,
+            total=sum(tokens),
+            initial=sum(tokens[:done]),
+            unit="tok",
+            unit_scale=True,
+            desc=f"pass {number + 1} of {len(self.plan.passes)}",
+        )
+        with inputs, bar:
+            for position in range(done, len(batches)):
+                ids, mask = (tensor.to(process.device) for tensor in collate([examples[i] for i in batches[position]]))
+                kept = mask.flatten().nonzero().flatten()
+                inputs.run(self.model, ids, mask)
+                bar.update(tokens[position])
+                if time.monotonic() - saved >= self.snapshot_seconds:
+                    sums.write(snapshot, layers, {"batches": position + 1})
+                    saved = time.monotonic()
+        return sums
+
+
+def _aligned(x: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether the rows of a layer's input are the batch's tokens in order, whatever the model did to them."""
+    return x.shape[:-1] in (mask.shape, (mask.numel(),))
+
+
+def _assemble(parts: list[Path], target: Path, provenance: dict[str, Any]) -> None:
+    if len(parts) == 1:
+        parts[0].replace(target)
+        return
+    files = [GramFile(part) for part in parts]
+    source = {name: file for file in files for name in file.grams}
+
+    def read(name: str) -> np.ndarray:
+        return source[name].read(name)
+
+    write_grams(target, (gram for file in files for gram in file.grams.values()), read, provenance)
+
+
+def _provenance(
+    flags: GramFlags,
+    identity: dict[str, Any],
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Calibration,
+) -> dict[str, Any]:
+    template = None if flags.text_column else hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+    # A downloaded model lies in a folder named by its commit.
+    downloaded = checkpoint.folder.parent.name == "snapshots"
+    return {
+        "model": flags.model,
+        "revision": checkpoint.folder.name if downloaded else None,
+        "fingerprint": identity["fingerprint"],
+        "dataset": flags.dataset,
+        "split": flags.split,
+        "columns": {"text": flags.text_column} if flags.text_column else flags.roles(),
+        "chat_template_sha256": template,
+        "examples": len(calibration.examples),
+        "tokens": calibration.tokens,
+        "max_length": flags.max_length,
+        "dtype": identity["dtype"],
+        "versions": {name: version(name) for name in ("torch", "transformers", "datasets")},
+    }

@@ -1,0 +1,410 @@
+"""Grams against float64 sums over the inputs of one example at a time, through whole unpadded forward passes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from common.distributed import start_process
+from common.errors import InputError
+from regmean import gram as gram_module
+from regmean.flags import GramFlags
+from regmean.gram import LinearInputs, compute_grams, linear_layers, plan_passes
+from regmean.gram_file import GramFile
+from tests.regmean.conftest import make_gpt2, make_llama, make_tokenizer
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Experts(nn.Module):
+    """A mixture of three experts with linear layers; the last gets the tokens 7 alone, the second none at all."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.router = nn.Linear(width, 3)
+        self.gate = nn.ModuleList(nn.Linear(width, 8) for _ in range(3))
+        self.up = nn.ModuleList(nn.Linear(width, 8) for _ in range(3))
+        self.down = nn.ModuleList(nn.Linear(8, width) for _ in range(3))
+        self.ids = torch.empty(0)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        rows = states.reshape(-1, states.shape[-1])
+        weight = self.router(rows).softmax(-1)
+        choice = 2 * (self.ids.reshape(-1) == 7)
+        out = torch.zeros_like(rows)
+        for expert in range(3):
+            mine = (choice == expert).nonzero().flatten()
+            if len(mine):
+                x = rows[mine]
+                x = self.down[expert](self.gate[expert](x).relu() * self.up[expert](x))
+                out[mine] = x * weight[mine, expert : expert + 1]
+        return out.reshape(states.shape)
+
+
+def make_experts() -> PreTrainedModel:
+    model = make_llama()
+    torch.manual_seed(5)
+    for layer in model.model.layers:
+        layer.mlp = Experts(16)
+    model.model.embed_tokens.register_forward_pre_hook(
+        lambda module, args: [setattr(layer.mlp, "ids", args[0]) for layer in model.model.layers] and None
+    )
+    return model.eval()
+
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": make_llama,
+    "tied": lambda: make_llama(tied=True),
+    "gpt2": make_gpt2,
+    "experts": make_experts,
+}
+
+
+@torch.no_grad()
+def oracle(model: PreTrainedModel, texts: Path) -> dict[str, tuple[np.ndarray, int]]:
+    """Float64 X^T X and number of rows of every linear layer's input."""
+    inputs: dict[str, list[np.ndarray]] = {}
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, output, name=name: inputs.setdefault(name, []).append(
+                args[0].reshape(-1, args[0].shape[-1]).double().numpy()
+            )
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    tokenizer = make_tokenizer()
+    for line in texts.read_text().splitlines():
+        model(torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"]]))
+    for handle in handles:
+        handle.remove()
+    rows = {name: np.concatenate(parts) for name, parts in inputs.items()}
+    return {name: (x.T @ x, len(x)) for name, x in rows.items()}
+
+
+@pytest.fixture
+def compute(save: Callable, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., GramFile]:
+    """Compute the Grams of a named model in this process."""
+
+    def compute_for(name: str, output: str = "gram", snapshot_seconds: float = 1e9, **options: Any) -> GramFile:
+        folder = tmp_path / name
+        if not folder.exists():
+            save(make_llama() if name == "experts" else MODELS[name](), name)
+        if name == "experts":
+            loaded = make_experts()
+            monkeypatch.setattr(gram_module.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: loaded)
+        settings = {"dataset": str(texts), "text_column": "text", "device": "cpu"} | options
+        flags = GramFlags(model=str(folder), output_dir=str(tmp_path / output), **settings)
+        compute_grams(flags, start_process("cpu"), snapshot_seconds)
+        return GramFile(tmp_path / output / "gram.safetensors")
+
+    return compute_for
+
+
+def assert_close(file: GramFile, expected: dict[str, tuple[np.ndarray, int]], tolerance: float = 1e-6) -> None:
+    for gram in file.grams.values():
+        for module in gram.modules:
+            total, rows = expected[module]
+            assert gram.tokens == rows, module
+            error = np.linalg.norm(file.read(gram.name) - total) / np.linalg.norm(total)
+            assert error < tolerance, (module, error)
+
+
+def same_bits(a: GramFile, b: GramFile) -> bool:
+    return a.grams == b.grams and all(np.array_equal(a.read(name), b.read(name)) for name in a.grams)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 40, 10_000])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_gram_is_the_sum_over_real_tokens(name: str, tokens_per_batch: int, compute: Callable, texts: Path) -> None:
+    file = compute(name, tokens_per_batch=tokens_per_batch)
+    expected = oracle(MODELS[name](), texts)
+    if name == "tied":
+        del expected["lm_head"]
+    elif name == "gpt2":
+        del expected["lm_head"]  # GPT-2 ties its head too
+    assert {module for gram in file.grams.values() for module in gram.modules} == set(expected)
+    assert_close(file, expected)
+
+
+def sharing(file: GramFile, *modules: str) -> list[set[str]]:
+    """The named modules' parts of the groups that share a Gram."""
+    groups = [set(gram.modules) & set(modules) for gram in file.grams.values()]
+    return sorted((group for group in groups if group), key=sorted)
+
+
+def test_layers_that_read_one_tensor_share_a_gram(compute: Callable) -> None:
+    layer = "model.layers.1."
+    names = [layer + name for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+                                       "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]  # fmt: skip
+    assert sharing(compute("llama"), *names, "lm_head") == sorted(
+        [set(names[:3]), {names[3]}, set(names[4:6]), {names[6]}, {"lm_head"}], key=sorted
+    )
+    experts = compute("experts", output="experts_gram")
+    mlp = "model.layers.0.mlp."
+    assert sharing(experts, mlp + "gate.0", mlp + "up.0", mlp + "down.0") == [
+        {mlp + "down.0"},
+        {mlp + "gate.0", mlp + "up.0"},
+    ]
+    covered = {module for gram in experts.grams.values() for module in gram.modules}
+    assert mlp + "gate.2" in covered
+    assert mlp + "gate.1" not in covered
+
+
+def test_conv1d_layers_are_marked(compute: Callable) -> None:
+    grams = compute("gpt2").grams
+    assert all(gram.conv1d for gram in grams.values())
+    assert grams["transformer.h.0.mlp.c_proj"].width == 64
+
+
+def test_another_tensor_at_the_same_address_is_another_input() -> None:
+    class Reuses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(1000, 1) for _ in range(8))
+            self.addresses: set[int] = set()
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> None:
+            for factor, layer in enumerate(self.layers):
+                x = torch.full((1, 1, 1000), float(factor))
+                self.addresses.add(x.data_ptr())
+                layer(input=x)
+                del x
+
+    model, received = Reuses(), []
+    layers = dict(model.layers.named_children())
+    with LinearInputs(layers, None, lambda name, x: received.append((name, x[0, 0, 0].item()))) as inputs:
+        inputs.run(model, torch.zeros(1, 1), torch.ones(1, 1))
+    assert len(model.addresses) < len(layers), "the allocator did not use an address again, so this showed nothing"
+    assert received == [(str(factor), float(factor)) for factor in range(8)]
+
+
+def test_order_and_padding_side_do_not_matter(compute: Callable, texts: Path, tmp_path: Path) -> None:
+    plain = compute("llama", tokens_per_batch=60)
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "right"
+    tokenizer.save_pretrained(tmp_path / "llama")
+    assert same_bits(plain, compute("llama", output="right", tokens_per_batch=60))
+    lines = texts.read_text().splitlines(keepends=True)
+    (tmp_path / "reversed.jsonl").write_text("".join(reversed(lines)))
+    other = compute("llama", output="reversed", tokens_per_batch=60, dataset=str(tmp_path / "reversed.jsonl"))
+    assert_close(other, {name: (plain.read(name), gram.tokens) for name, gram in plain.grams.items()
+                         for name in [gram.name]} | oracle(make_llama(), texts))  # fmt: skip
+
+
+def test_sums_of_two_data_sets_add(compute: Callable, texts: Path, tmp_path: Path) -> None:
+    lines = texts.read_text().splitlines(keepends=True)
+    files = []
+    for name, part in (("a", lines[:15]), ("b", lines[15:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+        files.append(compute("llama", output=name, dataset=str(tmp_path / f"{name}.jsonl")))
+    whole = compute("llama")
+    for name, gram in whole.grams.items():
+        assert gram.tokens == sum(file.grams[name].tokens for file in files)
+        np.testing.assert_allclose(sum(file.read(name) for file in files), whole.read(name), rtol=1e-4, atol=1e-5)
+
+
+def test_no_logits_are_computed(compute: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_llama()
+    monkeypatch.setattr(gram_module.AutoModelForCausalLM, "from_pretrained", lambda *args, **options: model)
+    products: list[tuple] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: products.append(output.shape))
+    file = compute("llama")
+    assert products == []
+    assert "lm_head" in file.grams
+
+
+def test_hooks_are_removed_whatever_happens() -> None:
+    model = make_llama()
+
+    def fail(name: str, x: torch.Tensor) -> None:
+        raise RuntimeError("in the middle")
+
+    ids = torch.ones(1, 3, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="middle"), LinearInputs(linear_layers(model), model.lm_head, fail) as inputs:
+        inputs.run(model, ids, ids)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert model(ids).logits.shape == (1, 3, 32)
+
+
+def test_layers_are_done_in_passes_where_memory_is_short(
+    compute: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    whole = compute("llama", tokens_per_batch=60)
+    assert ": 1 pass," in capsys.readouterr().out
+    monkeypatch.setattr(gram_module, "available_memory", lambda device: 9000)
+    parts = compute("llama", output="passes", tokens_per_batch=60)
+    assert "passes," in capsys.readouterr().out
+    assert same_bits(whole, parts)
+    monkeypatch.setattr(gram_module, "available_memory", lambda device: 4000)
+    with pytest.raises(InputError, match=r"widest layer \(24 features\) needs"):
+        compute("llama", output="none")
+
+
+def test_passes_fit_and_keep_sharing_layers_together() -> None:
+    inputs, widths = [["q", "k"], ["o"], ["gate", "up"], ["down"]], [10, 10, 10, 20]
+    # The widest sum and its product take 1600 bytes each; a narrow sum takes 400.
+    assert plan_passes(inputs, widths, 10_000) == [["q", "k", "o", "gate", "up", "down"]]
+    assert plan_passes(inputs, widths, 3200) == [["q", "k", "o", "gate", "up"], ["down"]]
+    with pytest.raises(InputError, match="widest layer"):
+        plan_passes(inputs, widths, 3199)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("memory", [10**9, 9000])
+def test_a_run_that_was_cut_short_ends_with_the_same_gram(
+    compute: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, memory: int
+) -> None:
+    monkeypatch.setattr(gram_module, "available_memory", lambda device: memory)
+    whole = compute("experts", output="whole", tokens_per_batch=30)
+    run, calls = LinearInputs.run, 0
+    lives = [3, 1, 9, 14]
+
+    def run_or_die(self: LinearInputs, *args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if lives and calls > lives[0]:
+            lives.pop(0)
+            calls = 0
+            raise Killed
+        run(self, *args)
+
+    monkeypatch.setattr(LinearInputs, "run", run_or_die)
+    for _ in range(4):
+        with pytest.raises(Killed):
+            compute("experts", tokens_per_batch=30, snapshot_seconds=0)
+        assert not (tmp_path / "gram" / "gram.safetensors").exists()
+    with pytest.raises(InputError, match="a run with another tokens_per_batch"):
+        compute("experts", tokens_per_batch=31)
+    assert same_bits(whole, compute("experts", tokens_per_batch=30))
+    assert [path.name for path in (tmp_path / "gram").iterdir()] == ["gram.safetensors"]
+
+
+def script(words: list[str], **environment: str) -> subprocess.CompletedProcess:
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | environment
+    return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_sigkill_loses_nothing_but_the_last_batches(compute: Callable, texts: Path, tmp_path: Path) -> None:
+    whole = compute("llama", output="whole", tokens_per_batch=30)
+    killing = f"""
+import os, signal
+from common.distributed import start_process
+from regmean import gram
+from regmean.flags import GramFlags
+run, left = gram.LinearInputs.run, 8
+def run_or_die(self, *args):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    run(self, *args)
+gram.LinearInputs.run = run_or_die
+flags = GramFlags(model={str(tmp_path / "llama")!r}, dataset={str(texts)!r}, text_column="text", tokens_per_batch=30,
+                  output_dir={str(tmp_path / "gram")!r}, device="cpu")
+gram.compute_grams(flags, start_process("cpu"), snapshot_seconds=0.0)
+"""
+    assert script(["-c", killing]).returncode == -9
+    assert (tmp_path / "gram" / "gram.partial" / "pass0-rank0.safetensors").exists()
+    assert same_bits(whole, compute("llama", tokens_per_batch=30))
+
+
+def test_two_ranks_find_what_one_does(compute: Callable, texts: Path, tmp_path: Path) -> None:
+    alone = compute("llama", tokens_per_batch=60)
+    words = ["--model", str(tmp_path / "llama"), "--dataset", str(texts), "--text_column", "text", "--device", "cpu",
+             "--tokens_per_batch", "60", "--output_dir", str(tmp_path / "ranks")]  # fmt: skip
+    result = script(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                     str(REPOSITORY / "compute_gram.py"), *words])  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    together = GramFile(tmp_path / "ranks" / "gram.safetensors")
+    assert together.grams == alone.grams
+    for name in alone.grams:
+        error = np.linalg.norm(together.read(name) - alone.read(name)) / np.linalg.norm(alone.read(name))
+        assert error < 1e-6
+
+
+def test_ranks_whose_tokens_reached_other_experts_still_add_up() -> None:
+    class Peer:
+        """The other of two ranks, which saw layer b where this one saw layer a."""
+
+        device = torch.device("cpu")
+
+        def gather(self, value: Any) -> list[Any]:
+            return [value, {key.replace("a", "b"): "b" if item == "a" else item for key, item in value.items()}]
+
+        def sum_(self, tensor: torch.Tensor) -> None:
+            tensor.add_(1.0)
+
+        def sum(self, *values: float) -> list[float]:
+            return [value + 1 for value in values]
+
+    sums = gram_module.GramSums()
+    sums.shared_name = {"a": "a"}
+    sums.add("a", torch.ones(3, 2))
+    sums.add_ranks(Peer())
+    assert sums.shared_name == {"a": "a", "b": "b"}
+    assert {name: total.tolist() for name, total in sums.totals.items()} == {"a": [[4.0] * 2] * 2, "b": [[1.0] * 2] * 2}
+    assert sums.tokens == {"a": 4, "b": 1}
+
+
+def test_half_precision_models_sum_in_float32(compute: Callable, texts: Path) -> None:
+    file = compute("llama", dtype="bfloat16")
+    assert file.provenance["dtype"] == "bfloat16"
+    assert_close(file, oracle(make_llama().bfloat16(), texts), tolerance=1e-2)
+
+
+def test_activations_that_are_not_finite_are_named(
+    compute: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = make_llama()
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[3] = torch.inf
+    monkeypatch.setattr(gram_module.AutoModelForCausalLM, "from_pretrained", lambda *args, **options: model)
+    with pytest.raises(InputError, match=r"input of model\.layers\.1\.self_attn\.q_proj.* is NaN or infinite"):
+        compute("llama")
+    assert not (tmp_path / "gram" / "gram.safetensors").exists()
+
+
+def test_provenance_tells_where_the_grams_come_from(compute: Callable, texts: Path, tmp_path: Path) -> None:
+    provenance = compute("llama").provenance
+    assert provenance["model"] == str(tmp_path / "llama")
+    assert provenance["dataset"] == str(texts)
+    assert (provenance["examples"], provenance["columns"]) == (40, {"text": "text"})
+    assert provenance["versions"]["torch"] == torch.__version__
+
+
+def test_an_existing_gram_is_kept(compute: Callable, save: Callable) -> None:
+    compute("llama")
+    with pytest.raises(InputError, match="exists already"):
+        compute("llama")
+
+
+def test_models_that_cannot_be_read_are_named(save: Callable, compute: Callable, tmp_path: Path) -> None:
+    folder = save(make_llama(), "llama")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"model\.safetensors.*download it again"):
+        compute("llama")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"holds no model\.safetensors"):
+        compute("llama")
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config\.json: no such file"):
+        compute("llama")
+    with pytest.raises(InputError, match="no such folder here, and the hub gives none"):
+        compute_grams(
+            GramFlags(model="no/such", dataset="d", text_column="t", output_dir=str(tmp_path / "o")),
+            start_process("cpu"),
+        )
