@@ -1,0 +1,247 @@
+"""RegMean's mathematics, apart from files and models.
+
+Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models" (ICLR 2023), section 4: for one linear
+layer, with inputs X_i and weights W_i of models i, find the W closest to all of them in what the layer puts out,
+
+    minimise  f(W) = sum_i w_i ||X_i W - X_i W_i||^2 / n_i  =  sum_i w_i tr((W - W_i)^T G_i (W - W_i)),
+
+where G_i = X_i^T X_i / n_i is the Gram per token and w_i the model's share. Off-diagonals of every G_i are first scaled
+by alpha (their equation 3's shrinking towards the diagonal). The solution, written around the weighted mean M, is
+
+    W = M + G^-1 sum_i w_i G_i (W_i - M),    G = sum_i w_i G_i.
+
+It equals the published form G^-1 sum_i w_i G_i W_i, but rounds a correction where that one rounds the whole weight,
+and where G says nothing (an input that is always zero) the mean stays.
+
+Weights here are as nn.Linear keeps them, (outputs, inputs): rows are independent problems of one matrix G.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+# Tried in turn until the factorisation succeeds; the jitter is relative to the equilibrated diagonal of ones.
+ATTEMPTS = tuple((dtype, jitter) for dtype in (torch.float32, torch.float64) for jitter in (0.0, 1e-5, 1e-4, 1e-3))
+# Residuals |R - D G| / |R|: what a Cholesky solution is refined to, and what no solution may exceed.
+REFINED_RESIDUAL = 1e-4
+ACCEPTED_RESIDUAL = 1e-2
+
+
+class SolveError(Exception):
+    """The system could not be solved; the message says why, the caller knows which layer it is."""
+
+
+class GramSum:
+    """G = sum_i w_i G_i of one layer input, for any alpha.
+
+    Attributes:
+        matrix: float32 (inputs, inputs), off-diagonals as they are.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu"):
+        self.matrix = torch.zeros(width, width, device=device)
+
+    def add(self, gram: torch.Tensor, weight: float) -> None:
+        """Add one model's Gram per token, float32 (inputs, inputs), with the model's share."""
+        self.matrix.add_(gram, alpha=weight)
+
+    def scaled(self, alpha: float) -> torch.Tensor:
+        """A copy with off-diagonals times alpha; an input that is always zero gets a one on the diagonal.
+
+        Such an input's right-hand side is zero too, so the one leaves its weights at the mean.
+        """
+        diagonal = self.matrix.diagonal()
+        scaled = self.matrix * alpha
+        scaled.diagonal().copy_(torch.where(diagonal > 0, diagonal, 1.0))
+        return scaled
+
+
+class Cholesky:
+    """The default solver: Cholesky factor of the system, equilibrated to a diagonal of ones.
+
+    float32 first. Where the matrix is singular to float32 (alpha near 1 with fewer tokens than inputs) jitter is added
+    and its effect refined away against the true matrix.
+
+    Attributes:
+        label: dtype and jitter used.
+        condition: estimate of the equilibrated system's condition number.
+
+    Raises:
+        SolveError: every attempt failed, so the matrix is far from positive semi-definite.
+    """
+
+    refinements = 5
+
+    def __init__(self, total: GramSum, alpha: float):
+        for dtype, jitter in ATTEMPTS:
+            system = total.scaled(alpha).to(dtype)
+            scale = system.diagonal().rsqrt()
+            system.mul_(scale).mul_(scale[:, None])
+            system.diagonal().fill_(1 + jitter)
+            factor, failed = torch.linalg.cholesky_ex(system)
+            del system
+            if failed:
+                continue
+            condition = _condition(factor)
+            # As LAPACK's posvx: a factor of a matrix that is singular to working precision is no use.
+            if jitter == 0 and not condition < 1 / torch.finfo(dtype).eps:
+                continue
+            self.label = f"cholesky {str(dtype).removeprefix('torch.')}" + (f" jitter {jitter:g}" if jitter else "")
+            self.condition: float | None = condition
+            self._factor, self._scale = factor, scale
+            return
+        raise SolveError("the Gram is not positive semi-definite, as no sum of x x^T can be: its file is damaged")
+
+    def solve(self, rhs: torch.Tensor) -> torch.Tensor:
+        """D with D G = rhs, both (outputs, inputs)."""
+        # The transpose of a row-major matrix is the column-major one that LAPACK wants.
+        scaled = (rhs * self._scale).T
+        return (torch.cholesky_solve(scaled, self._factor).T * self._scale).to(rhs.dtype)
+
+
+class Lstsq:
+    """The published solver, `torch.linalg.lstsq`, with the driver named.
+
+    torch's default on the CPU, gelsy, cuts these matrices to a low rank. gels assumes full rank, and does not say
+    where that fails.
+    """
+
+    label = "lstsq gels"
+    refinements = 0
+    condition: float | None = None
+
+    def __init__(self, total: GramSum, alpha: float):
+        self._system = total.scaled(alpha)
+
+    def solve(self, rhs: torch.Tensor) -> torch.Tensor:
+        """As `Cholesky.solve`; gels itself sees only a singular matrix that rounding has left exactly so."""
+        try:
+            return torch.linalg.lstsq(self._system, rhs.T, driver="gels").solution.T
+        except torch.linalg.LinAlgError as error:
+            raise SolveError("the scaled Gram is singular; use --solver cholesky, or a smaller --alpha") from error
+
+
+class Inverse:
+    """The paper's original: the explicit inverse."""
+
+    label = "inverse"
+    refinements = 0
+
+    def __init__(self, total: GramSum, alpha: float):
+        system = total.scaled(alpha)
+        self._inverse, singular = torch.linalg.inv_ex(system)
+        if singular:
+            raise SolveError("the scaled Gram is singular; use --solver cholesky, or a smaller --alpha")
+        self.condition: float | None = (torch.linalg.norm(system, 1) * torch.linalg.norm(self._inverse, 1)).item()
+
+    def solve(self, rhs: torch.Tensor) -> torch.Tensor:
+        """As `Cholesky.solve`."""
+        return rhs @ self._inverse.T
+
+
+SOLVERS: dict[str, Any] = {"cholesky": Cholesky, "lstsq": Lstsq, "inverse": Inverse}
+
+
+@dataclass
+class Objective:
+    """Values of f, in float64: at the mean, at each model's weights, and at the merge."""
+
+    mean: float = 0.0
+    inputs: list[float] = field(default_factory=list)
+    merged: float = 0.0
+
+    def add(self, other: "Objective") -> None:
+        """Add the values of further outputs of the same layers."""
+        self.mean += other.mean
+        self.merged += other.merged
+        self.inputs = [a + b for a, b in zip(self.inputs or [0.0] * len(other.inputs), other.inputs, strict=True)]
+
+
+class Regression:
+    """Right-hand sides and objectives of some outputs, for any alpha: what several alphas share.
+
+    Everything is kept twice, with whole Grams and with their diagonals alone: at alpha it is alpha times the one plus
+    (1 - alpha) times the other.
+
+    Args:
+        weights: each model's weights, float32 (outputs, inputs); overwritten by their differences to the mean.
+        mean: the weighted mean, of the same shape.
+        shares: the models' weights w_i, summing to 1.
+    """
+
+    def __init__(self, weights: list[torch.Tensor], mean: torch.Tensor, shares: list[float]):
+        self._mean = mean
+        self._deltas = [weight.sub_(mean) for weight in weights]
+        self._shares = shares
+        self._rhs = torch.zeros_like(mean)
+        self._diagonal_rhs = torch.zeros_like(mean)
+        self._at_mean = self._diagonal_at_mean = 0.0
+
+    def add_gram(self, index: int, gram: torch.Tensor) -> None:
+        """Take in model `index`'s Gram per token, float32 (inputs, inputs)."""
+        delta, share = self._deltas[index], self._shares[index]
+        product, diagonal_product = delta @ gram, delta * gram.diagonal()
+        self._at_mean += share * _inner(delta, product)
+        self._diagonal_at_mean += share * _inner(delta, diagonal_product)
+        self._rhs.add_(product, alpha=share)
+        self._diagonal_rhs.add_(diagonal_product, alpha=share)
+
+    def solve(self, total: GramSum, solver: Any, alpha: float) -> tuple[torch.Tensor, Objective]:
+        """The merged weights, float32 (outputs, inputs), and the objective's values.
+
+        Args:
+            total: the sum of the same Grams.
+            solver: one of `SOLVERS`, made from `total` and `alpha`.
+            alpha: the off-diagonals' factor.
+
+        Raises:
+            SolveError: the solution is not finite, or does not solve the system.
+        """
+        rhs = torch.lerp(self._diagonal_rhs, self._rhs, alpha)
+        at_mean = alpha * self._at_mean + (1 - alpha) * self._diagonal_at_mean
+        delta = solver.solve(rhs)
+        product = _times(delta, total, alpha)
+        for _ in range(solver.refinements):
+            residual = rhs - product
+            if not residual.norm() > REFINED_RESIDUAL * rhs.norm():
+                break
+            delta += solver.solve(residual)
+            product = _times(delta, total, alpha)
+        residual_norm, rhs_norm = (rhs - product).norm().item(), rhs.norm().item()
+        # `not <=` also catches NaN.
+        if not residual_norm <= ACCEPTED_RESIDUAL * rhs_norm:
+            raise SolveError(
+                f"{solver.label} left a residual of {residual_norm / rhs_norm:.1g} of the right-hand side, as happens "
+                "on singular Grams; use --solver cholesky, or a smaller --alpha"
+            )
+        gain = 2 * _inner(delta, rhs) - _inner(delta, product)
+        if gain < 0:
+            # Only where the models agree up to rounding: nothing is left to gain over the mean.
+            delta.zero_()
+            gain = 0.0
+        inputs = []
+        for model in self._deltas:
+            quadratic = _inner(model, _times(model, total, alpha))
+            inputs.append(quadratic - 2 * _inner(model, rhs) + at_mean)
+        return self._mean + delta, Objective(at_mean, inputs, at_mean - gain)
+
+
+def _times(delta: torch.Tensor, total: GramSum, alpha: float) -> torch.Tensor:
+    """delta times G with its off-diagonals scaled, without a scaled copy of G."""
+    return torch.lerp(delta * total.matrix.diagonal(), delta @ total.matrix, alpha)
+
+
+def _inner(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a * b).sum(dtype=torch.float64).item()
+
+
+def _condition(factor: torch.Tensor, steps: int = 12) -> float:
+    """Condition number of L L^T, estimated from below by power iteration on it and on its inverse."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(len(factor), 1, generator=generator, dtype=torch.float64).to(factor)
+    largest = smallest_inverse = start / start.norm()
+    for _ in range(steps):
+        largest = factor @ (factor.T @ (largest / largest.norm()))
+        smallest_inverse = torch.cholesky_solve(smallest_inverse / smallest_inverse.norm(), factor)
+    return (largest.norm() * smallest_inverse.norm()).item()

@@ -1,0 +1,174 @@
+"""The solvers against a plain float64 oracle written here."""
+
+import numpy as np
+import pytest
+import torch
+
+from regmean import solve
+from regmean.solve import SOLVERS, Cholesky, GramSum, Inverse, Lstsq, Regression, SolveError
+
+SHARES = [0.25, 0.75]
+
+
+def oracle(weights: list[np.ndarray], grams: list[np.ndarray], shares: list[float], alpha: float) -> np.ndarray:
+    """argmin of the objective, in float64, by NumPy's SVD-based minimum-norm solution around the mean."""
+    scaled = [scale(gram, alpha) for gram in grams]
+    mean = sum(share * weight for share, weight in zip(shares, weights, strict=True))
+    total = sum(share * gram for share, gram in zip(shares, scaled, strict=True))
+    rhs = sum(s * (w - mean) @ g for s, w, g in zip(shares, weights, scaled, strict=True))
+    # Equilibrated, so that the cut-off for zero singular values means the same for every input.
+    diagonal = np.diag(total)
+    root = np.where(diagonal > 0, 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1)), 0)
+    delta = np.linalg.lstsq(total * root * root[:, None], (rhs * root).T, rcond=1e-12)[0].T * root
+    return mean + delta
+
+
+def scale(gram: np.ndarray, alpha: float) -> np.ndarray:
+    return alpha * gram + (1 - alpha) * np.diag(np.diag(gram))
+
+
+def objective(
+    weight: np.ndarray, weights: list[np.ndarray], grams: list[np.ndarray], shares: list[float], alpha: float
+) -> float:
+    deltas = [weight - other for other in weights]
+    return sum(s * np.trace(d @ scale(g, alpha) @ d.T) for s, d, g in zip(shares, deltas, grams, strict=True))
+
+
+def problem(tokens: int, width: int = 48, outputs: int = 20, dead: int = 0, ratio: float = 1e6, models: int = 2):
+    """Weights and Grams per token like a trained layer's: correlated inputs, diagonals spread over `ratio`."""
+    generator = np.random.default_rng(7)
+    spread = np.logspace(0, -0.5 * np.log10(ratio), width)
+    mixing = generator.normal(size=(width, width)) * 0.3 + np.eye(width)
+    grams, weights = [], []
+    base = generator.normal(size=(outputs, width))
+    for _ in range(models):
+        x = (generator.normal(size=(tokens, width)) @ mixing + 1.0) * spread
+        x[:, width - dead :] = 0.0
+        grams.append((x.T @ x / tokens).astype(np.float32))
+        weights.append((base + 0.1 * generator.normal(size=base.shape)).astype(np.float32))
+    return weights, grams
+
+
+def merge(weights, grams, shares, alpha: float, solver: str = "cholesky"):
+    total = GramSum(len(grams[0]))
+    tensors = [torch.from_numpy(weight.copy()) for weight in weights]
+    mean = sum(share * tensor for share, tensor in zip(shares, tensors, strict=True))
+    regression = Regression(tensors, mean, shares)
+    for index, (gram, share) in enumerate(zip(grams, shares, strict=True)):
+        total.add(torch.from_numpy(gram), share)
+        regression.add_gram(index, torch.from_numpy(gram))
+    used = SOLVERS[solver](total, alpha)
+    merged, values = regression.solve(total, used, alpha)
+    return merged.numpy().astype(np.float64), values, used
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 0.9, 1.0])
+@pytest.mark.parametrize(("tokens", "dead"), [(4000, 0), (60, 0), (10, 0), (4000, 5), (10, 5), (1, 0)])
+def test_cholesky_is_as_good_as_the_oracle(tokens: int, dead: int, alpha: float) -> None:
+    weights, grams = problem(tokens, dead=dead)
+    double = [w.astype(np.float64) for w in weights], [g.astype(np.float64) for g in grams], SHARES, alpha
+    expected = oracle(*double)
+    best = objective(expected, *double)
+    mean = SHARES[0] * double[0][0] + SHARES[1] * double[0][1]
+    at_mean = objective(mean, *double)
+
+    merged, values, solver = merge(weights, grams, SHARES, alpha)
+    found = objective(merged, *double)
+    # Both bounds are relative to the mean's objective: the oracle's own may be zero.
+    assert found <= at_mean * (1 + 1e-6)
+    assert found - best <= 1e-6 * at_mean
+    assert values.mean == pytest.approx(at_mean, rel=1e-4)
+    assert values.merged == pytest.approx(found, rel=1e-3, abs=1e-5 * at_mean)
+    for value, weight in zip(values.inputs, double[0], strict=True):
+        assert value == pytest.approx(objective(weight, *double), rel=1e-4)
+    # Nor does it stray where the objective is flat: the oracle's is the shortest way from the mean.
+    assert np.linalg.norm(merged - mean) <= 1.001 * np.linalg.norm(expected - mean)
+    if dead:
+        np.testing.assert_allclose(merged[:, -dead:], mean[:, -dead:], rtol=1e-6)
+    if alpha <= 0.9:
+        assert solver.label == "cholesky float32"
+    if alpha == 1.0 and tokens <= 10:
+        assert "jitter" in solver.label
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "lstsq", "inverse"])
+def test_every_solver_solves_a_regular_system(solver: str) -> None:
+    weights, grams = problem(4000, ratio=100.0, models=3)
+    shares = [0.2, 0.3, 0.5]
+    expected = oracle([w.astype(np.float64) for w in weights], [g.astype(np.float64) for g in grams], shares, 0.9)
+    merged, _, _ = merge(weights, grams, shares, 0.9, solver)
+    np.testing.assert_allclose(merged, expected, atol=2e-4)
+
+
+def test_alpha_zero_is_the_diagonal_formula() -> None:
+    weights, grams = problem(500)
+    a, b = (share * np.diag(gram).astype(np.float64) for share, gram in zip(SHARES, grams, strict=True))
+    merged, _, _ = merge(weights, grams, SHARES, 0.0)
+    np.testing.assert_allclose(merged, (weights[0] * a + weights[1] * b) / (a + b), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0])
+def test_equal_grams_give_the_mean(alpha: float) -> None:
+    weights, grams = problem(4000, ratio=100.0)
+    merged, _, _ = merge(weights, [grams[0], grams[0]], SHARES, alpha)
+    np.testing.assert_allclose(merged, SHARES[0] * weights[0] + SHARES[1] * weights[1], atol=2e-5)
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "lstsq", "inverse"])
+def test_identical_models_merge_to_themselves(solver: str) -> None:
+    weights, grams = problem(4000)
+    merged, values, _ = merge([weights[0], weights[0]], grams, [0.5, 0.5], 0.9, solver)
+    np.testing.assert_array_equal(merged, weights[0])
+    assert (values.mean, values.merged) == (0.0, 0.0)
+
+
+def test_the_order_of_the_models_does_not_matter() -> None:
+    weights, grams = problem(4000, ratio=100.0, models=3)
+    forward, _, _ = merge(weights, grams, [0.2, 0.3, 0.5], 0.9)
+    backward, _, _ = merge(weights[::-1], grams[::-1], [0.5, 0.3, 0.2], 0.9)
+    np.testing.assert_allclose(forward, backward, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["lstsq", "inverse"])
+def test_a_singular_gram_is_refused_by_the_published_solvers(solver: str) -> None:
+    weights, _ = problem(10)
+    with pytest.raises(SolveError, match=r"singular.*--solver cholesky"):
+        merge(weights, [np.ones((48, 48), np.float32)] * 2, SHARES, 1.0, solver)
+
+
+def test_a_solution_that_does_not_solve_the_system_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, grams = problem(4000)
+    exact = Lstsq.solve
+    merge(weights, grams, SHARES, 0.9, "lstsq")
+    monkeypatch.setattr(Lstsq, "solve", lambda self, rhs: exact(self, rhs) * 1.1)
+    with pytest.raises(SolveError, match=r"residual of 0\.1 .*--solver cholesky"):
+        merge(weights, grams, SHARES, 0.9, "lstsq")
+    monkeypatch.setattr(Lstsq, "solve", lambda self, rhs: rhs * np.nan)
+    with pytest.raises(SolveError, match="residual of nan"):
+        merge(weights, grams, SHARES, 0.9, "lstsq")
+
+
+def test_float64_is_used_when_float32_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, grams = problem(10)
+    monkeypatch.setattr(solve, "ATTEMPTS", ((torch.float32, 0.0), (torch.float64, 1e-5)))
+    merged, _, used = merge(weights, grams, SHARES, 1.0)
+    assert used.label == "cholesky float64 jitter 1e-05"
+    assert np.isfinite(merged).all()
+
+
+def test_a_matrix_that_is_no_gram_is_refused() -> None:
+    total = GramSum(2)
+    total.add(torch.tensor([[1.0, 5.0], [5.0, 1.0]]), 1.0)
+    with pytest.raises(SolveError, match="positive semi-definite"):
+        Cholesky(total, 1.0)
+
+
+def test_the_condition_number_is_estimated() -> None:
+    _, grams = problem(4000, ratio=10.0)
+    total = GramSum(48)
+    total.add(torch.from_numpy(grams[0]), 1.0)
+    system = total.scaled(0.9).double().numpy()
+    root = 1 / np.sqrt(np.diag(system))
+    assert Cholesky(total, 0.9).condition == pytest.approx(np.linalg.cond(system * root * root[:, None]), rel=0.3)
+    assert Inverse(total, 0.9).condition == pytest.approx(np.linalg.cond(system, 1), rel=1e-3)
+    assert Lstsq(total, 0.9).condition is None
