@@ -1,0 +1,25 @@
+"""Merge models into one; the flags are in regmean/flags.py.
+
+python merge_model.py avg                        presets of configs/regmean
+python merge_model.py regmean
+python merge_model.py --method regmean --models A B --grams GA GB --alpha 0.1 0.5
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from common.errors import exit_with_message
+from common.flags import parse_flags
+from regmean.flags import MergeFlags
+from regmean.merge import merge
+
+PRESETS = Path(__file__).parent / "configs" / "regmean"
+
+
+def main() -> None:
+    merge(parse_flags(MergeFlags, presets=PRESETS), command=shlex.join(["python", "merge_model.py", *sys.argv[1:]]))
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

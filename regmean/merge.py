@@ -1,0 +1,263 @@
+"""Merging: tensor by tensor from the models' files into a new model folder, in memory set by the largest layer."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from common.errors import InputError
+from common.files import atomic_folder
+from regmean.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from regmean.flags import MergeFlags
+from regmean.gram_file import Grams, open_grams
+from regmean.preflight import LayerGroup, MergePlan, describe_size, plan_merge
+from regmean.report import LayerReport, Provenance, print_table, write_report
+from regmean.tensor_file import FLOATS, encode
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK_ELEMENTS = 1 << 20  # of an averaged tensor at a time: small enough for the cache
+BLOCK_ELEMENTS = 1 << 25  # of stacked layer outputs at a time, per model: 128 MB in float32
+
+
+def merge(flags: MergeFlags, command: str) -> None:
+    """Merge `flags.models` and write one model folder per alpha (a single one for `avg`), each whole or not at all.
+
+    Args:
+        flags: what to merge, and how.
+        command: the command line, for the model card and the report.
+
+    Raises:
+        InputError: models or Grams that do not fit together or are damaged; values that are not finite.
+    """
+    started = time.monotonic()
+    models = [
+        open_checkpoint(name, revision)
+        for name, revision in zip(flags.models, flags.revisions or [None] * len(flags.models), strict=True)
+    ]
+    grams = [open_grams(Path(path)) for path in flags.grams]
+    plan = plan_merge(flags, models, grams)
+    _print_plan(flags, plan, models, grams)
+
+    alphas = flags.alpha if grams else [None]
+    reports: dict[float | None, list[LayerReport]] = {alpha: [] for alpha in alphas}
+    with contextlib.ExitStack() as folders:
+        partial = [folders.enter_context(atomic_folder(path)) for path in flags.output_dirs()]
+        dtype = None if flags.dtype == "auto" else flags.dtype
+        writers = {
+            alpha: CheckpointWriter(folder, plan.layout, models[0], dtype, flags.max_shard_size)
+            for alpha, folder in zip(alphas, partial, strict=True)
+        }
+        _stream(flags, plan, models, grams, writers, reports)
+        for alpha, folder in zip(alphas, partial, strict=True):
+            writers[alpha].close()
+            write_report(folder, Provenance.of(flags, alpha, command, models, grams), plan, reports[alpha])
+    for alpha, path in zip(alphas, flags.output_dirs(), strict=True):
+        if alpha is not None:
+            print_table(alpha, flags.models, reports[alpha])
+        print(f"{path}: written")
+    print(f"merged in {time.monotonic() - started:.1f} s")
+
+
+def weighted_mean(arrays: list[np.ndarray], shares: list[float]) -> np.ndarray:
+    """sum_i shares_i arrays_i over flat arrays of one size, added up in float64 and returned in the first's dtype.
+
+    float64 makes the mean of identical float32 models those models again, whatever the shares.
+    """
+    mean = np.empty_like(arrays[0])
+    for start in range(0, mean.size, CHUNK_ELEMENTS):
+        chunk = slice(start, start + CHUNK_ELEMENTS)
+        total = np.zeros(mean[chunk].size)
+        for array, share in zip(arrays, shares, strict=True):
+            total += array[chunk].astype(np.float64) * share
+        mean[chunk] = total
+    return mean
+
+
+def _print_plan(flags: MergeFlags, plan: MergePlan, models: list[Checkpoint], grams: list[Grams]) -> None:
+    read, written = describe_size(plan, models)
+    largest = max((group.width for group in plan.groups), default=0)
+    # Three squares (the sum of Grams, its factor, one model's Gram), and blocks: one per model, and six in the solver.
+    peak = 4 * (3 * largest**2 + (len(models) + 6) * BLOCK_ELEMENTS) if grams else 32 * CHUNK_ELEMENTS
+    print(
+        f"plan: {flags.method} of {len(models)} models, {read / 1e9:.2f} GB to read, {written / 1e9:.2f} GB to write "
+        f"for each of {len(flags.output_dirs())}, at most about {peak / 1e9:.2f} GB of arrays in memory"
+    )
+    layers = sum(len(group.tensors) for group in plan.groups)
+    print(
+        f"plan: {layers} weights by RegMean in {len(plan.groups)} systems, {len(plan.averaged)} tensors averaged, "
+        f"{len(plan.copied)} copied from {models[0].name}"
+    )
+    for note in plan.notes:
+        print(f"note: {note}")
+    matrices = [name for name in plan.averaged if len(plan.layout[name][1]) > 1] if grams else []
+    if matrices:
+        print(f"note: averaged for want of a Gram: {', '.join(matrices)}")
+
+
+def _stream(
+    flags: MergeFlags,
+    plan: MergePlan,
+    models: list[Checkpoint],
+    grams: list[Grams],
+    writers: dict[float | None, CheckpointWriter],
+    reports: dict[float | None, list[LayerReport]],
+) -> None:
+    total = sum(int(np.prod(shape)) for _, shape in plan.layout.values())
+    with tqdm(total=total, unit="el", unit_scale=True, desc="merging", dynamic_ncols=True) as bar:
+        for name in plan.copied:
+            _average_tensor(name, models[:1], [1.0], plan, writers, bar)
+        for name in plan.averaged:
+            _average_tensor(name, models, flags.weights(), plan, writers, bar)
+        if not plan.groups:
+            return
+        # An average needs neither torch nor the seconds that it takes to import.
+        from common.distributed import start_process
+
+        device = start_process(flags.device).device
+        for group in plan.groups:
+            _solve_group(flags, group, plan, models, grams, device, writers, reports, bar)
+
+
+def _average_tensor(
+    name: str,
+    models: list[Checkpoint],
+    shares: list[float],
+    plan: MergePlan,
+    writers: dict[float | None, CheckpointWriter],
+    bar: tqdm,
+) -> None:
+    infos = [model.tensors[name] for model in models]
+    dtype = plan.layout[name][0]
+    for start in range(0, infos[0].size, CHUNK_ELEMENTS):
+        stop = min(start + CHUNK_ELEMENTS, infos[0].size)
+        if dtype in FLOATS:
+            mean = weighted_mean([info.read_floats(start, stop) for info in infos], shares)
+            values = _encode(mean, dtype, name)
+        else:
+            values = infos[0].read(start, stop)
+            for info in infos[1:]:
+                if not np.array_equal(values, info.read(start, stop)):
+                    raise InputError(
+                        f"tensor {name} of {dtype} differs between {infos[0].path} and {info.path}, and cannot be "
+                        "averaged; --exclude takes the first model's"
+                    )
+        for writer in writers.values():
+            writer.write(name, values, start)
+        bar.update(stop - start)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows `first` to `last` of a weight seen as (outputs, inputs)."""
+
+    name: str
+    first: int
+    last: int
+
+
+def _blocks(group: LayerGroup, plan: MergePlan) -> Iterator[list[_Piece]]:
+    """The group's outputs in blocks of bounded size. A Conv1D weight, whose outputs are columns, stays whole."""
+    limit = max(1, BLOCK_ELEMENTS // group.width)
+    block: list[_Piece] = []
+    room = limit
+    for name in group.tensors:
+        shape = plan.layout[name][1]
+        rows = shape[1] if group.conv1d else shape[0]
+        first = 0
+        while first < rows:
+            last = rows if group.conv1d else min(rows, first + room)
+            block.append(_Piece(name, first, last))
+            room -= last - first
+            first = last
+            if room <= 0:
+                yield block
+                block, room = [], limit
+    if block:
+        yield block
+
+
+def _solve_group(
+    flags: MergeFlags,
+    group: LayerGroup,
+    plan: MergePlan,
+    models: list[Checkpoint],
+    grams: list[Grams],
+    device: "torch.device",
+    writers: dict[float | None, CheckpointWriter],
+    reports: dict[float | None, list[LayerReport]],
+    bar: tqdm,
+) -> None:
+    import torch
+
+    from regmean.solve import SOLVERS, GramSum, Objective, Regression, SolveError
+
+    def gram(index: int) -> torch.Tensor:
+        name = group.grams[index]
+        per_token = torch.from_numpy(grams[index].read(name)).to(device)
+        return per_token.div_(grams[index].grams[name].tokens)
+
+    shares = flags.weights()
+    total = GramSum(group.width, device)
+    for index, share in enumerate(shares):
+        total.add(gram(index), share)
+    blocks = list(_blocks(group, plan))
+    solvers: dict[float, Any] = {}
+    objectives = {alpha: Objective() for alpha in flags.alpha}
+    for block in blocks:
+        weights = [_read_rows(model, block, group) for model in models]
+        mean = weighted_mean([weight.reshape(-1) for weight in weights], shares).reshape(weights[0].shape)
+        regression = Regression(
+            [torch.from_numpy(weight).to(device) for weight in weights], torch.from_numpy(mean).to(device), shares
+        )
+        for index in range(len(models)):
+            regression.add_gram(index, gram(index))
+        for alpha in flags.alpha:
+            try:
+                if alpha not in solvers:
+                    solvers[alpha] = SOLVERS[flags.solver](total, alpha)
+                merged, objective = regression.solve(total, solvers[alpha], alpha)
+            except SolveError as error:
+                files = ", ".join(str(file.path) for file in grams)
+                raise InputError(f"alpha {alpha:g}, layers {', '.join(group.tensors)}, {files}: {error}") from error
+            objectives[alpha].add(objective)
+            _write_rows(writers[alpha], block, group, plan, merged.cpu().numpy())
+        bar.update(sum(piece.last - piece.first for piece in block) * group.width)
+    for alpha in flags.alpha:
+        tokens = [file.grams[name].tokens for file, name in zip(grams, group.grams, strict=True)]
+        reports[alpha].append(
+            LayerReport(group.tensors, tokens, solvers[alpha].label, solvers[alpha].condition, objectives[alpha])
+        )
+
+
+def _read_rows(model: Checkpoint, block: list[_Piece], group: LayerGroup) -> np.ndarray:
+    """The block's weights, float32 of shape (outputs, inputs), contiguous and writable."""
+    parts = []
+    for piece in block:
+        values = model.tensors[piece.name].read_floats(piece.first * group.width, piece.last * group.width)
+        parts.append(values.reshape(group.width, -1).T if group.conv1d else values.reshape(-1, group.width))
+    return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts), np.float32)
+
+
+def _write_rows(
+    writer: CheckpointWriter, block: list[_Piece], group: LayerGroup, plan: MergePlan, merged: np.ndarray
+) -> None:
+    row = 0
+    for piece in block:
+        rows = merged[row : row + piece.last - piece.first]
+        row += len(rows)
+        values = _encode(rows.T if group.conv1d else rows, plan.layout[piece.name][0], piece.name)
+        writer.write(piece.name, values, piece.first * group.width)
+
+
+def _encode(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    try:
+        return encode(values, dtype)
+    except OverflowError as error:
+        raise InputError(f"tensor {name}: {error}; choose a wider --dtype") from error

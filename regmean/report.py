@@ -1,0 +1,136 @@
+"""What a merge says about itself: a table on the terminal, `merge_report.json`, and the model card."""
+
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from common.files import write_json, write_text
+from regmean.checkpoint import Checkpoint
+from regmean.flags import MergeFlags
+from regmean.gram_file import Grams
+from regmean.preflight import MergePlan
+
+if TYPE_CHECKING:
+    from regmean.solve import Objective
+
+TITLES = {"avg": "weighted average", "regmean": "RegMean"}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How the layers of one shared Gram were merged.
+
+    Attributes:
+        tensors: names of the weights.
+        tokens: how many tokens each model's Gram sums.
+        solver: the solver, with dtype and jitter.
+        condition: estimate of the system's condition number; None where the solver gives none.
+        objective: RegMean's objective at the mean, at each model's weights and at the merge.
+    """
+
+    tensors: list[str]
+    tokens: list[int]
+    solver: str
+    condition: float | None
+    objective: "Objective"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a merged model comes from."""
+
+    method: str
+    alpha: float | None
+    solver: str | None
+    command: str
+    models: list[dict[str, Any]]
+    grams: list[dict[str, Any]]
+    versions: dict[str, str]
+
+    @classmethod
+    def of(
+        cls, flags: MergeFlags, alpha: float | None, command: str, models: list[Checkpoint], grams: list[Grams]
+    ) -> "Provenance":
+        """Collect it."""
+        return cls(
+            flags.method,
+            alpha,
+            flags.solver if grams else None,
+            command,
+            [
+                {"model": model.name, "weight": weight, "fingerprint": model.fingerprint()}
+                for model, weight in zip(models, flags.weights(), strict=True)
+            ],
+            [{"file": str(file.path), **file.provenance} for file in grams],
+            {name: version(name) for name in ("torch", "numpy")},
+        )
+
+
+def write_report(folder: Path, provenance: Provenance, plan: MergePlan, layers: list[LayerReport]) -> None:
+    """Write `merge_report.json` and the model card `README.md` into a model's folder."""
+    write_json(
+        folder / "merge_report.json",
+        asdict(provenance)
+        | {
+            "layers": [asdict(layer) for layer in layers],
+            "averaged": plan.averaged,
+            "copied_from_first": plan.copied,
+            "notes": plan.notes,
+        },
+    )
+    write_text(folder / "README.md", model_card(provenance))
+
+
+def model_card(provenance: Provenance) -> str:
+    """A model card in Markdown, with the YAML header that the Hugging Face hub reads."""
+    header = {
+        "base_model": [model["model"] for model in provenance.models],
+        "library_name": "transformers",
+        "tags": ["merge", provenance.method],
+    }
+    alpha = "" if provenance.alpha is None else f" with alpha {provenance.alpha:g}"
+    lines = [
+        f"# {TITLES[provenance.method]} of {len(provenance.models)} models",
+        f"Merged by {TITLES[provenance.method]}{alpha}.",
+        "| model | weight |\n| --- | --- |\n"
+        + "\n".join(f"| {_code(model['model'])} | {model['weight']:.4g} |" for model in provenance.models),
+    ]
+    if provenance.grams:
+        lines += ["Inner products of the layers' inputs, in the models' order:"]
+        lines += ["\n".join(f"- {_code(_describe(gram))}" for gram in provenance.grams)]
+        lines += [f"Layer by layer, `merge_report.json` gives the solver ({provenance.solver}) and the objective."]
+    lines += [f"The command:\n\n```\n{provenance.command.replace('```', '')}\n```"]
+    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n" + "\n\n".join(lines) + "\n"
+
+
+def print_table(alpha: float, models: list[str], layers: list[LayerReport]) -> None:
+    """Print one line per system: solver, condition, and the objective relative to the mean's."""
+    print(f"\nalpha {alpha:g}; RegMean's objective at the mean, and as a share of that at each model and at the merge")
+    names = [Path(model).name[:14] for model in models]
+    print(f"{'layers':<58} {'solver':<26} {'condition':>9} {'mean':>10} {' '.join(f'{n:>14}' for n in names)}  merged")
+    for layer in layers:
+        title = layer.tensors[0].removesuffix(".weight")
+        title += f" +{len(layer.tensors) - 1}" if len(layer.tensors) > 1 else ""
+        objective = layer.objective
+        mean = objective.mean or 1.0
+        condition = "-" if layer.condition is None else f"{layer.condition:.2g}"
+        inputs = " ".join(f"{value / mean:>14.3f}" for value in objective.inputs)
+        print(
+            f"{title[-58:]:<58} {layer.solver:<26} {condition:>9} {objective.mean:>10.3g} {inputs} "
+            f"{objective.merged / mean:>7.4f}"
+        )
+
+
+def _describe(gram: dict[str, Any]) -> str:
+    if "dataset" not in gram:
+        return gram["file"]
+    size = f"{gram['tokens']:,} tokens of {gram['examples']:,} examples"
+    return f"{gram['file']}: {size}, {gram['dataset']} ({gram['split']})"
+
+
+def _code(text: str) -> str:
+    """`text` as an inline code span that cannot break out of it, or of a table cell."""
+    return "`" + text.replace("`", "'").replace("|", "/").replace("\n", " ") + "`"

@@ -1,0 +1,474 @@
+"""Merged model folders against plain implementations written here, and every refusal."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.distributed import start_process
+from common.errors import InputError
+from regmean import merge as merge_module
+from regmean.checkpoint import CheckpointWriter
+from regmean.flags import GramFlags, MergeFlags
+from regmean.gram import compute_grams
+from regmean.gram_file import FILE_NAME, GramFile, write_grams
+from regmean.merge import merge
+from tests.regmean.conftest import make_gpt2, make_llama, make_tokenizer
+
+MODELS = {"llama": make_llama, "tied": lambda seed: make_llama(seed, tied=True), "gpt2": make_gpt2}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Path]]:
+    """Folders of models of a kind, each with its Grams in `gram/`; made once, never changed."""
+    root = tmp_path_factory.mktemp("library")
+
+    def folders(kind: str, count: int = 2) -> list[Path]:
+        made = []
+        for seed in range(count):
+            folder = root / f"{kind}{seed}"
+            if not folder.exists():
+                model = MODELS[kind](seed)
+                with torch.no_grad():  # biases and norms start equal in every model
+                    for parameter in model.parameters():
+                        parameter.add_(0.05 * torch.randn_like(parameter))
+                model.save_pretrained(folder)
+                make_tokenizer().save_pretrained(folder)
+                words = [" ".join(f"w{(seed + 3 * i + j * j) % 20}" for j in range(1 + i % 9)) for i in range(30)]
+                (root / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
+                flags = GramFlags(model=str(folder), dataset=str(root / "texts.jsonl"), text_column="text",
+                                  output_dir=str(folder / "gram"), device="cpu")  # fmt: skip
+                compute_grams(flags, start_process("cpu"))
+            made.append(folder)
+        return made
+
+    return folders
+
+
+def run(folders: list[Path], output: Path, method: str = "regmean", **options: Any) -> Path:
+    grams = [str(folder / "gram") for folder in folders] if method == "regmean" else []
+    settings = {"grams": grams, "device": "cpu", "output_dir": str(output)} | options
+    merge(MergeFlags(method=method, models=[str(folder) for folder in folders], **settings), "the command")
+    return output
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def plain_regmean(folders: list[Path], alpha: float, shares: list[float]) -> dict[str, np.ndarray]:
+    """RegMean as the paper has it, in float64, every tensor in memory, by the explicit inverse."""
+    weights = [{name: t.double().numpy() for name, t in tensors(folder).items()} for folder in folders]
+    grams: list[dict[str, np.ndarray]] = [{} for _ in folders]
+    conv1d = False
+    for folder, theirs in zip(folders, grams, strict=True):
+        file = GramFile(folder / "gram" / FILE_NAME)
+        for gram in file.grams.values():
+            conv1d = gram.conv1d
+            mean = file.read(gram.name).astype(np.float64) / gram.tokens
+            scaled = alpha * mean + (1 - alpha) * np.diag(np.diag(mean))
+            theirs |= {f"{module}.weight": scaled for module in gram.modules}
+    merged = {}
+    for name in weights[0]:
+        values = [theirs[name] for theirs in weights]
+        if name in grams[0]:
+            turned = [v if conv1d else v.T for v in values]
+            total = sum(s * g[name] for s, g in zip(shares, grams, strict=True))
+            right = sum(s * g[name] @ v for s, g, v in zip(shares, grams, turned, strict=True))
+            solution = np.linalg.inv(total) @ right
+            merged[name] = solution if conv1d else solution.T
+        else:
+            merged[name] = sum(s * v for s, v in zip(shares, values, strict=True))
+    return merged
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_avg_is_the_mean_bit_for_bit(library: Callable, tmp_path: Path, kind: str) -> None:
+    folders = library(kind)
+    a, b = (tensors(folder) for folder in folders)
+    merged = tensors(run(folders, tmp_path / "out", "avg"))
+    assert merged.keys() == a.keys()
+    for name in a:
+        assert torch.equal(merged[name], (a[name] + b[name]) / 2), name
+
+
+def test_avg_of_three_weighted_models(library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge_module, "CHUNK_ELEMENTS", 100)
+    folders = library("llama", 3)
+    values = [tensors(folder) for folder in folders]
+    merged = tensors(run(folders, tmp_path / "out", "avg", model_weights=[1.0, 2.0, 5.0]))
+    for name in merged:
+        plain = sum(t[name].double() * share for t, share in zip(values, (1 / 8, 2 / 8, 5 / 8), strict=True)).float()
+        assert torch.equal(merged[name], plain), name
+
+
+@pytest.mark.parametrize("block", [1, 200, 1 << 25])
+@pytest.mark.parametrize("kind", MODELS)
+def test_regmean_is_the_plain_implementation(
+    library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, block: int
+) -> None:
+    monkeypatch.setattr(merge_module, "BLOCK_ELEMENTS", block)
+    folders = library(kind, 3)
+    run(folders, tmp_path / "out", alpha=[0.1, 0.9], model_weights=[1.0, 1.0, 2.0])
+    for alpha in (0.1, 0.9):
+        merged = tensors(tmp_path / f"out_{alpha}")
+        plain = plain_regmean(folders, alpha, [0.25, 0.25, 0.5])
+        assert merged.keys() == plain.keys()
+        for name, tensor in merged.items():
+            np.testing.assert_allclose(tensor.numpy(), plain[name], atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("solver", ["lstsq", "inverse"])
+def test_the_other_solvers_agree(library: Callable, tmp_path: Path, solver: str) -> None:
+    folders = library("llama")
+    plain = plain_regmean(folders, 0.1, [0.5, 0.5])
+    for name, tensor in tensors(run(folders, tmp_path / "out", solver=solver)).items():
+        np.testing.assert_allclose(tensor.numpy(), plain[name], atol=2e-5, err_msg=name)
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert all(layer["solver"].startswith(solver) for layer in report["layers"])
+
+
+def test_published_grams_merge_as_ours_do(library: Callable, tmp_path: Path) -> None:
+    folders = library("llama")
+    published = []
+    for folder in folders:
+        file = GramFile(folder / "gram" / FILE_NAME)
+        content = {
+            module: torch.from_numpy(file.read(gram.name) / gram.tokens)
+            for gram in file.grams.values()
+            for module in gram.modules
+        }
+        published.append(tmp_path / f"{folder.name}.pkl")
+        import pickle
+
+        published[-1].write_bytes(pickle.dumps(content))
+    ours = tensors(run(folders, tmp_path / "ours"))
+    theirs = tensors(run(folders, tmp_path / "theirs", grams=[str(path) for path in published]))
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["avg", "regmean"])
+def test_identical_models_merge_to_themselves(library: Callable, tmp_path: Path, method: str) -> None:
+    folder = library("llama")[0]
+    merged = tensors(run([folder] * 3, tmp_path / "out", method))
+    for name, tensor in tensors(folder).items():
+        assert torch.equal(merged[name], tensor), name
+
+
+def test_merging_does_not_depend_on_the_order(library: Callable, tmp_path: Path) -> None:
+    folders = library("llama", 3)
+    for method in ("avg", "regmean"):
+        forward = tensors(run(folders, tmp_path / f"forward_{method}", method))
+        backward = tensors(run(folders[::-1], tmp_path / f"backward_{method}", method))
+        for name in forward:
+            torch.testing.assert_close(forward[name], backward[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_merge_is_a_whole_model(library: Callable, tmp_path: Path, kind: str) -> None:
+    folders = library(kind)
+    out = run(folders, tmp_path / "out", max_shard_size="4KB", alpha=[0.5], dtype="bfloat16")
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.chat_template == make_tokenizer().chat_template
+    ids = tokenizer("w1 w2 w3", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 7)
+    if kind == "tied":
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    card = (out / "README.md").read_text()
+    for line in ("base_model:", f"- {folders[0]}", "- merge", "alpha 0.5", "the command", "texts.jsonl"):
+        assert line in card
+    report = json.loads((out / "merge_report.json").read_text())
+    assert (report["alpha"], report["command"]) == (0.5, "the command")
+    assert [gram["dataset"] for gram in report["grams"]] == [str(folders[0].parent / "texts.jsonl")] * 2
+    solved = [name for layer in report["layers"] for name in layer["tensors"]]
+    assert sorted(solved + report["averaged"]) == sorted(tensors(out))
+    for layer in report["layers"]:
+        objective = layer["objective"]
+        assert layer["solver"] == "cholesky float32"
+        assert 1 <= layer["condition"] < 1e4
+        assert 0 <= objective["merged"] <= objective["mean"] <= max(objective["inputs"])
+
+
+def test_bf16_is_rounded_once(library: Callable, tmp_path: Path) -> None:
+    folders = library("llama")
+    wide = tensors(run(folders, tmp_path / "wide", "avg"))
+    narrow = tensors(run(folders, tmp_path / "narrow", "avg", dtype="bfloat16"))
+    assert all(torch.equal(narrow[name], wide[name].bfloat16()) for name in wide)
+
+
+def test_unselected_tensors_are_the_first_models(library: Callable, tmp_path: Path) -> None:
+    folders = library("llama")
+    a = tensors(folders[0])
+    merged = tensors(run(folders, tmp_path / "out", include=["layers"], exclude=["layers.0", "norm"]))
+    for name in a:
+        assert torch.equal(merged[name], a[name]) == ("layers.1" not in name or "norm" in name), name
+
+
+def changed_copy(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    shutil.copytree(folder, target)
+    values = load_file(target / "model.safetensors")
+    change(values)
+    save_file(values, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_a_head_that_one_model_has_must_be_excluded(library: Callable, tmp_path: Path) -> None:
+    a, b = library("llama")
+    with_head = changed_copy(b, tmp_path / "head", lambda t: t.update({"score.weight": torch.zeros(3, 16)}))
+    with pytest.raises(InputError, match=rf"score\.weight of {with_head} is missing in {a}; --exclude"):
+        run([a, with_head], tmp_path / "out", "avg")
+    assert "score.weight" not in tensors(run([a, with_head], tmp_path / "first", "avg", exclude=["^score"]))
+    assert "score.weight" in tensors(run([with_head, a], tmp_path / "second", "avg", exclude=["^score"]))
+
+
+def test_layers_without_a_gram_are_averaged_and_named(
+    library: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folders = library("llama")
+    source = GramFile(folders[1] / "gram" / FILE_NAME)
+    some = [gram for gram in source.grams.values() if "down_proj" not in gram.name]
+    write_grams(tmp_path / FILE_NAME, some, source.read, source.provenance)
+    out = run(folders, tmp_path / "out", grams=[str(folders[0] / "gram"), str(tmp_path)])
+    name = "model.layers.0.mlp.down_proj.weight"
+    a, b, merged = (tensors(folder)[name] for folder in (*folders, out))
+    assert torch.equal(merged, (a + b) / 2)
+    assert name in json.loads((out / "merge_report.json").read_text())["averaged"]
+    assert f"averaged for want of a Gram: model.embed_tokens.weight, {name}" in capsys.readouterr().out
+
+
+def test_checkpoints_without_the_base_models_prefix_find_their_grams(library: Callable, tmp_path: Path) -> None:
+    folders = []
+    for number, folder in enumerate(library("gpt2")):
+
+        def strip(values: dict[str, torch.Tensor]) -> None:
+            for name in list(values):
+                values[name.removeprefix("transformer.")] = values.pop(name)
+
+        folders.append(changed_copy(folder, tmp_path / str(number), strip))
+        provenance = GramFile(folder / "gram" / FILE_NAME)
+        write_grams(folders[-1] / "gram" / FILE_NAME, provenance.grams.values(), provenance.read, {})
+    stripped = tensors(run(folders, tmp_path / "stripped"))
+    whole = tensors(run(library("gpt2"), tmp_path / "whole"))
+    assert all(torch.equal(stripped[name.removeprefix("transformer.")], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("method", ["avg", "regmean"])
+def test_a_merge_killed_at_any_point_leaves_no_folder(
+    library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    write, lives = CheckpointWriter.write, 0
+
+    def write_or_die(self: CheckpointWriter, *args: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        write(self, *args)
+
+    monkeypatch.setattr(CheckpointWriter, "write", write_or_die)
+    while True:
+        left = lives
+        try:
+            run(library("llama"), tmp_path / "out", method, alpha=[0.1])
+            break
+        except KeyboardInterrupt:
+            assert list(tmp_path.iterdir()) == []
+            lives += 1
+    assert lives == 21
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failure_while_the_report_is_written_leaves_no_folder(
+    library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(merge_module, "write_report", fail)
+    with pytest.raises(OSError, match="disk full"):
+        run(library("llama"), tmp_path / "out", alpha=[0.1, 0.9])
+    assert list(tmp_path.iterdir()) == []
+
+
+NORM, DOWN = "model.norm.weight", "model.layers.0.mlp.down_proj.weight"
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_vocabulary(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        values = load_file(folder / "model.safetensors")
+        change(values)
+        save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def poison_gram(folder: Path) -> None:
+    path = folder / "gram" / FILE_NAME
+    content = bytearray(path.read_bytes())
+    content[-4:] = np.float32(np.nan).tobytes()
+    path.write_bytes(content)
+
+
+MISMATCHES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "shape": (edit_tensors(lambda t: t.update({NORM: torch.ones(17)})), rf"tensor {NORM} is \[16\] in .*\[17\] in .*B"),
+    "missing": (edit_tensors(lambda t: t.pop(DOWN)), rf"tensor {DOWN} of .* is missing in .*B"),
+    "integers": (edit_tensors(lambda t: t.update({NORM: torch.ones(16).long()})), rf"{NORM} is F32 in .* I64 in .*B"),
+    "nan": (edit_tensors(lambda t: t[DOWN].__setitem__((1, 2), torch.nan)), rf"B.*: tensor {DOWN} holds NaN"),
+    "vocabulary": (edit_vocabulary, r"tokenizers of .* and .*B give the same ids to different text"),
+    "vocabulary size": (lambda f: edit_json(f / "config.json", vocab_size=99), r"vocab_size is 32 in .* 99 in .*B"),
+    "architecture": (lambda f: edit_json(f / "config.json", model_type="gpt2"), r"model_type is 'llama' .*'gpt2' in"),
+    "tying": (lambda f: edit_json(f / "config.json", tie_word_embeddings=True), r"tie_word_embeddings is False in"),
+    "quantised": (lambda f: edit_json(f / "config.json", quantization_config={"bits": 4}), "B is quantised"),
+    "truncated model": (lambda f: truncate(f / "model.safetensors"), r"B/model\.safetensors: .*download it again"),
+    "truncated Gram": (lambda f: truncate(f / "gram" / FILE_NAME), r"B/gram/gram\.safetensors: .*download it again"),
+    "nan Gram": (poison_gram, r"B/gram/gram\.safetensors: the Gram of .* holds NaN"),
+    "no Gram": (lambda f: (f / "gram" / FILE_NAME).unlink(), r"B/gram: holds neither"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"B.* holds no model\.safetensors"),
+    "outside": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.safetensors"}}'),
+        r"index\.json: '\.\./a\.safetensors' is not a file of this folder",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MISMATCHES)
+def test_what_does_not_fit_is_refused_before_anything_is_written(library: Callable, tmp_path: Path, kind: str) -> None:
+    a, b = library("llama")
+    change, message = MISMATCHES[kind]
+    copy = tmp_path / "B"
+    shutil.copytree(b, copy)
+    change(copy)
+    with pytest.raises(InputError, match=message):
+        run([a, copy], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["B"]
+
+
+def test_every_difference_is_told_at_once(library: Callable, tmp_path: Path) -> None:
+    a, b = library("llama")
+    copy = tmp_path / "B"
+    shutil.copytree(b, copy)
+    edit_vocabulary(copy)
+    edit_tensors(lambda t: t.update({NORM: torch.ones(17)}) or t.pop(DOWN))(copy)
+    with pytest.raises(InputError) as error:
+        run([a, copy], tmp_path / "out")
+    assert all(text in str(error.value) for text in (NORM, DOWN, "tokenizers"))
+
+
+def test_grams_of_another_model_are_refused(library: Callable, tmp_path: Path) -> None:
+    a, b = library("llama")
+    with pytest.raises(InputError, match=rf"gram\.safetensors holds the Grams of {b}, not of {a}.*order of --models"):
+        run([a, b], tmp_path / "out", grams=[str(b / "gram"), str(a / "gram")])
+    other = library("gpt2")[0]
+    with pytest.raises(InputError, match=r"has no layer transformer\.h\.0"):
+        run([a, b], tmp_path / "out", grams=[str(a / "gram"), str(other / "gram")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gram_of_another_width_is_refused(library: Callable, tmp_path: Path) -> None:
+    a, b = library("llama")
+    source = GramFile(b / "gram" / FILE_NAME)
+    gram = source.grams["model.layers.0.mlp.down_proj"]
+    wrong = type(gram)(gram.name, gram.modules, gram.tokens, 16)
+    write_grams(tmp_path / FILE_NAME, [wrong], lambda name: np.eye(16, dtype=np.float32), {})
+    with pytest.raises(InputError, match=r"down_proj has width 16, its weight in .* is \[16, 24\]"):
+        run([a, b], tmp_path / "out", grams=[str(a / "gram"), str(tmp_path)])
+
+
+def test_renamed_added_tokens_are_noted(library: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    a, b = library("llama")
+    copy = tmp_path / "B"
+    shutil.copytree(b, copy)
+    content = (copy / "tokenizer.json").read_text()
+    (copy / "tokenizer.json").write_text(content.replace('"content": "<|user|>"', '"content": "<|human|>"'))
+    run([a, copy], tmp_path / "out", "avg")
+    assert "name 1 added tokens differently (4: '<|user|>', '<|human|>')" in capsys.readouterr().out
+
+
+def test_a_value_that_the_output_cannot_hold_is_refused(library: Callable, tmp_path: Path) -> None:
+    a, b = library("llama")
+    big = changed_copy(b, tmp_path / "B", lambda t: t[NORM].fill_(1e6))
+    with pytest.raises(InputError, match=rf"tensor {NORM}: .* does not fit F16; choose a wider --dtype"):
+        run([a, big], tmp_path / "out", "avg", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_integer_tensors_must_agree(library: Callable, tmp_path: Path) -> None:
+    a, b = library("llama")
+    folders = [
+        changed_copy(folder, tmp_path / name, lambda t, n=n: t.update({"steps": torch.arange(n, n + 4)}))
+        for folder, name, n in ((a, "A", 0), (b, "B", 0), (b, "C", 1))
+    ]
+    assert tensors(run(folders[:2], tmp_path / "same", "avg"))["steps"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(InputError, match="steps of I64 differs between"):
+        run(folders[1:], tmp_path / "other", "avg")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "mean"}, "--method is avg or regmean"),
+        ({"models": ["a"]}, "--models takes two or more"),
+        ({"grams": ["a"]}, "--grams takes one per model: 2, not 1"),
+        ({"method": "avg"}, "--grams belongs to --method regmean"),
+        ({"alpha": [1.5]}, "--alpha must lie between"),
+        ({"alpha": [0.1, 0.1]}, "--alpha names a value twice"),
+        ({"model_weights": [1.0]}, "--model_weights takes one per model"),
+        ({"model_weights": [1.0, -1.0]}, "--model_weights must be positive"),
+        ({"revisions": ["main"]}, "--revisions takes one per model"),
+        ({"exclude": ["("]}, "--exclude '\\(': not a regular expression"),
+        ({"solver": "qr"}, "--solver is"),
+        ({"dtype": "int8"}, "--dtype is one of"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        MergeFlags(**{"method": "regmean", "models": ["a", "b"], "grams": ["a", "b"]} | options)
+
+
+def test_output_folders_are_the_published_ones() -> None:
+    def names(**options: Any) -> list[str]:
+        flags = MergeFlags(models=["a", "b"], grams=["a", "b"] if options["method"] == "regmean" else [], **options)
+        return [str(path) for path in flags.output_dirs()]
+
+    assert names(method="avg") == ["runs/merges/avg"]
+    assert names(method="regmean") == ["runs/merges/regmean_0.1"]
+    assert names(method="regmean", alpha=[0.1, 1.0]) == ["runs/merges/regmean_0.1", "runs/merges/regmean_1"]
+    assert names(method="regmean", alpha=[0.5], output_dir="x") == ["x"]
+    assert names(method="regmean", alpha=[0.5, 0.9], output_dir="x") == ["x_0.5", "x_0.9"]
+
+
+def test_bad_shard_sizes_and_empty_selections_are_named(library: Callable, tmp_path: Path) -> None:
+    folders = library("llama")
+    with pytest.raises(InputError, match="--max_shard_size lots"):
+        run(folders, tmp_path / "out", "avg", max_shard_size="lots")
+    with pytest.raises(InputError, match="leave no tensor"):
+        run(folders, tmp_path / "out", "avg", include=["nothing"])
+    with pytest.raises(InputError, match="none of the selected tensors has a Gram"):
+        run(folders, tmp_path / "out", include=["embed"])
+    assert list(tmp_path.iterdir()) == []
