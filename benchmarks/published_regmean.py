@@ -1,0 +1,114 @@
+"""RegMean as published, plainly: the yardstick that this repository's steps are measured against.
+
+Written from the published description: a hook on every nn.Linear, padding counted, one Gram per module, logits
+computed; both models and all Grams in memory, one `torch.linalg.lstsq` per module.
+
+python -m benchmarks.published_regmean gram --model M --data TEXTS.jsonl --out gram.pkl
+python -m benchmarks.published_regmean merge --models A B --grams A.pkl B.pkl --alpha 0.1 --out DIR
+"""
+
+import argparse
+import json
+import pickle
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@torch.no_grad()
+def published_grams(model: nn.Module, tokenizer, texts: list[str], max_length: int) -> dict[str, torch.Tensor]:
+    """Mean Gram of every nn.Linear, in batches of 32 as they come, padded on the left."""
+    grams: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def hook_of(name: str):
+        def hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            x = inputs[0].float().reshape(-1, inputs[0].shape[-1])
+            count = counts.get(name, 0)
+            mean = grams.get(name, 0.0)
+            grams[name] = (mean * count + x.T @ x) / (count + len(x))
+            counts[name] = count + len(x)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(hook_of(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    for start in range(0, len(texts), 32):
+        batch = tokenizer(
+            texts[start : start + 32],
+            truncation=True,
+            max_length=max_length,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    return grams
+
+
+@torch.no_grad()
+def published_merge(
+    models: list[nn.Module], grams: list[dict[str, torch.Tensor]], alpha: float, driver: str | None
+) -> dict[str, torch.Tensor]:
+    """Merged parameters by name; `driver` None is what `torch.linalg.lstsq` picks by itself."""
+    parameters = [dict(model.named_parameters()) for model in models]
+    merged = {}
+    for name in parameters[0]:
+        weights = [theirs[name].float() for theirs in parameters]
+        module = name.removesuffix(".weight")
+        if module == name or module not in grams[0]:
+            merged[name] = torch.stack(weights).mean(0)
+            continue
+        scaled = []
+        for theirs in grams:
+            factor = torch.full_like(theirs[module], alpha).fill_diagonal_(1.0)
+            scaled.append(theirs[module] * factor)
+        products = sum(gram @ weight.T for gram, weight in zip(scaled, weights, strict=True))
+        merged[name] = torch.linalg.lstsq(sum(scaled), products, driver=driver).solution.T.contiguous()
+    return merged
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    gram = commands.add_parser("gram")
+    gram.add_argument("--model", required=True)
+    gram.add_argument("--data", type=Path, required=True)
+    gram.add_argument("--max_length", type=int, default=256)
+    gram.add_argument("--out", type=Path, required=True)
+    merge = commands.add_parser("merge")
+    merge.add_argument("--models", nargs="+", required=True)
+    merge.add_argument("--grams", nargs="+", type=Path, required=True)
+    merge.add_argument("--alpha", type=float, default=0.1)
+    merge.add_argument("--driver")
+    merge.add_argument("--out", required=True)
+    args = parser.parse_args()
+
+    if args.command == "gram":
+        texts = [json.loads(line)["text"] for line in args.data.read_text(encoding="utf-8").splitlines()]
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+        grams = published_grams(model, AutoTokenizer.from_pretrained(args.model), texts, args.max_length)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with args.out.open("wb") as file:
+            pickle.dump(grams, file)
+        return
+    models = [AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for model in args.models]
+    grams = []
+    for path in args.grams:
+        with path.open("rb") as file:
+            grams.append(pickle.load(file))
+    merged = published_merge(models, grams, args.alpha, args.driver)
+    models[0].load_state_dict(merged, strict=False)
+    models[0].save_pretrained(args.out)
+    AutoTokenizer.from_pretrained(args.models[0]).save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()
