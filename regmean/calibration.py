@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from common.errors import InputError
+from common.errors import InputError, first_line
 from regmean.flags import GramFlags
 
 FILE_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -106,6 +106,7 @@ def collate(examples: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 def _load_rows(flags: GramFlags) -> Any:
     import datasets  # takes a second to import
 
+    datasets.disable_progress_bars()
     path = Path(flags.dataset)
     wanted = f"{flags.split}[:{flags.num_examples}]"
     try:
@@ -120,7 +121,7 @@ def _load_rows(flags: GramFlags) -> Any:
     except InputError:
         raise
     except Exception as error:  # `datasets` raises errors of many libraries for one unreadable source
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = first_line(error) or type(error).__name__
         raise InputError(f"--dataset {flags.dataset} --split {flags.split}: cannot be loaded: {reason}") from error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import InputError
+from common.errors import InputError, first_line
 from common.files import read_json, write_json
 from regmean.tensor_file import FLOATS, STORAGE, TensorFile, TensorInfo, TensorWriter, encode
 
@@ -68,8 +68,7 @@ def locate_model(name: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[*COMPANIONS, "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"model {name}: no such folder here, and the hub gives none: {reason}") from error
+        raise InputError(f"model {name}: no such folder here, and the hub gives none: {first_line(error)}") from error
 
 
 def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:

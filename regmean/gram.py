@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.pytorch_utils import Conv1D
 
 from common.distributed import Process, available_memory
-from common.errors import InputError
+from common.errors import InputError, first_line
 from common.files import read_json, write_json
-from common.logging import progress, say
+from common.logging import progress, quiet_libraries, say
 from regmean.calibration import Calibration, collate, load_calibration, make_batches
 from regmean.checkpoint import Checkpoint, open_checkpoint
 from regmean.flags import GramFlags
@@ -57,6 +57,7 @@ def compute_grams(flags: GramFlags, process: Process, snapshot_seconds: float = 
     if target.exists():
         raise InputError(f"{target} exists already: remove it, or choose another --output_dir")
     checkpoint = open_checkpoint(flags.model, flags.revision)
+    quiet_libraries()
     tokenizer = _load(AutoTokenizer, flags, checkpoint)
     calibration = load_calibration(flags, tokenizer)
     say(
@@ -381,7 +382,7 @@ def _load(auto_class: Any, flags: GramFlags, checkpoint: Checkpoint, **options: 
             checkpoint.folder, trust_remote_code=flags.trust_remote_code, local_files_only=True, **options
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(f"--model {flags.model}: {str(error).strip()}") from error
+        raise InputError(f"--model {flags.model}: {first_line(error)}") from error
 
 
 def _continued_plan(work: Path, identity: dict[str, Any]) -> Plan | None:
