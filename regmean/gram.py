@@ -1,8 +1,7 @@
 """Grams: what RegMean needs to know of a model's training data, one sum of x x^T per distinct layer input.
 
 From the top: `compute_grams` loads texts and model, probes the model once to learn which layers share an input,
-plans as many passes as memory asks for, and runs them; `LinearInputs` hands over each layer's input; `GramSums` adds
-up its products.
+plans as many passes as memory asks for, and runs them; `GramSums` adds up the products of each layer's input.
 """
 
 import contextlib
@@ -10,17 +9,14 @@ import ctypes
 import hashlib
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -32,6 +28,7 @@ from regmean.calibration import Calibration, collate, load_calibration, make_bat
 from regmean.checkpoint import Checkpoint, open_checkpoint
 from regmean.flags import GramFlags
 from regmean.gram_file import FILE_NAME, Gram, GramFile, write_grams
+from regmean.layer_inputs import LinearInputs, aligned_with, input_width, linear_layers
 
 SNAPSHOT_SECONDS = 600.0
 M_MMAP_THRESHOLD = -3  # glibc's <malloc.h>
@@ -110,21 +107,6 @@ def compute_grams(flags: GramFlags, process: Process, snapshot_seconds: float = 
     process.barrier()
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every linear layer by name, but for an output head tied to the input embeddings: no regression has that."""
-    embeddings = model.get_input_embeddings()
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module.weight is not getattr(embeddings, "weight", None)
-    }
-
-
-def input_width(layer: nn.Module) -> int:
-    """Features that a linear layer reads: Conv1D keeps its weight as (in, out), nn.Linear as (out, in)."""
-    return layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
-
-
 def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
     """total += rows^T rows.
 
@@ -141,80 +123,6 @@ def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
     else:
         # Products of two half-precision numbers are exact in float32, and so is nearly their sum.
         total += torch.mm(rows.T, rows, out_dtype=torch.float32)
-
-
-class LinearInputs:
-    """Hands each distinct input of a model's linear layers to `receive`; a context manager that owns the hooks.
-
-    Which layers share an input is found from the tensors themselves: the first layer to read a tensor lends its name
-    to all that read the same one later in that forward pass.
-
-    Args:
-        layers: the layers to watch, by name.
-        head: the output head, or None; a forward pass ends where the head would turn states into logits.
-        receive: called with the name and the input, of shape (..., width), once for each distinct input.
-    """
-
-    def __init__(
-        self, layers: dict[str, nn.Module], head: nn.Module | None, receive: Callable[[str, torch.Tensor], None]
-    ):
-        self.shared_name: dict[str, str] = {}
-        self._layers = layers
-        self._head = head
-        self._receive = receive
-        self._handles: list[Any] = []
-        self._received: dict[tuple, list[str]] = {}
-
-    def __enter__(self) -> Self:
-        for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
-        if self._head is not None:
-            self._handles.append(self._head.register_forward_pre_hook(_end_forward))
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    @torch.no_grad()
-    def run(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> None:
-        """One forward pass over token ids, without logits, cache or gradient.
-
-        Args:
-            model: the model that the layers belong to.
-            ids: int64 of shape (examples, length).
-            mask: the same shape, 0 at padding.
-        """
-        self._received.clear()
-        try:
-            model(input_ids=ids, attention_mask=mask, use_cache=False)
-        except _HeadReached:
-            pass
-        finally:
-            self._received.clear()
-
-    def _hook(self, name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if x.numel() == 0:
-                return
-            # A weak reference keeps the storage's identity from being used again, without keeping its data: another
-            # tensor that the allocator puts at the same address is never taken for this one.
-            storage = StorageWeakRef(x.untyped_storage())
-            key = (storage, x.storage_offset(), x.shape, x.stride(), x._version)
-            names = self._received.setdefault(key, [])
-            shared = self.shared_name.setdefault(name, names[0] if names else name)
-            if shared in names:
-                return
-            if shared != name:
-                raise InputError(
-                    f"layer {name} read the same tensor as {shared} until now and no longer does; "
-                    "models that rewire their layers from input to input are not supported"
-                )
-            names.append(name)
-            self._receive(name, x)
-
-        return hook
 
 
 class GramSums:
@@ -246,8 +154,9 @@ class GramSums:
             widths |= theirs
         self.shared_name = sharing
         for name, width in widths.items():
-            total = self.totals.setdefault(name, torch.zeros(width, width, device=process.device))
-            process.sum_(total)
+            if name not in self.totals:
+                self.totals[name] = torch.zeros(width, width, device=process.device)
+            process.sum_(self.totals[name])
         names = list(widths)
         counts = process.sum(*(self.tokens.get(name, 0) for name in names))
         self.tokens = {name: int(count) for name, count in zip(names, counts, strict=True)}
@@ -301,7 +210,7 @@ class Probe:
     seconds: float
 
 
-def probe(model: nn.Module, layers: dict[str, nn.Module], ids: list[int], device: torch.device) -> Probe:
+def probe(model: PreTrainedModel, layers: dict[str, nn.Module], ids: list[int], device: torch.device) -> Probe:
     """Run one example to see which layers share an input, and whether every layer's rows are the example's tokens.
 
     Where they are not (an expert gets some of the tokens, in its own order), padding cannot be told from tokens
@@ -311,10 +220,10 @@ def probe(model: nn.Module, layers: dict[str, nn.Module], ids: list[int], device
     aligned: list[bool] = []
 
     def receive(name: str, x: torch.Tensor) -> None:
-        aligned.append(_aligned(x, mask))
+        aligned.append(aligned_with(x, mask))
         GramSums().add(name, x.reshape(-1, x.shape[-1]))
 
-    with LinearInputs(layers, _output_head(model), receive) as inputs:
+    with LinearInputs(layers, model.get_output_embeddings(), receive) as inputs:
         inputs.run(model, example, mask)  # the first pass also warms up; the second is timed
         started = time.monotonic()
         inputs.run(model, example, mask)
@@ -364,18 +273,6 @@ def _keep_heap_small() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
-class _HeadReached(Exception):
-    """Ends a forward pass before the output head computes logits."""
-
-
-def _end_forward(module: nn.Module, args: tuple) -> None:
-    raise _HeadReached
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-
-
 def _load(auto_class: Any, flags: GramFlags, checkpoint: Checkpoint, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(
@@ -398,7 +295,9 @@ def _continued_plan(work: Path, identity: dict[str, Any]) -> Plan | None:
     return Plan(run["passes"], run["padding"])
 
 
-def _make_plan(model: nn.Module, layers: dict[str, nn.Module], calibration: Calibration, process: Process) -> Plan:
+def _make_plan(
+    model: PreTrainedModel, layers: dict[str, nn.Module], calibration: Calibration, process: Process
+) -> Plan:
     longest = max(calibration.examples, key=len)
     probed = probe(model, layers, longest, process.device)
     widths = [input_width(layers[names[0]]) for names in probed.inputs]
@@ -420,7 +319,7 @@ def _make_plan(model: nn.Module, layers: dict[str, nn.Module], calibration: Cali
 class _Run:
     """Everything that a pass over the texts needs."""
 
-    model: nn.Module
+    model: PreTrainedModel
     layers: dict[str, nn.Module]
     calibration: Calibration
     plan: Plan
@@ -444,13 +343,13 @@ class _Run:
         def receive(name: str, x: torch.Tensor) -> None:
             rows = x.reshape(-1, x.shape[-1])
             if len(kept) < mask.numel():
-                if not _aligned(x, mask):
+                if not aligned_with(x, mask):
                     raise InputError(f"layer {name} reads {tuple(x.shape)}, where padding cannot be told from tokens")
                 rows = rows.index_select(0, kept)
             sums.add(name, rows)
 
         layers = {name: self.layers[name] for name in self.plan.passes[number]}
-        inputs = LinearInputs(layers, _output_head(self.model), receive)
+        inputs = LinearInputs(layers, self.model.get_output_embeddings(), receive)
         # A continued pass knows already which layers share an input.
         inputs.shared_name = sums.shared_name
         saved = time.monotonic()
@@ -472,11 +371,6 @@ class _Run:
                     sums.write(snapshot, layers, {"batches": position + 1})
                     saved = time.monotonic()
         return sums
-
-
-def _aligned(x: torch.Tensor, mask: torch.Tensor) -> bool:
-    """Whether the rows of a layer's input are the batch's tokens in order, whatever the model did to them."""
-    return x.shape[:-1] in (mask.shape, (mask.numel(),))
 
 
 def _assemble(parts: list[Path], target: Path, provenance: dict[str, Any]) -> None:

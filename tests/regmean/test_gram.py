@@ -19,8 +19,9 @@ from common.distributed import start_process
 from common.errors import InputError
 from regmean import gram as gram_module
 from regmean.flags import GramFlags
-from regmean.gram import LinearInputs, compute_grams, linear_layers, plan_passes
+from regmean.gram import compute_grams, plan_passes
 from regmean.gram_file import GramFile
+from regmean.layer_inputs import LinearInputs, linear_layers
 from tests.regmean.conftest import make_gpt2, make_llama, make_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]

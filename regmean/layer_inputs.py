@@ -1,0 +1,115 @@
+"""What a model's linear layers read, handed over during a forward pass by hooks that one object owns."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from common.errors import InputError
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every linear layer by name, but for an output head tied to the input embeddings: no regression has that."""
+    embeddings = model.get_input_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module.weight is not getattr(embeddings, "weight", None)
+    }
+
+
+def input_width(layer: nn.Module) -> int:
+    """Features that a linear layer reads: Conv1D keeps its weight as (in, out), nn.Linear as (out, in)."""
+    return layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
+
+
+def aligned_with(x: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether the rows of a layer's input are the batch's tokens in order, whatever the model did to them."""
+    return x.shape[:-1] in (mask.shape, (mask.numel(),))
+
+
+class LinearInputs:
+    """Hands each distinct input of a model's linear layers to `receive`; a context manager that owns the hooks.
+
+    Which layers share an input is found from the tensors themselves: the first layer to read a tensor lends its name
+    to all that read the same one later in that forward pass.
+
+    Args:
+        layers: the layers to watch, by name.
+        head: the output head, or None; a forward pass ends where the head would turn states into logits.
+        receive: called with the name and the input, of shape (..., width), once for each distinct input.
+    """
+
+    def __init__(
+        self, layers: dict[str, nn.Module], head: nn.Module | None, receive: Callable[[str, torch.Tensor], None]
+    ):
+        self.shared_name: dict[str, str] = {}
+        self._layers = layers
+        self._head = head
+        self._receive = receive
+        self._handles: list[Any] = []
+        self._received: dict[tuple, list[str]] = {}
+
+    def __enter__(self) -> Self:
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+        if self._head is not None:
+            self._handles.append(self._head.register_forward_pre_hook(_end_forward))
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        """One forward pass over token ids, without logits, cache or gradient.
+
+        Args:
+            model: the model that the layers belong to.
+            ids: int64 of shape (examples, length).
+            mask: the same shape, 0 at padding.
+        """
+        self._received.clear()
+        try:
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        except _HeadReached:
+            pass
+        finally:
+            self._received.clear()
+
+    def _hook(self, name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if x.numel() == 0:
+                return
+            # A weak reference keeps the storage's identity from being used again, without keeping its data: another
+            # tensor that the allocator puts at the same address is never taken for this one.
+            storage = StorageWeakRef(x.untyped_storage())
+            key = (storage, x.storage_offset(), x.shape, x.stride(), x._version)
+            names = self._received.setdefault(key, [])
+            shared = self.shared_name.setdefault(name, names[0] if names else name)
+            if shared in names:
+                return
+            if shared != name:
+                raise InputError(
+                    f"layer {name} read the same tensor as {shared} until now and no longer does; "
+                    "models that rewire their layers from input to input are not supported"
+                )
+            names.append(name)
+            self._receive(name, x)
+
+        return hook
+
+
+class _HeadReached(Exception):
+    """Ends a forward pass before the output head computes logits."""
+
+
+def _end_forward(module: nn.Module, args: tuple) -> None:
+    raise _HeadReached
