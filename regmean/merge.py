@@ -1,6 +1,7 @@
 """Merging: tensor by tensor from the models' files into a new model folder, in memory set by the largest layer."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,7 +47,6 @@ def merge(flags: MergeFlags, command: str) -> None:
     _print_plan(flags, plan, models, grams)
 
     alphas = flags.alpha if grams else [None]
-    reports: dict[float | None, list[LayerReport]] = {alpha: [] for alpha in alphas}
     with contextlib.ExitStack() as folders:
         partial = [folders.enter_context(atomic_folder(path)) for path in flags.output_dirs()]
         dtype = None if flags.dtype == "auto" else flags.dtype
@@ -54,13 +54,14 @@ def merge(flags: MergeFlags, command: str) -> None:
             alpha: CheckpointWriter(folder, plan.layout, models[0], dtype, flags.max_shard_size)
             for alpha, folder in zip(alphas, partial, strict=True)
         }
-        _stream(flags, plan, models, grams, writers, reports)
+        merger = _Merger(flags, plan, models, grams, writers)
+        merger.run()
         for alpha, folder in zip(alphas, partial, strict=True):
             writers[alpha].close()
-            write_report(folder, Provenance.of(flags, alpha, command, models, grams), plan, reports[alpha])
+            write_report(folder, Provenance.of(flags, alpha, command, models, grams), plan, merger.reports[alpha])
     for alpha, path in zip(alphas, flags.output_dirs(), strict=True):
         if alpha is not None:
-            print_table(alpha, flags.models, reports[alpha])
+            print_table(alpha, flags.models, merger.reports[alpha])
         print(f"{path}: written")
     print(f"merged in {time.monotonic() - started:.1f} s")
 
@@ -101,58 +102,6 @@ def _print_plan(flags: MergeFlags, plan: MergePlan, models: list[Checkpoint], gr
         print(f"note: averaged for want of a Gram: {', '.join(matrices)}")
 
 
-def _stream(
-    flags: MergeFlags,
-    plan: MergePlan,
-    models: list[Checkpoint],
-    grams: list[Grams],
-    writers: dict[float | None, CheckpointWriter],
-    reports: dict[float | None, list[LayerReport]],
-) -> None:
-    total = sum(int(np.prod(shape)) for _, shape in plan.layout.values())
-    with tqdm(total=total, unit="el", unit_scale=True, desc="merging", dynamic_ncols=True) as bar:
-        for name in plan.copied:
-            _average_tensor(name, models[:1], [1.0], plan, writers, bar)
-        for name in plan.averaged:
-            _average_tensor(name, models, flags.weights(), plan, writers, bar)
-        if not plan.groups:
-            return
-        # An average needs neither torch nor the seconds that it takes to import.
-        from common.distributed import start_process
-
-        device = start_process(flags.device).device
-        for group in plan.groups:
-            _solve_group(flags, group, plan, models, grams, device, writers, reports, bar)
-
-
-def _average_tensor(
-    name: str,
-    models: list[Checkpoint],
-    shares: list[float],
-    plan: MergePlan,
-    writers: dict[float | None, CheckpointWriter],
-    bar: tqdm,
-) -> None:
-    infos = [model.tensors[name] for model in models]
-    dtype = plan.layout[name][0]
-    for start in range(0, infos[0].size, CHUNK_ELEMENTS):
-        stop = min(start + CHUNK_ELEMENTS, infos[0].size)
-        if dtype in FLOATS:
-            mean = weighted_mean([info.read_floats(start, stop) for info in infos], shares)
-            values = _encode(mean, dtype, name)
-        else:
-            values = infos[0].read(start, stop)
-            for info in infos[1:]:
-                if not np.array_equal(values, info.read(start, stop)):
-                    raise InputError(
-                        f"tensor {name} of {dtype} differs between {infos[0].path} and {info.path}, and cannot be "
-                        "averaged; --exclude takes the first model's"
-                    )
-        for writer in writers.values():
-            writer.write(name, values, start)
-        bar.update(stop - start)
-
-
 @dataclass(frozen=True)
 class _Piece:
     """Rows `first` to `last` of a weight seen as (outputs, inputs)."""
@@ -162,102 +111,144 @@ class _Piece:
     last: int
 
 
-def _blocks(group: LayerGroup, plan: MergePlan) -> Iterator[list[_Piece]]:
-    """The group's outputs in blocks of bounded size. A Conv1D weight, whose outputs are columns, stays whole."""
-    limit = max(1, BLOCK_ELEMENTS // group.width)
-    block: list[_Piece] = []
-    room = limit
-    for name in group.tensors:
-        shape = plan.layout[name][1]
-        rows = shape[1] if group.conv1d else shape[0]
-        first = 0
-        while first < rows:
-            last = rows if group.conv1d else min(rows, first + room)
-            block.append(_Piece(name, first, last))
-            room -= last - first
-            first = last
-            if room <= 0:
-                yield block
-                block, room = [], limit
-    if block:
-        yield block
+class _Merger:
+    """Reads, merges and writes every tensor of a plan; `writers` and `reports` are by alpha, None for an average."""
 
+    def __init__(
+        self,
+        flags: MergeFlags,
+        plan: MergePlan,
+        models: list[Checkpoint],
+        grams: list[Grams],
+        writers: dict[float | None, CheckpointWriter],
+    ):
+        self.reports: dict[float | None, list[LayerReport]] = {alpha: [] for alpha in writers}
+        self._flags = flags
+        self._shares = flags.weights()
+        self._plan = plan
+        self._models = models
+        self._grams = grams
+        self._writers = writers
 
-def _solve_group(
-    flags: MergeFlags,
-    group: LayerGroup,
-    plan: MergePlan,
-    models: list[Checkpoint],
-    grams: list[Grams],
-    device: "torch.device",
-    writers: dict[float | None, CheckpointWriter],
-    reports: dict[float | None, list[LayerReport]],
-    bar: tqdm,
-) -> None:
-    import torch
+    def run(self) -> None:
+        total = sum(math.prod(shape) for _, shape in self._plan.layout.values())
+        with tqdm(total=total, unit="el", unit_scale=True, desc="merging", dynamic_ncols=True) as bar:
+            for name in self._plan.copied:
+                self._average(name, self._models[:1], [1.0], bar)
+            for name in self._plan.averaged:
+                self._average(name, self._models, self._shares, bar)
+            if not self._plan.groups:
+                return
+            # An average needs neither torch nor the seconds that it takes to import.
+            from common.distributed import start_process
 
-    from regmean.solve import SOLVERS, GramSum, Objective, Regression, SolveError
+            device = start_process(self._flags.device).device
+            for group in self._plan.groups:
+                self._solve(group, device, bar)
 
-    def gram(index: int) -> torch.Tensor:
-        name = group.grams[index]
-        per_token = torch.from_numpy(grams[index].read(name)).to(device)
-        return per_token.div_(grams[index].grams[name].tokens)
+    def _average(self, name: str, models: list[Checkpoint], shares: list[float], bar: tqdm) -> None:
+        infos = [model.tensors[name] for model in models]
+        dtype = self._plan.layout[name][0]
+        for start in range(0, infos[0].size, CHUNK_ELEMENTS):
+            stop = min(start + CHUNK_ELEMENTS, infos[0].size)
+            if dtype in FLOATS:
+                mean = weighted_mean([info.read_floats(start, stop) for info in infos], shares)
+                values = self._encode(mean, name)
+            else:
+                values = infos[0].read(start, stop)
+                for info in infos[1:]:
+                    if not np.array_equal(values, info.read(start, stop)):
+                        raise InputError(
+                            f"tensor {name} of {dtype} differs between {infos[0].path} and {info.path}, and cannot be "
+                            "averaged; --exclude takes the first model's"
+                        )
+            for writer in self._writers.values():
+                writer.write(name, values, start)
+            bar.update(stop - start)
 
-    shares = flags.weights()
-    total = GramSum(group.width, device)
-    for index, share in enumerate(shares):
-        total.add(gram(index), share)
-    blocks = list(_blocks(group, plan))
-    solvers: dict[float, Any] = {}
-    objectives = {alpha: Objective() for alpha in flags.alpha}
-    for block in blocks:
-        weights = [_read_rows(model, block, group) for model in models]
-        mean = weighted_mean([weight.reshape(-1) for weight in weights], shares).reshape(weights[0].shape)
-        regression = Regression(
-            [torch.from_numpy(weight).to(device) for weight in weights], torch.from_numpy(mean).to(device), shares
-        )
-        for index in range(len(models)):
-            regression.add_gram(index, gram(index))
-        for alpha in flags.alpha:
-            try:
-                if alpha not in solvers:
-                    solvers[alpha] = SOLVERS[flags.solver](total, alpha)
-                merged, objective = regression.solve(total, solvers[alpha], alpha)
-            except SolveError as error:
-                files = ", ".join(str(file.path) for file in grams)
-                raise InputError(f"alpha {alpha:g}, layers {', '.join(group.tensors)}, {files}: {error}") from error
-            objectives[alpha].add(objective)
-            _write_rows(writers[alpha], block, group, plan, merged.cpu().numpy())
-        bar.update(sum(piece.last - piece.first for piece in block) * group.width)
-    for alpha in flags.alpha:
-        tokens = [file.grams[name].tokens for file, name in zip(grams, group.grams, strict=True)]
-        reports[alpha].append(
-            LayerReport(group.tensors, tokens, solvers[alpha].label, solvers[alpha].condition, objectives[alpha])
-        )
+    def _solve(self, group: LayerGroup, device: "torch.device", bar: tqdm) -> None:
+        import torch
 
+        from regmean.solve import SOLVERS, GramSum, Objective, Regression, SolveError
 
-def _read_rows(model: Checkpoint, block: list[_Piece], group: LayerGroup) -> np.ndarray:
-    """The block's weights, float32 of shape (outputs, inputs), contiguous and writable."""
-    parts = []
-    for piece in block:
-        values = model.tensors[piece.name].read_floats(piece.first * group.width, piece.last * group.width)
-        parts.append(values.reshape(group.width, -1).T if group.conv1d else values.reshape(-1, group.width))
-    return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts), np.float32)
+        files = [file.grams[name] for file, name in zip(self._grams, group.grams, strict=True)]
 
+        def gram_per_token(index: int) -> torch.Tensor:
+            total = torch.from_numpy(self._grams[index].read(group.grams[index])).to(device)
+            return total.div_(files[index].tokens)
 
-def _write_rows(
-    writer: CheckpointWriter, block: list[_Piece], group: LayerGroup, plan: MergePlan, merged: np.ndarray
-) -> None:
-    row = 0
-    for piece in block:
-        rows = merged[row : row + piece.last - piece.first]
-        row += len(rows)
-        values = _encode(rows.T if group.conv1d else rows, plan.layout[piece.name][0], piece.name)
-        writer.write(piece.name, values, piece.first * group.width)
+        total = GramSum(group.width, device)
+        for index, share in enumerate(self._shares):
+            total.add(gram_per_token(index), share)
+        solvers: dict[float, Any] = {}
+        objectives = {alpha: Objective() for alpha in self._flags.alpha}
+        for block in self._blocks(group):
+            weights = [self._read_rows(model, block, group) for model in self._models]
+            mean = weighted_mean([weight.reshape(-1) for weight in weights], self._shares).reshape(weights[0].shape)
+            regression = Regression(
+                [torch.from_numpy(weight).to(device) for weight in weights],
+                torch.from_numpy(mean).to(device),
+                self._shares,
+            )
+            # Read again for each block: keeping every model's Gram would take more memory than all else.
+            for index in range(len(self._models)):
+                regression.add_gram(index, gram_per_token(index))
+            for alpha in self._flags.alpha:
+                try:
+                    if alpha not in solvers:
+                        solvers[alpha] = SOLVERS[self._flags.solver](total, alpha)
+                    merged, objective = regression.solve(total, solvers[alpha], alpha)
+                except SolveError as error:
+                    paths = ", ".join(str(file.path) for file in self._grams)
+                    layers = ", ".join(group.tensors)
+                    raise InputError(f"alpha {alpha:g}, layers {layers}, Grams {paths}: {error}") from error
+                objectives[alpha].add(objective)
+                self._write_rows(self._writers[alpha], block, group, merged.cpu().numpy())
+            bar.update(sum(piece.last - piece.first for piece in block) * group.width)
+        tokens = [gram.tokens for gram in files]
+        for alpha, solver in solvers.items():
+            report = LayerReport(group.tensors, tokens, solver.label, solver.condition, objectives[alpha])
+            self.reports[alpha].append(report)
 
+    def _blocks(self, group: LayerGroup) -> Iterator[list[_Piece]]:
+        """The group's outputs in blocks of bounded size. A Conv1D weight, whose outputs are columns, stays whole."""
+        limit = max(1, BLOCK_ELEMENTS // group.width)
+        block: list[_Piece] = []
+        room = limit
+        for name in group.tensors:
+            shape = self._plan.layout[name][1]
+            rows = shape[1] if group.conv1d else shape[0]
+            first = 0
+            while first < rows:
+                last = rows if group.conv1d else min(rows, first + room)
+                block.append(_Piece(name, first, last))
+                room -= last - first
+                first = last
+                if room <= 0:
+                    yield block
+                    block, room = [], limit
+        if block:
+            yield block
 
-def _encode(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    try:
-        return encode(values, dtype)
-    except OverflowError as error:
-        raise InputError(f"tensor {name}: {error}; choose a wider --dtype") from error
+    def _read_rows(self, model: Checkpoint, block: list[_Piece], group: LayerGroup) -> np.ndarray:
+        """The block's weights, float32 of shape (outputs, inputs), contiguous and writable."""
+        parts = []
+        for piece in block:
+            values = model.tensors[piece.name].read_floats(piece.first * group.width, piece.last * group.width)
+            parts.append(values.reshape(group.width, -1).T if group.conv1d else values.reshape(-1, group.width))
+        return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts), np.float32)
+
+    def _write_rows(self, writer: CheckpointWriter, block: list[_Piece], group: LayerGroup, merged: np.ndarray) -> None:
+        row = 0
+        for piece in block:
+            rows = merged[row : row + piece.last - piece.first]
+            row += len(rows)
+            writer.write(
+                piece.name, self._encode(rows.T if group.conv1d else rows, piece.name), piece.first * group.width
+            )
+
+    def _encode(self, values: np.ndarray, name: str) -> np.ndarray:
+        try:
+            return encode(values, self._plan.layout[name][0])
+        except OverflowError as error:
+            raise InputError(f"tensor {name}: {error}; choose a wider --dtype") from error

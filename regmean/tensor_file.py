@@ -132,7 +132,7 @@ class TensorFile:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: the safetensors header is damaged: {error}") from error
         try:
-            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self.metadata: dict[str, str] = dict(header.pop("__metadata__", {}))
             self.tensors = {name: self._info(name, entry, 8 + length) for name, entry in header.items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: the safetensors header is damaged: {error!r}") from error
@@ -144,6 +144,8 @@ class TensorFile:
         if entry["dtype"] not in STORAGE:
             raise InputError(f"{self.path}: tensor {name} has dtype {entry['dtype']}; this reads {', '.join(STORAGE)}")
         begin, end = entry["data_offsets"]
+        if not all(isinstance(number, int) for number in (begin, end, *entry["shape"])):
+            raise ValueError(f"tensor {name} has a size that is no whole number")
         info = TensorInfo(self.path, name, entry["dtype"], tuple(entry["shape"]), data_start + begin)
         if begin < 0 or min(info.shape, default=0) < 0 or end - begin != info.nbytes:
             raise ValueError(f"tensor {name} of shape {info.shape} cannot lie at {entry['data_offsets']}")

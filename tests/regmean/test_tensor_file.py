@@ -90,6 +90,7 @@ def write_file(path: Path, header: bytes, data: bytes = b"") -> Path:
         ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "damaged"),
         ({"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}, "damaged"),
         ({"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}, "damaged"),
+        ({"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}, "damaged"),
         ({"dtype": "F32", "shape": [1]}, "damaged"),
         ({"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}, "12 bytes|promises"),
         ({"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}, "tensor a has dtype F8_E4M3"),
