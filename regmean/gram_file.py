@@ -29,7 +29,7 @@ FORMAT = "regmean-gram"
 VERSION = "1"
 FILE_NAME = "gram.safetensors"
 PUBLISHED_NAME = "gram.pkl"
-BLOCK_ELEMENTS = 4_000_000
+BLOCK_ROWS = 128  # of a Gram, packed or unpacked at a time
 
 
 @dataclass(frozen=True)
@@ -216,9 +216,8 @@ def _checked(square: np.ndarray, name: str, path: Path) -> np.ndarray:
 
 
 def _row_blocks(width: int) -> Iterator[tuple[int, int]]:
-    rows = max(1, BLOCK_ELEMENTS // width)
-    for first in range(0, width, rows):
-        yield first, min(first + rows, width)
+    for first in range(0, width, BLOCK_ROWS):
+        yield first, min(first + BLOCK_ROWS, width)
 
 
 def _unpickle_grams(path: Path) -> dict[str, np.ndarray]:

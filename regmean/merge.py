@@ -178,11 +178,9 @@ class _Merger:
             return total.div_(files[index].tokens)
 
         total = GramSum(group.width, device)
-        for index, share in enumerate(self._shares):
-            total.add(gram_per_token(index), share)
         solvers: dict[float, Any] = {}
         objectives = {alpha: Objective() for alpha in self._flags.alpha}
-        for block in self._blocks(group):
+        for number, block in enumerate(self._blocks(group)):
             weights = [self._read_rows(model, block, group) for model in self._models]
             mean = weighted_mean([weight.reshape(-1) for weight in weights], self._shares).reshape(weights[0].shape)
             regression = Regression(
@@ -191,8 +189,12 @@ class _Merger:
                 self._shares,
             )
             # Read again for each block: keeping every model's Gram would take more memory than all else.
-            for index in range(len(self._models)):
-                regression.add_gram(index, gram_per_token(index))
+            for index, share in enumerate(self._shares):
+                gram = gram_per_token(index)
+                if number == 0:
+                    total.add(gram, share)
+                regression.add_gram(index, gram)
+                del gram
             for alpha in self._flags.alpha:
                 try:
                     if alpha not in solvers:

@@ -176,14 +176,16 @@ class Regression:
         self._shares = shares
         self._rhs = torch.zeros_like(mean)
         self._diagonal_rhs = torch.zeros_like(mean)
-        self._at_mean = self._diagonal_at_mean = 0.0
+        # tr(D G_i D^T) of each model's own difference D to the mean.
+        self._own = [0.0] * len(weights)
+        self._diagonal_own = [0.0] * len(weights)
 
     def add_gram(self, index: int, gram: torch.Tensor) -> None:
         """Take in model `index`'s Gram per token, float32 (inputs, inputs)."""
         delta, share = self._deltas[index], self._shares[index]
         product, diagonal_product = delta @ gram, delta * gram.diagonal()
-        self._at_mean += share * _inner(delta, product)
-        self._diagonal_at_mean += share * _inner(delta, diagonal_product)
+        self._own[index] = _inner(delta, product)
+        self._diagonal_own[index] = _inner(delta, diagonal_product)
         self._rhs.add_(product, alpha=share)
         self._diagonal_rhs.add_(diagonal_product, alpha=share)
 
@@ -199,7 +201,8 @@ class Regression:
             SolveError: the solution is not finite, or does not solve the system.
         """
         rhs = torch.lerp(self._diagonal_rhs, self._rhs, alpha)
-        at_mean = alpha * self._at_mean + (1 - alpha) * self._diagonal_at_mean
+        own = [alpha * a + (1 - alpha) * b for a, b in zip(self._own, self._diagonal_own, strict=True)]
+        at_mean = sum(share * value for share, value in zip(self._shares, own, strict=True))
         delta = solver.solve(rhs)
         product = _times(delta, total, alpha)
         for _ in range(solver.refinements):
@@ -220,11 +223,19 @@ class Regression:
             # Only where the models agree up to rounding: nothing is left to gain over the mean.
             delta.zero_()
             gain = 0.0
-        inputs = []
-        for model in self._deltas:
-            quadratic = _inner(model, _times(model, total, alpha))
-            inputs.append(quadratic - 2 * _inner(model, rhs) + at_mean)
+        inputs = self._at_inputs(own, at_mean, rhs, total, alpha)
         return self._mean + delta, Objective(at_mean, inputs, at_mean - gain)
+
+    def _at_inputs(
+        self, own: list[float], at_mean: float, rhs: torch.Tensor, total: GramSum, alpha: float
+    ) -> list[float]:
+        """The objective at each model's weights."""
+        if len(self._deltas) == 2:
+            # Their differences to the mean are multiples of each other, so no further product is needed:
+            # W_1 - W_2 = -D_2 / w_1, and the objective at W_1 is w_2 times that difference under G_2.
+            first, second = self._shares
+            return [second * own[1] / first**2, first * own[0] / second**2]
+        return [_inner(delta, _times(delta, total, alpha)) - 2 * _inner(delta, rhs) + at_mean for delta in self._deltas]
 
 
 def _times(delta: torch.Tensor, total: GramSum, alpha: float) -> torch.Tensor:
@@ -236,7 +247,7 @@ def _inner(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a * b).sum(dtype=torch.float64).item()
 
 
-def _condition(factor: torch.Tensor, steps: int = 12) -> float:
+def _condition(factor: torch.Tensor, steps: int = 8) -> float:
     """Condition number of L L^T, estimated from below by power iteration on it and on its inverse."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(len(factor), 1, generator=generator, dtype=torch.float64).to(factor)

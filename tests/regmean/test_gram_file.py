@@ -26,9 +26,9 @@ def write(path: Path, sums: dict[str, np.ndarray], tokens: int = 50) -> Path:
     return path
 
 
-@pytest.mark.parametrize("block", [1, 7, 4_000_000])
+@pytest.mark.parametrize("block", [1, 5, 128])
 def test_a_gram_comes_back_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(gram_file, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(gram_file, "BLOCK_ROWS", block)
     sums = {"a": random_gram(13), "b": random_gram(1)}
     file = GramFile(write(tmp_path / "gram.safetensors", sums))
     assert file.provenance == {"model": "m"}

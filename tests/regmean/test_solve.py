@@ -100,6 +100,13 @@ def test_every_solver_solves_a_regular_system(solver: str) -> None:
     np.testing.assert_allclose(merged, expected, atol=2e-4)
 
 
+def test_the_objective_at_each_of_three_models() -> None:
+    weights, grams = problem(4000, models=3)
+    double = [w.astype(np.float64) for w in weights], [g.astype(np.float64) for g in grams], [0.2, 0.3, 0.5], 0.9
+    _, values, _ = merge(weights, grams, [0.2, 0.3, 0.5], 0.9)
+    assert values.inputs == pytest.approx([objective(weight, *double) for weight in double[0]], rel=1e-4)
+
+
 def test_alpha_zero_is_the_diagonal_formula() -> None:
     weights, grams = problem(500)
     a, b = (share * np.diag(gram).astype(np.float64) for share, gram in zip(SHARES, grams, strict=True))
