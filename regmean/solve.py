@@ -214,9 +214,10 @@ class Regression:
         residual_norm, rhs_norm = (rhs - product).norm().item(), rhs.norm().item()
         # `not <=` also catches NaN.
         if not residual_norm <= ACCEPTED_RESIDUAL * rhs_norm:
+            share = residual_norm / (rhs_norm or 1.0)
             raise SolveError(
-                f"{solver.label} left a residual of {residual_norm / rhs_norm:.1g} of the right-hand side, as happens "
-                "on singular Grams; use --solver cholesky, or a smaller --alpha"
+                f"{solver.label} left a residual of {share:.1g} of the right-hand side, as happens on singular Grams; "
+                "use --solver cholesky, or a smaller --alpha"
             )
         gain = 2 * _inner(delta, rhs) - _inner(delta, product)
         if gain < 0:
