@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK_ELEMENTS = 1 << 20  # of an averaged tensor at a time: small enough for the cache
-BLOCK_ELEMENTS = 1 << 25  # of stacked layer outputs at a time, per model: 128 MB in float32
+BLOCK_ELEMENTS = 1 << 24  # of stacked layer outputs at a time, per model: 64 MB in float32
 
 
 def merge(flags: MergeFlags, command: str) -> None:
@@ -84,8 +84,8 @@ def weighted_mean(arrays: list[np.ndarray], shares: list[float]) -> np.ndarray:
 def _print_plan(flags: MergeFlags, plan: MergePlan, models: list[Checkpoint], grams: list[Grams]) -> None:
     read, written = describe_size(plan, models)
     largest = max((group.width for group in plan.groups), default=0)
-    # Three squares (the sum of Grams, its factor, one model's Gram), and blocks: one per model, and six in the solver.
-    peak = 4 * (3 * largest**2 + (len(models) + 6) * BLOCK_ELEMENTS) if grams else 32 * CHUNK_ELEMENTS
+    # Three squares (the sum of Grams, its factor, one model's Gram), and blocks: one per model, eight in the solver.
+    peak = 4 * (3 * largest**2 + (len(models) + 8) * BLOCK_ELEMENTS) if grams else 32 * CHUNK_ELEMENTS
     print(
         f"plan: {flags.method} of {len(models)} models, {read / 1e9:.2f} GB to read, {written / 1e9:.2f} GB to write "
         f"for each of {len(flags.output_dirs())}, at most about {peak / 1e9:.2f} GB of arrays in memory"

@@ -109,7 +109,7 @@ def test_avg_of_three_weighted_models(library: Callable, tmp_path: Path, monkeyp
         assert torch.equal(merged[name], plain), name
 
 
-@pytest.mark.parametrize("block", [1, 200, 1 << 25])
+@pytest.mark.parametrize("block", [1, 200, 1 << 24])
 @pytest.mark.parametrize("kind", MODELS)
 def test_regmean_is_the_plain_implementation(
     library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, block: int
