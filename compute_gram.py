@@ -31,10 +31,9 @@ def main() -> None:
     from regmean.gram import compute_grams
 
     process = start_process(flags.device)
-    try:
-        compute_grams(flags, process)
-    finally:
-        process.close()
+    compute_grams(flags, process)
+    # Not after an error: peers that wait in a collective would keep this process, and its message, waiting too.
+    process.close()
 
 
 if __name__ == "__main__":
