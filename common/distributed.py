@@ -1,6 +1,7 @@
 """Ranks and devices: the only file that knows which process this is and where its tensors live."""
 
 import os
+import resource
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -54,6 +55,12 @@ class Process:
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
+
+    def peak_memory(self) -> dict[str, int]:
+        """The most bytes this process has held so far, on its GPU or, without one, in host memory."""
+        if self.device.type == "cuda":
+            return {"peak_device_bytes": torch.cuda.max_memory_allocated(self.device)}
+        return {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
     def close(self) -> None:
         """Leave the process group."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,12 +103,15 @@ def _evaluate(flags: EvaluationFlags, process: Process) -> None:
         if not finished[task.name]:
             subject = subject or _load_subject(flags, config, tokenizer, dtype, process)
             runs.start(folder, settings[task.name], flags.overwrite, process)
+            started = time.monotonic()
             answer_all(subject, task, problems[task.name], tokens[task.name], flags, folder, process)
             if process.is_main:
                 records = sorted(read_answers(folder), key=lambda record: record["problem"])
                 scores = score(task.name, records)
                 write_report(folder, scores, records)
-                runs.finish(folder, settings[task.name], {"average": scores["average"]})
+                seconds = round(time.monotonic() - started, 1)
+                result = {"average": scores["average"], "seconds": seconds, **process.peak_memory()}
+                runs.finish(folder, settings[task.name], result)
             process.barrier()
         say(process, f"\n{task.name}: {folder}\n{table(read_json(folder / SCORES)).expandtabs(14)}")
 

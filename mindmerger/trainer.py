@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import math
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -194,7 +193,7 @@ class Stage:
         result = {"steps": step, "seconds": round(time.monotonic() - started, 1)}
         if self.dev_tokens:
             result["best_dev_perplexity"] = round(self.best_perplexity, 4)
-        return {**result, **_peak_memory(self.process)}
+        return {**result, **self.process.peak_memory()}
 
     def validate(self) -> float:
         """Perplexity of the dev targets: exp of the mean loss over all their tokens, on all ranks."""
@@ -356,9 +355,3 @@ def initial_checkpoint(flags: TrainingFlags) -> Path | None:
             "run --stage_name mapping first, or name a mapping with --init_checkpoint (none starts afresh)"
         )
     return checkpoint
-
-
-def _peak_memory(process: Process) -> dict[str, int]:
-    if process.device.type == "cuda":
-        return {"peak_device_bytes": torch.cuda.max_memory_allocated(process.device)}
-    return {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}

@@ -181,7 +181,7 @@ def test_answers_are_judged_as_numbers_or_as_labels() -> None:
         (("--init_checkpoint", "nowhere"), "no mapping at nowhere"),
         (("--test_num", "0"), "--test_num 0 must be above 0"),
         (("--data_dir", "nowhere"), "mgsm_te.tsv: no such file"),
-        (("--max_prompt_len", "5"), "--max_prompt_len 5 leaves no room"),
+        (("--augmentation", "True", "--max_prompt_len", "5"), "--max_prompt_len 5 leaves no room"),
     ],
 )
 def test_bad_input_is_told_before_anything_loads(words: Words, more: Words, message: str) -> None:
