@@ -42,12 +42,11 @@ def parse_flags(flags_class: type[Flags], argv: list[str] | None = None, presets
     config_parser.add_argument("--config", type=Path)
     config = config_parser.parse_known_args(words)[0].config
     from_file = [] if config is None else _words_of_yaml(config, parser)
-    flags, _, unknown = parser.parse_args_into_dataclasses(
-        from_file + words, return_remaining_strings=True, look_for_args_file=False
-    )
+    # Before the dataclass is made: its own checks would blame a misspelt flag on the one that it stands for.
+    unknown = parser.parse_known_args(from_file + words)[1]
     if unknown:
         raise InputError(f"unknown flag or word {unknown[0]!r}{_nearest(unknown[0], parser.flag_names())}")
-    return flags
+    return parser.parse_args_into_dataclasses(from_file + words, look_for_args_file=False)[0]
 
 
 class _Parser(HfArgumentParser):

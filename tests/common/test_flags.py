@@ -53,6 +53,7 @@ def test_preset_is_the_first_word(tmp_path: Path) -> None:
         (["--langages", "de"], None, "unknown flag or word '--langages'; did you mean '--languages'"),
         (["--lang", "de"], None, "unknown flag or word '--lang'"),
         (["--config"], None, "argument --config: expected one argument"),
+        (["--lr", "-1", "--langages", "de"], None, "unknown flag or word '--langages'"),
         (["stray"], None, "unknown flag or word 'stray'"),
         (["--lr", "fast"], None, "argument --lr: invalid float value: 'fast'"),
         (["--lr", "-1"], None, "--lr must be above 0"),
