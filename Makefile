@@ -16,13 +16,17 @@ lint: $(VENV)/.installed
 test: lint
 	$(VENV)/bin/python -m pytest -m "not slow"
 
+quickstart/build/.made: $(VENV)/.installed quickstart/tiny.py
+	$(VENV)/bin/python -m quickstart.tiny quickstart/build
+	touch $@
+
 # Both stages and the evaluation, with and without the mapping, on tiny random models.
-quickstart: $(VENV)/.installed
-	test -d quickstart/build || $(VENV)/bin/python -m quickstart.tiny quickstart/build
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" deepspeed --num_accelerators 1 run_training.py --deepspeed --config quickstart/mapping.yaml
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" deepspeed --num_accelerators 1 run_training.py --deepspeed --config quickstart/augmentation.yaml
-	$(VENV)/bin/python run_evaluation.py --config quickstart/evaluation.yaml --init_checkpoint outputs/quickstart/augmentation
-	$(VENV)/bin/python run_evaluation.py --config quickstart/evaluation.yaml --baseline
+quickstart: export PATH := $(abspath $(VENV))/bin:$(PATH)
+quickstart: quickstart/build/.made
+	deepspeed --num_accelerators 1 run_training.py --deepspeed --config quickstart/mapping.yaml
+	deepspeed --num_accelerators 1 run_training.py --deepspeed --config quickstart/augmentation.yaml
+	python run_evaluation.py --config quickstart/evaluation.yaml --init_checkpoint outputs/quickstart/augmentation
+	python run_evaluation.py --config quickstart/evaluation.yaml --baseline
 
 clean:
 	rm -rf quickstart/build outputs/quickstart results/quickstart results/quickstart-baseline
