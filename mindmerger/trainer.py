@@ -71,7 +71,8 @@ def _train(flags: TrainingFlags, process: Process) -> None:
     config.task, config.stage, config.augmentation = flags.task, flags.stage_name, flags.uses_prompt
     config.prompt = prompt_template(flags.task, flags.stage_name) if flags.uses_prompt else None
     checkpoint = initial_checkpoint(flags)
-    initial = checkpoint and read_mapping(checkpoint, config.mt_hidden_size, config.llm_hidden_size)
+    widths = config.mt_hidden_size, config.llm_hidden_size
+    initial = None if checkpoint is None else read_mapping(checkpoint, *widths)
 
     settings = run_settings(flags, ds_config, rows, checkpoint, process)
     if runs.is_finished(folder, settings, flags.overwrite):
@@ -96,7 +97,7 @@ def _train(flags: TrainingFlags, process: Process) -> None:
     result = stage.fit()
 
     if process.is_main:
-        best = read_mapping(folder, config.mt_hidden_size, config.llm_hidden_size)
+        best = read_mapping(folder, *widths)
         write_published(folder.parent / PUBLISHED, best)
         runs.finish(folder, settings, result)
         shutil.rmtree(folder / STATE, ignore_errors=True)
