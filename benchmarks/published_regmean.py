@@ -9,7 +9,6 @@ python -m benchmarks.published_regmean merge --models A B --grams A.pkl B.pkl --
 
 import argparse
 import json
-import pickle
 from pathlib import Path
 
 import torch
@@ -96,14 +95,11 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
         grams = published_grams(model, AutoTokenizer.from_pretrained(args.model), texts, args.max_length)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("wb") as file:
-            pickle.dump(grams, file)
+        # As published but for the pickling itself: no file of this repository's is ever unpickled freely.
+        torch.save(grams, args.out)
         return
     models = [AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for model in args.models]
-    grams = []
-    for path in args.grams:
-        with path.open("rb") as file:
-            grams.append(pickle.load(file))
+    grams = [torch.load(path, weights_only=True) for path in args.grams]
     merged = published_merge(models, grams, args.alpha, args.driver)
     models[0].load_state_dict(merged, strict=False)
     models[0].save_pretrained(args.out)
