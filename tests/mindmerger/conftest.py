@@ -13,7 +13,7 @@ from mindmerger.flags import ModelFlags
 from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 from mindmerger.tasks import LANGUAGES, Prompt, math_prompt
 from mindmerger.tokenization import ExampleTokenizer, load_tokenizer
-from quickstart import tiny
+from tests import tiny_models
 
 ENCODERS = ("mt5", "nllb", "xlm_roberta", "qwen")
 
@@ -29,11 +29,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of the tiny models, by name."""
     folder = tmp_path_factory.mktemp("models")
     makers: dict[str, Callable[[Path], None]] = {
-        "llama": tiny.tiny_llama,
-        "mt5": tiny.tiny_mt5,
-        "nllb": tiny.tiny_nllb,
-        "xlm_roberta": tiny.tiny_xlm_roberta,
-        "qwen": tiny.tiny_qwen,
+        "llama": tiny_models.tiny_llama,
+        "mt5": tiny_models.tiny_mt5,
+        "nllb": tiny_models.tiny_nllb,
+        "xlm_roberta": tiny_models.tiny_xlm_roberta,
+        "qwen": tiny_models.tiny_qwen,
     }
     for name, make in makers.items():
         make(folder / name)

@@ -8,7 +8,7 @@ from mindmerger.base_models import base_config
 from mindmerger.data import Example
 from mindmerger.tasks import LANGUAGES, Prompt, math_prompt, x_csqa_prompt, xnli_prompt
 from mindmerger.tokenization import ExampleTokenizer, count_cuts
-from quickstart.tiny import tiny_tokenizer
+from tests.tiny_models import tiny_tokenizer
 
 GERMAN = LANGUAGES["German"]
 

@@ -1,10 +1,10 @@
-"""Tiny random models, real Hugging Face checkpoints of the real classes: `python -m quickstart.tiny FOLDER`.
+"""Tiny random models, real Hugging Face checkpoints of the real classes.
 
-They know nothing; they let every script run in seconds, here and in the tests.
+They know nothing; they let every script run in seconds.
 """
 
-import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -24,14 +24,14 @@ from transformers import (
 )
 
 from mindmerger.tasks import LANGUAGES
+from quickstart.world import WORLD_LANGUAGES, problems
 
 # At the usual 0.02 so small a model says the same whatever it reads.
 _LIVELY = 0.3
-ROWS = Path(__file__).parent / "datas"
 
 
 def tiny_tokenizer(opening: list[str], closing: list[str], more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that knows the bundled rows and can spell anything else.
+    """A byte-level BPE tokenizer that knows some words of the small world and can spell anything else.
 
     Args:
         opening, closing: special tokens around every text.
@@ -136,8 +136,10 @@ def tiny_qwen(folder: Path) -> None:
 
 
 def _texts() -> Iterator[str]:
-    for path in sorted(path for path in ROWS.rglob("*") if path.is_file()):
-        yield from path.read_text(encoding="utf-8").splitlines()
+    for problem in islice(problems("train", 0), 20):
+        yield problem.solution
+        for language in WORLD_LANGUAGES:
+            yield problem.question(language.code)
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
@@ -154,13 +156,3 @@ def _save(folder: Path, from_config: object, config: PretrainedConfig, tokenizer
     model: PreTrainedModel = from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    tiny_llama(folder / "llm")
-    tiny_mt5(folder / "mt")
-
-
-if __name__ == "__main__":
-    main()
