@@ -1,0 +1,79 @@
+"""The training loop that all of the quickstart's small models went through."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+
+from common.distributed import Process
+from common.logging import progress
+from mindmerger.batching import IGNORED
+
+# What a model learns from: (text that is only read, text that is learned).
+Lessons = Iterator[tuple[str, str]]
+
+WARMUP_SHARE = 0.1
+LARGEST_GRADIENT = 1.0
+
+
+def fit(
+    model: PreTrainedModel, batches: Iterator[dict[str, torch.Tensor]], lr: float, steps: int, name: str
+) -> PreTrainedModel:
+    """Train every weight of `model` in place: AdamW, linear warm-up and cosine decay, gradients clipped.
+
+    Args:
+        model: any model whose forward returns an object with a `loss`.
+        batches: the forward's keyword arguments of each step, on the model's device; at least `steps` of them.
+        lr: the highest learning rate.
+        steps: how many batches to take.
+        name: for the progress bar.
+
+    Returns:
+        `model`, in eval mode.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP_SHARE * steps), steps)
+    model.train()
+    bar = progress(Process(0, 1, model.device), islice(batches, steps), total=steps, desc=name, unit="step")
+    for batch in bar:
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return model.eval()
+
+
+def causal_batches(
+    lessons: Lessons, tokenizer: PreTrainedTokenizerBase, size: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """What a causal language model learns from, in batches for `fit`.
+
+    Args:
+        lessons: at least `size` for each batch that is taken.
+        tokenizer: one that opens a text as its model wants it and closes it with nothing.
+        size: lessons of a batch.
+
+    Yields:
+        `input_ids`, `attention_mask`, `labels`: int64 [size, longest], right-padded; the labels are the learned tokens
+        and an eos, -100 elsewhere.
+    """
+    while True:
+        rows = []
+        for read, learned in islice(lessons, size):
+            ids = tokenizer(learned, add_special_tokens=False).input_ids
+            rows.append((tokenizer(read).input_ids, [*ids, tokenizer.eos_token_id]))
+        yield {
+            "input_ids": padded([read + learned for read, learned in rows], tokenizer.pad_token_id),
+            "attention_mask": padded([[1] * len(read + learned) for read, learned in rows], 0),
+            "labels": padded([[IGNORED] * len(read) + learned for read, learned in rows], IGNORED),
+        }
+
+
+def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    """int64 [rows, longest], filled up with `value` on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
