@@ -1,0 +1,162 @@
+"""A small world of Python functions: what one is to return, in English; the function; asserts that judge any answer.
+
+Nothing that a model writes is run: `evaluate` reads its syntax tree, and works out what little it knows of Python.
+"""
+
+import ast
+import operator
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from quickstart.world import Split
+
+NAMES = ("score", "total", "price", "level", "count", "width", "speed", "value", "result", "amount", "weight", "points")
+PARAMETERS = "abcdkmnpqrstuvwxyz"
+# How English says it, and Python; {x} and {y} are parameters, {k} a constant, {inner} what comes before.
+INNER = (
+    (("the sum of {x} and {y}", "{x} plus {y}"), "({x} + {y})"),
+    (("the difference of {x} and {y}", "{x} minus {y}"), "({x} - {y})"),
+    (("the product of {x} and {y}", "{x} multiplied by {y}"), "({x} * {y})"),
+    (("the larger of {x} and {y}", "the maximum of {x} and {y}"), "({x} if {x} > {y} else {y})"),
+    (("the smaller of {x} and {y}", "the minimum of {x} and {y}"), "({x} if {x} < {y} else {y})"),
+)
+OUTER = (
+    (("plus {k}", "increased by {k}"), "{inner} + {k}"),
+    (("minus {k}", "reduced by {k}"), "{inner} - {k}"),
+    (("times {k}",), "{inner} * {k}"),
+    (("divided by {k} and rounded down",), "{inner} // {k}"),
+    (("modulo {k}",), "{inner} % {k}"),
+)
+CONSTANTS = range(11, 99)
+ARGUMENTS = range(4000, 10000)  # so large that // tells one constant from the next
+
+LONGEST_SOURCE = 300  # characters: no tree of so few is too deep for the walk below
+LARGEST_VALUE = 10**12
+LARGEST_EXPONENT = 12
+
+OPERATORS: dict[type, Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
+
+
+class Refused(Exception):
+    """Not Python, or Python beyond functions of integers that return one expression."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function to write.
+
+    Attributes:
+        question: what it is to be called and to return.
+        solution: a right function.
+        name: its name.
+        calls: arguments that every right function must have the same results for.
+    """
+
+    question: str
+    solution: str
+    name: str
+    calls: tuple[tuple[int, ...], ...]
+
+    @property
+    def asserts(self) -> list[str]:
+        """The calls and their results as Python writes them."""
+        return [f"assert {self.name}{call} == {evaluate(self.solution, self.name, call)}" for call in self.calls]
+
+    def is_right(self, answer: str) -> bool:
+        """Whether every assert holds of the function that `answer` defines."""
+        try:
+            return all(
+                evaluate(answer, self.name, call) == evaluate(self.solution, self.name, call) for call in self.calls
+            )
+        except Refused:
+            return False
+
+
+def programs(split: Split, seed: int) -> Iterator[Program]:
+    """An endless stream of programs of one set; an expression is in one set only, a tenth of all in dev and in test."""
+    rng = random.Random(f"{split} {seed}")
+    while True:
+        (inner_words, inner), (outer_words, outer) = rng.choice(INNER), rng.choice(OUTER)
+        x, y = rng.sample(PARAMETERS, 2)
+        k = rng.choice(CONSTANTS)
+        expression = outer.format(inner=inner, k=k).format(x=x, y=y)
+        if {0: "dev", 1: "test"}.get(zlib.crc32(expression.encode()) % 10, "train") != split:
+            continue
+        name = rng.choice(NAMES)
+        words = f"{rng.choice(inner_words)}, {rng.choice(outer_words)}".format(x=x, y=y, k=k)
+        solution = f"def {name}({x}, {y}):\n    return {expression}"
+        first, second, third = rng.sample(ARGUMENTS, 3)
+        # Both orders of two arguments: the larger one must not be found by taking the first.
+        calls = ((first, second), (second, first), (first, third))
+        yield Program(f"Write {name}({x}, {y}), which returns {words}.", solution, name, calls)
+
+
+def evaluate(source: str, name: str, arguments: tuple[int, ...]) -> int:
+    """What the function `name`, which is all that `source` defines, returns for `arguments`. No code is run.
+
+    Raises:
+        Refused: `source` is anything but one function of that name and number of arguments, whose body returns one
+            expression of integers, parameters, + - * // % **, comparisons and `a if b else c`; or it divides by zero,
+            or a value is beyond `LARGEST_VALUE`, an exponent beyond `LARGEST_EXPONENT`.
+    """
+    if len(source) > LONGEST_SOURCE:
+        raise Refused("too long")
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise Refused("not Python") from error
+    match body:
+        case [ast.FunctionDef(args=ast.arguments(args=declared), body=[ast.Return(value=ast.expr() as result)])]:
+            parameters = [parameter.arg for parameter in declared]
+        case _:
+            raise Refused("not one function that returns one expression")
+    # Whatever else Python's grammar lets a function have would be lost here: defaults, decorators, annotations.
+    plain = f"def {name}({', '.join(parameters)}):\n    return {ast.unparse(result)}"
+    if ast.unparse(body) != plain or len({*parameters}) != len(parameters) or len(parameters) != len(arguments):
+        raise Refused(f"not a function {name} of {len(arguments)} plain arguments")
+    return _value(result, dict(zip(parameters, arguments, strict=True)))
+
+
+def _value(node: ast.expr, names: dict[str, int]) -> int:
+    match node:
+        case ast.Constant(value=int() as value) if not isinstance(value, bool):
+            pass
+        case ast.Name(id=name) if name in names:
+            value = names[name]
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            value = -_value(operand, names)
+        case ast.IfExp(test=test, body=first, orelse=second):
+            value = _value(first if _value(test, names) else second, names)
+        case ast.BinOp(left=left, op=sign, right=right) | ast.Compare(left=left, ops=[sign], comparators=[right]):
+            value = _apply(sign, _value(left, names), _value(right, names))
+        case _:
+            raise Refused(f"{type(node).__name__} is not known here")
+    if abs(value) > LARGEST_VALUE:
+        raise Refused("too large a value")
+    return value
+
+
+def _apply(sign: ast.operator | ast.cmpop, left: int, right: int) -> int:
+    if type(sign) not in OPERATORS:
+        raise Refused(f"{type(sign).__name__} is not known here")
+    if isinstance(sign, ast.FloorDiv | ast.Mod) and right == 0:
+        raise Refused("division by zero")
+    # A negative exponent makes a fraction, a large one a number that fills the memory.
+    if isinstance(sign, ast.Pow) and not 0 <= right <= LARGEST_EXPONENT:
+        raise Refused("exponent out of range")
+    return OPERATORS[type(sign)](left, right)
