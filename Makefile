@@ -5,28 +5,23 @@ VENV ?= .venv
 .PHONY: test lint quickstart clean
 .DELETE_ON_ERROR:
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt
+$(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 
 test: lint
 	$(VENV)/bin/python -m pytest -m "not slow"
 
-quickstart/build/.made: $(VENV)/.installed quickstart/tiny.py
-	$(VENV)/bin/python -m quickstart.tiny quickstart/build
-	touch $@
-
-# Both stages and the evaluation, with and without the mapping, on tiny random models.
-quickstart: export PATH := $(abspath $(VENV))/bin:$(PATH)
-quickstart: quickstart/build/.made
-	deepspeed --num_accelerators 1 run_training.py --deepspeed --config quickstart/mapping.yaml
-	deepspeed --num_accelerators 1 run_training.py --deepspeed --config quickstart/augmentation.yaml
-	python run_evaluation.py --config quickstart/evaluation.yaml --init_checkpoint outputs/quickstart/augmentation
-	python run_evaluation.py --config quickstart/evaluation.yaml --baseline
+quickstart: $(VENV)/.installed
+	$(VENV)/bin/python -m quickstart
 
 clean:
-	rm -rf quickstart/build outputs/quickstart results/quickstart results/quickstart-baseline
+	rm -rf quickstart/build quickstart/results.html quickstart/results.json outputs/quickstart results/quickstart*

@@ -1,0 +1,126 @@
+"""Both methods on a small world, in minutes on a laptop: `python -m quickstart` (or `make quickstart`).
+
+The steps below are commands as a user would type them, run in this order. What is done stays done: a second run only
+reports, an interrupted one goes on where it stopped.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from common.errors import InputError, exit_with_message
+from common.files import read_json, write_json
+
+HOME = Path(__file__).parent
+BUILD = HOME / "build"
+RECORD = BUILD / "steps.json"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command and the folder that it fills."""
+
+    name: str
+    command: str
+    output: Path
+
+
+STEPS = (
+    Step("world", "python -m quickstart.world quickstart/build/datas", BUILD / "datas"),
+    Step(
+        "mapping stage",
+        "deepspeed --num_accelerators 2 run_training.py --deepspeed --config quickstart/mapping.yaml",
+        Path("outputs/quickstart/mapping"),
+    ),
+    Step(
+        "augmentation stage",
+        "deepspeed --num_accelerators 2 run_training.py --deepspeed --config quickstart/augmentation.yaml",
+        Path("outputs/quickstart/augmentation"),
+    ),
+    Step(
+        "evaluation with the mapping",
+        "torchrun --nproc_per_node 2 run_evaluation.py --config quickstart/evaluation.yaml"
+        " --init_checkpoint outputs/quickstart/augmentation",
+        Path("results/quickstart"),
+    ),
+    Step(
+        "evaluation of the LLM alone",
+        "torchrun --nproc_per_node 2 run_evaluation.py --config quickstart/evaluation.yaml --baseline",
+        Path("results/quickstart-baseline"),
+    ),
+    Step("texts for the Grams", "python -m quickstart.exercises quickstart/build/texts", BUILD / "texts"),
+    Step(
+        "Grams of the word problems' specialist",
+        "python compute_gram.py --config quickstart/gram_problems.yaml",
+        BUILD / "grams/problems",
+    ),
+    Step(
+        "Grams of the programs' specialist",
+        "python compute_gram.py --config quickstart/gram_programs.yaml",
+        BUILD / "grams/programs",
+    ),
+    Step("plain average", "python merge_model.py --config quickstart/merge_avg.yaml", BUILD / "merges/avg"),
+    Step("RegMean", "python merge_model.py --config quickstart/merge_regmean.yaml", BUILD / "merges/regmean"),
+    Step("evaluation of the merges", "python -m quickstart.compare_merges", Path("results/quickstart-regmean")),
+)
+
+
+def main() -> None:
+    record = read_json(RECORD) if RECORD.exists() else {}
+    # A step is known by its command, by every file of the quickstart, and by all steps before it.
+    key = _fingerprint()
+    for step in STEPS:
+        key = sha256(f"{key}\n{step.command}".encode()).hexdigest()
+        done = record.get(step.name, {})
+        if done.get("key") == key and "seconds" in done:
+            continue
+        if done.get("key") != key:
+            shutil.rmtree(step.output, ignore_errors=True)
+            record[step.name] = {"key": key}
+            write_json(RECORD, record)
+        print(f"\n\033[1m{step.name}\033[0m\n$ {step.command}", flush=True)
+        started = time.monotonic()
+        _run(step)
+        record[step.name]["seconds"] = round(time.monotonic() - started, 1)
+        write_json(RECORD, record)
+
+    # Matplotlib takes a second to import, and an interrupted run has no use for it.
+    from quickstart.results import report
+
+    print(report({step.name: record[step.name]["seconds"] for step in STEPS}))
+    print(f"\nThe page: {HOME / 'results.html'}   Every figure: {HOME / 'results.json'}   Anew: make clean quickstart")
+
+
+def _run(step: Step) -> None:
+    words = shlex.split(step.command)
+    # The environment that runs this, whether or not it is activated; DeepSpeed calls its ninja by name.
+    programs = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    # On the CPU everywhere: the models are too small for a GPU to help, and the figures are then the same.
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    if words[0] in ("deepspeed", "torchrun"):
+        # Two ranks share the cores; each would take all of them.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // 2)))
+    code = subprocess.run([programs / words[0], *words[1:]], env=environment, check=False).returncode
+    if code:
+        raise InputError(f"the step {step.name!r} ended with exit code {code}; its own message stands above")
+
+
+def _fingerprint() -> str:
+    made = (BUILD, HOME / "results.html", HOME / "results.json")
+    files = [
+        path
+        for path in sorted(HOME.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts and not any(path.is_relative_to(other) for other in made)
+    ]
+    return sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
