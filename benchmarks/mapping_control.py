@@ -12,6 +12,7 @@ import math
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import set_seed
@@ -21,11 +22,13 @@ from common.flags import flag, parse_flags
 from common.logging import quiet_libraries
 from mindmerger.base_models import base_config
 from mindmerger.batching import collate, plan_once
-from mindmerger.data import hold_out, read_training
+from mindmerger.data import Example, hold_out, read_training
 from mindmerger.decoding import greedy
 from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM
 from mindmerger.tasks import TRAINING_TASKS, find_task, select_languages
 from mindmerger.tokenization import ExampleTokenizer, Tokens, load_tokenizer
+
+Row = TypeVar("Row", Tokens, Example)
 
 
 @dataclass
@@ -59,7 +62,7 @@ def perplexity(model: MindMergerForCausalLM, rows: list[Tokens], batch_size: int
     return math.exp(loss / sum(len(row.target) for row in rows))
 
 
-def shuffled_sources(rows: list[Tokens], seed: int) -> list[Tokens]:
+def shuffled_sources(rows: list[Row], seed: int) -> list[Row]:
     """The rows with each target beside another row's source."""
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)

@@ -1,0 +1,144 @@
+"""The quickstart's MindMerger half with several seeds, and with one part of the method taken away at a time.
+
+    python -m benchmarks.quickstart_mindmerger                  # three seeds, then the ablations
+
+Every run is the quickstart's own commands with other flags, in outputs/ and results/ under names of its own; what is
+done stays done. Accuracies on the test problems, which nothing was tuned on. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import MT5ForConditionalGeneration
+
+from benchmarks.mapping_control import shuffled_sources
+from common.files import read_json, write_json
+from common.logging import quiet_libraries
+from mindmerger.answers import parse_answer
+from mindmerger.base_models import base_config
+from mindmerger.batching import collate, plan_once
+from mindmerger.data import read_evaluation
+from mindmerger.decoding import greedy
+from mindmerger.modeling import MindMergerForCausalLM
+from mindmerger.tasks import EVALUATION_TASKS
+from mindmerger.tokenization import ExampleTokenizer, load_tokenizer
+from quickstart.results import without_english
+from quickstart.world import WORLD_LANGUAGES
+
+DATAS = Path("quickstart/build/datas")
+LLM, MT = "quickstart/models/llm", "quickstart/models/mt"
+RANDOM_MT = Path("quickstart/build/random_mt")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train and ask.
+
+    Attributes:
+        mapping: flags of the mapping stage; None where none is run.
+        augmentation: flags of the augmentation stage; None where none is run.
+        asked: flags of the evaluation, which is of the augmentation stage unless they name another mapping.
+    """
+
+    mapping: str | None = ""
+    augmentation: str | None = ""
+    asked: str = ""
+
+
+_FIRST = "outputs/ablation-seed-0/mapping"
+ABLATIONS = {
+    "without the mapping stage": Variant(None, "--init_checkpoint none"),
+    "without the augmentation stage": Variant(None, None, f"--init_checkpoint {_FIRST} --augmentation True"),
+    "without the prompt": Variant(None, f"--init_checkpoint {_FIRST} --augmentation False", "--augmentation False"),
+    "boundary starts at zero": Variant("--boundary_init zero", "--boundary_init zero"),
+    "random encoder": Variant(*[f"--mt_path {RANDOM_MT}"] * 3),
+}
+
+
+def run(script: str, config: str, name: str, words: str) -> None:
+    """One of the quickstart's commands with more flags."""
+    launcher = ["deepspeed", "--num_accelerators", "2"]
+    if script == "run_evaluation.py":
+        launcher = ["torchrun", "--standalone", "--nproc_per_node", "2"]
+    program = Path(sys.executable).with_name(launcher[0])
+    command = [program, *launcher[1:], script, "--config", f"quickstart/{config}.yaml", "--save_name", name]
+    if script == "run_training.py":
+        command.append("--deepspeed")
+    subprocess.run([*command, *words.split()], check=True)
+
+
+def accuracies(name: str, variant: Variant, seed: int) -> dict[str, float]:
+    """Train and ask; accuracy by language."""
+    if variant.mapping is not None:
+        run("run_training.py", "mapping", name, f"{variant.mapping} --seed {seed}")
+    if variant.augmentation is not None:
+        run("run_training.py", "augmentation", name, f"{variant.augmentation} --seed {seed}")
+    run("run_evaluation.py", "evaluation", name, f"--init_checkpoint outputs/{name}/augmentation {variant.asked}")
+    return of_results(name)
+
+
+def of_results(name: str) -> dict[str, float]:
+    """Accuracy by language of an evaluation that is done."""
+    languages = read_json(Path("results") / name / "mgsm" / "scores.json")["languages"]
+    return {language: entry["accuracy"] for language, entry in languages.items()}
+
+
+@torch.inference_mode()
+def control(checkpoint: str) -> dict[str, float]:
+    """Accuracy by language where the encoder reads another problem than the prompt has."""
+    model = MindMergerForCausalLM.from_pretrained(checkpoint)
+    limits = {"max_seq_len": 512, "max_prompt_len": 512, "max_gen_len": 48}
+    tokenizer = ExampleTokenizer(load_tokenizer(MT), base_config(MT), load_tokenizer(LLM), augmentation=True, **limits)
+    eos = {tokenizer.llm_tokenizer.eos_token_id}
+    result = {}
+    for language, problems in read_evaluation(DATAS, EVALUATION_TASKS["mgsm"], WORLD_LANGUAGES, None).items():
+        rows = tokenizer(shuffled_sources(problems, 0), with_targets=False)
+        right = 0
+        (plan,) = plan_once([len(row) for row in rows], 50, ranks=1)
+        for batch in plan:
+            inputs = vars(collate([rows[row] for row in batch], tokenizer.source_pad_id)) | {"labels": None}
+            for row, ids in zip(batch, greedy(model.llm, model.embed(**inputs), 48, eos), strict=True):
+                text = tokenizer.llm_tokenizer.decode(ids, skip_special_tokens=True)
+                right += parse_answer(text) == parse_answer(problems[row].target)
+        result[language.name] = right / len(rows)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, default=3)
+    flags = parser.parse_args()
+    quiet_libraries()
+    if not DATAS.exists():
+        subprocess.run([sys.executable, "-m", "quickstart.world", str(DATAS)], check=True)
+    if not RANDOM_MT.exists():
+        torch.manual_seed(0)
+        MT5ForConditionalGeneration(base_config(MT)).save_pretrained(RANDOM_MT)
+        load_tokenizer(MT).save_pretrained(RANDOM_MT)
+
+    run("run_evaluation.py", "evaluation", "ablation", "--baseline")
+    table = {"LLM alone": of_results("ablation-baseline")}
+    for seed in range(flags.seeds):
+        table[f"seed {seed}"] = accuracies(f"ablation-seed-{seed}", Variant(), seed)
+    seeds = [table[f"seed {seed}"] for seed in range(flags.seeds)]
+    table["mean of the seeds"] = {key: sum(row[key] for row in seeds) / len(seeds) for key in seeds[0]}
+    table["sources shuffled among problems"] = control("outputs/ablation-seed-0/augmentation")
+    for number, (name, variant) in enumerate(ABLATIONS.items()):
+        table[name] = accuracies(f"ablation-{number}", variant, seed=0)
+
+    languages = [language.name for language in WORLD_LANGUAGES]
+    print(f"\n| accuracy, % | {' | '.join(languages)} | without English |\n|{' --- |' * (len(languages) + 2)}")
+    for name, row in table.items():
+        cells = [row[language] for language in languages] + [without_english(row)]
+        print(f"| {name} | {' | '.join(f'{100 * cell:.1f}' for cell in cells)} |")
+    write_json(Path("results/quickstart_mindmerger.json"), table)
+    print(json.dumps({"benchmark": "quickstart_mindmerger", "accuracies": table}))
+
+
+if __name__ == "__main__":
+    main()
