@@ -62,6 +62,17 @@ class Process:
             return {"peak_device_bytes": torch.cuda.max_memory_allocated(self.device)}
         return {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
+    def rng_state(self) -> torch.Tensor:
+        """State of the generator that this device draws from, uint8 on the CPU."""
+        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Go on drawing as from a `rng_state` of this kind of device."""
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state, self.device)
+        else:
+            torch.set_rng_state(state)
+
     def close(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():
@@ -78,6 +89,11 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a computation failed for want of memory, on a GPU or in PyTorch's allocator of host memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def start_process(

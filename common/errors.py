@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from common.signals import EXIT_STOPPED, Stopped
+
 
 class InputError(Exception):
     """Bad input: the message names the file, line, flag or tensor, and says what to do."""
@@ -15,10 +17,15 @@ def first_line(error: Exception) -> str:
 
 
 def exit_with_message(main: Callable[[], None]) -> None:
-    """Run a script's `main`; an `InputError` becomes one line on stderr and exit code 2, without a traceback."""
+    """Run a script's `main` and end the process in one line on stderr, without a traceback, where that says all.
+
+    Exit codes: 2 for an `InputError`, `EXIT_STOPPED` for a run that a signal has stopped.
+    """
     try:
         main()
-    except InputError as error:
+    except (InputError, Stopped) as error:
         rank = os.environ.get("RANK", "0")
-        print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        stopped = isinstance(error, Stopped)
+        kind = ("stopped" if stopped else "error") + ("" if rank == "0" else f" (rank {rank})")
+        print(f"{kind}: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_STOPPED if stopped else 2)

@@ -14,28 +14,39 @@ from common.errors import InputError
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one clear error what keeps `path` from being written in this block: a full disk, no permission.
+
+    Raises:
+        InputError: with the file system's own words.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write one file to; it takes the name `path` when the block ends well.
 
     Raises:
-        InputError: the folder cannot be made or written to.
+        InputError: the file cannot be written; one that was there before is as it was.
     """
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        # mkstemp gives 0600; the file gets what an ordinary open would have given.
-        partial.chmod(0o666 & ~_umask())
-        _sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    _sync(path.parent)
+        os.close(handle)
+        partial = Path(name)
+        try:
+            yield partial
+            # mkstemp gives 0600; the file gets what an ordinary open would have given.
+            partial.chmod(0o666 & ~_umask())
+            _sync(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        _sync(path.parent)
 
 
 @contextmanager
@@ -43,30 +54,33 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` to fill; it takes the name `path` when the block ends well.
 
     Raises:
-        InputError: `path` exists already, or its parent cannot be written to.
+        InputError: `path` exists already, or something in it cannot be written.
     """
     if path.exists():
         raise InputError(f"{path} exists already: remove it, or choose another output folder")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
-    try:
-        yield partial
-        for file in partial.rglob("*"):
-            _sync(file)
-        partial.chmod(0o777 & ~_umask())
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    _sync(path.parent)
+        try:
+            yield partial
+            for file in partial.rglob("*"):
+                _sync(file)
+            partial.chmod(0o777 & ~_umask())
+            partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        _sync(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, whole or not at all."""
+    with atomic_path(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`, whole or not at all."""
-    with atomic_path(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    """Write `text` to `path` in UTF-8, whole or not at all."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -84,7 +98,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of 5000 digits
         raise InputError(f"{path}: not readable as JSON: {error}") from error
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from common.distributed import Process
-from common.files import write_text
+from common.files import writing
 
 
 def quiet_libraries() -> None:
@@ -41,38 +41,45 @@ class Metrics:
     Args:
         process: only the main one writes.
         folder: of the run.
-        done: steps that a continued run starts after; what an interrupted one wrote of later steps is dropped.
+        step: that a continued run starts after, 0 for a new one.
+        size: of `metrics.jsonl` when that step was saved; what an interrupted run wrote later is dropped.
     """
 
-    def __init__(self, process: Process, folder: Path, done: int = 0):
+    def __init__(self, process: Process, folder: Path, step: int = 0, size: int = 0):
+        self._path = folder / "metrics.jsonl"
         self._file = self._board = None
         if process.is_main:
             # TensorBoard takes seconds to import, and only the rank that writes needs it.
             from torch.utils.tensorboard import SummaryWriter
 
-            path = folder / "metrics.jsonl"
-            kept = []
-            if done and path.exists():
-                # A last line without its end was being written when the run was killed.
-                lines = [
-                    line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"
-                ]
-                kept = [line for line in lines if json.loads(line)["step"] <= done]
-            write_text(path, "".join(kept))
-            self._file = path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
+            with writing(self._path):
+                self._file = self._path.open("ab")
+                self._file.truncate(min(size, self._file.tell()))
+                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
-    def write(self, step: int, **values: float) -> None:
-        """Record `values` at optimizer step `step`."""
+    @property
+    def size(self) -> int:
+        """Bytes of `metrics.jsonl` so far; 0 in the processes that do not write."""
+        return self._file.tell() if self._file else 0
+
+    def write(self, step: int, rows: list[str] | None = None, **values: float) -> None:
+        """Record `values`, and the `rows` that they are about, at optimizer step `step`.
+
+        Raises:
+            InputError: the disk is full, or gone.
+        """
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        line = {"step": step, "time": round(time.time(), 3), **values, **({"rows": rows} if rows else {})}
+        with writing(self._path):
+            self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush everything to disk."""
         if self._file is not None:
-            self._file.close()
-            self._board.close()
+            with writing(self._path):
+                self._file.close()
+                self._board.close()

@@ -35,7 +35,7 @@ def is_finished(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool
     ]
     if differences:
         raise InputError(
-            f"{folder} holds another run ({'; '.join(differences)}): choose another --save_name, or --overwrite it"
+            f"{folder} holds another run ({'; '.join(differences)}): choose another folder, or --overwrite it"
         )
     return "result" in run
 

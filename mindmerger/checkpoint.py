@@ -1,15 +1,16 @@
 """The trained mapping on disk: as a Hugging Face folder, and in the published form beside it."""
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from common.errors import InputError
-from common.files import atomic_path, write_json
+from common.files import write_bytes, write_json
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
@@ -72,16 +73,17 @@ def read_mapping(checkpoint: Path, mt_hidden_size: int, llm_hidden_size: int) ->
 def write_mapping(folder: Path, config: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
     """Write `model.safetensors`, `pytorch_model.bin` in the published form, and `config.json`, each whole."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    with atomic_path(folder / SAFETENSORS) as partial:
-        save_file(state, partial, metadata={"format": "pt"})
+    # Not save_file and torch.save to a path: they report a full disk each in words of its own.
+    write_bytes(folder / SAFETENSORS, save(state, metadata={"format": "pt"}))
     write_published(folder / PUBLISHED, state)
     write_json(folder / CONFIG, config)
 
 
 def write_published(path: Path, state: dict[str, torch.Tensor]) -> None:
     """Write the published form, `{"model_state_dict": {...}}`."""
-    with atomic_path(path) as partial:
-        torch.save({"model_state_dict": state}, partial)
+    content = io.BytesIO()
+    torch.save({"model_state_dict": state}, content)
+    write_bytes(path, content.getvalue())
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:

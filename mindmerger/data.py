@@ -33,6 +33,7 @@ class Example:
         target: what the LLM is to say; at evaluation, the gold answer.
         language: the source's.
         labels: the words that a classification decides between; empty where an answer is generated.
+        place: file and line.
     """
 
     source: Prompt
@@ -40,6 +41,7 @@ class Example:
     target: str
     language: Language
     labels: tuple[str, ...] = ()
+    place: str = ""
 
 
 def read_training(
@@ -158,8 +160,14 @@ def _read_pairs(data_dir: Path, language: Language, train_num: int) -> list[Exam
         )
     english = LANGUAGES["English"]
     return [
-        Example(Prompt("", source, ""), translation_prompt(source, language, english), target, language)
-        for source, target in zip(map(str.strip, sources[:train_num]), map(str.strip, targets[:train_num]), strict=True)
+        Example(
+            Prompt("", source.strip(), ""),
+            translation_prompt(source.strip(), language, english),
+            target.strip(),
+            language,
+            place=f"{source_path}, line {number}",
+        )
+        for number, (source, target) in enumerate(zip(sources[:train_num], targets[:train_num], strict=True), start=1)
     ]
 
 
@@ -183,12 +191,14 @@ def _read_msvamp(path: Path, language: Language) -> list[Example]:
 def _math_problem(question: str, answer: str, language: Language, place: str) -> Example:
     if parse_answer(answer) is None:
         raise InputError(f"{place}: the answer {answer!r} is not a number")
-    return Example(Prompt("", question, ""), math_prompt(question), answer.strip(), language)
+    return Example(Prompt("", question, ""), math_prompt(question), answer.strip(), language, place=place)
 
 
 def _math_example(row: dict[str, Any], language: Language, place: str) -> Example:
     question = _string(row, "query", place)
-    return Example(Prompt("", question, ""), math_prompt(question), _string(row, "response", place), language)
+    return Example(
+        Prompt("", question, ""), math_prompt(question), _string(row, "response", place), language, place=place
+    )
 
 
 def _xnli_example(row: dict[str, Any], language: Language, place: str) -> Example:
@@ -199,7 +209,7 @@ def _xnli_example(row: dict[str, Any], language: Language, place: str) -> Exampl
         raise InputError(f"{place}: label {label!r} is not one of {', '.join(labels)}")
     # The words are scored as the file spells them: a model was trained on Entailment or on entailment.
     spelled = tuple(word.capitalize() for word in labels) if label[0].isupper() else labels
-    return Example(prompt, prompt, label, language, spelled)
+    return Example(prompt, prompt, label, language, spelled, place)
 
 
 def _read_x_csqa(path: Path, language: Language) -> list[Example]:
@@ -219,7 +229,7 @@ def _read_x_csqa(path: Path, language: Language) -> list[Example]:
         labels = letters[: len(choices)]
         if key not in labels:
             raise InputError(f"{place}: answerKey {key!r} is none of the {len(choices)} choices")
-        examples.append(Example(prompt, prompt, key, language, labels))
+        examples.append(Example(prompt, prompt, key, language, labels, place))
     return examples
 
 

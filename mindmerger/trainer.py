@@ -1,26 +1,35 @@
 """One stage of training: set up, fit, validate. Only the mapping learns."""
 
+import contextlib
 import dataclasses
 import hashlib
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from safetensors.torch import load_file, save
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 from transformers.integrations import HfDeepSpeedConfig
 
-from common import runs
-from common.distributed import Process, start_process
+from common import runs, snapshots
+from common.distributed import Process, is_out_of_memory, start_process
 from common.errors import InputError
-from common.files import read_json, sha256, write_json
+from common.files import read_json, sha256, write_bytes, write_json
+from common.locks import locked
 from common.logging import Metrics, progress, quiet_libraries, say
+from common.signals import Stopped, StopSignals
 from mindmerger.batching import Batch, collate, plan_epoch, plan_once
 from mindmerger.checkpoint import PUBLISHED, mapping_file, read_mapping, write_mapping, write_published
 from mindmerger.data import Example, hold_out, read_training
@@ -31,7 +40,11 @@ from mindmerger.tokenization import Tokens, count_cuts, load_example_tokenizer
 
 DEEPSPEED_CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
 STATE = "state"
-COMPLETE = "complete.json"
+# Of AdamW, for every parameter.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# Steps without a finite loss and gradient: one is passed over, so many in a row are no accident of a batch.
+MAX_SKIPPED = 5
+MAX_LISTED = 10
 
 # Flags that say where and how often, not what: a run may be continued under others. The files that some flags name
 # stand in a run's settings by their content.
@@ -75,33 +88,35 @@ def _train(flags: TrainingFlags, process: Process) -> None:
     initial = None if checkpoint is None else read_mapping(checkpoint, *widths)
 
     settings = run_settings(flags, ds_config, rows, checkpoint, process)
-    if runs.is_finished(folder, settings, flags.overwrite):
-        say(process, f"{folder} holds this very run, finished: nothing to do (--overwrite trains anew)")
-        return
-    train_tokens, dev_tokens = tokenizer(train_rows), tokenizer(dev_rows)
-    say(process, f"{len(train_tokens)} training rows, {len(dev_tokens)} dev rows, {process.world_size} rank(s)")
-    for language, cuts in count_cuts(train_tokens + dev_tokens).items():
-        say(process, f"cut to the limits in {language}: {', '.join(f'{n} {kind}(s)' for kind, n in cuts.items())}")
+    with locked(folder) if process.is_main else contextlib.nullcontext():
+        if runs.is_finished(folder, settings, flags.overwrite):
+            say(process, f"{folder} holds this very run, finished: nothing to do (--overwrite trains anew)")
+            return
+        train_tokens, dev_tokens = tokenizer(train_rows), tokenizer(dev_rows)
+        say(process, f"{len(train_tokens)} training rows, {len(dev_tokens)} dev rows, {process.world_size} rank(s)")
+        for language, cuts in count_cuts(train_tokens + dev_tokens).items():
+            say(process, f"cut to the limits in {language}: {', '.join(f'{n} {kind}(s)' for kind, n in cuts.items())}")
 
-    # transformers reads a model straight into ZeRO-3's partitions while this object is alive.
-    hf_ds_config = HfDeepSpeedConfig(ds_config)
-    torch.manual_seed(flags.seed)
-    dtype = torch.bfloat16 if hf_ds_config.is_true("bf16.enabled") else torch.float32
-    model = MindMergerForCausalLM.from_base_models(config, dtype, flags.trust_remote_code)
-    if flags.gradient_checkpointing:
-        model.checkpoint_gradients()
+        # transformers reads a model straight into ZeRO-3's partitions while this object is alive.
+        hf_ds_config = HfDeepSpeedConfig(ds_config)
+        torch.manual_seed(flags.seed)
+        dtype = torch.bfloat16 if hf_ds_config.is_true("bf16.enabled") else torch.float32
+        model = MindMergerForCausalLM.from_base_models(config, dtype, flags.trust_remote_code)
+        if flags.gradient_checkpointing:
+            model.checkpoint_gradients()
 
-    runs.start(folder, settings, flags.overwrite, process)
-    stage = Stage(flags, process, model, ds_config, train_tokens, dev_tokens, folder, tokenizer.source_pad_id)
-    stage.initialise_mapping(initial)
-    result = stage.fit()
+        runs.start(folder, settings, flags.overwrite, process)
+        places, pad_id = [row.place for row in train_rows], tokenizer.source_pad_id
+        stage = Stage(flags, process, model, ds_config, train_tokens, places, dev_tokens, folder, pad_id)
+        stage.initialise_mapping(initial)
+        result = stage.fit()
 
-    if process.is_main:
-        best = read_mapping(folder, *widths)
-        write_published(folder.parent / PUBLISHED, best)
-        runs.finish(folder, settings, result)
-        shutil.rmtree(folder / STATE, ignore_errors=True)
-    process.barrier()
+        if process.is_main:
+            best = read_mapping(folder, *widths)
+            write_published(folder.parent / PUBLISHED, best)
+            runs.finish(folder, settings, result)
+            shutil.rmtree(folder / STATE, ignore_errors=True)
+        process.barrier()
     say(process, f"done: {folder} and {folder.parent / PUBLISHED}; {', '.join(f'{k} {v}' for k, v in result.items())}")
 
 
@@ -115,6 +130,7 @@ class Stage:
         model: MindMergerForCausalLM,
         ds_config: dict[str, Any],
         train_tokens: list[Tokens],
+        places: list[str],
         dev_tokens: list[Tokens],
         folder: Path,
         source_pad_id: int,
@@ -123,12 +139,15 @@ class Stage:
         self.process = process
         self.model = model
         self.train_tokens = train_tokens
+        self.places = places
         self.dev_tokens = dev_tokens
         self.folder = folder
         self.source_pad_id = source_pad_id
         self.steps_per_epoch = math.ceil(len(train_tokens) / flags.train_batch_size)
         self.total_steps = self.steps_per_epoch * flags.epoch_num
         self.best_perplexity = math.inf
+        self.skipped = self.skipped_in_a_row = 0
+        self.signals = StopSignals()
         # Betas, eps and weight decay as published.
         optimizer = torch.optim.AdamW(
             model.mapping.parameters(), lr=flags.lr, betas=(0.8, 0.999), eps=1e-8, weight_decay=3e-7
@@ -136,6 +155,7 @@ class Stage:
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=self._schedule, config=ds_config
         )
+        self._make_moments()
 
     def initialise_mapping(self, initial: dict[str, torch.Tensor] | None) -> None:
         """Give a mapping at PyTorch's own start the `initial` values, or the start that the flags ask for."""
@@ -157,47 +177,59 @@ class Stage:
 
         Returns:
             Optimizer steps, dev perplexities, seconds and peak memory of this process.
+
+        Raises:
+            InputError: too little memory, a full disk, loss or gradients that stay non-finite.
+            Stopped: a rank has received a signal; the state to continue from is on disk.
         """
         flags, started = self.flags, time.monotonic()
-        done = self._load_state()
-        metrics = Metrics(self.process, self.folder, done)
-        if done:
-            say(self.process, f"continuing after step {done} of {self.total_steps}")
-        elif self.dev_tokens:
-            self._validate(0, metrics)
-
-        bar = progress(self.process, total=self.total_steps, initial=done, desc=flags.stage_name, unit="step")
-        step = done
-        for epoch in range(done // self.steps_per_epoch, flags.epoch_num):
-            for step_rows in self._plan(epoch)[step - epoch * self.steps_per_epoch :]:
+        step, metrics = self._load_state()
+        bar = progress(self.process, total=self.total_steps, initial=step, desc=flags.stage_name, unit="step")
+        with self.signals:
+            for step_rows in self._steps_from(step):
+                self._between_steps(step, metrics)
                 step_started, lr = time.monotonic(), self.engine.get_lr()[0]
-                loss, tokens = self._step(step_rows)
+                try:
+                    loss, tokens, stop, suspects = self._step(step_rows)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise InputError(self._too_large(step, step_rows)) from error
                 step += 1
                 speed = tokens / (time.monotonic() - step_started)
-                metrics.write(step, loss=loss, lr=lr, tokens_per_s=round(speed, 1))
-                if not math.isfinite(loss):
-                    raise InputError(
-                        f"the loss of step {step} is {loss}: the best mapping so far is in {self.folder}; lower --lr"
-                    )
-                # The end of an epoch is evaluated as published, the end of training as any last step must be.
-                if self.dev_tokens and (step % flags.eval_steps == 0 or step % self.steps_per_epoch == 0):
-                    self._validate(step, metrics)
+                if suspects:
+                    self._skip(step, loss, suspects, metrics)
+                else:
+                    self.skipped_in_a_row = 0
+                    metrics.write(step, loss=loss, lr=lr, tokens_per_s=round(speed, 1))
                 best = f"{self.best_perplexity:.3f}" if self.dev_tokens else "none"
                 bar.set_postfix(loss=f"{loss:.4f}", tokens_per_s=f"{speed:.0f}", best_dev_ppl=best)
                 bar.update()
-                if step % flags.save_steps == 0 and step < self.total_steps:
-                    self._save_state(step)
+                self._leave_if(stop, step, metrics)
+            self._between_steps(step, metrics)
         bar.close()
         metrics.close()
+        result = {"steps": step, "seconds": round(time.monotonic() - started, 1)}
+        if self.skipped:
+            result["skipped_steps"] = self.skipped
         if not self.dev_tokens:
             self._save_mapping()
-        result = {"steps": step, "seconds": round(time.monotonic() - started, 1)}
-        if self.dev_tokens:
+        elif math.isinf(self.best_perplexity):
+            raise InputError(f"no evaluation of {self.folder} gave a finite dev perplexity: lower --lr")
+        else:
             result["best_dev_perplexity"] = round(self.best_perplexity, 4)
         return {**result, **self.process.peak_memory()}
 
-    def validate(self) -> float:
-        """Perplexity of the dev targets: exp of the mean loss over all their tokens, on all ranks."""
+    def _between_steps(self, step: int, metrics: Metrics) -> None:
+        """Save and evaluate where `step` is the turn for it. A state is of before its step's evaluation."""
+        if 0 < step < self.total_steps and step % self.flags.save_steps == 0:
+            self._save_state(step, metrics)
+        # Before the first step; the end of an epoch is evaluated as published, the last step as any must be.
+        if self.dev_tokens and (step % self.flags.eval_steps == 0 or step % self.steps_per_epoch == 0):
+            self._validate(step, metrics)
+
+    def _validate(self, step: int, metrics: Metrics) -> None:
+        """Perplexity of the dev targets: exp of the mean loss over all their tokens, on all ranks. The best is kept."""
         loss, tokens = 0.0, 0
         plan = plan_once([len(row) for row in self.dev_tokens], self.flags.eval_batch_size, self.process.world_size)
         with torch.no_grad():
@@ -208,40 +240,99 @@ class Stage:
                 if rows:
                     loss += summed
                     tokens += sum(len(self.dev_tokens[row].target) for row in rows)
+                (stop,) = self.process.sum(self.signals.received is not None)
+                self._leave_if(stop, step, metrics)
         loss, tokens = self.process.sum(loss, tokens)
-        return math.exp(min(loss / tokens, 700.0))
+        perplexity = math.exp(min(loss / tokens, 700.0))
+        metrics.write(step, dev_perplexity=perplexity)
+        say(self.process, f"step {step}: dev perplexity {perplexity:.4f}")
+        if perplexity < self.best_perplexity:
+            self.best_perplexity = perplexity
+            self._save_mapping()
+
+    def _leave_if(self, stop: float, step: int, metrics: Metrics) -> None:
+        """Save the state and leave where any rank has received a signal: all ranks pass the same sum as `stop`."""
+        if stop:
+            self._save_state(step, metrics)
+            metrics.close()
+            raise Stopped(
+                f"{self.signals.received or 'a signal to another rank'} after step {step} of {self.total_steps}, whose "
+                f"state is in {self.folder / STATE}: the same command continues the run"
+            )
+
+    def _skip(self, step: int, loss: float, suspects: list[int], metrics: Metrics) -> None:
+        """Count and name a step that changed nothing, since its loss or gradient was not finite."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        places = [self.places[row] for row in suspects]
+        metrics.write(step, places, skipped_steps=self.skipped)
+        more = f" and {len(places) - MAX_LISTED} more (all are in metrics.jsonl)" if len(places) > MAX_LISTED else ""
+        what = f"step {step} is skipped: its loss is {loss}, or its gradient not finite"
+        say(self.process, f"warning: {what}; rows {'; '.join(places[:MAX_LISTED])}{more}")
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            raise InputError(
+                f"{MAX_SKIPPED} steps in a row had no finite loss and gradient, the last one with rows "
+                f"{'; '.join(places[:MAX_LISTED])}{more}: the best mapping so far is in {self.folder}; lower --lr, or "
+                "mend the rows"
+            )
+
+    def _too_large(self, step: int, step_rows: list[list[list[int]]]) -> str:
+        flags = self.flags
+        micro = flags.train_micro_batch_size_per_gpu
+        longest = max(len(self.train_tokens[row]) for ranks in step_rows for rows in ranks for row in rows)
+        advice = [] if flags.gradient_checkpointing else ["--gradient_checkpointing"]
+        if micro > 1:
+            smaller = max(size for size in range(1, micro) if micro % size == 0)
+            accumulation = flags.gradient_accumulation * micro // smaller
+            advice.append(f"--train_micro_batch_size_per_gpu {smaller} --gradient_accumulation {accumulation}")
+        advice.append(f"a --max_seq_len, --max_prompt_len or --max_gen_len below {longest}, the longest row's tokens")
+        return (
+            f"out of memory in step {step + 1} with micro batches of {micro} row(s); what is saved stays. Take "
+            f"{', or '.join(advice)}; other sizes than the run began with need --overwrite or another --save_name"
+        )
+
+    def _steps_from(self, step: int) -> Iterator[list[list[list[int]]]]:
+        """The rows of every optimizer step after the first `step` ones; see `plan_epoch`."""
+        first, place = divmod(step, self.steps_per_epoch)
+        for epoch in range(first, self.flags.epoch_num):
+            yield from self._plan(epoch)[place if epoch == first else 0 :]
 
     def _plan(self, epoch: int) -> list[list[list[list[int]]]]:
         lengths = [len(row) for row in self.train_tokens]
         flags, ranks = self.flags, self.process.world_size
         return plan_epoch(lengths, flags.train_batch_size, flags.gradient_accumulation, ranks, flags.seed, epoch)
 
-    def _step(self, step_rows: list[list[list[int]]]) -> tuple[float, int]:
-        """One optimizer step: (mean loss over the target tokens of the global batch, tokens the LLM read)."""
+    def _step(self, step_rows: list[list[list[int]]]) -> tuple[float, int, float, list[int]]:
+        """One optimizer step.
+
+        Returns:
+            Mean loss over the target tokens of the global batch; tokens the LLM read; how many ranks have received a
+            signal; and where loss or gradient is not finite, so that nothing was changed, the rows that may be why.
+        """
         rows = [row for micro_batches in step_rows for micro_batch in micro_batches for row in micro_batch]
         target_tokens = sum(len(self.train_tokens[row].target) for row in rows)
         # DeepSpeed averages over accumulation and ranks; divided by this, that is the mean over all target tokens.
         divisor = target_tokens / (self.flags.gradient_accumulation * self.process.world_size)
-        # Summed on the device: reading a number off a GPU waits for it.
-        loss = torch.zeros((), device=self.process.device)
+        # Kept on the device: reading a number off a GPU waits for it.
+        shares = []
         for micro_batches in step_rows:
             micro_batch = micro_batches[self.process.rank]
             batch = self._batch(micro_batch or rows[:1])
             share = self.engine(**vars(batch), num_items_in_batch=divisor).loss
             share = share if micro_batch else share * 0
+            # An infinite loss may have a finite gradient, and DeepSpeed skips a step by its gradient alone.
+            share = share * torch.where(share.isfinite(), 1.0, math.nan)
             self.engine.backward(share)
             self.engine.step()
-            loss += share.detach() * divisor
-        (loss,) = self.process.sum(float(loss))
-        return loss / target_tokens, sum(len(self.train_tokens[row]) for row in rows)
-
-    def _validate(self, step: int, metrics: Metrics) -> None:
-        perplexity = self.validate()
-        metrics.write(step, dev_perplexity=perplexity)
-        say(self.process, f"step {step}: dev perplexity {perplexity:.4f}")
-        if perplexity < self.best_perplexity:
-            self.best_perplexity = perplexity
-            self._save_mapping()
+            shares.append((share.detach(), micro_batch))
+        loss = float(sum(share for share, _ in shares)) * divisor
+        loss, stop = self.process.sum(loss, self.signals.received is not None)
+        suspects = []
+        if not (math.isfinite(loss) and self.engine.was_step_applied()):
+            mine = [row for share, micro_batch in shares if not share.isfinite() for row in micro_batch]
+            # A finite loss says nothing of which rows gave the gradient.
+            suspects = [row for theirs in self.process.gather(mine) for row in theirs] or rows
+        return loss / target_tokens, sum(len(self.train_tokens[row]) for row in rows), stop, suspects
 
     def _save_mapping(self) -> None:
         parameters = self.model.mapping.named_parameters()
@@ -250,29 +341,69 @@ class Stage:
             write_mapping(self.folder, self.model.config.to_dict(), state)
         self.process.barrier()
 
-    def _save_state(self, step: int) -> None:
-        state, tag = self.folder / STATE, f"step_{step}"
-        best = {"step": step, "best_perplexity": self.best_perplexity}
-        self.engine.save_checkpoint(
-            str(state), tag=tag, client_state=best, save_latest=False, exclude_frozen_parameters=True
-        )
-        self.process.barrier()
-        if self.process.is_main:
-            # Only now every rank's share is on disk; a kill before this line leaves the state before it in force.
-            write_json(state / COMPLETE, {"tag": tag})
-            for older in state.glob("step_*"):
-                if older.name != tag:
-                    shutil.rmtree(older)
+    def _make_moments(self) -> None:
+        """Give AdamW the state that it else makes at its first step, so that it can be read and set before."""
+        wrapper, adam = self.engine.optimizer, self.engine.optimizer.optimizer
+        partitions = [partition for group in adam.param_groups for partition in group["params"]]
+        # ZeRO-3 hands its partitions to the optimizer only while that steps.
+        for partition in partitions or wrapper.fp32_partitioned_groups_flat:
+            moments = {name: torch.zeros_like(partition) for name in MOMENTS}
+            adam.state[partition] = {"step": torch.zeros(()), **moments}
+        if partitions:
+            # From here on DeepSpeed's own functions find a parameter's part of it.
+            wrapper._lazy_init_hp_params_optimizer_state()
 
-    def _load_state(self) -> int:
+    def _save_state(self, step: int, metrics: Metrics) -> None:
+        """Keep all that the rest of the run depends on, unless that of this very step is kept already."""
+        adam = self.engine.optimizer.optimizer
+        tensors = {}
+        for name, parameter in self.model.mapping.named_parameters():
+            tensors[f"mapping.{name}"] = safe_get_full_fp32_param(parameter).cpu()
+            for moment in MOMENTS:
+                tensors[f"{moment}.{name}"] = safe_get_full_optimizer_state(parameter, moment).cpu()
+        for rank, state in enumerate(self.process.gather(self.process.rng_state())):
+            tensors[f"rng.{rank}"] = state
+        record = {
+            "best_perplexity": self.best_perplexity,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "optimizer_steps": float(next(iter(adam.state.values()))["step"]),
+            "schedule": self.engine.lr_scheduler.state_dict(),
+            "metrics_size": metrics.size,
+        }
+
+        def write(folder: Path) -> None:
+            write_bytes(folder / "state.safetensors", save(tensors))
+            write_json(folder / "state.json", record)
+
+        if self.process.is_main:
+            snapshots.save(self.folder / STATE, step, write)
+        self.process.barrier()
+
+    def _load_state(self) -> tuple[int, Metrics]:
         """Continue from the last saved state: the number of steps already done, 0 where there is none."""
-        state = self.folder / STATE
-        if not (state / COMPLETE).exists():
-            return 0
-        tag = read_json(state / COMPLETE)["tag"]
-        _, saved = self.engine.load_checkpoint(str(state), tag=tag, load_module_strict=False)
-        self.best_perplexity = saved["best_perplexity"]
-        return saved["step"]
+        root = self.folder / STATE
+        # The first rank alone judges, and cleans up, before any other looks.
+        found = snapshots.newest(root, lambda text: say(self.process, text)) if self.process.is_main else None
+        found = self.process.gather(found)[0]
+        if found is None:
+            return 0, Metrics(self.process, self.folder)
+        step, record = snapshots.step_of(found), read_json(found / "state.json")
+        tensors, device = load_file(found / "state.safetensors"), self.process.device
+        for name, parameter in self.model.mapping.named_parameters():
+            _change(parameter, lambda _, name=name: tensors[f"mapping.{name}"].to(device))
+            for moment in MOMENTS:
+                safe_set_full_optimizer_state(parameter, tensors[f"{moment}.{name}"].to(device), moment)
+        for state in self.engine.optimizer.optimizer.state.values():
+            state["step"].fill_(record["optimizer_steps"])
+        self.engine.lr_scheduler.load_state_dict(record["schedule"])
+        for group, lr in zip(self.engine.optimizer.param_groups, self.engine.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+        self.process.set_rng_state(tensors[f"rng.{self.process.rank}"])
+        self.best_perplexity = record["best_perplexity"]
+        self.skipped, self.skipped_in_a_row = record["skipped"], record["skipped_in_a_row"]
+        say(self.process, f"continuing after step {step} of {self.total_steps}")
+        return step, Metrics(self.process, self.folder, step, record["metrics_size"])
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         warmup = round(self.flags.warmup_ratio * self.total_steps)

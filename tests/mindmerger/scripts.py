@@ -4,7 +4,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from tests.conftest import REPOSITORY
 
@@ -40,3 +45,43 @@ def run(command: list[str], folder: Path, expect: int = 0) -> str:
     )
     assert done.returncode == expect, done.stdout
     return done.stdout
+
+
+@contextmanager
+def started(command: list[str], folder: Path) -> Iterator[subprocess.Popen]:
+    """Start a process group in `folder`, its output to `folder/output.txt`, and leave none of it behind."""
+    with (folder / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=folder, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            for member in psutil.process_iter():
+                with suppress(psutil.Error, ProcessLookupError):
+                    if os.getsid(member.pid) == process.pid:
+                        member.kill()
+            process.wait()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Wait until `condition` holds; an AssertionError if the process ends before."""
+    while not condition():
+        assert process.poll() is None
+        time.sleep(0.005)
+
+
+def train_here(work: Path, *words: object) -> None:
+    """Train in this process, in `work`."""
+    import torch
+
+    from common.flags import parse_flags
+    from mindmerger.flags import TrainingFlags
+    from mindmerger.trainer import train
+
+    try:
+        with chdir(work):
+            train(parse_flags(TrainingFlags, [str(word) for word in words]))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

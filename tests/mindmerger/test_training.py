@@ -1,22 +1,19 @@
 """`run_training.py` under the real launcher, on tiny models."""
 
-import contextlib
 import json
 import math
 import re
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import REPOSITORY
 from tests.mindmerger.datas import write_datas
-from tests.mindmerger.scripts import ENVIRONMENT, deepspeed_command, python_command, run
+from tests.mindmerger.scripts import deepspeed_command, python_command, run, started, train_here, wait_for
 
 Words = tuple[object, ...]
 
@@ -53,20 +50,6 @@ def reference(work: Path, small: Words) -> dict[str, torch.Tensor]:
 def metrics(work: Path, run_folder: str, name: str) -> list[float]:
     lines = (work / "outputs" / run_folder / "metrics.jsonl").read_text().splitlines()
     return [row[name] for row in map(json.loads, lines) if name in row]
-
-
-def train_here(work: Path, *words: object) -> None:
-    """Train in this process, in `work`."""
-    from common.flags import parse_flags
-    from mindmerger.flags import TrainingFlags
-    from mindmerger.trainer import train
-
-    try:
-        with contextlib.chdir(work):
-            train(parse_flags(TrainingFlags, [str(word) for word in words]))
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 def assert_same(work: Path, save_name: str, reference: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
@@ -199,32 +182,44 @@ def test_what_a_run_reads_is_part_of_what_it_is(work: Path, small: Words, refere
         train_here(work, *small, "--data_dir", "other", "--train_micro_batch_size_per_gpu", 8, "--save_name", "one")
 
 
-def test_a_killed_run_continues_to_the_same_mapping(work: Path, small: Words) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_run_continues_to_the_same_mapping(work: Path, small: Words, ranks: int) -> None:
+    """Killed with SIGKILL after a state was written; with two ranks, one of them alone."""
     words = (*small, "--epoch_num", 20, "--save_steps", 10, "--lr_scheduler", "cosine", "--warmup_ratio", 0.1)
-    run(python_command("run_training.py", *words, "--save_name", "whole"), work)
-    whole = load_file(work / "outputs/whole/mapping/model.safetensors")
 
-    command = python_command("run_training.py", *words, "--save_name", "killed")
-    process = subprocess.Popen(command, cwd=work, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    state = work / "outputs/killed/mapping/state"
-    while not (state / "complete.json").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    # Optimizer and mapping, and some 20 kB of DeepSpeed's own; the frozen models alone would be ten times this.
+    def command(save_name: str) -> list[str]:
+        name = ("--save_name", f"{save_name}{ranks}")
+        if ranks == 1:
+            return python_command("run_training.py", *words, *name)
+        return deepspeed_command(ranks, "run_training.py", *words, *name)
+
+    run(command("whole"), work)
+    whole = load_file(work / f"outputs/whole{ranks}/mapping/model.safetensors")
+    folder = work / f"outputs/killed{ranks}/mapping"
+    with started(command("killed"), work) as process:
+        wait_for(lambda: (folder / "state/step_20").exists(), process)
+        victims = [child for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]
+                   if any("run_training.py" in word for word in child.cmdline()[:3])]  # fmt: skip
+        victims[-1].kill()
+        assert process.wait(timeout=60) != 0
+    # The optimizer's two moments, the mapping, and generators' states of a few kB.
     mapping_bytes = sum(tensor.nbytes for tensor in whole.values())
-    newest = state / json.loads((state / "complete.json").read_text())["tag"]
-    assert sum(path.stat().st_size for path in newest.iterdir()) < 4 * mapping_bytes + 30_000
+    states = sorted((folder / "state").glob("step_*"))
+    assert len(states) == 2
+    for state in states:
+        assert sum(path.stat().st_size for path in state.iterdir()) < 3 * mapping_bytes + 6000 * ranks + 4000
 
-    printed = run(command, work)
+    printed = run(command("killed"), work)
     assert re.search(r"continuing after step \d+ of 60", printed)
-    assert_same(work, "killed", whole, tolerance=0)
-    assert metrics(work, "killed/mapping", "loss") == metrics(work, "whole/mapping", "loss")
-    assert not state.exists()
-    assert "finished: nothing to do" in run(command, work)
-    refused = run([*command, "--lr", "2e-3"], work, expect=2)
-    assert "lr was 0.001, now 0.002" in refused and "--overwrite" in refused and "Traceback" not in refused
+    assert_same(work, f"killed{ranks}", whole, tolerance=0)
+    assert metrics(work, f"killed{ranks}/mapping", "loss") == metrics(work, f"whole{ranks}/mapping", "loss")
+    kept = metrics(work, f"whole{ranks}/mapping", "dev_perplexity")
+    assert metrics(work, f"killed{ranks}/mapping", "dev_perplexity") == kept
+    assert not (folder / "state").exists()
+    if ranks == 1:
+        assert "finished: nothing to do" in run(command("killed"), work)
+        refused = run([*command("killed"), "--lr", "2e-3"], work, expect=2)
+        assert "lr was 0.001, now 0.002" in refused and "--overwrite" in refused and "Traceback" not in refused
 
 
 @pytest.mark.parametrize(

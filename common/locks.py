@@ -1,0 +1,55 @@
+"""One run at a time on one output folder."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.errors import InputError
+from common.files import writing
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder`, which need not exist yet, for this process alone.
+
+    The lock is the kernel's, on a file beside the folder: it ends with the process, however that ends, and emptying
+    the folder does not lift it. What an earlier holder was killed while writing is removed.
+
+    Raises:
+        InputError: another process holds it; where it runs is told.
+    """
+    path = folder.parent / f".{folder.name}.lock"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(path, folder)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    try:
+        for partial in (*folder.parent.glob(f".{folder.name}.*.partial"), *folder.glob(".*.partial")):
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(path: Path, folder: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its holder may have removed the file between these two lines; the next one would make a new file.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise InputError(
+                f"{folder} is in use by {holder}: wait for that run, end it, or choose another folder"
+            ) from error
+        os.close(descriptor)

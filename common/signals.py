@@ -1,0 +1,34 @@
+"""Signals that ask a run to leave: it does so where it can be continued from, and its exit code says so."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
+
+
+class Stopped(Exception):
+    """A signal has ended the run, and what it had done is on disk: the same command continues it."""
+
+
+class StopSignals:
+    """While this context is open, SIGTERM and SIGUSR1 (which Slurm sends before the time is up) only leave a note.
+
+    Attributes:
+        received: the name of the last one received, None before.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
