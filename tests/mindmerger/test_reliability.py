@@ -1,5 +1,6 @@
 """Faults of a training run, injected in this process: what is lost is nothing, and what is said is why."""
 
+import itertools
 import os
 import signal
 from collections.abc import Callable
@@ -217,7 +218,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_its_rows_are_named(
 
     monkeypatch.setattr(trainer.Stage, "_step", watched)
     train_here(work, *words, "--save_name", kind)
-    moved = [not torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False)]
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(weights)]
     # Warm-up begins with a learning rate of 0.
     assert [step for step, changed in enumerate(moved, start=1) if not changed] == [1, 3]
     printed = capsys.readouterr().out
@@ -259,9 +260,9 @@ def test_a_second_run_on_the_same_folder_is_refused(
     def second(step: int) -> None:
         # As another process: locks on two descriptors exclude each other within one process, too.
         if step == 2:
-            with pytest.raises(InputError, match=rf"outputs/twice/mapping is in use by process {os.getpid()} on "):
-                with locked(Path("outputs/twice/mapping")):
-                    pass
+            message = rf"outputs/twice/mapping is in use by process {os.getpid()} on "
+            with pytest.raises(InputError, match=message), locked(Path("outputs/twice/mapping")):
+                pass
 
     before_step(monkeypatch, second)
     train_here(work, *words, "--save_name", "twice")
