@@ -64,11 +64,18 @@ def started(command: list[str], folder: Path) -> Iterator[subprocess.Popen]:
             process.wait()
 
 
+def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
+    """The processes that train under `launcher`, which without ranks is the one itself."""
+    family = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
+    trainers = [p for p in family if any(word.endswith("run_training.py") for word in p.cmdline()[1:3])]
+    return trainers or family
+
+
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
     """Wait until `condition` holds; an AssertionError if the process ends before."""
     while not condition():
         assert process.poll() is None
-        time.sleep(0.005)
+        time.sleep(0.001)
 
 
 def train_here(work: Path, *words: object) -> None:

@@ -6,14 +6,13 @@ import re
 import shutil
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import REPOSITORY
 from tests.mindmerger.datas import write_datas
-from tests.mindmerger.scripts import deepspeed_command, python_command, run, started, train_here, wait_for
+from tests.mindmerger.scripts import deepspeed_command, python_command, ranks_of, run, started, train_here, wait_for
 
 Words = tuple[object, ...]
 
@@ -198,9 +197,7 @@ def test_a_killed_run_continues_to_the_same_mapping(work: Path, small: Words, ra
     folder = work / f"outputs/killed{ranks}/mapping"
     with started(command("killed"), work) as process:
         wait_for(lambda: (folder / "state/step_20").exists(), process)
-        victims = [child for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]
-                   if any("run_training.py" in word for word in child.cmdline()[:3])]  # fmt: skip
-        victims[-1].kill()
+        ranks_of(process)[-1].kill()
         assert process.wait(timeout=60) != 0
     # The optimizer's two moments, the mapping, and generators' states of a few kB.
     mapping_bytes = sum(tensor.nbytes for tensor in whole.values())
