@@ -2,6 +2,9 @@
 
 import os
 import resource
+import socket
+import sys
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -11,6 +14,11 @@ import torch
 import torch.distributed as dist
 
 from common.errors import InputError
+
+# A rank that waits on a GPU for a dead one may not notice, and DeepSpeed's launcher ends such ranks one by one, with
+# half a minute for each. So each rank looks itself, this often.
+LOOK_SECONDS = 5.0
+_closed = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,7 @@ class Process:
 
     def close(self) -> None:
         """Leave the process group."""
+        _closed.set()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -124,6 +133,36 @@ def start_process(
         dist.init_process_group(backend, timeout=timeout)
     elif needs_group:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if dist.is_initialized():
-        return Process(dist.get_rank(), dist.get_world_size(), chosen)
-    return Process(0, 1, chosen)
+    if not dist.is_initialized():
+        return Process(0, 1, chosen)
+    process = Process(dist.get_rank(), dist.get_world_size(), chosen)
+    _leave_with_peers(process)
+    return process
+
+
+def _leave_with_peers(process: Process) -> None:
+    """From now until `Process.close`, end this process when another rank on this machine has died."""
+    here = socket.gethostname()
+    pids = [pid for host, pid in process.gather((here, os.getpid())) if host == here and pid != os.getpid()]
+    peers = [psutil.Process(pid) for pid in pids]
+
+    def look() -> None:
+        while not _closed.wait(LOOK_SECONDS):
+            dead = [peer.pid for peer in peers if not _is_alive(peer)]
+            # This rank's own error, if it has one, and the dead one's come first.
+            if dead and not _closed.wait(LOOK_SECONDS):
+                print(
+                    f"error (rank {process.rank}): process {dead[0]} of this run has died", file=sys.stderr, flush=True
+                )
+                os._exit(1)
+
+    _closed.clear()
+    if peers:
+        threading.Thread(target=look, daemon=True).start()
+
+
+def _is_alive(peer: psutil.Process) -> bool:
+    try:
+        return peer.is_running() and peer.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

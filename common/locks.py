@@ -35,6 +35,9 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
+        # Where bad input was found before anything was written, nothing is left.
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
 
 
 def _lock(path: Path, folder: Path) -> int:

@@ -1,5 +1,6 @@
 """Ask, generate or score, judge: accuracies per language of an LLM with a mapping, or alone."""
 
+import contextlib
 import hashlib
 import json
 import time
@@ -12,10 +13,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import runs
-from common.distributed import Process, start_process
+from common.distributed import Process, is_out_of_memory, start_process
 from common.errors import InputError
-from common.files import read_json, sha256
+from common.files import read_json, sha256, writing
+from common.locks import locked
 from common.logging import progress, quiet_libraries, say
+from common.signals import Stopped, StopSignals
 from mindmerger.answers import PARSERS, parse_answer
 from mindmerger.base_models import load_llm
 from mindmerger.batching import Batch, collate, plan_once
@@ -58,16 +61,19 @@ def evaluate(flags: EvaluationFlags) -> None:
     """Evaluate on every task of `--task`; results in `results/{save_name}/{task}/`, or `{save_name}-baseline`.
 
     Raises:
-        InputError: before any model loads, whatever is wrong with flags, files, or earlier results in that folder.
+        InputError: before any model loads, whatever is wrong with flags, files, or earlier results in that folder;
+            later, too little memory for a single problem, or a full disk.
+        Stopped: by a signal; what was answered is on disk.
     """
     process = start_process(flags.device)
     quiet_libraries()
-    _evaluate(flags, process)
+    with contextlib.ExitStack() as locks:
+        _evaluate(flags, process, locks)
     # Not after an error: peers that wait in a collective would keep this process, and its message, waiting too.
     process.close()
 
 
-def _evaluate(flags: EvaluationFlags, process: Process) -> None:
+def _evaluate(flags: EvaluationFlags, process: Process, locks: contextlib.ExitStack) -> None:
     tasks = [find_task(name, EVALUATION_TASKS) for name in flags.task.split(",")]
     languages = select_languages(flags.languages)
     problems = {
@@ -92,6 +98,9 @@ def _evaluate(flags: EvaluationFlags, process: Process) -> None:
     dtype = _dtype(flags, process)
 
     root = Path("results") / (f"{flags.save_name}-baseline" if flags.baseline else flags.save_name)
+    if process.is_main:
+        for name in problems:
+            locks.enter_context(locked(root / name))
     settings = {task.name: _settings(flags, problems[task.name], uses_prompt, dtype) for task in tasks}
     finished = {task.name: runs.is_finished(root / task.name, settings[task.name], flags.overwrite) for task in tasks}
     tokens = {
@@ -138,27 +147,47 @@ def answer_all(
     by_likelihood = task.labels and flags.classification == "likelihood"
     answer = _choose if by_likelihood else _generate
     bar = progress(process, total=sum(map(len, plan)), desc=task.name, unit="problem")
-    right = count = 0
+    path = folder / ANSWERS / f"rank_{process.rank}.jsonl"
+    right, count, limit = 0, 0, flags.eval_batch_size
     (folder / ANSWERS).mkdir(exist_ok=True)
-    with (folder / ANSWERS / f"rank_{process.rank}.jsonl").open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file, StopSignals() as signals:
         # The line that an earlier run was writing when it was killed has no end.
         file.write("\n" if file.tell() else "")
         for rows in plan:
-            if not rows:
-                continue
-            numbers = [left[row] for row in rows]
-            asked = [examples[number] for number in numbers]
-            outputs = answer(subject, asked, [tokens[number] for number in numbers], flags.max_gen_len)
-            for number, (output, stopped) in zip(numbers, outputs, strict=True):
-                record = judge(examples[number], output, flags.answer_parser)
-                record |= {"problem": number, "cut": list(tokens[number].cut), "stopped": stopped}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                right, count = right + record["right"], count + 1
-            file.flush()
-            bar.set_postfix(accuracy=f"{100 * right / count:.1f}")
-            bar.update(len(rows))
+            while rows:
+                if signals.received:
+                    raise Stopped(f"{signals.received}: the answers so far are in {path}; the same command continues")
+                numbers = [left[row] for row in rows[:limit]]
+                asked, read = [examples[number] for number in numbers], [tokens[number] for number in numbers]
+                try:
+                    outputs = answer(subject, asked, read, flags.max_gen_len)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    if len(numbers) == 1:
+                        raise InputError(_too_large(flags, asked[0], read[0])) from error
+                    limit = len(numbers) // 2
+                    say(process, f"out of memory with {len(numbers)} problems at once: going on with {limit}")
+                    continue
+                for number, (output, stopped) in zip(numbers, outputs, strict=True):
+                    record = judge(examples[number], output, flags.answer_parser)
+                    record |= {"problem": number, "cut": list(tokens[number].cut), "stopped": stopped}
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    right, count = right + record["right"], count + 1
+                file.flush()
+                bar.set_postfix(accuracy=f"{100 * right / count:.1f}")
+                bar.update(len(numbers))
+                rows = rows[len(numbers) :]
     bar.close()
     process.barrier()
+
+
+def _too_large(flags: EvaluationFlags, problem: Example, read: Tokens) -> str:
+    return (
+        f"out of memory with the one problem of {problem.place}, {len(read)} tokens long: take a --max_gen_len below "
+        f"{flags.max_gen_len}, a --max_seq_len below {len(read.source)} or a --max_prompt_len below "
+        f"{len(read.prompt)}, or a narrower --dtype"
+    )
 
 
 def judge(example: Example, output: str, answer_parser: str) -> dict[str, Any]:

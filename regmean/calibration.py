@@ -21,11 +21,13 @@ class Calibration:
 
     Attributes:
         examples: token ids of each text, none empty.
+        rows: of the data set, from 0, that the examples are.
         truncated: how many were cut at the length limit.
         empty: how many rows had no tokens and were left out.
     """
 
     examples: list[list[int]]
+    rows: list[int]
     truncated: int
     empty: int
 
@@ -53,6 +55,7 @@ def load_calibration(flags: GramFlags, tokenizer: PreTrainedTokenizerBase) -> Ca
         raise InputError(f"--model {flags.model} has no chat template; give --text_column for plain text")
 
     examples: list[list[int]] = []
+    numbers: list[int] = []
     truncated = empty = 0
     for number, row in enumerate(rows.select_columns(columns)):
         for column in columns:
@@ -62,11 +65,12 @@ def load_calibration(flags: GramFlags, tokenizer: PreTrainedTokenizerBase) -> Ca
         truncated += len(ids) > flags.max_length
         if ids:
             examples.append(ids[: flags.max_length])
+            numbers.append(number)
         else:
             empty += 1
     if not examples:
         raise InputError(f"--dataset {flags.dataset}: no row has any text in {', '.join(columns)}")
-    return Calibration(examples, truncated, empty)
+    return Calibration(examples, numbers, truncated, empty)
 
 
 def make_batches(lengths: list[int], tokens_per_batch: int, padding: bool) -> list[list[int]]:
@@ -117,7 +121,7 @@ def _load_rows(flags: GramFlags) -> Any:
         if (path / "state.json").exists():
             saved = datasets.load_from_disk(str(path))
             return saved.select(range(min(flags.num_examples, len(saved))))
-        return datasets.load_dataset(flags.dataset, split=wanted)
+        return datasets.load_dataset(flags.dataset, revision=flags.dataset_revision, split=wanted)
     except InputError:
         raise
     except Exception as error:  # `datasets` raises errors of many libraries for one unreadable source

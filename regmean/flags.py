@@ -18,6 +18,7 @@ class GramFlags:
     model: str = flag(None, "hub id or local folder")
     revision: str | None = flag(None, "branch, tag or commit of a hub model")
     dataset: str = flag(None, "hub id, local folder, or a .json, .jsonl or .parquet file")
+    dataset_revision: str | None = flag(None, "branch, tag or commit of a hub data set")
     split: str = flag("train", "split of the data set")
     text_column: str | None = flag(None, "column of plain texts; excludes the chat columns")
     system_column: str | None = flag(None, "column of system messages")
@@ -30,6 +31,7 @@ class GramFlags:
     dtype: str = flag("auto", f"the model's: {', '.join(DTYPES)}; auto is the one it was saved in")
     device: str = flag("auto", "auto (GPU where there is one), cpu, cuda")
     trust_remote_code: bool = flag(False, "run Python code that comes with the model")
+    overwrite: bool = flag(False, "start anew where the output folder holds another Gram, or another run's part of one")
 
     def __post_init__(self) -> None:
         for name in ("model", "dataset", "output_dir"):

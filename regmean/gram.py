@@ -9,7 +9,7 @@ import ctypes
 import hashlib
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -17,13 +17,17 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from common import runs, snapshots
 from common.distributed import Process, available_memory
 from common.errors import InputError, first_line
 from common.files import read_json, write_json
+from common.locks import locked
 from common.logging import progress, quiet_libraries, say
+from common.signals import Stopped, StopSignals
 from regmean.calibration import Calibration, collate, load_calibration, make_batches
 from regmean.checkpoint import Checkpoint, open_checkpoint
 from regmean.flags import GramFlags
@@ -31,6 +35,8 @@ from regmean.gram_file import FILE_NAME, Gram, GramFile, write_grams
 from regmean.layer_inputs import LinearInputs, aligned_with, input_width, linear_layers
 
 SNAPSHOT_SECONDS = 600.0
+SUMS_NAME = "sums.safetensors"
+PLAN = "plan.json"
 M_MMAP_THRESHOLD = -3  # glibc's <malloc.h>
 # Of the memory that is free beside the model, what the activations of a batch and fragmentation may take.
 RESERVED = 0.1
@@ -49,10 +55,11 @@ def compute_grams(flags: GramFlags, process: Process, snapshot_seconds: float = 
 
     Raises:
         InputError: bad flags, model or data; a Gram that fits no memory; activations that are not finite.
+        Stopped: by a signal; a snapshot of all that was done is on disk.
     """
     target = Path(flags.output_dir) / FILE_NAME
-    if target.exists():
-        raise InputError(f"{target} exists already: remove it, or choose another --output_dir")
+    if target.exists() and not flags.overwrite:
+        raise InputError(f"{target} exists already: --overwrite it, or choose another --output_dir")
     checkpoint = open_checkpoint(flags.model, flags.revision)
     quiet_libraries()
     tokenizer = _load(AutoTokenizer, flags, checkpoint)
@@ -62,6 +69,19 @@ def compute_grams(flags: GramFlags, process: Process, snapshot_seconds: float = 
         f"{len(calibration.examples):,} examples, {calibration.tokens:,} tokens; "
         f"{calibration.truncated:,} cut at {flags.max_length} tokens, {calibration.empty:,} empty",
     )
+    with locked(target.parent) if process.is_main else contextlib.nullcontext():
+        _compute_grams(flags, process, snapshot_seconds, target, checkpoint, tokenizer, calibration)
+
+
+def _compute_grams(
+    flags: GramFlags,
+    process: Process,
+    snapshot_seconds: float,
+    target: Path,
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Calibration,
+) -> None:
     _keep_heap_small()
     model = _load(AutoModelForCausalLM, flags, checkpoint, dtype=flags.dtype).to(process.device).eval()
     layers = linear_layers(model)
@@ -74,12 +94,14 @@ def compute_grams(flags: GramFlags, process: Process, snapshot_seconds: float = 
         "dtype": str(model.dtype).removeprefix("torch."),
         "world_size": process.world_size,
     }
+    runs.is_finished(work, identity, flags.overwrite)
+    runs.start(work, identity, flags.overwrite, process)
     # The first rank decides for all; it is the one that keeps the run's files.
-    plan = process.gather(_continued_plan(work, identity) if process.is_main else None)[0]
+    plan = process.gather(_continued_plan(work) if process.is_main else None)[0]
     if plan is None:
         plan = _make_plan(model, layers, calibration, process)
         if process.is_main:
-            write_json(work / "run.json", {"identity": identity, "passes": plan.passes, "padding": plan.padding})
+            write_json(work / PLAN, asdict(plan))
     run = _Run(model, layers, calibration, plan, flags.tokens_per_batch, work, process, snapshot_seconds)
     provenance = _provenance(flags, identity, checkpoint, tokenizer, calibration)
 
@@ -282,17 +304,8 @@ def _load(auto_class: Any, flags: GramFlags, checkpoint: Checkpoint, **options: 
         raise InputError(f"--model {flags.model}: {first_line(error)}") from error
 
 
-def _continued_plan(work: Path, identity: dict[str, Any]) -> Plan | None:
-    if not (work / "run.json").exists():
-        return None
-    run = read_json(work / "run.json")
-    different = [key for key in identity if run["identity"].get(key) != identity[key]]
-    if different:
-        raise InputError(
-            f"{work} holds a run with another {', '.join(different)}: "
-            "repeat that run's flags to continue it, remove the folder to start anew, or choose another --output_dir"
-        )
-    return Plan(run["passes"], run["padding"])
+def _continued_plan(work: Path) -> Plan | None:
+    return Plan(**read_json(work / PLAN)) if (work / PLAN).exists() else None
 
 
 def _make_plan(
@@ -334,11 +347,13 @@ class _Run:
         lengths = [len(example) for example in examples]
         batches = make_batches(lengths, self.tokens_per_batch, self.plan.padding)[process.rank :: process.world_size]
         tokens = [sum(lengths[index] for index in batch) for batch in batches]
-        snapshot = self.work / f"pass{number}-rank{process.rank}.safetensors"
+        root = self.work / f"pass{number}-rank{process.rank}"
         done, sums = 0, GramSums()
-        if snapshot.exists():
-            done, sums = GramFile(snapshot).provenance["batches"], GramSums.read(snapshot, process.device)
+        if snapshot := snapshots.newest(root, tqdm.write):
+            done, sums = snapshots.step_of(snapshot), GramSums.read(snapshot / SUMS_NAME, process.device)
             say(process, f"continuing after {done} of {len(batches)} batches")
+        layers = {name: self.layers[name] for name in self.plan.passes[number]}
+        finite: dict[str, torch.Tensor] = {}
 
         def receive(name: str, x: torch.Tensor) -> None:
             rows = x.reshape(-1, x.shape[-1])
@@ -346,9 +361,12 @@ class _Run:
                 if not aligned_with(x, mask):
                     raise InputError(f"layer {name} reads {tuple(x.shape)}, where padding cannot be told from tokens")
                 rows = rows.index_select(0, kept)
+            finite[name] = rows.isfinite().all(dim=1)
             sums.add(name, rows)
 
-        layers = {name: self.layers[name] for name in self.plan.passes[number]}
+        def save(done: int) -> None:
+            snapshots.save(root, done, lambda folder: sums.write(folder / SUMS_NAME, layers, {}))
+
         inputs = LinearInputs(layers, self.model.get_output_embeddings(), receive)
         # A continued pass knows already which layers share an input.
         inputs.shared_name = sums.shared_name
@@ -361,16 +379,38 @@ class _Run:
             unit_scale=True,
             desc=f"pass {number + 1} of {len(self.plan.passes)}",
         )
-        with inputs, bar:
+        with inputs, bar, StopSignals() as signals:
             for position in range(done, len(batches)):
                 ids, mask = (tensor.to(process.device) for tensor in collate([examples[i] for i in batches[position]]))
                 kept = mask.flatten().nonzero().flatten()
                 inputs.run(self.model, ids, mask)
+                # One look for all layers: each makes a GPU's queue run empty.
+                if finite and not torch.stack([rows.all() for rows in finite.values()]).all():
+                    raise InputError(self._not_finite(finite, mask, batches[position]))
+                finite.clear()
                 bar.update(tokens[position])
+                if signals.received:
+                    save(position + 1)
+                    raise Stopped(
+                        f"{signals.received} after {position + 1} of {len(batches)} batches, which are kept in "
+                        f"{self.work}: the same command continues"
+                    )
                 if time.monotonic() - saved >= self.snapshot_seconds:
-                    sums.write(snapshot, layers, {"batches": position + 1})
+                    save(position + 1)
                     saved = time.monotonic()
         return sums
+
+    def _not_finite(self, finite: dict[str, torch.Tensor], mask: torch.Tensor, batch: list[int]) -> str:
+        """Which layer, in the order of the forward pass, first read NaN or infinity, and of which example."""
+        name, rows = next((name, rows) for name, rows in finite.items() if not rows.all())
+        owners = mask.nonzero()[:, 0]
+        # An expert's rows are some of the batch's, in its own order: then any of the examples may be the one.
+        suspects = owners[~rows].unique().tolist() if len(rows) == len(owners) else range(len(batch))
+        examples = ", ".join(str(self.calibration.rows[batch[suspect]]) for suspect in suspects)
+        return (
+            f"the input of {name} is NaN or infinite in row(s) {examples} of the data set (from 0): mend or leave out "
+            "these rows, or take a wider --dtype (bfloat16 or float32)"
+        )
 
 
 def _assemble(parts: list[Path], target: Path, provenance: dict[str, Any]) -> None:
@@ -401,6 +441,7 @@ def _provenance(
         "revision": checkpoint.folder.name if downloaded else None,
         "fingerprint": identity["fingerprint"],
         "dataset": flags.dataset,
+        "dataset_revision": flags.dataset_revision,
         "split": flags.split,
         "columns": {"text": flags.text_column} if flags.text_column else flags.roles(),
         "chat_template_sha256": template,

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from common.errors import InputError
 from common.files import atomic_folder
+from common.locks import locked
 from regmean.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from regmean.flags import MergeFlags
 from regmean.gram_file import Grams, open_grams
@@ -48,6 +49,8 @@ def merge(flags: MergeFlags, command: str) -> None:
 
     alphas = flags.alpha if grams else [None]
     with contextlib.ExitStack() as folders:
+        for path in flags.output_dirs():
+            folders.enter_context(locked(path))
         partial = [folders.enter_context(atomic_folder(path)) for path in flags.output_dirs()]
         dtype = None if flags.dtype == "auto" else flags.dtype
         writers = {

@@ -1,8 +1,16 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import psutil
 import pytest
 import torch
 
 from common.distributed import available_memory
+from tests.conftest import REPOSITORY
+from tests.mindmerger.scripts import free_port
 
 
 def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -10,3 +18,55 @@ def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) 
     assert 0.5 * free < available_memory(torch.device("cpu")) < 1.5 * free
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert 0.5 * free < 4 * available_memory(torch.device("cpu")) < 1.5 * free
+
+
+RANK = """
+import sys, time
+from datetime import timedelta
+from common.distributed import start_process
+process = start_process("cpu", timeout=timedelta(seconds=4))
+print("started", flush=True)
+if sys.argv[1] == "computes":
+    time.sleep(600)
+elif process.rank == 1:
+    time.sleep(600)
+process.sum(1.0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("doing", "fault", "message"),
+    [
+        # In no collective, as a rank that waits on a GPU for the other is in none that would tell it.
+        ("computes", signal.SIGKILL, "has died"),
+        # Its peer is there, but hangs.
+        ("waits", signal.SIGSTOP, "Timed out"),
+    ],
+)
+def test_no_rank_outlives_another(doing: str, fault: signal.Signals, message: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment["MASTER_PORT"] = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, doing],
+            env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        for process in processes:
+            assert process.stdout.readline() == "started\n"
+        processes[1].send_signal(fault)
+        begun = time.monotonic()
+        if fault == signal.SIGKILL:
+            processes[1].wait()
+        _, errors = processes[0].communicate(timeout=60)
+        assert processes[0].returncode != 0 and message in errors
+        assert time.monotonic() - begun < 60
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()

@@ -18,13 +18,17 @@ PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": PATH}
 
 
-def deepspeed_command(ranks: int, script: str, *words: object) -> list[str]:
-    """`deepspeed --num_accelerators RANKS SCRIPT WORDS`, on a port that nobody else uses."""
+def free_port() -> int:
+    """A port of this machine that nobody uses just now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def deepspeed_command(ranks: int, script: str, *words: object) -> list[str]:
+    """`deepspeed --num_accelerators RANKS SCRIPT WORDS`, on a port that nobody else uses."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
-    return [*launcher, "--master_port", str(port), str(REPOSITORY / script), *map(str, words)]
+    return [*launcher, "--master_port", str(free_port()), str(REPOSITORY / script), *map(str, words)]
 
 
 def torchrun_command(ranks: int, script: str, *words: object) -> list[str]:

@@ -1,7 +1,9 @@
 """`run_evaluation.py` on tiny models: alone, with a mapping, on several ranks, in pieces."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,9 @@ import torch
 
 from common.errors import InputError
 from common.flags import parse_flags
+from common.locks import locked
+from common.signals import Stopped
+from mindmerger import evaluation
 from mindmerger.batching import collate
 from mindmerger.data import Example
 from mindmerger.decoding import label_log_likelihoods
@@ -98,6 +103,57 @@ def test_a_second_run_continues_where_the_first_stopped(words: Words, capsys: py
     with pytest.raises(InputError, match="max_gen_len was 12, now 13.*--overwrite"):
         evaluate_words(*words, "--save_name", "stopped", "--max_gen_len", 13)
     evaluate_words(*words, "--save_name", "stopped", "--max_gen_len", 13, "--overwrite")
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(
+    words: Words, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    sizes: list[int] = []
+
+    def short_of_memory(limit: int) -> Callable:
+        def answer(subject: evaluation.Subject, asked: list, *rest: object) -> list:
+            sizes.append(len(asked))
+            if len(asked) > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return generate(subject, asked, *rest)
+
+        return answer
+
+    generate = evaluation._generate
+    evaluate_words(*words, "--save_name", "room", "--eval_batch_size", 8)
+    monkeypatch.setattr(evaluation, "_generate", short_of_memory(3))
+    evaluate_words(*words, "--save_name", "short", "--eval_batch_size", 8)
+    assert sizes[:3] == [8, 4, 2] and set(sizes[3:]) == {2}
+    assert "out of memory with 8 problems at once: going on with 4" in capsys.readouterr().out
+    assert predictions(Path("results/short/mgsm")) == predictions(Path("results/room/mgsm"))
+    monkeypatch.setattr(evaluation, "_generate", short_of_memory(0))
+    with pytest.raises(InputError, match=r"one problem of .*mgsm_\w+\.tsv, line \d.*--max_gen_len below 12"):
+        evaluate_words(*words, "--save_name", "none")
+
+
+def test_a_signal_stops_between_batches(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate, batches = evaluation._generate, []
+
+    def answer(*arguments: object) -> list:
+        batches.append(1)
+        if len(batches) == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return generate(*arguments)
+
+    evaluate_words(*words, "--save_name", "calm")
+    monkeypatch.setattr(evaluation, "_generate", answer)
+    with pytest.raises(Stopped, match="SIGUSR1: the answers so far are in results/signalled/mgsm/answers/rank_0.jsonl"):
+        evaluate_words(*words, "--save_name", "signalled", "--eval_batch_size", 4)
+    assert len(read_answers(Path("results/signalled/mgsm"))) == 12
+    evaluate_words(*words, "--save_name", "signalled", "--eval_batch_size", 4)
+    assert len(batches) == 6
+    assert predictions(Path("results/signalled/mgsm")) == predictions(Path("results/calm/mgsm"))
+
+
+def test_a_second_evaluation_of_the_same_results_is_refused(words: Words) -> None:
+    with locked(Path("results/held/mgsm")), pytest.raises(InputError, match="results/held/mgsm is in use by process"):
+        evaluate_words(*words, "--save_name", "held")
+    evaluate_words(*words, "--save_name", "held", "--languages", "de")
 
 
 def test_every_form_of_a_checkpoint_answers_alike(words: Words) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from common.distributed import start_process
 from common.errors import InputError
+from common.signals import Stopped
 from regmean import gram as gram_module
 from regmean.flags import GramFlags
 from regmean.gram import compute_grams, plan_passes
@@ -265,6 +267,41 @@ class Killed(BaseException):
     pass
 
 
+def test_a_signal_leaves_a_snapshot_and_damage_to_it_is_found(
+    compute: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    whole = compute("llama", output="whole", tokens_per_batch=30)
+    run, calls = LinearInputs.run, []
+
+    def run_and_signal(self: LinearInputs, *args: Any) -> None:
+        calls.append(1)
+        if len(calls) % 5 == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        run(self, *args)
+
+    monkeypatch.setattr(LinearInputs, "run", run_and_signal)
+    # The first life also probes, with two calls.
+    for done in (3, 8):
+        with pytest.raises(Stopped, match=f"SIGTERM after {done} of .* batches"):
+            compute("llama", tokens_per_batch=30)
+    snapshots = tmp_path / "gram/gram.partial/pass0-rank0"
+    sums = snapshots / "step_8/sums.safetensors"
+    content = bytearray(sums.read_bytes())
+    content[-1] ^= 1
+    sums.write_bytes(content)
+    monkeypatch.setattr(LinearInputs, "run", run)
+    assert same_bits(whole, compute("llama", tokens_per_batch=30))
+    printed = capsys.readouterr().out
+    assert "step_8 is damaged" in printed and "continuing after 3 of" in printed
+
+
+def test_a_gram_that_is_there_is_replaced_when_told_to(compute: Callable, tmp_path: Path) -> None:
+    compute("llama", tokens_per_batch=30)
+    with pytest.raises(InputError, match=r"gram\.safetensors exists already: --overwrite it"):
+        compute("llama", tokens_per_batch=30, num_examples=4)
+    assert compute("llama", num_examples=4, overwrite=True).provenance["examples"] == 4
+
+
 @pytest.mark.parametrize("memory", [10**9, 9000])
 def test_a_run_that_was_cut_short_ends_with_the_same_gram(
     compute: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, memory: int
@@ -288,7 +325,7 @@ def test_a_run_that_was_cut_short_ends_with_the_same_gram(
         with pytest.raises(Killed):
             compute("experts", tokens_per_batch=30, snapshot_seconds=0)
         assert not (tmp_path / "gram" / "gram.safetensors").exists()
-    with pytest.raises(InputError, match="a run with another tokens_per_batch"):
+    with pytest.raises(InputError, match="another run .tokens_per_batch was 30, now 31.: .*--overwrite"):
         compute("experts", tokens_per_batch=31)
     assert same_bits(whole, compute("experts", tokens_per_batch=30))
     assert [path.name for path in (tmp_path / "gram").iterdir()] == ["gram.safetensors"]
@@ -319,7 +356,7 @@ flags = GramFlags(model={str(tmp_path / "llama")!r}, dataset={str(texts)!r}, tex
 gram.compute_grams(flags, start_process("cpu"), snapshot_seconds=0.0)
 """
     assert script(["-c", killing]).returncode == -9
-    assert (tmp_path / "gram" / "gram.partial" / "pass0-rank0.safetensors").exists()
+    assert (tmp_path / "gram" / "gram.partial" / "pass0-rank0").exists()
     assert same_bits(whole, compute("llama", tokens_per_batch=30))
 
 
@@ -374,9 +411,26 @@ def test_activations_that_are_not_finite_are_named(
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight[3] = torch.inf
     monkeypatch.setattr(gram_module.AutoModelForCausalLM, "from_pretrained", lambda *args, **options: model)
-    with pytest.raises(InputError, match=r"input of model\.layers\.1\.self_attn\.q_proj.* is NaN or infinite"):
+    with pytest.raises(InputError, match=r"input of model\.layers\.1\.self_attn\.q_proj is NaN or infinite in row"):
         compute("llama")
     assert not (tmp_path / "gram" / "gram.safetensors").exists()
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 60, 10_000])
+def test_the_example_of_a_non_finite_activation_is_named(
+    compute: Callable, monkeypatch: pytest.MonkeyPatch, texts: Path, tokens_per_batch: int
+) -> None:
+    model, lines = make_llama(), texts.read_text().splitlines()
+    for number in (7, 30):
+        lines[number] = json.dumps({"text": json.loads(lines[number])["text"] + " <unk>"})
+    texts.write_text("\n".join(lines))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[make_tokenizer().unk_token_id] = torch.nan
+    monkeypatch.setattr(gram_module.AutoModelForCausalLM, "from_pretrained", lambda *args, **options: model)
+    named = r"(7|30|30, 7|7, 30)" if tokens_per_batch < 10_000 else r"(30, 7|7, 30)"
+    message = rf"input of model\.layers\.0\.self_attn\.q_proj is NaN or infinite in row\(s\) {named} of the data set"
+    with pytest.raises(InputError, match=message):
+        compute("llama", tokens_per_batch=tokens_per_batch)
 
 
 def test_provenance_tells_where_the_grams_come_from(compute: Callable, texts: Path, tmp_path: Path) -> None:

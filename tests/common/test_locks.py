@@ -1,0 +1,67 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common.errors import InputError
+from common.locks import locked
+from tests.conftest import REPOSITORY
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from common.locks import locked
+with locked(Path("run")):
+    (Path("run") / ".model.bin.x.partial").parent.mkdir()
+    (Path("run") / ".model.bin.x.partial").write_text("half")
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_does_not_outlive_a_killed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen([sys.executable, "-c", HOLD], env=environment, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"run is in use by process {holder.pid} on "), locked(Path("run")):
+            pass
+        holder.kill()
+    # The kernel has closed the file of a process that is waited for.
+    with locked(Path("run")):
+        assert list(Path("run").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_lock_is_taken_again_and_leaves_nothing(tmp_path: Path) -> None:
+    for _ in range(2):
+        with locked(tmp_path / "outputs/run"):
+            assert (tmp_path / "outputs/.run.lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_at_once_are_never_two_in_the_same_folder(tmp_path: Path) -> None:
+    """Locking, unlocking and removing the lock's file race with each other; what they guard must not."""
+    words = f"""
+import sys, time
+sys.path.insert(0, {str(REPOSITORY)!r})
+from pathlib import Path
+from common.errors import InputError
+from common.locks import locked
+end, held = time.monotonic() + 2, 0
+while time.monotonic() < end:
+    try:
+        with locked(Path("run")):
+            Path("inside").touch(exist_ok=False)
+            Path("inside").unlink()
+            held += 1
+    except InputError:
+        pass
+assert held
+"""
+    racers = [subprocess.Popen([sys.executable, "-c", words], cwd=tmp_path) for _ in range(3)]
+    started = time.monotonic()
+    assert [racer.wait(timeout=60) for racer in racers] == [0, 0, 0], time.monotonic() - started
