@@ -13,7 +13,7 @@ class InputError(Exception):
 
 def first_line(error: Exception) -> str:
     """What a library's error says, without the page of advice that may follow."""
-    return str(error).strip().split("\n", 1)[0]
+    return str(error).strip().split("\n", 1)[0][:500]
 
 
 def exit_with_message(main: Callable[[], None]) -> None:

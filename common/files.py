@@ -102,6 +102,46 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: not readable as JSON: {error}") from error
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` of `folder`, which nothing in the folder may lead out of.
+
+    A hub download is one folder with its neighbours: its files are links to `../../blobs`.
+
+    Raises:
+        InputError: `name` is no plain file name, or a link to somewhere else.
+    """
+    if Path(name).name != name:
+        raise InputError(f"{name!r} is not a file of {folder}")
+    path, root = folder / name, folder.resolve()
+    if root.parent.name == "snapshots":
+        root = root.parent.parent
+    try:
+        leads_out = not path.resolve().is_relative_to(root)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links that lead to each other
+        raise InputError(f"{folder}: no file has the name {name!r}: {error}") from error
+    if leads_out:
+        raise InputError(f"{path} is a link to {path.resolve()}, outside its folder: put the file itself there")
+    return path
+
+
+def read_shard_index(path: Path) -> dict[str, str]:
+    """The map of tensor to file name in the index of a model's shards, whose files are all beside it.
+
+    Raises:
+        InputError: it is no such index, or names a file that is not beside it.
+    """
+    index = read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InputError(f"{path}: no weight_map of tensor to file name")
+    for shard in set(weight_map.values()):
+        try:
+            inside(path.parent, shard)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+    return weight_map
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import reprlib
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -12,6 +14,7 @@ from transformers import HfArgumentParser
 from common.errors import InputError
 
 Flags = TypeVar("Flags")
+MAX_YAML = 16_384
 
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
@@ -42,6 +45,8 @@ def parse_flags(flags_class: type[Flags], argv: list[str] | None = None, presets
     config_parser.add_argument("--config", type=Path)
     config = config_parser.parse_known_args(words)[0].config
     from_file = [] if config is None else _words_of_yaml(config, parser)
+    if any("\0" in word for word in (*from_file, *words)):
+        raise InputError("a flag's value holds a NUL character, which no text or file name has")
     # Before the dataclass is made: its own checks would blame a misspelt flag on the one that it stands for.
     unknown = parser.parse_known_args(from_file + words)[1]
     if unknown:
@@ -71,8 +76,14 @@ def _preset(presets: Path, name: str) -> Path:
 
 def _words_of_yaml(path: Path, parser: _Parser) -> list[str]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+        # PyYAML takes time quadratic in a file's brackets.
+        if len(text) > MAX_YAML:
+            raise InputError(
+                f"--config {path}: {len(text)} characters are no file of flags; at most {MAX_YAML} are read"
+            )
+        content = yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, the 99th of May
         raise InputError(f"--config {path}: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"--config {path}: expected `flag: value` lines at the top level")
@@ -81,16 +92,20 @@ def _words_of_yaml(path: Path, parser: _Parser) -> list[str]:
     keys = [name[2:] for name in parser.flag_names() if name not in ("--help", "--config")]
     for key, value in content.items():
         if key not in keys:
-            raise InputError(f"--config {path}: unknown key {key!r}{_nearest(str(key), keys)}")
-        action = parser._option_string_actions[f"--{key}"]
-        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value)):
-            raise InputError(f"--config {path}: {key} takes a value or a list of values, not {value!r}")
+            raise InputError(f"--config {path}: unknown key {reprlib.repr(key)}{_nearest(str(key)[:100], keys)}")
         if value is None:
             continue
-        if not isinstance(value, list):
-            words.append(f"--{key}={value}")
-        elif action.nargs == "+":
-            words += [f"--{key}", *map(str, value)]
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str | int | float | date) for item in values):
+            # Shortened: by references to itself a few lines of YAML stand for gigabytes.
+            raise InputError(f"--config {path}: {key} takes a value or a list of values, not {reprlib.repr(value)}")
+        try:
+            texts = [str(item) for item in values]
+            "".join(texts).encode()
+        except ValueError as error:
+            raise InputError(f"--config {path}: {key} holds what is no text, or too long a number") from error
+        if isinstance(value, list) and parser._option_string_actions[f"--{key}"].nargs == "+":
+            words += [f"--{key}", *texts]
         else:
-            words.append(f"--{key}={','.join(map(str, value))}")
+            words.append(f"--{key}={','.join(texts)}")
     return words

@@ -1,6 +1,7 @@
 """The two frozen models, loaded from a hub id or a local folder and told apart by their configs."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from common.errors import InputError, first_line
+from common.files import read_shard_index
 
 
 def base_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -26,8 +28,9 @@ def base_config(path: str, revision: str | None = None, trust_remote_code: bool 
     """
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"no model config could be loaded from {path}: {first_line(error)}") from error
+    except Exception as error:  # a damaged config raises whatever its readers stumble over
+        reason = first_line(error) or type(error).__name__
+        raise InputError(f"no model config could be loaded from {path}: {reason}") from error
 
 
 def load_llm(path: str, revision: str | None, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -67,6 +70,9 @@ def load_encoder(path: str, revision: str | None, dtype: torch.dtype, trust_remo
 
 
 def _load(model_class: Any, path: str, **options: Any) -> PreTrainedModel:
+    for index in Path(path).glob("*.index.json"):
+        # transformers itself would follow an index out of the model's folder.
+        read_shard_index(index)
     try:
         model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -1,7 +1,6 @@
 """The trained mapping on disk: as a Hugging Face folder, and in the published form beside it."""
 
 import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save
 
 from common.errors import InputError
 from common.files import write_bytes, write_json
+from common.pickles import read_pickled
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
@@ -56,10 +56,12 @@ def read_mapping(checkpoint: Path, mt_hidden_size: int, llm_hidden_size: int) ->
 
     expected = mapping_shapes(mt_hidden_size, llm_hidden_size)
     problems = [f"{name} is missing" for name in expected if name not in state]
-    problems += [f"{name} is not a tensor of a mapping" for name in state if name not in expected]
+    problems += [f"{str(name)[:100]} is not a tensor of a mapping" for name in state if name not in expected]
     for name, shape in expected.items():
         if name in state and tuple(state[name].shape) != shape:
             problems.append(f"{name} is {list(state[name].shape)}, these models need {list(shape)}")
+        elif name in state and (not state[name].dtype.is_floating_point or state[name].itemsize < 2):
+            problems.append(f"{name} is of {state[name].dtype}, no float of 16 bits or more")
         elif name in state and not torch.isfinite(state[name]).all():
             problems.append(f"{name} holds values that are not finite")
     if problems:
@@ -94,10 +96,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_published(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: not a whole PyTorch checkpoint of plain tensors: {error}") from error
+    content = read_pickled(path)
     state = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise InputError(f'{path}: expected the published form, {{"model_state_dict": {{name: tensor}}}}')

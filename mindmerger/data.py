@@ -2,6 +2,7 @@
 
 import json
 import random
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,7 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}") from error
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+        raise InputError(f"{path}: {error.strerror or error}") from error
 
 
 def _text_lines(path: Path) -> list[str]:
@@ -190,7 +191,7 @@ def _read_msvamp(path: Path, language: Language) -> list[Example]:
 
 def _math_problem(question: str, answer: str, language: Language, place: str) -> Example:
     if parse_answer(answer) is None:
-        raise InputError(f"{place}: the answer {answer!r} is not a number")
+        raise InputError(f"{place}: the answer {reprlib.repr(answer)} is not a number")
     return Example(Prompt("", question, ""), math_prompt(question), answer.strip(), language, place=place)
 
 
@@ -206,7 +207,7 @@ def _xnli_example(row: dict[str, Any], language: Language, place: str) -> Exampl
     label = _string(row, "label", place)
     labels = EVALUATION_TASKS["xnli"].labels
     if label.lower() not in labels:
-        raise InputError(f"{place}: label {label!r} is not one of {', '.join(labels)}")
+        raise InputError(f"{place}: label {reprlib.repr(label)} is not one of {', '.join(labels)}")
     # The words are scored as the file spells them: a model was trained on Entailment or on entailment.
     spelled = tuple(word.capitalize() for word in labels) if label[0].isupper() else labels
     return Example(prompt, prompt, label, language, spelled, place)
@@ -228,7 +229,7 @@ def _read_x_csqa(path: Path, language: Language) -> list[Example]:
         key = _string(row, "answerKey", place)
         labels = letters[: len(choices)]
         if key not in labels:
-            raise InputError(f"{place}: answerKey {key!r} is none of the {len(choices)} choices")
+            raise InputError(f"{place}: answerKey {reprlib.repr(key)} is none of the {len(choices)} choices")
         examples.append(Example(prompt, prompt, key, language, labels, place))
     return examples
 
@@ -239,7 +240,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         place = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of 5000 digits
             raise InputError(f"{place}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise InputError(f"{place}: expected a JSON object")
@@ -252,7 +253,7 @@ def _by_language(
     """The rows of a JSON list, each naming its language, sorted by language."""
     try:
         rows = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of 5000 digits
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(rows, list):
         raise InputError(f"{path}: expected a JSON list of objects")
@@ -272,5 +273,7 @@ def _by_language(
 def _string(row: dict[str, Any], key: str, place: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{place}: {key!r} must be a text, found {value!r}")
+        raise InputError(f"{place}: {key!r} must be a text, found {reprlib.repr(value)}")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise InputError(f"{place}: {key!r} holds half of a surrogate pair, which is no character")
     return value

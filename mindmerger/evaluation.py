@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import reprlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -286,8 +287,12 @@ def _take_from_checkpoint(flags: EvaluationFlags) -> None:
     """
     path = mapping_file(Path(flags.init_checkpoint)).parent / CONFIG
     saved = read_json(path) if path.is_file() else {}
+    kinds = {f"{name}_{what}": str for name in ("llm", "mt") for what in ("path", "revision")} | {"augmentation": bool}
     if not isinstance(saved, dict):
         raise InputError(f"{path}: expected a JSON object")
+    for name, kind in kinds.items():
+        if not isinstance(saved.get(name), kind | None):
+            raise InputError(f"{path}: {name} is {reprlib.repr(saved[name])}, no {kind.__name__}")
     for name in ("llm", "mt"):
         if getattr(flags, f"{name}_path") is None:
             setattr(flags, f"{name}_path", saved.get(f"{name}_path"))

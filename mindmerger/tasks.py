@@ -4,6 +4,7 @@ The prompts are those of the published checkpoints, to the letter.
 """
 
 import difflib
+import reprlib
 from dataclasses import dataclass
 
 from common.errors import InputError
@@ -64,7 +65,7 @@ def find_language(word: str) -> Language:
     if language is None:
         nearest = difflib.get_close_matches(word, LANGUAGES, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(LANGUAGES)}"
-        raise InputError(f"unknown language {word!r}; {hint}")
+        raise InputError(f"unknown language {reprlib.repr(word)}; {hint}")
     return language
 
 

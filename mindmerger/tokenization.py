@@ -49,8 +49,9 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     """
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"no tokenizer could be loaded from {path}: {first_line(error)}") from error
+    except Exception as error:  # a damaged tokenizer raises whatever its readers stumble over
+        reason = first_line(error) or type(error).__name__
+        raise InputError(f"no tokenizer could be loaded from {path}: {reason}") from error
 
 
 class ExampleTokenizer:

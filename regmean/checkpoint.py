@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError, first_line
-from common.files import read_json, write_json
+from common.files import inside, read_json, read_shard_index, write_json
 from regmean.tensor_file import FLOATS, STORAGE, TensorFile, TensorInfo, TensorWriter, encode
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -85,21 +85,14 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
         raise InputError(f"model {name} is quantised; take the unquantised weights")
     tensors: dict[str, TensorInfo] = {}
     if (folder / INDEX_NAME).exists():
-        index = read_json(folder / INDEX_NAME)
-        try:
-            shards = sorted(set(index["weight_map"].values()))
-            outside = [shard for shard in shards if Path(shard).name != shard]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{folder / INDEX_NAME}: no weight_map of tensor to file name") from error
-        if outside:
-            raise InputError(f"{folder / INDEX_NAME}: {outside[0]!r} is not a file of this folder")
-        for shard in shards:
-            tensors |= TensorFile(folder / shard).tensors
-        missing = sorted(set(index["weight_map"]) - set(tensors))
+        weight_map = read_shard_index(folder / INDEX_NAME)
+        for shard in sorted(set(weight_map.values())):
+            tensors |= TensorFile(inside(folder, shard)).tensors
+        missing = sorted(set(weight_map) - set(tensors))
         if missing:
             raise InputError(f"{folder / INDEX_NAME}: tensor {missing[0]} is in none of the files")
     elif (folder / "model.safetensors").exists():
-        tensors = TensorFile(folder / "model.safetensors").tensors
+        tensors = TensorFile(inside(folder, "model.safetensors")).tensors
     else:
         raise InputError(f"model {name}: {folder} holds no model.safetensors; save it in that form first")
     return Checkpoint(name, folder, config, tensors)
@@ -138,7 +131,7 @@ class CheckpointWriter:
         for pattern in COMPANIONS:
             for path in source.folder.glob(pattern):
                 if path.is_file() and path.name not in NOT_COMPANIONS:
-                    shutil.copyfile(path, folder / path.name)
+                    shutil.copyfile(inside(source.folder, path.name), folder / path.name)
 
     def write(self, name: str, values: np.ndarray, start: int = 0) -> None:
         """As `TensorWriter.write`."""
@@ -180,7 +173,7 @@ def base_vocabulary(checkpoint: Checkpoint) -> tuple[Any, dict[int, str]] | None
         return None
     content = read_json(path)
     try:
-        added = {token["id"]: token["content"] for token in content["added_tokens"]}
+        added = {int(token["id"]): token["content"] for token in content["added_tokens"]}
         return content["model"]["vocab"], added
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a tokenizer file: {error!r} is missing") from error

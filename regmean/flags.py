@@ -109,7 +109,7 @@ class MergeFlags:
             for pattern in getattr(self, name):
                 try:
                     re.compile(pattern)
-                except re.error as error:
+                except (re.error, OverflowError, RecursionError) as error:
                     raise InputError(f"--{name} {pattern!r}: not a regular expression: {error}") from error
         _check_dtype(self.dtype)
 

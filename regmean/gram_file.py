@@ -8,12 +8,8 @@ The published form, `gram.pkl`, is a pickled dict of module name to mean Gram. I
 knows tensors and containers and nothing else.
 """
 
-import collections
 import hashlib
-import io
 import json
-import pickle
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,14 +89,20 @@ class GramFile:
         try:
             entries = json.loads(file.metadata["grams"])
             self.provenance = json.loads(file.metadata["provenance"])
+            if not isinstance(self.provenance, dict):
+                raise TypeError("the provenance is no object")
             self.grams = {name: Gram(name, tuple(entry.pop("modules")), **entry) for name, entry in entries.items()}
             for gram in self.grams.values():
                 info = file.tensors[gram.name]
+                if not all(isinstance(module, str) for module in gram.modules) or type(gram.conv1d) is not bool:
+                    raise TypeError(f"{gram.name} names no modules")
+                if type(gram.tokens) is not int or type(gram.width) is not int or gram.width < 1:
+                    raise TypeError(f"{gram.name} has sizes that are no whole numbers")
                 if (info.dtype, info.shape) != ("F32", (packed_size(gram.width),)):
                     raise ValueError(f"tensor {gram.name} is {info.dtype} of shape {info.shape}")
                 if gram.tokens < 1:
                     raise ValueError(f"{gram.name} sums {gram.tokens} tokens")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: the Gram file's header is damaged: {error!r}") from error
         self._infos = file.tensors
 
@@ -134,7 +136,7 @@ class PublishedGrams:
         self._means: dict[str, np.ndarray] = {}
         sharing: dict[str, list[str]] = {}
         names: dict[bytes, str] = {}
-        for module, mean in _unpickle_grams(path).items():
+        for module, mean in _read_means(path).items():
             name = names.setdefault(hashlib.sha256(np.ascontiguousarray(mean)).digest(), module)
             self._means.setdefault(name, mean)
             sharing.setdefault(name, []).append(module)
@@ -220,41 +222,16 @@ def _row_blocks(width: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + BLOCK_ROWS, width)
 
 
-def _unpickle_grams(path: Path) -> dict[str, np.ndarray]:
+def _read_means(path: Path) -> dict[str, np.ndarray]:
     import torch
 
-    try:
-        with path.open("rb") as file:
-            if zipfile.is_zipfile(file):
-                file.seek(0)
-                content = torch.load(file, map_location="cpu", weights_only=True)
-            else:
-                file.seek(0)
-                content = _GramUnpickler(file).load()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except Exception as error:  # unpickling a damaged or hostile file can raise anything
-        raise InputError(f"{path}: not a published Gram file: {error}") from error
+    from common.pickles import read_pickled
+
+    content = read_pickled(path)
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path}: not a published Gram file: expected a dict of module name to Gram")
     for name, gram in content.items():
-        if not isinstance(gram, torch.Tensor) or gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
-            raise InputError(f"{path}: the entry {name!r} is no square matrix")
-    return {str(name): gram.detach().float().cpu().numpy() for name, gram in content.items()}
-
-
-class _GramUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        import torch
-
-        allowed = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-            # The storage's bytes are themselves a torch file, which torch's own function would unpickle freely.
-            ("torch.storage", "_load_from_bytes"): lambda data: torch.load(
-                io.BytesIO(data), map_location="cpu", weights_only=True
-            ),
-        }
-        if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is neither a tensor nor a container")
-        return allowed[module, name]
+        square = isinstance(gram, torch.Tensor) and gram.ndim == 2 and gram.shape[0] == gram.shape[1] > 0
+        if not square or not gram.dtype.is_floating_point or gram.itemsize < 2:
+            raise InputError(f"{path}: the entry {str(name)[:100]!r} is no square matrix of floats")
+    return {str(name): gram.detach().float().numpy() for name, gram in content.items()}

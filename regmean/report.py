@@ -64,7 +64,7 @@ class Provenance:
                 {"model": model.name, "weight": weight, "fingerprint": model.fingerprint()}
                 for model, weight in zip(models, flags.weights(), strict=True)
             ],
-            [{"file": str(file.path), **file.provenance} for file in grams],
+            [{**file.provenance, "file": str(file.path)} for file in grams],
             {name: version(name) for name in ("torch", "numpy")},
         )
 
@@ -125,12 +125,13 @@ def print_table(alpha: float, models: list[str], layers: list[LayerReport]) -> N
 
 
 def _describe(gram: dict[str, Any]) -> str:
+    """A Gram file's own account of itself, which anybody may have written."""
     if "dataset" not in gram:
         return gram["file"]
-    size = f"{gram['tokens']:,} tokens of {gram['examples']:,} examples"
-    return f"{gram['file']}: {size}, {gram['dataset']} ({gram['split']})"
+    tokens, examples = (f"{n:,}" if isinstance(n, int) else str(n) for n in (gram.get("tokens"), gram.get("examples")))
+    return f"{gram['file']}: {tokens} tokens of {examples} examples, {gram['dataset']} ({gram.get('split')})"
 
 
 def _code(text: str) -> str:
-    """`text` as an inline code span that cannot break out of it, or of a table cell."""
-    return "`" + text.replace("`", "'").replace("|", "/").replace("\n", " ") + "`"
+    """`text` as an inline code span, in which Markdown and HTML mean nothing, and out of which it cannot break."""
+    return "`" + " ".join(text.replace("`", "'").replace("|", "/").split()) + "`"

@@ -1,13 +1,28 @@
 import os
+import resource
+import subprocess
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before anything imports huggingface_hub, which reads it once: no test may wait for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests compare float32 results to 1e-5, on ranks that a machine's GPUs may be too few for.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
+
+# How many cases the fuzz tests try of each reader. Every case writes the test's folder anew.
+_FUZZ = {
+    "deadline": timedelta(seconds=20),
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+    "database": None,
+}
+settings.register_profile("quick", max_examples=80, derandomize=True, **_FUZZ)
+settings.register_profile("thorough", max_examples=3600, **_FUZZ)
+settings.load_profile("quick")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -19,3 +34,26 @@ def shared_datas() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder}")
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int, int], Path]]:
+    """Makes a folder on a disk of `size` bytes; where nothing may be mounted, one with files of at most `largest`."""
+    mounted: list[Path] = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def make(size: int, largest: int) -> Path:
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+        if subprocess.run(mount, capture_output=True).returncode == 0:
+            mounted.append(folder)
+        else:
+            # Python ignores SIGXFSZ, so that writing beyond the limit fails as on a full disk.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
+        return folder
+
+    yield make
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

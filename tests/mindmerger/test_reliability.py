@@ -268,3 +268,17 @@ def test_a_second_run_on_the_same_folder_is_refused(
     train_here(work, *words, "--save_name", "twice")
     assert same_bits(mapping(work, "twice"), whole)
     assert not list((work / "outputs/twice").glob(".*"))
+
+
+@pytest.mark.parametrize(("size", "largest"), [(20_000, 4_000), (75_000, 20_000)])
+def test_a_full_disk_ends_a_run_in_one_line_and_what_was_written_stays(
+    work: Path, words: Words, whole: dict, small_disk: Callable[[int, int], Path], size: int, largest: int
+) -> None:
+    """The mapping's files have 12 kB each, a state 40 kB: the first disk has no room for a mapping."""
+    disk = small_disk(size, largest)
+    with pytest.raises(InputError, match=r"cannot write outputs/full/mapping/.*: (No space left|File too large)"):
+        train_here(disk, *words, "--save_name", "full", "--data_dir", work / "datas")
+    written = disk / "outputs/full/mapping"
+    assert not list(written.rglob("*.partial"))
+    if size > 20_000:
+        assert mapping(disk, "full").keys() == whole.keys()

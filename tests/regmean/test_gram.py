@@ -463,3 +463,12 @@ def test_models_that_cannot_be_read_are_named(save: Callable, compute: Callable,
             GramFlags(model="no/such", dataset="d", text_column="t", output_dir=str(tmp_path / "o")),
             start_process("cpu"),
         )
+
+
+def test_a_full_disk_is_named(compute: Callable, small_disk: Callable[[int, int], Path]) -> None:
+    compute("llama", output="whole")
+    small_disk(12_000, 5_000)
+    with pytest.raises(
+        InputError, match=r"cannot write .*disk/.*safetensors: (No space left on device|File too large)"
+    ):
+        compute("llama", output="disk")

@@ -472,3 +472,12 @@ def test_bad_shard_sizes_and_empty_selections_are_named(library: Callable, tmp_p
     with pytest.raises(InputError, match="none of the selected tensors has a Gram"):
         run(folders, tmp_path / "out", include=["embed"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_folder(
+    library: Callable, tmp_path: Path, small_disk: Callable[[int, int], Path]
+) -> None:
+    disk = small_disk(10_000, 10_000)
+    with pytest.raises(InputError, match=r"cannot write .*merged: (No space left on device|File too large)"):
+        run(library("llama"), disk / "merged", "avg")
+    assert list(disk.iterdir()) == []

@@ -1,0 +1,477 @@
+"""Every reader on spoilt files: it reads them, or says in the project's own error what is wrong with which of them.
+
+Some two thousand cases; `pytest tests/test_fuzz.py --hypothesis-profile thorough` runs over a hundred thousand.
+"""
+
+import io
+import json
+import pickle
+import resource
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from common import snapshots
+from common.errors import InputError
+from common.files import write_text
+from common.flags import parse_flags
+from mindmerger.checkpoint import mapping_shapes, read_mapping, write_mapping
+from mindmerger.data import read_evaluation, read_training
+from mindmerger.evaluation import _take_from_checkpoint
+from mindmerger.flags import EvaluationFlags, TrainingFlags
+from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, select_languages
+from regmean.checkpoint import base_vocabulary, open_checkpoint
+from regmean.flags import GramFlags, MergeFlags
+from regmean.gram_file import Gram, open_grams, write_grams
+from regmean.preflight import plan_merge
+from regmean.report import Provenance, model_card
+from tests.mindmerger.datas import write_datas
+
+ROOM = 4 << 30
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_memory() -> Iterator[None]:
+    """A file that claims terabytes must not get them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + ROOM, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+# Values that a field of a file or a flag may be spoilt with.
+odd_numbers = st.sampled_from([-1, 0, 2**31, 2**63, 10**30, 10**4000])
+numbers = st.one_of(st.integers(), odd_numbers, st.floats())
+odd_texts = ["", "\0", "\ud800", "../../etc/passwd", "/etc/passwd", "x" * 300, "9" * 5000, "\u2028", "a\rb", "`|<b>"]
+texts = st.one_of(st.text(max_size=30), st.sampled_from(odd_texts))
+values = st.recursive(
+    st.one_of(st.none(), st.booleans(), numbers, texts),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(texts, inner, max_size=4)),
+    max_leaves=8,
+)
+
+
+@st.composite
+def spoilt_bytes(draw: st.DrawFn, whole: bytes) -> bytes:
+    """`whole` with a few bytes flipped, cut out, put in, repeated or swapped."""
+    content = bytearray(whole)
+    for _ in range(draw(st.integers(1, 4))):
+        kind = draw(st.sampled_from(["flip", "cut", "insert", "repeat", "truncate", "set"]))
+        start = draw(st.integers(0, len(content)))
+        stop = min(len(content), start + draw(st.integers(1, 40)))
+        if kind == "flip" and start < len(content):
+            content[start] ^= 1 << draw(st.integers(0, 7))
+        elif kind == "set":
+            content[start:stop] = bytes([draw(st.sampled_from([0, 0xFF, 0x72, 0x8A, 0x7F]))]) * (stop - start)
+        elif kind == "cut":
+            del content[start:stop]
+        elif kind == "insert":
+            content[start:start] = draw(
+                st.binary(max_size=20) | st.sampled_from([b"[" * 20_000, b"\xff\xfe", b"NaN", b"9" * 5000])
+            )
+        elif kind == "repeat":
+            content[start:start] = content[start:stop] * draw(st.integers(1, 20))
+        else:
+            del content[start:]
+    return bytes(content)
+
+
+def paths_in(value: Any, path: tuple = ()) -> list[tuple]:
+    """Where every value lies in a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(deeper for key, item in inner for deeper in paths_in(item, (*path, key)))]
+
+
+@st.composite
+def spoilt_json(draw: st.DrawFn, whole: Any) -> Any:
+    """`whole` with values replaced, removed or renamed."""
+    content = json.loads(json.dumps(whole))
+    for _ in range(draw(st.integers(1, 3))):
+        places = paths_in(content)
+        path = draw(st.sampled_from(places))
+        if not path:
+            content = draw(values) if draw(st.integers(0, 9)) == 0 else content
+            continue
+        parent = content
+        for key in path[:-1]:
+            parent = parent[key]
+        kind = draw(st.sampled_from(["replace", "replace", "remove", "rename"]))
+        if kind == "replace":
+            parent[path[-1]] = draw(values)
+        elif kind == "remove" or isinstance(parent, list):
+            del parent[path[-1]]
+        else:
+            parent[draw(texts)] = parent.pop(path[-1])
+    return content
+
+
+def dumps(value: Any) -> bytes:
+    return json.dumps(value).encode("utf-8", "surrogatepass")
+
+
+def spoilt_file(whole: bytes) -> st.SearchStrategy[bytes]:
+    """A JSON file, spoilt as bytes or as a value."""
+    return st.one_of(spoilt_bytes(whole), spoilt_json(json.loads(whole)).map(dumps))
+
+
+def try_reading(folder: Path, read: Callable[[], Any]) -> None:
+    """The claim: the file is read or refused by an InputError of a bearable length, and nothing is written."""
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    try:
+        read()
+    except InputError as error:
+        assert 0 < len(str(error)) < 20_000
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+GERMAN = (LANGUAGES["German"],)
+DATA_FILES: dict[str, Callable[[Path], Any]] = {
+    "bilingual_pairs/en-de/train_100k.de": lambda d: read_training(d, TRAINING_TASKS["math"], "mapping", GERMAN, 9),
+    "query_translation/math.json": lambda d: read_training(d, TRAINING_TASKS["math"], "augmentation", GERMAN, 9),
+    "query_translation/x-csqa/train_de.jsonl": lambda d: read_training(
+        d, TRAINING_TASKS["x-csqa"], "augmentation", GERMAN, 9
+    ),
+    "query_translation/xnli_dev.json": lambda d: read_training(d, TRAINING_TASKS["xnli"], "augmentation", GERMAN, 9),
+    "evaluation/mgsm/mgsm_de.tsv": lambda d: read_evaluation(d, EVALUATION_TASKS["mgsm"], GERMAN),
+    "evaluation/msvamp/test_German.jsonl": lambda d: read_evaluation(d, EVALUATION_TASKS["msvamp"], GERMAN),
+}
+
+
+@pytest.mark.parametrize("name", DATA_FILES)
+def test_data_files(tmp_path: Path, name: str) -> None:
+    write_datas(tmp_path / "all")
+    datas = tmp_path / "datas"
+    shutil.copytree((tmp_path / "all" / name).parent, (datas / name).parent)
+    path, whole = datas / name, (datas / name).read_bytes()
+    lines = whole.split(b"\n")
+    strategy = spoilt_bytes(whole)
+    if name.endswith(".json"):
+        few = json.dumps(json.loads(whole)[:3]).encode()
+        strategy |= spoilt_json(json.loads(few)).map(dumps)
+    elif name.endswith(".jsonl"):
+        strategy |= spoilt_json(json.loads(lines[0])).map(lambda row: dumps(row) + b"\n" + lines[1])
+
+    @settings()
+    @given(strategy)
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+
+        def read() -> None:
+            found = DATA_FILES[name](datas)
+            # What was read can be put into a digest and a file.
+            rows = found if isinstance(found, list) else [row for rows in found.values() for row in rows]
+            assert rows and all(row.place and (row.source.text + row.target).encode() for row in rows)
+
+        try_reading(datas, read)
+
+    check()
+
+
+FLAGS = {
+    "training": (
+        TrainingFlags,
+        {"llm_path": "L", "mt_path": "M", "train_batch_size": 8, "warmup_ratio": 0.1, "lr": 1e-3, "languages": ["de"]},
+    ),
+    "evaluation": (EvaluationFlags, {"llm_path": "L", "baseline": True, "test_num": 3, "task": "mgsm,xnli"}),
+    "gram": (GramFlags, {"model": "M", "dataset": "d.jsonl", "text_column": "text", "output_dir": "o"}),
+    "merge": (
+        MergeFlags,
+        {"method": "regmean", "models": ["a", "b"], "grams": ["a", "b"], "alpha": [0.1], "include": ["mlp"]},
+    ),
+}
+
+
+def use_flags(flags: Any) -> None:
+    """What a script does with them before it looks at a file."""
+    if isinstance(flags, MergeFlags):
+        flags.weights(), flags.output_dirs(), flags.selects("model.layers.0.mlp.up_proj.weight")
+    if isinstance(flags, TrainingFlags | EvaluationFlags):
+        select_languages(flags.languages)
+        Path("outputs", flags.save_name).exists()
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_yaml_files(tmp_path: Path, script: str) -> None:
+    flags_class, whole = FLAGS[script]
+    text = yaml.safe_dump(whole).encode()
+    path = tmp_path / "c.yaml"
+    # Nine references to nine references to nine ...
+    layers = [b"lol"] + [b",".join([b"*x%d" % n] * 9) for n in range(12)]
+    bomb = b"".join(b"x%d: &x%d [%s]\n" % (n, n, layer) for n, layer in enumerate(layers))
+    odd = st.sampled_from(
+        [
+            *(bomb, b"languages: " + bomb.split(b" ", 1)[1], b"lr: &a [*a]\n", b"lr: " + b"[" * 9000, b"[" * 100_000),
+            *(
+                b"lr: 2001-99-99\n",
+                b"lr: 0x" + b"f" * 6000,
+                b"? [a]\n: b\n",
+                b"lr: !!set {a, b}\n",
+                b"lr: !!binary aGk=",
+            ),
+            *(b"!!python/object/apply:os.system [ls]", b'save_name: "a\\0b"\n', b'llm_path: "\\uD800"\n'),
+        ]
+    )
+    spoilt = spoilt_json(whole).map(lambda value: json.dumps(value).encode())
+
+    @settings()
+    @given(st.one_of(spoilt_bytes(text), odd, spoilt))
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        try_reading(tmp_path, lambda: use_flags(parse_flags(flags_class, ["--config", str(path)])))
+
+    check()
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_flags(tmp_path: Path, script: str) -> None:
+    flags_class, whole = FLAGS[script]
+    names = [f"--{name}" for name in flags_class.__dataclass_fields__]
+    given_once = {name: str(value) for name, value in whole.items() if not isinstance(value, list)}
+    words = [word for name, value in given_once.items() for word in (f"--{name}", value)]
+    odd = [
+        "nan",
+        "inf",
+        "-1",
+        "0",
+        "True",
+        "--",
+        "-h=",
+        "--lr=",
+        "(((",
+        "(?P<a>",
+        "a{9999999999999}",
+        "[" * 4000,
+        "de,xx",
+    ]
+    number = numbers.map(lambda n: f"{n:.5g}" if isinstance(n, float) else hex(n))
+    word = st.one_of(st.sampled_from(names), texts, number, st.sampled_from(odd))
+
+    @settings()
+    @given(st.lists(word, max_size=4), st.integers(0, 20))
+    def check(more: list[str], place: int) -> None:
+        line = [*words[:place], *more, *words[place:]]
+        if "--config" not in line:
+            try_reading(tmp_path, lambda: use_flags(parse_flags(flags_class, line)))
+
+    check()
+
+
+def tensor_file() -> bytes:
+    tensors = {"model.layers.0.mlp.up_proj.weight": torch.ones(3, 2), "b": torch.zeros(4, dtype=torch.bfloat16)}
+    return save(tensors, metadata={"format": "pt"})
+
+
+def split_header(whole: bytes) -> tuple[Any, bytes]:
+    (length,) = struct.unpack("<Q", whole[:8])
+    return json.loads(whole[8 : 8 + length]), whole[8 + length :]
+
+
+def with_header(header: Any, data: bytes) -> bytes:
+    text = dumps(header)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def spoilt_safetensors(whole: bytes) -> st.SearchStrategy[bytes]:
+    header, data = split_header(whole)
+    lengths = st.integers(0, 2**64 - 1).map(lambda n: struct.pack("<Q", n) + whole[8:])
+    return st.one_of(spoilt_bytes(whole), lengths, spoilt_json(header).map(lambda h: with_header(h, data)))
+
+
+def model_folder(folder: Path) -> None:
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama", "vocab_size": 4, "tie_word_embeddings": False})
+    )
+    tokenizer = {"added_tokens": [{"id": 0, "content": "<s>"}], "model": {"vocab": {"a": 1, "b": 2}}}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "model-1.safetensors").write_bytes(tensor_file())
+    names = ("model.layers.0.mlp.up_proj.weight", "b")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-1.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "model.safetensors.index.json", "model-1.safetensors"]
+)
+def test_model_folders(tmp_path: Path, name: str) -> None:
+    for model in "AB":
+        (tmp_path / model).mkdir()
+        model_folder(tmp_path / model)
+    path, whole = tmp_path / "A" / name, (tmp_path / "A" / name).read_bytes()
+    other = open_checkpoint(str(tmp_path / "B"))
+    flags = MergeFlags(method="avg", models=["A", "B"], output_dir=str(tmp_path / "out"))
+
+    @settings()
+    @given(spoilt_safetensors(whole) if name.endswith(".safetensors") else spoilt_file(whole))
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+
+        def read() -> None:
+            model = open_checkpoint(str(tmp_path / "A"))
+            assert all(info.path == tmp_path / "A/model-1.safetensors" for info in model.tensors.values())
+            base_vocabulary(model)
+            plan_merge(flags, [model, other], [])
+            model.fingerprint()
+            for info in model.tensors.values():
+                info.read()
+
+        try_reading(tmp_path, read)
+
+    check()
+
+
+def test_gram_files(tmp_path: Path) -> None:
+    path = tmp_path / "gram.safetensors"
+    x = np.ones((3, 2), np.float32)
+    provenance = {"model": "m", "dataset": "d", "split": "s", "tokens": 3, "examples": 1, "fingerprint": "f"}
+    name = "model.layers.0.mlp.up_proj"
+    write_grams(path, [Gram(name, (name,), 3, 2)], lambda _: x.T @ x, provenance)
+    whole = path.read_bytes()
+    header, data = split_header(whole)
+
+    def inner(key: str) -> st.SearchStrategy[bytes]:
+        spoilt = spoilt_json(json.loads(header["__metadata__"][key])).map(
+            lambda value: dumps(value).decode("utf-8", "replace")
+        )
+        return spoilt.map(
+            lambda text: with_header(header | {"__metadata__": header["__metadata__"] | {key: text}}, data)
+        )
+
+    (tmp_path / "A").mkdir()
+    model_folder(tmp_path / "A")
+    model = open_checkpoint(str(tmp_path / "A"))
+    model = replace(model, tensors={key: info for key, info in model.tensors.items() if key != "b"})
+    flags = MergeFlags(method="regmean", models=["A", "A"], grams=["g", "g"], output_dir=str(tmp_path / "out"))
+
+    @settings()
+    @given(st.one_of(spoilt_safetensors(whole), inner("grams"), inner("provenance")))
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+
+        def read() -> None:
+            file = open_grams(path)
+            for gram in file.grams:
+                file.read(gram)
+            card = model_card(Provenance.of(flags, 0.1, "command", [model, model], [file, file]))
+            # Whatever it says of itself stays within its line of the list.
+            assert sum(line.startswith("- `") and line.endswith("`") for line in card.splitlines()) == 2
+            plan_merge(flags, [model, model], [file, file])
+
+        try_reading(tmp_path, read)
+
+    check()
+
+
+def published(kind: str) -> bytes:
+    grams = {"layers.0.q": torch.eye(3), "layers.0.o": torch.eye(2, dtype=torch.bfloat16)}
+    state = {name: torch.ones(shape) for name, shape in mapping_shapes(3, 2).items()}
+    content = io.BytesIO()
+    if kind == "gram pickle":
+        return pickle.dumps(grams, protocol=2)
+    if kind == "gram pickle 4":
+        return pickle.dumps(grams)
+    torch.save(grams if kind == "gram" else {"model_state_dict": state}, content,
+               _use_new_zipfile_serialization=kind != "old mapping")  # fmt: skip
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["gram", "gram pickle", "gram pickle 4", "mapping", "old mapping"])
+def test_published_files(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / ("gram.pkl" if "gram" in kind else "pytorch_model.bin")
+    whole = published(kind)
+    # Opcodes that make room for what they number or count, and do not have.
+    endless = [
+        b"r\xff\xff\xff\xff",
+        b"\x8e" + b"\xff" * 8,
+        b"B\xff\xff\xff\x7f",
+        b"\x95" + b"\xff" * 8,
+        b"\x8b\xff\xff\xff\x7f",
+    ]
+    greedy = st.sampled_from(endless)
+    inserted = st.tuples(greedy, st.integers(2, len(whole))).map(lambda p: whole[: p[1]] + p[0] + whole[p[1] :])
+
+    @settings()
+    @given(st.one_of(spoilt_bytes(whole), inserted))
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+
+        def read() -> None:
+            if "gram" not in kind:
+                read_mapping(path, 3, 2)
+                return
+            file = open_grams(path)
+            for gram in file.grams:
+                file.read(gram)
+
+        try_reading(tmp_path, read)
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_mapping_folders(tmp_path: Path, name: str) -> None:
+    state = {tensor: torch.ones(shape) for tensor, shape in mapping_shapes(3, 2).items()}
+    config = {"llm_path": "L", "mt_path": "M", "llm_revision": None, "mt_revision": None, "augmentation": True}
+    write_mapping(tmp_path, config, state)
+    path, whole = tmp_path / name, (tmp_path / name).read_bytes()
+
+    @settings()
+    @given(spoilt_safetensors(whole) if name.endswith(".safetensors") else spoilt_file(whole))
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+
+        def read() -> None:
+            flags = EvaluationFlags(init_checkpoint=str(tmp_path))
+            _take_from_checkpoint(flags)
+            assert isinstance(flags.llm_path, str) and isinstance(flags.mt_path, str)
+            read_mapping(tmp_path, 3, 2)
+
+        try_reading(tmp_path, read)
+
+    check()
+
+
+def test_snapshots(tmp_path: Path) -> None:
+    root = tmp_path / "state"
+    for step in (1, 2):
+        snapshots.save(root, step, lambda folder, step=step: write_text(folder / "state", f"{step}" * 50))
+    shutil.copytree(root, tmp_path / "kept")
+    files = {path.name: path.read_bytes() for path in (root / "step_2").iterdir()}
+
+    @settings()
+    @given(st.sampled_from(sorted(files)).flatmap(lambda name: st.tuples(st.just(name), spoilt_bytes(files[name]))))
+    def check(spoilt: tuple[str, bytes]) -> None:
+        name, content = spoilt
+        shutil.rmtree(root)
+        shutil.copytree(tmp_path / "kept", root)
+        (root / "step_2" / name).write_bytes(content)
+        found = snapshots.newest(root, lambda warning: None)
+        # Spoilt is never taken for whole.
+        assert found.name == "step_1" or (found / "state").read_bytes() == files["state"]
+
+    check()
+
+
+def test_records_of_runs(tmp_path: Path) -> None:
+    from common import runs
+
+    whole = json.dumps({"settings": {"lr": 0.1, "rows": "abc"}, "result": {"steps": 3}}).encode()
+
+    @settings()
+    @given(spoilt_file(whole))
+    def check(content: bytes) -> None:
+        (tmp_path / "run.json").write_bytes(content)
+        try_reading(tmp_path, lambda: runs.is_finished(tmp_path, {"lr": 0.1, "rows": "abc"}, overwrite=False))
+
+    check()
