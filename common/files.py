@@ -110,7 +110,7 @@ def inside(folder: Path, name: str) -> Path:
     Raises:
         InputError: `name` is no plain file name, or a link to somewhere else.
     """
-    if Path(name).name != name:
+    if Path(name).name != name or name in ("", ".."):
         raise InputError(f"{name!r} is not a file of {folder}")
     path, root = folder / name, folder.resolve()
     if root.parent.name == "snapshots":
