@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 from common.errors import InputError
 
 Flags = TypeVar("Flags")
-MAX_YAML = 16_384
+MAX_YAML = 8192
 
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
