@@ -6,9 +6,15 @@ from collections.abc import Callable
 
 from common.signals import EXIT_STOPPED, Stopped
 
+LONGEST = 10_000
+
 
 class InputError(Exception):
     """Bad input: the message names the file, line, flag or tensor, and says what to do."""
+
+    def __init__(self, message: str):
+        # What it quotes of a spoilt file may be megabytes.
+        super().__init__(message if len(message) <= LONGEST else f"{message[:LONGEST]} ...")
 
 
 def first_line(error: Exception) -> str:
@@ -23,7 +29,10 @@ def exit_with_message(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except (InputError, Stopped) as error:
+    except (InputError, Stopped, OSError) as error:
+        # What the system refuses to do with a file that it names, a flag or a link has named.
+        if isinstance(error, OSError) and error.filename is None:
+            raise
         rank = os.environ.get("RANK", "0")
         stopped = isinstance(error, Stopped)
         kind = ("stopped" if stopped else "error") + ("" if rank == "0" else f" (rank {rank})")

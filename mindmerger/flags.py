@@ -36,8 +36,9 @@ class ModelFlags:
     def __post_init__(self) -> None:
         for name in ("max_seq_len", "max_prompt_len", "max_gen_len", "eval_batch_size"):
             require_positive(self, name)
-        if Path(self.save_name).name != self.save_name or self.save_name in ("", ".", ".."):
-            raise InputError(f"--save_name {self.save_name!r} must be a plain folder name")
+        plain = Path(self.save_name).name == self.save_name and self.save_name not in ("", ".", "..")
+        if not plain or len(self.save_name) > 100:
+            raise InputError(f"--save_name {self.save_name[:100]!r} must be a plain folder name of at most 100 letters")
 
 
 @dataclass

@@ -175,5 +175,5 @@ def base_vocabulary(checkpoint: Checkpoint) -> tuple[Any, dict[int, str]] | None
     try:
         added = {int(token["id"]): token["content"] for token in content["added_tokens"]}
         return content["model"]["vocab"], added
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # the last for an id of infinity
         raise InputError(f"{path}: not a tokenizer file: {error!r} is missing") from error

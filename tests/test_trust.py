@@ -36,7 +36,7 @@ SOURCES = [
         # Any unpickling but by weights_only, or by the restricted unpickler of common/pickles.py.
         r"\b(pickle|cPickle|dill|joblib|cloudpickle|marshal|shelve)\.loads?\b",
         r"\bpickle\.Unpickler\b|from pickle import",
-        r"torch\.load\((?![^)]*weights_only=True)",
+        r"torch\.load\((?![^)]*weights_only=True)|_load\([^)]*pickle_module",
         r"load_checkpoint\(|allow_pickle|pd\.read_pickle|np\.load\(",
         r"yaml\.(unsafe_|full_)?load\(",
         # Code that a model wrote, or that a file holds.
