@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
@@ -77,3 +78,9 @@ def padded(rows: list[list[int]], value: int) -> torch.Tensor:
     """int64 [rows, longest], filled up with `value` on the right."""
     longest = max(map(len, rows))
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A whole Hugging Face folder, in half precision: half the download."""
+    model.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -18,13 +18,12 @@ from transformers import (
     LlamaForCausalLM,
     MT5Config,
     MT5ForConditionalGeneration,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from mindmerger.batching import IGNORED
 from mindmerger.tasks import math_prompt
-from quickstart.fit import Lessons, causal_batches, fit, padded
+from quickstart.fit import Lessons, causal_batches, fit, padded, save
 from quickstart.world import WORLD_LANGUAGES, Problem, problems
 
 # Texts that a tokenizer is made from; every word of the world is among them many times.
@@ -222,19 +221,13 @@ def _translation_batches(tokenizer: PreTrainedTokenizerFast, size: int, seed: in
 def make_llm(folder: Path, seed: int) -> None:
     """Train the LLM and save it: about 20 minutes of one core."""
     tokenizer = llm_tokenizer()
-    _save(train_llm(tokenizer, seed), tokenizer, folder)
+    save(train_llm(tokenizer, seed), tokenizer, folder)
 
 
 def make_mt(folder: Path, seed: int) -> None:
     """Train the mT5 and save it: about 15 minutes of one core."""
     tokenizer = mt_tokenizer()
-    _save(train_mt(tokenizer, seed), tokenizer, folder)
-
-
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    # Half precision halves the download, and none of the figures changes by it.
-    model.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save(train_mt(tokenizer, seed), tokenizer, folder)
 
 
 def main() -> None:

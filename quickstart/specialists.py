@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from common.logging import quiet_libraries
 from quickstart.exercises import LARGEST_NUMBER, TASKS, texts
-from quickstart.fit import Lessons, causal_batches, fit
+from quickstart.fit import Lessons, causal_batches, fit, save
 from quickstart.programs import programs
 from quickstart.world import problems
 
@@ -120,16 +120,11 @@ def train_all(folder: Path, seed: int) -> None:
     tokenizer = make_tokenizer()
     home = folder / "base"
     if not home.exists():
-        _save(train_base(tokenizer), tokenizer, home)
+        save(train_base(tokenizer), tokenizer, home)
     # As a user has it, rounded: what is fine-tuned is what is shipped.
     base = LlamaForCausalLM.from_pretrained(home, dtype=torch.float32)
     for task in TASKS:
-        _save(train_specialist(base, tokenizer, task, seed), tokenizer, folder / task)
-
-
-def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    model.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        save(train_specialist(base, tokenizer, task, seed), tokenizer, folder / task)
 
 
 def main() -> None:
