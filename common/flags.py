@@ -15,6 +15,7 @@ from common.errors import InputError
 
 Flags = TypeVar("Flags")
 MAX_YAML = 8192
+MAX_BRACKETS = 200
 
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
@@ -77,11 +78,9 @@ def _preset(presets: Path, name: str) -> Path:
 def _words_of_yaml(path: Path, parser: _Parser) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
-        # PyYAML takes time quadratic in a file's brackets.
-        if len(text) > MAX_YAML:
-            raise InputError(
-                f"--config {path}: {len(text)} characters are no file of flags; at most {MAX_YAML} are read"
-            )
+        # PyYAML takes seconds for a few thousand brackets, and a file of flags has a few.
+        if len(text) > MAX_YAML or text.count("[") + text.count("{") > MAX_BRACKETS:
+            raise InputError(f"--config {path}: more than {MAX_YAML} characters or {MAX_BRACKETS} brackets")
         content = yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, the 99th of May
         raise InputError(f"--config {path}: {error}") from error
