@@ -53,8 +53,9 @@ def make_model(tokenizer, seed: int) -> LlamaForCausalLM:
 
 @pytest.fixture
 def flags(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompareFlags:
-    """Seven random models, in a working folder of their own."""
+    """Seven random models, in a working folder of their own, that are soon cut short."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart.compare_merges, "MAX_NEW_TOKENS", 4)
     for seed, name in enumerate(NAMES):
         folder = tmp_path / ("models" if name in NAMES[:3] else "merges") / name.replace("regmean_", "regmean/alpha_")
         make_model(tokenizer, seed).save_pretrained(folder)
