@@ -23,6 +23,7 @@ def locked(folder: Path) -> Iterator[None]:
         InputError: another process holds it; where it runs is told.
     """
     path = folder.parent / f".{folder.name}.lock"
+    made = not path.parent.exists()
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(path, folder)
@@ -36,8 +37,9 @@ def locked(folder: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
         os.close(descriptor)
         # Where bad input was found before anything was written, nothing is left.
-        with contextlib.suppress(OSError):
-            path.parent.rmdir()
+        if made:
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
 
 
 def _lock(path: Path, folder: Path) -> int:
