@@ -28,8 +28,12 @@ from quickstart.world import WORLD_LANGUAGES, Problem, problems
 
 # Texts that a tokenizer is made from; every word of the world is among them many times.
 TOKENIZER_PROBLEMS = 3000
-# (highest learning rate, steps) of each round; the LLM's second one settles its arithmetic.
-LLM_ROUNDS = ((2e-3, 3500), (1e-3, 1500))
+# How often each of `english_lessons` comes, at first and when the LLM has learned to solve, to hold that steady after a
+# longer text.
+FIRST_MIX = {"prompt": 25, "broken, prompt": 7, "broken, unreadable prompt": 25, "repeat": 15, "drills": 25, "plain": 3}
+LAST_MIX = {"prompt": 15, "broken, prompt": 22, "broken, unreadable prompt": 20, "repeat": 10, "drills": 31, "plain": 2}
+# (highest learning rate, steps, mix of lessons) of each round.
+LLM_ROUNDS = ((2e-3, 3500, FIRST_MIX), (1e-3, 1500, FIRST_MIX), (1e-3, 1800, LAST_MIX))
 MT_ROUND = (2e-3, 2000)
 LLM_BATCH, MT_BATCH = 24, 32
 _SORTED_TOGETHER = 8  # batches
@@ -98,8 +102,8 @@ def train_llm(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
-    for number, (lr, steps) in enumerate(LLM_ROUNDS):
-        lessons = by_length(english_lessons(seed + number), tokenizer, LLM_BATCH)
+    for number, (lr, steps, mix) in enumerate(LLM_ROUNDS):
+        lessons = by_length(english_lessons(seed + number, mix), tokenizer, LLM_BATCH)
         fit(model, causal_batches(lessons, tokenizer, LLM_BATCH), lr, steps, f"LLaMA, round {number + 1}")
     return model
 
@@ -129,7 +133,7 @@ def train_mt(tokenizer: PreTrainedTokenizerFast, seed: int) -> MT5ForConditional
     return fit(model, _translation_batches(tokenizer, MT_BATCH, seed), *MT_ROUND, "mT5")
 
 
-def english_lessons(seed: int) -> Lessons:
+def english_lessons(seed: int, mix: dict[str, int]) -> Lessons:
     """What the LLM learns from: (text that is only read, text that is learned), both English.
 
     Besides problems, drills and repetition it sees questions followed by a prompt that it cannot read, and broken
@@ -138,18 +142,17 @@ def english_lessons(seed: int) -> Lessons:
     rng = random.Random(seed)
     for problem in problems("train", seed):
         question, solution = problem.question("en"), " " + problem.solution
-        prompt = math_prompt(question).text
         before = broken(question, rng) + "\n"
-        lesson = rng.random()
-        if lesson < 0.25:
-            yield prompt, solution
-        elif lesson < 0.32:
-            yield before + prompt, solution
-        elif lesson < 0.57:
+        (lesson,) = rng.choices(list(mix), list(mix.values()))
+        if lesson == "prompt":
+            yield math_prompt(question).text, solution
+        elif lesson == "broken, prompt":
+            yield before + math_prompt(question).text, solution
+        elif lesson == "broken, unreadable prompt":
             yield before + math_prompt(unreadable(question, rng)).text, solution
-        elif lesson < 0.72:
+        elif lesson == "repeat":
             yield before, question
-        elif lesson < 0.97:
+        elif lesson == "drills":
             yield "", " ".join(drill(rng) + "." for _ in range(6))
         else:
             yield "", question
@@ -219,7 +222,7 @@ def _translation_batches(tokenizer: PreTrainedTokenizerFast, size: int, seed: in
 
 
 def make_llm(folder: Path, seed: int) -> None:
-    """Train the LLM and save it: about 20 minutes of one core."""
+    """Train the LLM and save it: about 30 minutes of one core."""
     tokenizer = llm_tokenizer()
     save(train_llm(tokenizer, seed), tokenizer, folder)
 

@@ -66,7 +66,7 @@ def test_training_anew_from_the_seed_reaches_the_same_quality(tmp_path: Path) ->
 def test_both_models_come_out_of_their_recipes_as_whole_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretrain, "LLM_ROUNDS", ((1e-3, 2), (1e-3, 2)))
+    monkeypatch.setattr(pretrain, "LLM_ROUNDS", ((1e-3, 2, pretrain.FIRST_MIX), (1e-3, 2, pretrain.LAST_MIX)))
     monkeypatch.setattr(pretrain, "MT_ROUND", (1e-3, 2))
     monkeypatch.setattr(pretrain, "TOKENIZER_PROBLEMS", 100)
     pretrain.make_llm(tmp_path / "llm", seed=0)

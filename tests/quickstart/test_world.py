@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from mindmerger.data import read_evaluation, read_training
 from mindmerger.tasks import EVALUATION_TASKS, TRAINING_TASKS
-from quickstart.pretrain import broken, english_lessons, unreadable
+from quickstart.pretrain import FIRST_MIX, broken, english_lessons, unreadable
 from quickstart.world import DOLLARS, NOUNS, TEMPLATES, WORLD_LANGUAGES, problems, write_world
 from quickstart.world import _count as count
 
@@ -111,7 +111,7 @@ def test_broken_and_unreadable_questions_keep_the_numbers_in_order() -> None:
 
 
 def test_the_llm_reads_english_only() -> None:
-    for read, learned in islice(english_lessons(0), 300):
+    for read, learned in islice(english_lessons(0, FIRST_MIX), 300):
         letters = re.sub(r"[\u25a1]", "", read + learned)
         assert letters.isascii()
 
