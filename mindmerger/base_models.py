@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForTextEncoding,
     PretrainedConfig,
     PreTrainedModel,
@@ -42,17 +43,55 @@ def load_llm(path: str, revision: str | None, dtype: torch.dtype, trust_remote_c
     return _load(AutoModelForCausalLM, path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def load_encoder(path: str, revision: str | None, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def is_decoder_only(config: PretrainedConfig) -> bool:
+    """Whether a multilingual model is a causal language model: each state has seen only what stands before it."""
+    return (
+        not config.is_encoder_decoder
+        and type(config) in AutoModelForCausalLM._model_mapping
+        and type(config) not in AutoModelForMaskedLM._model_mapping
+    )
+
+
+def check_encoder_layer(layer: int, path: str, config: PretrainedConfig) -> None:
+    """Raise InputError unless the model of this config can end after so many layers."""
+    if not is_decoder_only(config):
+        raise InputError(f"--encoder_layer is for decoder-only models, and {path} is none: leave it out")
+    layers = config.get_text_config().num_hidden_layers
+    if not 1 <= layer <= layers:
+        raise InputError(f"--encoder_layer {layer} must be from 1 to {layers}, the layers of {path}")
+
+
+def load_encoder(
+    path: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    layers: int | None = None,
+) -> PreTrainedModel:
     """A multilingual model as an encoder, in eval mode: of an encoder-decoder, the encoder alone is read.
 
     The kind is told by the model's config: encoder-decoder (mT5, NLLB, M2M100, ...), encoder-only (XLM-R, ...),
     or decoder-only, whose last hidden states serve.
+
+    Args:
+        path, revision: hub id or local folder.
+        dtype: of the weights.
+        trust_remote_code: run the code that the model's repository brings.
+        layers: of a decoder-only model, how many of its first layers to read; then comes its final norm.
 
     Raises:
         InputError: `path` holds no such model, or not all of its encoder's weights.
     """
     config = base_config(path, revision, trust_remote_code)
     options: dict[str, Any] = {"revision": revision, "dtype": dtype}
+    if layers is not None:
+        check_encoder_layer(layers, path, config)
+        text_config = config.get_text_config()
+        # Under this name or an older one that it stands for.
+        text_config.num_hidden_layers = layers
+        if getattr(text_config, "layer_types", None):
+            text_config.layer_types = text_config.layer_types[:layers]
+        options["config"] = config
     if not config.is_encoder_decoder:
         known = AutoModel._model_mapping.get(type(config), None)
         if known is not None and "add_pooling_layer" in inspect.signature(known).parameters:

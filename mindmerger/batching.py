@@ -36,13 +36,14 @@ class Batch:
 
 def collate(rows: list[Tokens], source_pad_id: int) -> Batch:
     """Pad `rows` to the longest of each kind. An encoder may tell padding by its own padding id alone."""
-    input_ids, attention_mask = _pad([row.source for row in rows], source_pad_id)
-    prompt_ids, prompt_attention_mask = _pad([row.prompt for row in rows], 0)
-    labels, _ = _pad([row.target for row in rows], IGNORED)
+    input_ids, attention_mask = pad([row.source for row in rows], source_pad_id)
+    prompt_ids, prompt_attention_mask = pad([row.prompt for row in rows], 0)
+    labels, _ = pad([row.target for row in rows], IGNORED)
     return Batch(input_ids, attention_mask, prompt_ids, prompt_attention_mask, labels)
 
 
-def _pad(sequences: list[array], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pad(sequences: list[array], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), both int64 [sequences, longest], filled up on the right with `pad_id` and 0."""
     longest = max(map(len, sequences))
     ids = [[*sequence, *[pad_id] * (longest - len(sequence))] for sequence in sequences]
     mask = [[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences]

@@ -1,6 +1,7 @@
 """The trained mapping on disk: as a Hugging Face folder, and in the published form beside it."""
 
 import io
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from common.errors import InputError
-from common.files import write_bytes, write_json
+from common.files import read_json, write_bytes, write_json
 from common.pickles import read_pickled
+from mindmerger.flags import ModelFlags
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
@@ -70,6 +72,38 @@ def read_mapping(checkpoint: Path, mt_hidden_size: int, llm_hidden_size: int) ->
             + "; ".join(problems)
         )
     return {name: tensor.float() for name, tensor in state.items()}
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """What stands beside a mapping about it: which models it joins, and how; nothing beside a published file.
+
+    Raises:
+        InputError: there is no mapping, or the record is damaged.
+    """
+    path = mapping_file(checkpoint).parent / CONFIG
+    record = read_json(path) if path.is_file() else {}
+    if not isinstance(record, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    kinds = {f"{name}_{what}": str for name in ("llm", "mt") for what in ("path", "revision")}
+    for name, kind in (kinds | {"augmentation": bool, "encoder_layer": int}).items():
+        if not isinstance(record.get(name), kind | None):
+            raise InputError(f"{path}: {name} is {reprlib.repr(record[name])}, no {kind.__name__}")
+    return record
+
+
+def take_encoder_layer(flags: ModelFlags, checkpoint: Path) -> None:
+    """Let `--encoder_layer` be what the mapping was trained on.
+
+    Raises:
+        InputError: it is told otherwise.
+    """
+    record = read_record(checkpoint)
+    trained = record.get("encoder_layer")
+    if flags.encoder_layer is None:
+        flags.encoder_layer = trained
+    elif record and flags.encoder_layer != trained:
+        layers = "all layers" if trained is None else f"{trained} layer(s)"
+        raise InputError(f"--encoder_layer {flags.encoder_layer}: {checkpoint} was trained on {layers} of the encoder")
 
 
 def write_mapping(folder: Path, config: dict[str, Any], state: dict[str, torch.Tensor]) -> None:

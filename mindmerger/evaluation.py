@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import reprlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from common.signals import Stopped, StopSignals
 from mindmerger.answers import PARSERS, parse_answer
 from mindmerger.base_models import load_llm
 from mindmerger.batching import Batch, collate, plan_once
-from mindmerger.checkpoint import CONFIG, mapping_file, read_mapping
+from mindmerger.checkpoint import CONFIG, mapping_file, read_mapping, read_record, take_encoder_layer
 from mindmerger.data import Example, read_evaluation
 from mindmerger.decoding import greedy, label_log_likelihoods
 from mindmerger.flags import EvaluationFlags
@@ -285,20 +284,15 @@ def _take_from_checkpoint(flags: EvaluationFlags) -> None:
     Raises:
         InputError: there is no such mapping, or neither flags nor record name the models.
     """
-    path = mapping_file(Path(flags.init_checkpoint)).parent / CONFIG
-    saved = read_json(path) if path.is_file() else {}
-    kinds = {f"{name}_{what}": str for name in ("llm", "mt") for what in ("path", "revision")} | {"augmentation": bool}
-    if not isinstance(saved, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    for name, kind in kinds.items():
-        if not isinstance(saved.get(name), kind | None):
-            raise InputError(f"{path}: {name} is {reprlib.repr(saved[name])}, no {kind.__name__}")
+    checkpoint = Path(flags.init_checkpoint)
+    saved = read_record(checkpoint)
+    take_encoder_layer(flags, checkpoint)
     for name in ("llm", "mt"):
         if getattr(flags, f"{name}_path") is None:
             setattr(flags, f"{name}_path", saved.get(f"{name}_path"))
             setattr(flags, f"{name}_revision", saved.get(f"{name}_revision"))
         if getattr(flags, f"{name}_path") is None:
-            raise InputError(f"--{name}_path is needed: there is no {path} that names the models")
+            raise InputError(f"--{name}_path is needed: no {CONFIG} beside {mapping_file(checkpoint)} names the models")
     if flags.augmentation is None:
         flags.augmentation = saved.get("augmentation")
 
@@ -317,6 +311,7 @@ def _settings(flags: EvaluationFlags, examples: list[Example], uses_prompt: bool
         "llm_revision": flags.llm_revision,
         "mt_path": None if flags.baseline else flags.mt_path,
         "mt_revision": None if flags.baseline else flags.mt_revision,
+        "encoder_layer": flags.encoder_layer,
         "mapping_sha256": None if flags.baseline else sha256(mapping_file(Path(flags.init_checkpoint))),
         "augmentation": uses_prompt,
         "problems_sha256": hashlib.sha256(texts.encode()).hexdigest(),

@@ -17,6 +17,9 @@ class ModelFlags:
     mt_path: str | None = flag(None, "multilingual model: hub id or local folder")
     llm_revision: str | None = flag(None, "hub revision of the LLM")
     mt_revision: str | None = flag(None, "hub revision of the multilingual model")
+    encoder_layer: int | None = flag(
+        None, "of a decoder-only multilingual model, how many of its layers to read; default: as trained, or all"
+    )
     trust_remote_code: bool = flag(False, "run code that a model's repository brings")
     data_dir: str = flag("./datas", "folder in the published data layout")
     languages: str | None = flag(None, "comma-separated English names or ISO codes; default: all of the task's")
@@ -57,9 +60,12 @@ class TrainingFlags(ModelFlags):
     lr: float = flag(2e-5, "peak learning rate of AdamW")
     lr_scheduler: Literal["constant", "cosine"] = flag("constant", "learning rate after warm-up")
     warmup_ratio: float = flag(0.0, "share of all steps in which the learning rate rises from 0")
-    mapping_init: Literal["scaled", "random"] = flag(
-        "scaled", "scaled: mapped vectors start as long as the LLM's embeddings; random: published"
+    mapping_init: Literal["scaled", "random", "aligned"] = flag(
+        "scaled",
+        "scaled: mapped vectors start as long as the LLM's embeddings; aligned: fitted to them on English text "
+        "(docs/aligned_start.md); random: published",
     )
+    aligned_sentences: int = flag(300, "English sentences among the training rows that an aligned start is fitted to")
     boundary_init: Literal["mean", "zero"] = flag("mean", "mean: the LLM's mean embedding; zero: published")
     gradient_checkpointing: bool = flag(False, "recompute the LLM's layers in the backward pass, to save memory")
     eval_steps: int = flag(500, "optimizer steps between evaluations on the dev rows")
@@ -69,7 +75,7 @@ class TrainingFlags(ModelFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("train_num", "epoch_num", "lr", "eval_steps", "save_steps"):
+        for name in ("train_num", "epoch_num", "lr", "eval_steps", "save_steps", "aligned_sentences"):
             require_positive(self, name)
         if self.llm_path is None or self.mt_path is None:
             raise InputError("--llm_path and --mt_path are needed: the two models to join")

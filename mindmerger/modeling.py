@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import cached_file
 
 from common.errors import InputError, first_line
-from mindmerger.base_models import base_config, load_encoder, load_llm
+from mindmerger.base_models import base_config, check_encoder_layer, load_encoder, load_llm
 from mindmerger.batching import IGNORED
 from mindmerger.checkpoint import SAFETENSORS, read_mapping, write_mapping
 from mindmerger.flags import ModelFlags
@@ -37,6 +37,7 @@ class MindMergerConfig(PretrainedConfig):
         llm_revision, mt_revision: hub revisions to pin them to.
         llm_hidden_size, mt_hidden_size: widths of the LLM's embeddings and of the encoder's states.
         llm_bos_token_id: opens every sequence; None for an LLM without one.
+        encoder_layer: of a decoder-only multilingual model, how many of its layers make the encoder; None for all.
         task, stage, augmentation, prompt: what the mapping was last trained for; `prompt` is the template that
             followed the boundary, None where none did.
     """
@@ -52,6 +53,7 @@ class MindMergerConfig(PretrainedConfig):
         llm_hidden_size: int | None = None,
         mt_hidden_size: int | None = None,
         llm_bos_token_id: int | None = None,
+        encoder_layer: int | None = None,
         task: str | None = None,
         stage: str | None = None,
         augmentation: bool | None = None,
@@ -65,6 +67,7 @@ class MindMergerConfig(PretrainedConfig):
         self.llm_hidden_size = llm_hidden_size
         self.mt_hidden_size = mt_hidden_size
         self.llm_bos_token_id = llm_bos_token_id
+        self.encoder_layer = encoder_layer
         self.task = task
         self.stage = stage
         self.augmentation = augmentation
@@ -174,7 +177,7 @@ class MindMergerForCausalLM(PreTrainedModel):
         cls, config: MindMergerConfig, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
     ) -> "MindMergerForCausalLM":
         """Load both frozen models that `config` names, in `dtype`; the mapping starts at random, in float32."""
-        encoder = load_encoder(config.mt_path, config.mt_revision, dtype, trust_remote_code)
+        encoder = load_encoder(config.mt_path, config.mt_revision, dtype, trust_remote_code, config.encoder_layer)
         llm = load_llm(config.llm_path, config.llm_revision, dtype, trust_remote_code)
         return cls(config, encoder, llm)
 
@@ -368,28 +371,35 @@ def embedding_scale(
         (mean embedding [llm_hidden_size], float32; root mean square of the embeddings over that of the mapped
         vectors).
     """
-    embedding = model.llm.get_input_embeddings()
-    total, squares = 0.0, 0.0
-    for ids in torch.arange(embedding.num_embeddings, device=input_ids.device).split(8192):
-        vectors = embedding(ids).float()
-        total = total + vectors.sum(dim=0)
-        squares += float(vectors.square().sum())
-    embedding_rms = (squares / (embedding.num_embeddings * model.config.llm_hidden_size)) ** 0.5
-
+    mean, embedding_rms = mean_embedding(model.llm.get_input_embeddings(), input_ids.device)
     states, mask = model.encode(input_ids, attention_mask)
     vectors, _ = model.mapping(states.to(model.mapping.end_boundary.dtype))
     mapped_rms = float(vectors[mask.bool()].float().square().mean().sqrt())
-    return total / embedding.num_embeddings, embedding_rms / mapped_rms
+    return mean, embedding_rms / mapped_rms
+
+
+@torch.no_grad()
+def mean_embedding(embedding: nn.Module, device: torch.device) -> tuple[torch.Tensor, float]:
+    """(mean, [llm_hidden_size] in float32; root mean square of all values) of an LLM's embedding table."""
+    total, squares = 0.0, 0.0
+    for ids in torch.arange(embedding.num_embeddings, device=device).split(8192):
+        # Not the table itself: some models scale what they look up, and ZeRO-3 gathers it only here.
+        vectors = embedding(ids).float()
+        total = total + vectors.sum(dim=0)
+        squares += float(vectors.square().sum())
+    return total / embedding.num_embeddings, (squares / (embedding.num_embeddings * len(total))) ** 0.5
 
 
 def mapping_config(flags: ModelFlags, llm_bos_token_id: int | None) -> MindMergerConfig:
     """The config that joins the two models that the flags name, from their configs alone: no weights are read.
 
     Raises:
-        InputError: one of the two cannot be found.
+        InputError: one of the two cannot be found, or has no such --encoder_layer.
     """
     llm = base_config(flags.llm_path, flags.llm_revision, flags.trust_remote_code)
     mt = base_config(flags.mt_path, flags.mt_revision, flags.trust_remote_code)
+    if flags.encoder_layer is not None:
+        check_encoder_layer(flags.encoder_layer, flags.mt_path, mt)
     return MindMergerConfig(
         llm_path=flags.llm_path,
         mt_path=flags.mt_path,
@@ -398,6 +408,7 @@ def mapping_config(flags: ModelFlags, llm_bos_token_id: int | None) -> MindMerge
         llm_hidden_size=llm.get_text_config().hidden_size,
         mt_hidden_size=mt.get_text_config().hidden_size,
         llm_bos_token_id=llm_bos_token_id,
+        encoder_layer=flags.encoder_layer,
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from common.errors import InputError, first_line
+from mindmerger.alignment import Span
 from mindmerger.base_models import base_config
 from mindmerger.data import Example
 from mindmerger.flags import ModelFlags
@@ -15,6 +16,13 @@ from mindmerger.tasks import LANGUAGES, Language, Prompt
 
 # Texts handed to a tokenizer at a time: enough for its threads, few enough for its memory.
 _AT_ONCE = 10_000
+# A "</s>" in somebody's text is text. verbose=False: what is too long is cut below, by our own rule.
+_PLAIN = {
+    "add_special_tokens": False,
+    "split_special_tokens": True,
+    "return_attention_mask": False,
+    "verbose": False,
+}
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,19 @@ class ExampleTokenizer:
             )
         return tokens
 
+    def sources_with_spans(self, texts: list[str], language: Language) -> list[tuple[list[int], list[Span]]]:
+        """The source ids of texts in one language, uncut, and where each token stands; special tokens nowhere, (0, 0).
+
+        Raises:
+            InputError: the tokenizer gives no character offsets, or the encoder lacks the language.
+        """
+        prefix = [self._language_token(language)] if self._names_language else self._source_prefix
+        suffix = self._source_suffix
+        return [
+            ([*prefix, *ids, *suffix], [*[(0, 0)] * len(prefix), *spans, *[(0, 0)] * len(suffix)])
+            for ids, spans in ids_with_spans(self.mt_tokenizer, texts)
+        ]
+
     def label_ids(self, label: str) -> list[int]:
         """A label word as a target begins with it: without eos."""
         return _ids(self.llm_tokenizer, [label])[0]
@@ -201,10 +222,32 @@ def count_cuts(tokens: Iterable[Tokens]) -> dict[str, dict[str, int]]:
     return {language: dict(counter) for language, counter in counts.items() if counter}
 
 
+def ids_with_spans(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tuple[list[int], list[Span]]]:
+    """The ids of each text, without special tokens, and the span of each token in it, without spaces around.
+
+    Raises:
+        InputError: the tokenizer gives no character offsets.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"the tokenizer in {tokenizer.name_or_path} is no fast one and does not tell where its tokens stand in a "
+            "text, by which an aligned start matches them: take another --mapping_init"
+        )
+    encoded = tokenizer(texts, return_offsets_mapping=True, **_PLAIN)
+    return [
+        (ids, [_without_spaces(text, start, end) for start, end in offsets])
+        for text, ids, offsets in zip(texts, encoded.input_ids, encoded.offset_mapping, strict=True)
+    ]
+
+
+def _without_spaces(text: str, start: int, end: int) -> Span:
+    """Some tokenizers count the space before a word to its first token, others do not."""
+    piece = text[start:end]
+    return start + len(piece) - len(piece.lstrip()), end - len(piece) + len(piece.rstrip())
+
+
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # A "</s>" in somebody's text is text. verbose=False: what is too long is cut below, by our own rule.
-    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    return tokenizer(texts, return_attention_mask=False, **options).input_ids
+    return tokenizer(texts, **_PLAIN).input_ids
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -30,8 +30,16 @@ from common.files import read_json, sha256, write_bytes, write_json
 from common.locks import locked
 from common.logging import Metrics, progress, quiet_libraries, say
 from common.signals import Stopped, StopSignals
+from mindmerger.aligned_start import aligned_start
 from mindmerger.batching import Batch, collate, plan_epoch, plan_once
-from mindmerger.checkpoint import PUBLISHED, mapping_file, read_mapping, write_mapping, write_published
+from mindmerger.checkpoint import (
+    PUBLISHED,
+    mapping_file,
+    read_mapping,
+    take_encoder_layer,
+    write_mapping,
+    write_published,
+)
 from mindmerger.data import Example, hold_out, read_training
 from mindmerger.flags import TrainingFlags
 from mindmerger.modeling import MindMergerForCausalLM, embedding_scale, mapping_config
@@ -40,6 +48,7 @@ from mindmerger.tokenization import Tokens, count_cuts, load_example_tokenizer
 
 DEEPSPEED_CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
 STATE = "state"
+ALIGNED_START = "aligned_start"
 # Of AdamW, for every parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Steps without a finite loss and gradient: one is passed over, so many in a row are no accident of a batch.
@@ -80,10 +89,12 @@ def _train(flags: TrainingFlags, process: Process) -> None:
     rows = read_training(Path(flags.data_dir), task, flags.stage_name, languages, flags.train_num)
     dev_rows, train_rows = hold_out(rows, flags.dev_size, flags.seed)
     tokenizer = load_example_tokenizer(flags, flags.uses_prompt)
+    checkpoint = initial_checkpoint(flags)
+    if checkpoint is not None:
+        take_encoder_layer(flags, checkpoint)
     config = mapping_config(flags, tokenizer.llm_tokenizer.bos_token_id)
     config.task, config.stage, config.augmentation = flags.task, flags.stage_name, flags.uses_prompt
     config.prompt = prompt_template(flags.task, flags.stage_name) if flags.uses_prompt else None
-    checkpoint = initial_checkpoint(flags)
     widths = config.mt_hidden_size, config.llm_hidden_size
     initial = None if checkpoint is None else read_mapping(checkpoint, *widths)
 
@@ -97,10 +108,13 @@ def _train(flags: TrainingFlags, process: Process) -> None:
         for language, cuts in count_cuts(train_tokens + dev_tokens).items():
             say(process, f"cut to the limits in {language}: {', '.join(f'{n} {kind}(s)' for kind, n in cuts.items())}")
 
+        dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
+        if checkpoint is None and flags.mapping_init == "aligned":
+            place = folder.parent / ALIGNED_START
+            initial, config.encoder_layer = aligned_start(flags, config, tokenizer, train_rows, place, dtype, process)
         # transformers reads a model straight into ZeRO-3's partitions while this object is alive.
-        hf_ds_config = HfDeepSpeedConfig(ds_config)
+        hf_ds_config = HfDeepSpeedConfig(ds_config)  # noqa: F841
         torch.manual_seed(flags.seed)
-        dtype = torch.bfloat16 if hf_ds_config.is_true("bf16.enabled") else torch.float32
         model = MindMergerForCausalLM.from_base_models(config, dtype, flags.trust_remote_code)
         if flags.gradient_checkpointing:
             model.checkpoint_gradients()
