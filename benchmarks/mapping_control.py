@@ -1,5 +1,7 @@
 """Does anything of the source get through a trained mapping? Its dev perplexity beside that of shuffled sources.
 
+And its translations: how many of the numbers are in them, and their chrF (Popovic 2015; sacrebleu's).
+
     python -m benchmarks.mapping_control --init_checkpoint outputs/MergeMinds/mapping --data_dir D \\
         --languages de,es,fr --train_num N --dev_size M
 
@@ -10,10 +12,13 @@ taught the LLM what such targets look like has the same perplexity on both. The 
 import json
 import math
 import random
+import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import sacrebleu
 import torch
 from transformers import set_seed
 
@@ -44,7 +49,8 @@ class ControlFlags:
     max_seq_len: int = flag(256, "tokens of a source")
     max_gen_len: int = flag(256, "tokens of a target")
     eval_batch_size: int = flag(12, "rows of a batch")
-    translations: int = flag(5, "dev rows to translate greedily")
+    translations: int = flag(5, "dev rows of each language to translate greedily")
+    shown: int = flag(2, "translations of each language to print")
 
     def __post_init__(self) -> None:
         if self.init_checkpoint is None:
@@ -71,8 +77,37 @@ def shuffled_sources(rows: list[Row], seed: int) -> list[Row]:
     return [replace(row, source=rows[partner[number]].source) for number, row in enumerate(rows)]
 
 
-def main() -> None:
-    flags = parse_flags(ControlFlags)
+@torch.inference_mode()
+def translate(model: MindMergerForCausalLM, tokenizer: ExampleTokenizer, rows: list[Tokens], size: int) -> list[str]:
+    """What the LLM writes of each source, greedily, at most as long as the longest target twice."""
+    texts = [""] * len(rows)
+    longest = 2 * max(len(row.target) for row in rows)
+    eos = {tokenizer.llm_tokenizer.eos_token_id}
+    (plan,) = plan_once([len(row) for row in rows], size, ranks=1)
+    for numbers in plan:
+        batch = replace(collate([rows[number] for number in numbers], tokenizer.source_pad_id), labels=None)
+        for number, ids in zip(numbers, greedy(model.llm, model.embed(**vars(batch)), longest, eos), strict=True):
+            texts[number] = tokenizer.llm_tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return texts
+
+
+def numbers_kept(written: list[str], meant: list[str]) -> float:
+    """Share of the numbers in `meant` that stand in the text written for it, each as often as it is meant."""
+    kept = wanted = 0
+    for text, target in zip(written, meant, strict=True):
+        numbers = Counter(re.findall(r"\d+", target))
+        kept += (numbers & Counter(re.findall(r"\d+", text))).total()
+        wanted += numbers.total()
+    return kept / wanted if wanted else math.nan
+
+
+def measure(flags: ControlFlags) -> dict[str, dict[str, Any]]:
+    """Load the mapping and measure it on the dev rows of its training run; prints some of the translations.
+
+    Returns:
+        By language: `rows`, `perplexity`, `shuffled` (the perplexity with another row's source), and of translations,
+        where any are asked for, `numbers_kept` (0 to 1) and `chrf` (0 to 100).
+    """
     quiet_libraries()
     set_seed(flags.seed)
     config = MindMergerConfig.from_pretrained(flags.init_checkpoint)
@@ -89,26 +124,33 @@ def main() -> None:
         max_prompt_len=flags.max_gen_len,
         max_gen_len=flags.max_gen_len,
     )
-    rows = tokenizer(dev)
     model = MindMergerForCausalLM.from_pretrained(flags.init_checkpoint)
 
-    pad_id, result = tokenizer.source_pad_id, {}
-    for language in dict.fromkeys(row.language for row in rows):
-        own = [row for row in rows if row.language == language]
+    by_language: dict[str, list[Example]] = {}
+    for example in dev:
+        by_language.setdefault(example.language.name, []).append(example)
+    pad_id, size, result = tokenizer.source_pad_id, flags.eval_batch_size, {}
+    for language, own in by_language.items():
+        rows = tokenizer(own)
         result[language] = {
             "rows": len(own),
-            "perplexity": round(perplexity(model, own, flags.eval_batch_size, pad_id), 3),
-            "shuffled": round(perplexity(model, shuffled_sources(own, flags.seed), flags.eval_batch_size, pad_id), 3),
+            "perplexity": round(perplexity(model, rows, size, pad_id), 3),
+            "shuffled": round(perplexity(model, shuffled_sources(rows, flags.seed), size, pad_id), 3),
         }
-        print(language, result[language])
+        if flags.translations:
+            told = own[: flags.translations]
+            written, meant = translate(model, tokenizer, rows[: len(told)], size), [row.target for row in told]
+            result[language]["numbers_kept"] = round(numbers_kept(written, meant), 3)
+            result[language]["chrf"] = round(sacrebleu.corpus_chrf(written, [meant]).score, 1)
+            for example, text in list(zip(told, written, strict=True))[: flags.shown]:
+                print(f"\n{language}: {example.source.text}\nmeant:   {example.target}\nwritten: {text}")
+        print(f"\n{language} {result[language]}")
+    return result
 
-    for example, row in zip(dev[: flags.translations], rows, strict=False):
-        inputs = vars(collate([row], pad_id)) | {"labels": None}
-        with torch.inference_mode():
-            sequence = model.embed(**inputs)
-        ids = greedy(model.llm, sequence, 80, {tokenizer.llm_tokenizer.eos_token_id})[0]
-        text = tokenizer.llm_tokenizer.decode(ids, skip_special_tokens=True)
-        print(f"\n{example.language.name}: {example.source.text}\nmeant:   {example.target}\nwritten: {text}")
+
+def main() -> None:
+    flags = parse_flags(ControlFlags)
+    result = measure(flags)
     print(json.dumps({"benchmark": "mapping_control", "checkpoint": flags.init_checkpoint, "languages": result}))
 
 
