@@ -56,6 +56,9 @@ ABLATIONS = {
     "without the augmentation stage": Variant(None, None, f"--init_checkpoint {_FIRST} --augmentation True"),
     "without the prompt": Variant(None, f"--init_checkpoint {_FIRST} --augmentation False", "--augmentation False"),
     "boundary starts at zero": Variant("--boundary_init zero", "--boundary_init zero"),
+    "scaled start": Variant("--mapping_init scaled --lr 3e-3"),
+    "scaled start, all rows": Variant("--mapping_init scaled --lr 3e-3 --train_num 1200", "--train_num 2000"),
+    "aligned start, no mapping stage": Variant(None, "--init_checkpoint none --mapping_init aligned"),
     "random encoder": Variant(*[f"--mt_path {RANDOM_MT}"] * 3),
 }
 

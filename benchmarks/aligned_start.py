@@ -1,0 +1,157 @@
+"""Starts of the mapping stage side by side: how many examples each needs, and what gets through.
+
+    python -m benchmarks.aligned_start                           # the small world of the quickstart
+    python -m benchmarks.aligned_start --name real --llm_path L --mt_path M --data_dir D --languages de,es \\
+        --train_num 212 --dev_size 60 --train_batch_size 8 --eval_steps 25 --lr 5e-4 --max_len 200
+
+Every start is trained with the same rows in the same order by `run_training.py`, in outputs/ under names of its own;
+what is done stays done. Curves go to docs/aligned_start_{name}.png, figures to results/aligned_start/{name}.json. The
+last line is one JSON object.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.mapping_control import ControlFlags, measure
+from common.errors import exit_with_message
+from common.files import atomic_path, write_json
+from common.flags import flag, parse_flags
+
+COLOURS = ("#4c78a8", "#e45756", "#72b7b2")
+
+
+@dataclass
+class StartFlags:
+    """Dev perplexity by examples seen, for several starts and seeds; control, numbers and chrF at both ends."""
+
+    name: str = flag("world", "of the figure and the folders")
+    llm_path: str = flag("quickstart/models/llm", "hub id or local folder")
+    mt_path: str = flag("quickstart/models/mt", "hub id or local folder")
+    data_dir: str = flag("quickstart/build/datas", "folder in the published layout")
+    languages: str = flag("de,es,sw,ru,zh", "comma-separated")
+    starts: str = flag("aligned,scaled", "comma-separated values of --mapping_init")
+    seeds: int = flag(3, "runs of each start")
+    train_num: int = flag(1200, "rows per language, the dev rows among them")
+    dev_size: int = flag(100, "rows held out")
+    train_batch_size: int = flag(24, "rows of a step")
+    ranks: int = flag(2, "processes")
+    lr: float = flag(3e-3, "peak learning rate, for every start")
+    eval_steps: int = flag(20, "steps between evaluations")
+    max_len: int = flag(512, "tokens of a source and of a target")
+    eval_batch_size: int = flag(50, "rows of a batch at evaluation")
+    translations: int = flag(10, "dev rows of each language to translate")
+
+
+def train(flags: StartFlags, start: str, seed: int) -> Path:
+    """Run the mapping stage; its folder."""
+    name = f"aligned_start-{flags.name}-{start}-{seed}"
+    words = (
+        f"--deepspeed --stage_name mapping --save_name {name} --mapping_init {start} --seed {seed} "
+        f"--llm_path {flags.llm_path} --mt_path {flags.mt_path} --data_dir {flags.data_dir} "
+        f"--languages {flags.languages} --train_num {flags.train_num} --dev_size {flags.dev_size} "
+        f"--train_batch_size {flags.train_batch_size} --gradient_accumulation 1 --epoch_num 1 "
+        f"--lr {flags.lr} --lr_scheduler cosine --warmup_ratio 0.1 --eval_steps {flags.eval_steps} "
+        f"--max_seq_len {flags.max_len} --max_gen_len {flags.max_len} --eval_batch_size {flags.eval_batch_size}"
+    )
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", str(flags.ranks)]
+    subprocess.run([*launcher, "run_training.py", *words.split()], check=True)
+    return Path("outputs") / name
+
+
+def curve(folder: Path, batch_size: int) -> list[tuple[int, float]]:
+    """(examples seen, dev perplexity) at every evaluation of a run."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [(row["step"] * batch_size, row["dev_perplexity"]) for row in rows if "dev_perplexity" in row]
+
+
+def control(flags: StartFlags, checkpoint: Path, seed: int) -> dict[str, Any]:
+    """`measure` of a mapping, averaged over languages too."""
+    languages = measure(
+        ControlFlags(
+            init_checkpoint=str(checkpoint),
+            data_dir=flags.data_dir,
+            languages=flags.languages,
+            train_num=flags.train_num,
+            dev_size=flags.dev_size,
+            seed=seed,
+            max_seq_len=flags.max_len,
+            max_gen_len=flags.max_len,
+            eval_batch_size=flags.eval_batch_size,
+            translations=flags.translations,
+        )
+    )
+    keys = ("perplexity", "shuffled", "numbers_kept", "chrf")
+    mean = {key: sum(row[key] for row in languages.values()) / len(languages) for key in keys}
+    return {"mean": mean, "languages": languages}
+
+
+def examples_to_reach(points: list[tuple[int, float]], perplexity: float) -> int | None:
+    """Examples seen at the first evaluation that was as good; None where none was."""
+    return next((examples for examples, reached in points if reached <= perplexity), None)
+
+
+def draw(flags: StartFlags, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """All curves in one picture."""
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for colour, (start, of_seeds) in zip(COLOURS, runs.items(), strict=False):
+        for number, run in enumerate(of_seeds):
+            examples, perplexities = zip(*run["curve"], strict=True)
+            label = f"{start} start" if number == 0 else None
+            axes.plot(examples, perplexities, color=colour, linewidth=1.4, alpha=0.9, label=label)
+            last = run["end"]["mean"]["shuffled"]
+            label = f"{start}, sources shuffled, at the end" if number == 0 else None
+            axes.plot(examples[-1], last, marker="x", linestyle="none", color=colour, label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("examples seen")
+    axes.set_ylabel("dev perplexity of the English target")
+    axes.grid(alpha=0.25, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    with atomic_path(Path("docs") / f"aligned_start_{flags.name}.png") as partial:
+        figure.savefig(partial, format="png", dpi=130)
+
+
+def main() -> None:
+    flags = parse_flags(StartFlags)
+    runs: dict[str, list[dict[str, Any]]] = {start: [] for start in flags.starts.split(",")}
+    for seed in range(flags.seeds):
+        for start, of_seeds in runs.items():
+            folder = train(flags, start, seed)
+            run = {"seed": seed, "curve": curve(folder / "mapping", flags.train_batch_size)}
+            run["end"] = control(flags, folder / "mapping", seed)
+            if start == "aligned":
+                # The start is a mapping like any other: what does it say before the LLM has seen a pair?
+                run["start"] = control(flags, folder / "aligned_start", seed)
+            of_seeds.append(run)
+
+    print("\n| start, seed | examples | perplexity | shuffled | numbers kept, % | chrF |\n|" + " --- |" * 6)
+    for start, of_seeds in runs.items():
+        for run in of_seeds:
+            rows = [(0, run["start"])] if "start" in run else []
+            for examples, result in [*rows, (run["curve"][-1][0], run["end"])]:
+                mean = result["mean"]
+                kept = f"{100 * mean['numbers_kept']:.0f}"
+                cells = f"{mean['perplexity']:.3g} | {mean['shuffled']:.3g} | {kept} | {mean['chrf']:.1f}"
+                print(f"| {start}, {run['seed']} | {examples} | {cells} |")
+    if "aligned" in runs:
+        for start in runs.keys() - {"aligned"}:
+            for ours, theirs in zip(runs["aligned"], runs[start], strict=True):
+                best = min(perplexity for _, perplexity in theirs["curve"])
+                needed = [examples_to_reach(run["curve"], best) for run in (ours, theirs)]
+                print(
+                    f"seed {ours['seed']}: {start} reaches {best:.3f} after {needed[1]} examples, aligned {needed[0]}"
+                )
+    write_json(Path("results/aligned_start") / f"{flags.name}.json", runs)
+    draw(flags, runs)
+    print(json.dumps({"benchmark": "aligned_start", "name": flags.name, "runs": runs}))
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
