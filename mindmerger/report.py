@@ -2,12 +2,14 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from common.errors import exit_with_message
 from common.files import atomic_path, write_json, write_text
 from mindmerger.tasks import LANGUAGES
 
@@ -103,3 +105,15 @@ def _bar_chart(scores: dict[str, Any]) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return figure
+
+
+def main() -> None:
+    """Compare evaluations: `python -m mindmerger.report results/A results/B ...`"""
+    # It is built on this module.
+    from mindmerger.comparison import compare
+
+    print(compare(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
