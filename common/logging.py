@@ -1,17 +1,23 @@
 """What a run says: lines on the terminal, progress bars, metrics on disk."""
 
+import importlib.util
 import json
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from common.distributed import Process
+from common.errors import InputError, first_line
 from common.files import writing
+
+ReportTo = Literal["tensorboard", "wandb", "trackio", "none"]
+_OPTIONAL = ("wandb", "trackio")
 
 
 def quiet_libraries() -> None:
@@ -35,27 +41,49 @@ def progress(process: Process, iterable: Iterable | None = None, **options: Any)
     return tqdm(iterable, disable=not process.is_main, dynamic_ncols=True, smoothing=0.05, **options)
 
 
+def require_package(report_to: ReportTo) -> None:
+    """Find, without importing it, the package that `--report_to` names.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    if report_to in _OPTIONAL and importlib.util.find_spec(report_to) is None:
+        raise InputError(f"--report_to {report_to} needs a package: pip install -r requirements-{report_to}.txt")
+
+
 class Metrics:
-    """Numbers of a run, as JSON lines in `metrics.jsonl` and as TensorBoard events in the same folder.
+    """Numbers of a run, as JSON lines in `metrics.jsonl`, and on a board that draws them.
 
     Args:
         process: only the main one writes.
         folder: of the run.
         step: that a continued run starts after, 0 for a new one.
         size: of `metrics.jsonl` when that step was saved; what an interrupted run wrote later is dropped.
+        report_to: the board. TensorBoard's events are written to `folder`; Weights & Biases and Trackio get a run that
+            has the folder's name, in a project of the name of the folder around it (`WANDB_PROJECT` and
+            `TRACKIO_PROJECT` name another one), and read the rest of their settings from the environment.
+        settings: of the run, for the board.
     """
 
-    def __init__(self, process: Process, folder: Path, step: int = 0, size: int = 0):
+    def __init__(
+        self,
+        process: Process,
+        folder: Path,
+        step: int = 0,
+        size: int = 0,
+        report_to: ReportTo = "tensorboard",
+        settings: dict[str, Any] | None = None,
+    ):
         self._path = folder / "metrics.jsonl"
         self._file = self._board = None
         if process.is_main:
-            # TensorBoard takes seconds to import, and only the rank that writes needs it.
-            from torch.utils.tensorboard import SummaryWriter
-
             with writing(self._path):
                 self._file = self._path.open("ab")
                 self._file.truncate(min(size, self._file.tell()))
-                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+                if report_to == "tensorboard":
+                    self._board = _TensorBoard(folder / "tensorboard", step)
+            if report_to in _OPTIONAL:
+                self._board = _Tracker(report_to, folder, settings or {})
 
     @property
     def size(self) -> int:
@@ -74,12 +102,48 @@ class Metrics:
         with writing(self._path):
             self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             self._file.flush()
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            if self._board is not None:
+                self._board.write(step, values)
 
     def close(self) -> None:
         """Flush everything to disk."""
         if self._file is not None:
             with writing(self._path):
                 self._file.close()
-                self._board.close()
+                if self._board is not None:
+                    self._board.close()
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, step: int):
+        # Seconds to import, and only the rank that writes needs it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Tracker:
+    """Weights & Biases, and Trackio, which speaks its language."""
+
+    def __init__(self, package: str, folder: Path, settings: dict[str, Any]):
+        project = os.environ.get(f"{package.upper()}_PROJECT", folder.parent.name)
+        # wandb keeps its own files; Trackio has one place for all.
+        place = {"dir": str(folder)} if package == "wandb" else {}
+        self._package = importlib.import_module(package)
+        try:
+            self._package.init(project=project, name=folder.name, config=settings, **place)
+        except Exception as error:  # each has its own kinds: no account, no connection
+            raise InputError(f"--report_to {package} did not start: {first_line(error)}") from error
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._package.log(values, step=step)
+
+    def close(self) -> None:
+        self._package.finish()

@@ -7,6 +7,7 @@ from typing import Literal
 from common.distributed import launched_world_size
 from common.errors import InputError
 from common.flags import flag
+from common.logging import ReportTo, require_package
 
 
 @dataclass
@@ -70,6 +71,7 @@ class TrainingFlags(ModelFlags):
     gradient_checkpointing: bool = flag(False, "recompute the LLM's layers in the backward pass, to save memory")
     eval_steps: int = flag(500, "optimizer steps between evaluations on the dev rows")
     save_steps: int = flag(500, "optimizer steps between saved states that a killed run continues from")
+    report_to: ReportTo = flag("tensorboard", "where the curves go, beside metrics.jsonl")
     seed: int = flag(0, "of the mapping's start, the dev rows and the shuffles")
     deepspeed_config: str | None = flag(None, "DeepSpeed JSON; default: ZeRO-2 in bf16 on a GPU, in fp32 on a CPU")
 
@@ -83,6 +85,7 @@ class TrainingFlags(ModelFlags):
             raise InputError(f"--dev_size {self.dev_size} must not be negative")
         if not 0 <= self.warmup_ratio <= 1:
             raise InputError(f"--warmup_ratio {self.warmup_ratio} must be from 0 to 1")
+        require_package(self.report_to)
         self._derive_batch_sizes(launched_world_size())
 
     @property

@@ -59,7 +59,7 @@ MAX_LISTED = 10
 # stand in a run's settings by their content.
 _FREE_FLAGS = (
     *("deepspeed", "local_rank", "device", "overwrite", "eval_batch_size", "save_steps", "gradient_checkpointing"),
-    *("deepspeed_config", "init_checkpoint", "data_dir"),
+    *("deepspeed_config", "init_checkpoint", "data_dir", "report_to"),
 )
 
 
@@ -401,7 +401,7 @@ class Stage:
         found = snapshots.newest(root, lambda text: say(self.process, text)) if self.process.is_main else None
         found = self.process.gather(found)[0]
         if found is None:
-            return 0, Metrics(self.process, self.folder)
+            return 0, self._metrics()
         step, record = snapshots.step_of(found), read_json(found / "state.json")
         tensors, device = load_file(found / "state.safetensors"), self.process.device
         for name, parameter in self.model.mapping.named_parameters():
@@ -417,7 +417,11 @@ class Stage:
         self.best_perplexity = record["best_perplexity"]
         self.skipped, self.skipped_in_a_row = record["skipped"], record["skipped_in_a_row"]
         say(self.process, f"continuing after step {step} of {self.total_steps}")
-        return step, Metrics(self.process, self.folder, step, record["metrics_size"])
+        return step, self._metrics(step, record["metrics_size"])
+
+    def _metrics(self, step: int = 0, size: int = 0) -> Metrics:
+        settings = dataclasses.asdict(self.flags)
+        return Metrics(self.process, self.folder, step, size, self.flags.report_to, settings)
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         warmup = round(self.flags.warmup_ratio * self.total_steps)

@@ -156,11 +156,12 @@ def test_other_encoders_train(work: Path, small: Words, models: dict[str, Path],
         settings = json.loads((work / mt / "tokenizer_config.json").read_text())
         del settings["pad_token"]
         (work / mt / "tokenizer_config.json").write_text(json.dumps(settings))
-    words = (*small, "--mt_path", models.get(mt, work / mt), "--save_name", mt, "--epoch_num", 1)
+    words = (*small, "--mt_path", models.get(mt, work / mt), "--save_name", mt, "--epoch_num", 1, "--report_to", "none")
     (work / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
     run(python_command("run_training.py", *words, *(("--deepspeed_config", config) if config else ())), work)
     before, after = metrics(work, f"{mt}/mapping", "dev_perplexity")
     assert math.isfinite(before) and math.isfinite(after)
+    assert not (work / "outputs" / mt / "mapping/tensorboard").exists()
 
 
 def test_what_a_run_reads_is_part_of_what_it_is(work: Path, small: Words, reference: dict[str, torch.Tensor]) -> None:
