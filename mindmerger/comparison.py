@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from common.errors import InputError
 from common.files import read_json, write_text
@@ -225,10 +226,10 @@ def _cells(task: str, runs: list[Run]) -> list[list[str]]:
             both = other.get(language)
             row += [text, *(("", "") if both is None else (f"{100 * both.difference:+.1f}", _p(both.p_value)))]
         rows.append(row)
-    for name in ("average", "average_without_english"):
+    for name, title in (("average", "average"), ("average_without_english", "average without English")):
         values = [scored[name] for scored in scores]
         if None not in values:
-            row = [name.replace("_", " "), _percent(values[0])]
+            row = [title, _percent(values[0])]
             for value in values[1:]:
                 row += [_percent(value), f"{100 * (value - values[0]):+.1f}", ""]
             rows.append(row)
@@ -436,6 +437,9 @@ def _curves(curves: dict[str, list[dict[str, Any]]]) -> str:
             axes.set_xlabel("optimizer step")
             axes.set_title(label, fontsize=10)
             axes.set_yscale("log")
+            # 4, not 4 x 10^0.
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
             axes.spines[["top", "right"]].set_visible(False)
             buffer = io.StringIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None})

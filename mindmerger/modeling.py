@@ -4,6 +4,7 @@ Section 3 of Huang et al., NeurIPS 2024 (arXiv 2405.17386). The LLM reads
 `[bos | mapped source states | boundary | prompt | target]`; loss is on the target alone.
 """
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers.utils import cached_file
 from common.errors import InputError, first_line
 from mindmerger.base_models import base_config, check_encoder_layer, load_encoder, load_llm
 from mindmerger.batching import IGNORED
+from mindmerger.card import write_card
 from mindmerger.checkpoint import SAFETENSORS, read_mapping, write_mapping
 from mindmerger.flags import ModelFlags
 
@@ -40,6 +42,8 @@ class MindMergerConfig(PretrainedConfig):
         encoder_layer: of a decoder-only multilingual model, how many of its layers make the encoder; None for all.
         task, stage, augmentation, prompt: what the mapping was last trained for; `prompt` is the template that
             followed the boundary, None where none did.
+        languages, train_rows, datasets: what it was last trained on: codes of the sources' languages, how many rows,
+            and hub ids of the data sets where they are known.
     """
 
     model_type = "mindmerger"
@@ -58,6 +62,9 @@ class MindMergerConfig(PretrainedConfig):
         stage: str | None = None,
         augmentation: bool | None = None,
         prompt: str | None = None,
+        languages: list[str] | None = None,
+        train_rows: int | None = None,
+        datasets: list[str] | None = None,
         **kwargs: Any,
     ):
         self.llm_path = llm_path
@@ -72,6 +79,9 @@ class MindMergerConfig(PretrainedConfig):
         self.stage = stage
         self.augmentation = augmentation
         self.prompt = prompt
+        self.languages = languages
+        self.train_rows = train_rows
+        self.datasets = datasets
         super().__init__(**kwargs)
 
 
@@ -226,8 +236,41 @@ class MindMergerForCausalLM(PreTrainedModel):
         return model
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write config and mapping to a folder; the base models stay where they are."""
+        """Write config, mapping and model card to a folder; the base models stay where they are.
+
+        The card holds the scores that evaluations in `./results` gave to this very mapping.
+        """
         write_mapping(Path(save_directory), self.config.to_dict(), self.mapping.state_dict())
+        write_card(Path(save_directory))
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload MindMerger mapping",
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hub's `repo_id`, which is made if need be; returns its URL.
+
+        Transformers' own would put an empty card in place of this one.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+            )
+        return str(commit.commit_url)
 
     def train(self, mode: bool = True) -> "MindMergerForCausalLM":
         """As for any module, but the frozen models never leave eval mode: no dropout where nothing is learned."""

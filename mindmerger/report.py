@@ -5,13 +5,14 @@ import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from common.errors import exit_with_message
 from common.files import atomic_path, write_json, write_text
 from mindmerger.tasks import LANGUAGES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SCORES = "scores.json"
 
@@ -86,7 +87,10 @@ def write_report(folder: Path, scores: dict[str, Any], records: list[dict[str, A
     write_json(folder / SCORES, scores)
 
 
-def _bar_chart(scores: dict[str, Any]) -> Figure:
+def _bar_chart(scores: dict[str, Any]) -> "Figure":
+    # Seconds to import, and most who import this module draw nothing.
+    from matplotlib.figure import Figure
+
     languages = list(scores["languages"])
     entries = [scores["languages"][language] for language in languages]
     heights = [entry["accuracy"] * 100 for entry in entries]

@@ -32,6 +32,7 @@ from common.logging import Metrics, progress, quiet_libraries, say
 from common.signals import Stopped, StopSignals
 from mindmerger.aligned_start import aligned_start
 from mindmerger.batching import Batch, collate, plan_epoch, plan_once
+from mindmerger.card import source_datasets
 from mindmerger.checkpoint import (
     PUBLISHED,
     mapping_file,
@@ -95,6 +96,8 @@ def _train(flags: TrainingFlags, process: Process) -> None:
     config = mapping_config(flags, tokenizer.llm_tokenizer.bos_token_id)
     config.task, config.stage, config.augmentation = flags.task, flags.stage_name, flags.uses_prompt
     config.prompt = prompt_template(flags.task, flags.stage_name) if flags.uses_prompt else None
+    config.languages = sorted({row.language.code for row in train_rows})
+    config.train_rows, config.datasets = len(train_rows), source_datasets(Path(flags.data_dir), train_rows)
     widths = config.mt_hidden_size, config.llm_hidden_size
     initial = None if checkpoint is None else read_mapping(checkpoint, *widths)
 

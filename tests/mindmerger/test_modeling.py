@@ -211,7 +211,9 @@ def test_saved_and_loaded_it_answers_the_same(build: Build, examples: list[Examp
     inputs = {name: tensor for name, tensor in vars(batch).items() if name != "labels"}
     expected = model(**inputs).logits
     model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "pytorch_model.bin"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("README.md", "config.json", "model.safetensors", "pytorch_model.bin")
+    }
     for loaded in (MindMergerForCausalLM.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
         assert torch.equal(loaded(**inputs).logits, expected)
     published = MindMergerForCausalLM.from_pretrained(tmp_path / "pytorch_model.bin", config=model.config)

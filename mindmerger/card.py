@@ -1,0 +1,198 @@
+"""The model card of a mapping: `python -m mindmerger.card --checkpoint outputs/MergeMinds/augmentation`"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from common.errors import InputError, exit_with_message
+from common.files import read_json, sha256, write_text
+from common.flags import flag, parse_flags
+from common.runs import RUN
+from mindmerger.checkpoint import CONFIG, PUBLISHED, SAFETENSORS
+from mindmerger.report import SCORES
+from mindmerger.tasks import LANGUAGES
+
+if TYPE_CHECKING:
+    from mindmerger.data import Example
+
+CARD = "README.md"
+_MANIFEST = "manifest.json"
+
+
+@dataclass
+class CardFlags:
+    """Write the model card of a mapping, with the scores that `results/` has of it."""
+
+    checkpoint: str = flag("outputs/MergeMinds/augmentation", "folder of the mapping")
+    results: str = flag("results", "folder of evaluations")
+
+
+def write_card(folder: Path, results: Path = Path("results")) -> None:
+    """Write `README.md` beside a mapping.
+
+    Args:
+        folder: with the mapping's config and tensors.
+        results: searched for evaluations of these very tensors, which their `run.json` knows by their sha256.
+
+    Raises:
+        InputError: no mapping's config in `folder`.
+    """
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or config.get("model_type") != "mindmerger":
+        raise InputError(f"{folder / CONFIG} is no mapping's config")
+    hashes = {sha256(folder / name) for name in (SAFETENSORS, PUBLISHED) if (folder / name).is_file()}
+    write_text(folder / CARD, model_card(config, find_scores(results, hashes)))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of one task, and those of the LLM alone on the same problems, where they are known."""
+
+    task: str
+    scores: dict[str, Any]
+    alone: dict[str, Any] | None
+
+
+def find_scores(results: Path, hashes: set[str]) -> list[Evaluation]:
+    """The finished evaluations in `results/*/*` of the mapping whose file has one of these sha256."""
+    runs = [(path.parent, read_json(path)) for path in sorted(results.glob(f"*/*/{RUN}"))]
+    finished = [(folder, run["settings"]) for folder, run in runs if "result" in run and (folder / SCORES).is_file()]
+    found = []
+    for folder, settings in finished:
+        if settings.get("mapping_sha256") in hashes:
+            same = ("llm_path", "llm_revision", "problems_sha256", "max_gen_len", "answer_parser", "classification")
+            alone = [
+                read_json(other / SCORES)
+                for other, theirs in finished
+                if other.name == folder.name
+                and theirs.get("mapping_sha256") is None
+                and all(theirs.get(key) == settings.get(key) for key in same)
+            ]
+            found.append(Evaluation(folder.name, read_json(folder / SCORES), alone[0] if alone else None))
+    return found
+
+
+def model_card(config: dict[str, Any], evaluations: list[Evaluation]) -> str:
+    """A model card in Markdown, with the YAML header that the Hub reads; the licence is left to the user."""
+    llm, mt = (_Base(config.get(f"{name}_path"), config.get(f"{name}_revision")) for name in ("llm", "mt"))
+    header = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mindmerger", "multilingual"],
+        "base_model": [base.path for base in (llm, mt) if base.is_public],
+        "language": config.get("languages") or [],
+        "datasets": config.get("datasets") or [],
+    }
+    text = yaml.safe_dump({key: value for key, value in header.items() if value}, sort_keys=False, allow_unicode=True)
+    parts = [f"---\n{text}---\n", _INTRODUCTION.format(llm=llm, mt=mt), _training(config), _scores(evaluations), _USE]
+    if not (llm.is_public and mt.is_public):
+        parts.append(_LOCAL)
+    parts.append(_LICENCE)
+    return "\n".join(part for part in parts if part)
+
+
+def source_datasets(data_dir: Path, rows: list["Example"]) -> list[str]:
+    """Hub ids of the data sets that the files of these rows stem from, as far as `data_dir`'s manifest tells."""
+    if not (data_dir / _MANIFEST).is_file():
+        return []
+    files = read_json(data_dir / _MANIFEST).get("files", {})
+    # A place is "{file}, line {n}" or "{file}, row {n}".
+    names = {Path(row.place.rpartition(", ")[0]).relative_to(data_dir).as_posix() for row in rows}
+    return sorted({source["dataset"] for name in names & files.keys() for source in files[name]["sources"]})
+
+
+@dataclass(frozen=True)
+class _Base:
+    path: str | None
+    revision: str | None
+
+    @property
+    def is_public(self) -> bool:
+        """Whether this can be a name on the Hub: a local folder's path is nobody else's."""
+        return self.path is not None and self.path.count("/") <= 1 and not Path(self.path).exists()
+
+    def __str__(self) -> str:
+        if not self.is_public:
+            return f"`{self.path}` (a local folder)"
+        revision = f", revision `{self.revision}`" if self.revision else ""
+        return f"[{self.path}](https://huggingface.co/{self.path}){revision}"
+
+
+def _training(config: dict[str, Any]) -> str:
+    if not config.get("stage"):
+        return ""
+    names = {language.code: language.name for language in LANGUAGES.values()}
+    languages = ", ".join(names.get(code, code) for code in config.get("languages") or []) or "unknown"
+    rows = {
+        "Stage": f"{config['stage']}, task {config.get('task')}",
+        "Languages": languages,
+        "Rows": config.get("train_rows") or "unknown",
+        "Data sets": ", ".join(config.get("datasets") or []) or "unknown",
+        "Prompt after the mapped states": "yes" if config.get("augmentation") else "no",
+    }
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(["## Training", "", "| | |", "| --- | --- |", *lines, ""])
+
+
+def _scores(evaluations: list[Evaluation]) -> str:
+    parts = []
+    for evaluation in evaluations:
+        both = evaluation.alone is not None
+        parts += [f"### {evaluation.task}", "", f"| | with the mapping |{' LLM alone |' if both else ''}"]
+        parts.append(f"| --- | --- |{' --- |' if both else ''}")
+        for language, entry in evaluation.scores["languages"].items():
+            theirs = f" {_accuracy(evaluation.alone['languages'][language])} |" if both else ""
+            parts.append(f"| {language} ({entry['count']}) | {_accuracy(entry)} |{theirs}")
+        theirs = f" {100 * evaluation.alone['average']:.1f} |" if both else ""
+        parts += [f"| average | {100 * evaluation.scores['average']:.1f} |{theirs}", ""]
+    return "\n".join(["## Scores", "", "Accuracy in %, with its 95% Wilson interval.", "", *parts]) if parts else ""
+
+
+def _accuracy(entry: dict[str, Any]) -> str:
+    return f"{100 * entry['accuracy']:.1f} ({100 * entry['low']:.1f}-{100 * entry['high']:.1f})"
+
+
+_INTRODUCTION = """# A MindMerger mapping
+
+The trained mapping between two frozen models ([Huang et al., NeurIPS 2024](https://arxiv.org/abs/2405.17386)): a
+multilingual encoder reads the question, the mapping turns its states into vectors of the LLM's embedding space, the LLM
+answers. The two models themselves are not in here.
+
+| | |
+| --- | --- |
+| LLM | {llm} |
+| Multilingual model | {mt} |
+"""
+_USE = """## Use
+
+With the repository MindMerger + RegMean on the path:
+
+```python
+import torch
+from transformers import AutoModelForCausalLM
+
+import mindmerger.modeling  # registers the class
+
+model = AutoModelForCausalLM.from_pretrained("THIS MODEL'S NAME OR FOLDER", dtype=torch.bfloat16)
+```
+"""
+_LOCAL = """`config.json` names a local folder: to load this elsewhere, pass a `config=MindMergerConfig(...)` that
+names your own copies of the two models, or `--llm_path` and `--mt_path` to `run_evaluation.py`.
+"""
+_LICENCE = """## Licence
+
+Not stated yet: add `license:` to the header. The licences of both models and of the data bear on it.
+"""
+
+
+def main() -> None:
+    """Parse the command line and write the card."""
+    flags = parse_flags(CardFlags)
+    write_card(Path(flags.checkpoint), Path(flags.results))
+    print(f"{Path(flags.checkpoint) / CARD} is written")
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
