@@ -59,9 +59,11 @@ def find_scores(results: Path, hashes: set[str]) -> list[Evaluation]:
     """The finished evaluations in `results/*/*` of the mapping whose file has one of these sha256."""
     runs = [(path.parent, read_json(path)) for path in sorted(results.glob(f"*/*/{RUN}"))]
     finished = [(folder, run["settings"]) for folder, run in runs if "result" in run and (folder / SCORES).is_file()]
-    found = []
+    found, seen = [], []
     for folder, settings in finished:
-        if settings.get("mapping_sha256") in hashes:
+        # Under two names the same evaluation is still one.
+        if settings.get("mapping_sha256") in hashes and (folder.name, settings) not in seen:
+            seen.append((folder.name, settings))
             same = ("llm_path", "llm_revision", "problems_sha256", "max_gen_len", "answer_parser", "classification")
             alone = [
                 read_json(other / SCORES)

@@ -438,7 +438,7 @@ def _curves(curves: dict[str, list[dict[str, Any]]]) -> str:
             axes.set_title(label, fontsize=10)
             axes.set_yscale("log")
             # 4, not 4 x 10^0.
-            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
             axes.spines[["top", "right"]].set_visible(False)
             buffer = io.StringIO()

@@ -47,6 +47,7 @@ def test_the_card_tells_models_languages_data_and_the_scores_of_this_very_mappin
     results = tmp_path / "results"
     digest = sha256(tmp_path / "mapping/model.safetensors")
     write_evaluation(results / "ours/mgsm", 7, mapping_sha256=digest)
+    write_evaluation(results / "ours-again/mgsm", 7, mapping_sha256=digest)
     write_evaluation(results / "another/mgsm", 9, mapping_sha256="other")
     write_evaluation(results / "other-problems-baseline/mgsm", 8, problems_sha256="q")
     write_evaluation(results / "ours-baseline/mgsm", 2)
@@ -67,6 +68,7 @@ def test_the_card_tells_models_languages_data_and_the_scores_of_this_very_mappin
     )
     assert "| Languages | German, Swahili |\n| Rows | 1234 |" in card
     assert "| German (10) | 70.0 (39.7-89.2) | 20.0 (5.7-51.0) |\n| average | 70.0 | 20.0 |" in card
+    assert card.count("### mgsm") == 1
     assert "90.0" not in card and "80.0" not in card
 
     write_card(tmp_path / "mapping", tmp_path / "nothing")
