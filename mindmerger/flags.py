@@ -8,6 +8,7 @@ from common.distributed import launched_world_size
 from common.errors import InputError
 from common.flags import flag
 from common.logging import ReportTo, require_package
+from mindmerger.tasks import EVALUATION_TASKS, TRAINING_TASKS
 
 
 @dataclass
@@ -49,7 +50,7 @@ class ModelFlags:
 class TrainingFlags(ModelFlags):
     """Train MindMerger's mapping: one stage at a time, under the deepspeed launcher."""
 
-    task: str = flag("math", "math, x-csqa or xnli")
+    task: str = flag("math", f"one of: {', '.join(TRAINING_TASKS)}")
     stage_name: Literal["mapping", "augmentation"] = flag("mapping", "which of the two training stages")
     augmentation: bool | None = flag(None, "whether the prompt follows the mapped states; default: by the stage")
     train_num: int = flag(100_000, "training rows per language")
@@ -126,7 +127,7 @@ class TrainingFlags(ModelFlags):
 class EvaluationFlags(ModelFlags):
     """Evaluate an LLM with a mapping, or with --baseline alone, on multilingual tasks."""
 
-    task: str = flag("mgsm", "comma-separated: mgsm, msvamp, x-csqa, xnli")
+    task: str = flag("mgsm", f"comma-separated, of: {', '.join(EVALUATION_TASKS)}")
     augmentation: bool | None = flag(
         None, "whether the prompt follows the mapped states; default: as trained, True for a published .bin"
     )

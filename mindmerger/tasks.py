@@ -120,9 +120,7 @@ def prompt_template(task: str, stage: str) -> str:
     if stage == "mapping":
         source = Language("{source language}", "", "")
         return translation_prompt("{sentence}", source, LANGUAGES["English"]).text
-    if task == "x-csqa":
-        return x_csqa_prompt("{stem}", ["{choice}"]).text
-    return xnli_prompt("{premise}", "{hypothesis}").text if task == "xnli" else math_prompt("{question}").text
+    return TRAINING_TASKS[task].template
 
 
 @dataclass(frozen=True)
@@ -133,11 +131,13 @@ class Task:
         name: as on the command line.
         languages: those the task comes in, in the published order.
         labels: the words between which a classification decides; empty where an answer is generated.
+        template: of a training task, its prompt with placeholders where an example's own words go.
     """
 
     name: str
     languages: tuple[Language, ...]
     labels: tuple[str, ...] = ()
+    template: str = ""
 
 
 def _named(names: str) -> tuple[Language, ...]:
@@ -154,7 +154,11 @@ _XNLI = "Swahili Urdu Hindi Thai Arabic Turkish Greek Vietnamese Chinese Russian
 # A training task's languages are those that its mapping stage translates from.
 TRAINING_TASKS = {
     task.name: task
-    for task in (Task("math", _named(_MATH)), Task("x-csqa", _named(_X_CSQA)), Task("xnli", _named(_XNLI)))
+    for task in (
+        Task("math", _named(_MATH), template=math_prompt("{question}").text),
+        Task("x-csqa", _named(_X_CSQA), template=x_csqa_prompt("{stem}", ["{choice}"]).text),
+        Task("xnli", _named(_XNLI), template=xnli_prompt("{premise}", "{hypothesis}").text),
+    )
 }
 _LETTERS = tuple("ABCDE")
 _NLI = ("entailment", "neutral", "contradiction")

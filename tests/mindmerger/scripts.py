@@ -84,10 +84,6 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
 
 def train_here(work: Path, *words: object) -> None:
     """Train in this process, in `work`."""
-    import torch.distributed as dist
-    from deepspeed.comm import comm
-    from deepspeed.utils import groups
-
     from common.flags import parse_flags
     from mindmerger.flags import TrainingFlags
     from mindmerger.trainer import train
@@ -96,10 +92,18 @@ def train_here(work: Path, *words: object) -> None:
         with chdir(work):
             train(parse_flags(TrainingFlags, [str(word) for word in words]))
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        # DeepSpeed takes a process to train once, and would go on with the groups of this time.
-        comm.cdb = None
-        for name, value in vars(groups).items():
-            if isinstance(value, dist.ProcessGroup):
-                setattr(groups, name, None)
+        forget_ranks()
+
+
+def forget_ranks() -> None:
+    """Undo what a run in this process leaves: DeepSpeed would go on with its process groups in the next one."""
+    import torch.distributed as dist
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    comm.cdb = None
+    for name, value in vars(groups).items():
+        if isinstance(value, dist.ProcessGroup):
+            setattr(groups, name, None)

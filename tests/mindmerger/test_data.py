@@ -5,7 +5,7 @@ import pytest
 
 from common.errors import InputError
 from mindmerger.data import hold_out, read_evaluation, read_training
-from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, select_languages
+from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, prompt_template, select_languages
 from tests.mindmerger.datas import ROWS, sentence, write_datas
 
 
@@ -159,3 +159,11 @@ def test_languages_are_selected_by_name_or_code() -> None:
         select_languages("de,Swahilli")
     with pytest.raises(InputError, match="named twice"):
         select_languages("de,German")
+
+
+@pytest.mark.parametrize("task", TRAINING_TASKS.values(), ids=lambda task: task.name)
+def test_the_template_on_record_is_what_surrounds_a_rows_words(datas: Path, task: object) -> None:
+    template = prompt_template(task.name, "augmentation")
+    before, after = template.split("{", 1)[0], template.rsplit("}", 1)[1]
+    for row in read_training(datas, task, "augmentation", None, 2):
+        assert row.prompt.text.startswith(before) and row.prompt.text.endswith(after)

@@ -1,0 +1,213 @@
+"""The fenced blocks of Markdown pages: their commands, checked by the programs' own parsers or run in this process."""
+
+import contextlib
+import itertools
+import os
+import re
+import runpy
+import shlex
+import sys
+import textwrap
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from transformers import HfArgumentParser
+
+from tests.conftest import REPOSITORY
+from tests.mindmerger.scripts import forget_ranks
+
+# What `<!-- needs: GPU, hub -->` before a block may name; such a block is checked, and not run.
+NEEDS = {
+    "GPU": "one or more of them",
+    "cluster": "several machines, ssh or Slurm",
+    "hub": "models or data from the Hugging Face hub",
+    "models": "real models, in local folders",
+    "minutes": "more than seconds, on the shipped models",
+    "package": "an optional package",
+}
+_BLOCK = re.compile(r"(?:^ *<!-- needs: ([^>]*?) -->\n)?^( *)```(\w*)\n(.*?)^\2```$", re.MULTILINE | re.DOTALL)
+_KEYWORDS = {"if", "then", "else", "fi", "do", "done"}
+_REDIRECTIONS = {">", ">>", "<"}
+# Programs that everybody has and knows.
+_UNCHECKED = {"[", "cd", "echo", "export", "git", "hostname", "mkdir", "scontrol", "sbatch", "sed", "trap"}
+_FOLDERS = "benchmarks|common|configs|docs|mindmerger|quickstart|regmean|tests"
+_PATH = re.compile(rf"(?<![\w/.-])(?:{_FOLDERS})/[\w./-]*")
+_MADE_HERE = ("quickstart/build", "quickstart/results")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block.
+
+    Attributes:
+        language: the word after the fence.
+        text: its lines.
+        needs: what it cannot run without; empty where it can run here.
+        place: page and line.
+    """
+
+    language: str
+    text: str
+    needs: frozenset[str]
+    place: str
+
+
+def blocks(page: Path) -> list[Block]:
+    """Every fenced block of a page, in order."""
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for match in _BLOCK.finditer(text):
+        needs = frozenset(word.strip() for word in match[1].split(",")) if match[1] else frozenset()
+        place = f"{page.relative_to(REPOSITORY)}, line {text.count(chr(10), 0, match.start(2)) + 1}"
+        found.append(Block(match[3], textwrap.dedent(match[4]), needs, place))
+    return found
+
+
+def missing_paths(text: str) -> list[str]:
+    """The repository's own files and folders that a text names and that are not there."""
+    named = [path.rstrip("./") for path in _PATH.findall(text) if not path.startswith(_MADE_HERE)]
+    return [path for path in named if not (REPOSITORY / path).exists()]
+
+
+def commands(script: str) -> list[list[str]]:
+    """The simple commands of a piece of shell, as words, without assignments, keywords and redirections."""
+    # A variable stands for one word, here for a number, which is a name as well.
+    script = re.sub(r"\$\{?\w+\}?|\$\?", "1", script.replace("\\\n", " "))
+    found: list[list[str]] = []
+    for line in script.splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words: list[str] = []
+        into_file = False
+        for word in [*lexer, ";"]:
+            if into_file or word in _REDIRECTIONS:
+                into_file = not into_file
+            elif not word or word.strip(";&|()"):
+                before_command = not words and (word in _KEYWORDS or re.match(r"\w+=", word))
+                words += [] if before_command else [word]
+            else:
+                found += [words] if words else []
+                words = []
+    return found
+
+
+class _Parsed(BaseException):
+    """Ends a program as soon as it has read its flags."""
+
+
+def check(words: list[str], world_size: int = 1) -> None:
+    """Check one command: its program is known, its flags parse, the files that it names are there.
+
+    Args:
+        words: of the command; relative paths are the current folder's.
+        world_size: how many ranks the launcher around it starts.
+
+    Raises:
+        AssertionError, SystemExit: something is wrong with it.
+    """
+    (program, *rest), line = words, shlex.join(words)
+    assert "..." not in words, f"{line}: spell it out, or it cannot be checked"
+    assert not missing_paths(line), f"{line}: there is no {missing_paths(line)}"
+    if program == "srun":
+        check(rest, world_size)
+    elif program == "bash":
+        assert rest[0] == "-c", line
+        for command in commands(rest[1]):
+            check(command, world_size)
+    elif program == "deepspeed":
+        from deepspeed.launcher.runner import fetch_hostfile, parse_args
+
+        launcher = parse_args(rest)
+        nodes = fetch_hostfile(launcher.hostfile) if "--hostfile" in rest else None
+        ranks = sum(nodes.values()) if nodes else max(1, launcher.num_gpus)
+        check(["python", launcher.user_script, *launcher.user_args], ranks)
+    elif program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        launcher = get_args_parser().parse_args(rest)
+        ranks = int(launcher.nproc_per_node) * int(launcher.nnodes.rpartition(":")[2])
+        check(["python", launcher.training_script, *launcher.training_script_args], ranks)
+    elif program == "python":
+        with patch.dict(os.environ, {"WORLD_SIZE": str(world_size)}):
+            _check_python(rest)
+    elif program == "lm_eval":
+        from lm_eval.__main__ import cli_evaluate
+
+        with _stopped_when_parsed(), patch.object(sys, "argv", words):
+            cli_evaluate()
+    elif program == "make":
+        targets = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+        assert all(f"\n{target}:" in targets for target in rest), f"{line}: no such target"
+    elif program == "pip":
+        files = [file for option, file in itertools.pairwise(rest) if option == "-r"]
+        assert all((REPOSITORY / file).exists() for file in files), f"{line}: no such file"
+    else:
+        assert program in _UNCHECKED, f"{line}: tests/commands.py does not know how to check {program}"
+
+
+def run(words: list[str]) -> None:
+    """Run one of this repository's commands, in this process and under no launcher.
+
+    Raises:
+        AssertionError: it is none.
+        SystemExit: it has failed.
+    """
+    if words[0] == "deepspeed":
+        from deepspeed.launcher.runner import parse_args
+
+        launcher = parse_args(words[1:])
+        words = ["python", launcher.user_script, *launcher.user_args]
+    assert words[0] == "python", f"{shlex.join(words)}: cannot be run here; say before the block what it needs"
+    try:
+        _start(words[1:])
+    except SystemExit as error:
+        if error.code:
+            raise
+    finally:
+        os.environ.pop("LOCAL_RANK", None)
+        forget_ranks()
+
+
+def _check_python(words: list[str]) -> None:
+    path = Path(words[0])
+    if words[0] == "-m":
+        module = Path(*words[1].split("."))
+        path = next((p for p in (module.with_suffix(".py"), module / "__main__.py") if p.exists()), module)
+    assert path.is_file(), f"python {shlex.join(words)}: there is no such program"
+    if "parse_" in path.read_text(encoding="utf-8"):
+        with _stopped_when_parsed():
+            _start(words)
+    else:
+        assert not any(word.startswith("--") for word in words), f"{path} reads no flags"
+
+
+def _start(words: list[str]) -> None:
+    if words[0] == "-m":
+        with patch.object(sys, "argv", words[1:]):
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        with patch.object(sys, "argv", words):
+            runpy.run_path(words[0], run_name="__main__")
+
+
+@contextlib.contextmanager
+def _stopped_when_parsed() -> Iterator[None]:
+    def then_stop(parse: Any) -> Any:
+        def parse_and_stop(*arguments: Any, **options: Any) -> None:
+            parse(*arguments, **options)
+            raise _Parsed
+
+        return parse_and_stop
+
+    into_dataclasses = HfArgumentParser.parse_args_into_dataclasses
+    with (
+        patch.object(ArgumentParser, "parse_args", then_stop(ArgumentParser.parse_args)),
+        patch.object(HfArgumentParser, "parse_args_into_dataclasses", then_stop(into_dataclasses)),
+        contextlib.suppress(_Parsed),
+    ):
+        yield
+        raise AssertionError("the program has read no flags")
