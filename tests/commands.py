@@ -1,6 +1,7 @@
 """The fenced blocks of Markdown pages: their commands, checked by the programs' own parsers or run in this process."""
 
 import contextlib
+import importlib.util
 import itertools
 import os
 import re
@@ -177,8 +178,10 @@ def _check_python(words: list[str]) -> None:
     if words[0] == "-m":
         module = Path(*words[1].split("."))
         path = next((p for p in (module.with_suffix(".py"), module / "__main__.py") if p.exists()), module)
+        if not path.is_file() and importlib.util.find_spec(words[1]) is not None:
+            return  # Python's own, or an installed package's
     assert path.is_file(), f"python {shlex.join(words)}: there is no such program"
-    if "parse_" in path.read_text(encoding="utf-8"):
+    if re.search(r"parse_|cli_evaluate", path.read_text(encoding="utf-8")):
         with _stopped_when_parsed():
             _start(words)
     else:

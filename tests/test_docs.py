@@ -41,8 +41,8 @@ SMALL = {
 }
 # Flags that pages name and that are others' programs', or stand for any.
 FOREIGN = {
-    *("--num_gpus", "--node_rank", "--no_ssh", "--hypothesis-profile", "--confirm_run_unsafe_code", "--check"),
-    *("--help", "--config", "--model", "--include_path", "--logdir"),
+    *("--num_gpus", "--node_rank", "--no_ssh", "--hypothesis-profile", "--check", "--help", "--config", "--logdir"),
+    *("--model", "--model_args", "--tasks", "--include_path", "--log_samples", "--confirm_run_unsafe_code"),
 }
 
 
@@ -121,7 +121,9 @@ def run_page(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_parses(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_parses(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     make_world(tmp_path, page)
     monkeypatch.chdir(tmp_path)
     for block in blocks(page):
@@ -133,7 +135,32 @@ def test_every_command_parses(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
                 try:
                     check(words)
                 except SystemExit as error:
-                    raise AssertionError(f"{block.place}: {' '.join(words)}: see the message above") from error
+                    message = capsys.readouterr().err
+                    # An optional package that is not installed here, and a program that says how to.
+                    if "package" not in block.needs or "pip install" not in message:
+                        raise AssertionError(f"{block.place}: {' '.join(words)}: {message}") from error
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python run_evaluation.py --baselin --llm_path L",
+        "python run_evaluation.py --llm_path L --mt_path M",
+        "python merge_model.py average",
+        "python -m benchmarks.quickstart",
+        "python run_evaluation.py --config configs/evaluation/mgms.yaml",
+        "deepspeed --num_gpu_s 8 run_training.py --deepspeed --llm_path L --mt_path M",
+        "deepspeed --num_gpus 3 run_training.py --llm_path L --mt_path M --train_batch_size 128",
+        "srun bash -c 'torchrun --nproc_per_node 2 compute_gram.py --model A'",
+        "export X=1; if true; then run_training.py; fi",
+        "make quickstarts",
+    ],
+)
+def test_a_wrong_command_is_found(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises((AssertionError, SystemExit)):
+        for words in commands(line):
+            check(words)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in CHANGING], ids=lambda page: page.name)
