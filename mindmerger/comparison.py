@@ -65,11 +65,9 @@ class Run:
     settings: dict[str, dict[str, Any]]
 
 
-def compare(words: list[str]) -> str:
-    """What the command line `words` ask for, folders of results first; see `write_comparison`."""
-    return write_comparison(
-        parse_flags(ReportFlags, words if not words or words[0].startswith("-") else ["--results", *words])
-    )
+def parse_comparison(words: list[str]) -> ReportFlags:
+    """What the words of a command line ask for, folders of results first."""
+    return parse_flags(ReportFlags, words if not words or words[0].startswith("-") else ["--results", *words])
 
 
 def write_comparison(flags: ReportFlags) -> str:

@@ -114,9 +114,9 @@ def _bar_chart(scores: dict[str, Any]) -> "Figure":
 def main() -> None:
     """Compare evaluations: `python -m mindmerger.report results/A results/B ...`"""
     # It is built on this module.
-    from mindmerger.comparison import compare
+    from mindmerger.comparison import parse_comparison, write_comparison
 
-    print(compare(sys.argv[1:]))
+    print(write_comparison(parse_comparison(sys.argv[1:])))
 
 
 if __name__ == "__main__":

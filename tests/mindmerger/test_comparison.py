@@ -8,12 +8,16 @@ from scipy.stats import binomtest
 
 from common.errors import InputError
 from common.files import write_json
-from mindmerger.comparison import compare, mcnemar, pair, read_answers, read_runs
+from mindmerger.comparison import mcnemar, pair, parse_comparison, read_answers, read_runs, write_comparison
 from tests.conftest import REPOSITORY
 from tests.mindmerger.datas import write_lines
 from tests.mindmerger.scripts import run
 
 SCRIPT = "<script>alert('it got out')</script>"
+
+
+def compare(words: list[str]) -> str:
+    return write_comparison(parse_comparison(words))
 
 
 @pytest.mark.parametrize("only_first", [0, 1, 5, 40, 400])
