@@ -4,13 +4,10 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import runs
 from common.distributed import Process, is_out_of_memory, start_process
@@ -20,41 +17,16 @@ from common.locks import locked
 from common.logging import progress, quiet_libraries, say
 from common.signals import Stopped, StopSignals
 from mindmerger.answers import PARSERS, parse_answer
-from mindmerger.base_models import load_llm
-from mindmerger.batching import Batch, collate, plan_once
-from mindmerger.checkpoint import CONFIG, mapping_file, read_mapping, read_record, take_encoder_layer
+from mindmerger.batching import plan_once
+from mindmerger.checkpoint import mapping_file
 from mindmerger.data import Example, read_evaluation
-from mindmerger.decoding import greedy, label_log_likelihoods
 from mindmerger.flags import EvaluationFlags
-from mindmerger.modeling import (
-    MindMergerConfig,
-    MindMergerForCausalLM,
-    Sequence,
-    bos_segment,
-    join,
-    mapping_config,
-    token_segment,
-)
 from mindmerger.report import SCORES, score, table, write_report
+from mindmerger.subject import Subject, load_subject, pick_dtype, prepare
 from mindmerger.tasks import EVALUATION_TASKS, Task, find_task, select_languages
-from mindmerger.tokenization import ExampleTokenizer, Tokens, load_example_tokenizer
+from mindmerger.tokenization import Tokens
 
 ANSWERS = "answers"
-
-
-@dataclass
-class Subject:
-    """Who is asked.
-
-    Attributes:
-        llm: the language model that answers.
-        embed: from a batch to what that model reads.
-        tokenizer: from examples to tokens.
-    """
-
-    llm: PreTrainedModel
-    embed: Callable[[Batch], Sequence]
-    tokenizer: ExampleTokenizer
 
 
 def evaluate(flags: EvaluationFlags) -> None:
@@ -86,22 +58,14 @@ def _evaluate(flags: EvaluationFlags, process: Process, locks: contextlib.ExitSt
         ]
         for task in tasks
     }
-    if not flags.baseline:
-        _take_from_checkpoint(flags)
-    # A published .bin says nothing, and was trained to be followed by the prompt.
-    uses_prompt = True if flags.augmentation is None else flags.augmentation
-    tokenizer = load_example_tokenizer(flags, uses_prompt, llm_alone=flags.baseline)
-    config = None
-    if not flags.baseline:
-        config = mapping_config(flags, tokenizer.llm_tokenizer.bos_token_id)
-        read_mapping(Path(flags.init_checkpoint), config.mt_hidden_size, config.llm_hidden_size)
-    dtype = _dtype(flags, process)
+    tokenizer, config = prepare(flags)
+    dtype = pick_dtype(flags.dtype, process.device)
 
     root = Path("results") / (f"{flags.save_name}-baseline" if flags.baseline else flags.save_name)
     if process.is_main:
         for name in problems:
             locks.enter_context(locked(root / name))
-    settings = {task.name: _settings(flags, problems[task.name], uses_prompt, dtype) for task in tasks}
+    settings = {task.name: _settings(flags, problems[task.name], dtype) for task in tasks}
     finished = {task.name: runs.is_finished(root / task.name, settings[task.name], flags.overwrite) for task in tasks}
     tokens = {
         name: tokenizer(examples, with_targets=False) for name, examples in problems.items() if not finished[name]
@@ -110,7 +74,7 @@ def _evaluate(flags: EvaluationFlags, process: Process, locks: contextlib.ExitSt
     for task in tasks:
         folder = root / task.name
         if not finished[task.name]:
-            subject = subject or _load_subject(flags, config, tokenizer, dtype, process)
+            subject = subject or load_subject(flags, tokenizer, config, dtype, process.device)
             runs.start(folder, settings[task.name], flags.overwrite, process)
             started = time.monotonic()
             answer_all(subject, task, problems[task.name], tokens[task.name], flags, folder, process)
@@ -224,86 +188,20 @@ def read_answers(folder: Path) -> list[dict[str, Any]]:
 
 def _generate(subject: Subject, _: list[Example], rows: list[Tokens], max_gen_len: int) -> list[tuple[str, bool]]:
     """(text, whether it ended by itself) of each row, greedily."""
-    tokenizer = subject.tokenizer
-    with torch.inference_mode():
-        sequence = subject.embed(collate(rows, tokenizer.source_pad_id).to(subject.llm.device))
-    eos = _eos_token_ids(subject.llm, tokenizer.llm_tokenizer)
-    outputs = greedy(subject.llm, sequence, max_gen_len, eos)
-    texts = [tokenizer.llm_tokenizer.decode(ids, skip_special_tokens=True) for ids in outputs]
-    return [(text, ids[-1] in eos) for text, ids in zip(texts, outputs, strict=True)]
+    return subject.generate(rows, max_gen_len)
 
 
 def _choose(subject: Subject, examples: list[Example], rows: list[Tokens], _: int) -> list[tuple[str, bool]]:
     """(most likely label of its own, True) of each row."""
     words = list(dict.fromkeys(label for example in examples for label in example.labels))
-    with torch.inference_mode():
-        sequence = subject.embed(collate(rows, subject.tokenizer.source_pad_id).to(subject.llm.device))
-    scores = label_log_likelihoods(subject.llm, sequence, [subject.tokenizer.label_ids(word) for word in words])
+    scores, _ = subject.log_likelihoods(rows, words)
     chosen = []
     for example, row in zip(examples, scores.tolist(), strict=True):
         chosen.append((max(example.labels, key=lambda label, row=row: row[words.index(label)]), True))
     return chosen
 
 
-def _eos_token_ids(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    configured = llm.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    return {index for index in (*configured, tokenizer.eos_token_id) if index is not None}
-
-
-def _load_subject(
-    flags: EvaluationFlags,
-    config: MindMergerConfig | None,
-    tokenizer: ExampleTokenizer,
-    dtype: torch.dtype,
-    process: Process,
-) -> Subject:
-    if config is None:
-        llm = load_llm(flags.llm_path, flags.llm_revision, dtype, flags.trust_remote_code).to(process.device)
-        bos_token_id = tokenizer.llm_tokenizer.bos_token_id
-
-        def embed_prompt(batch: Batch) -> Sequence:
-            prompt = token_segment(llm, batch.prompt_ids, batch.prompt_attention_mask)
-            return join([*bos_segment(llm, bos_token_id, batch.prompt_attention_mask), prompt])
-
-        return Subject(llm, embed_prompt, tokenizer)
-
-    model = MindMergerForCausalLM.from_pretrained(
-        flags.init_checkpoint, config=config, dtype=dtype, trust_remote_code=flags.trust_remote_code
-    ).to(process.device)
-
-    def embed_all(batch: Batch) -> Sequence:
-        return model.embed(batch.input_ids, batch.attention_mask, batch.prompt_ids, batch.prompt_attention_mask)
-
-    return Subject(model.llm, embed_all, tokenizer)
-
-
-def _take_from_checkpoint(flags: EvaluationFlags) -> None:
-    """Fill in, from the record beside the mapping, which models it joins and whether the prompt follows it.
-
-    Raises:
-        InputError: there is no such mapping, or neither flags nor record name the models.
-    """
-    checkpoint = Path(flags.init_checkpoint)
-    saved = read_record(checkpoint)
-    take_encoder_layer(flags, checkpoint)
-    for name in ("llm", "mt"):
-        if getattr(flags, f"{name}_path") is None:
-            setattr(flags, f"{name}_path", saved.get(f"{name}_path"))
-            setattr(flags, f"{name}_revision", saved.get(f"{name}_revision"))
-        if getattr(flags, f"{name}_path") is None:
-            raise InputError(f"--{name}_path is needed: no {CONFIG} beside {mapping_file(checkpoint)} names the models")
-    if flags.augmentation is None:
-        flags.augmentation = saved.get("augmentation")
-
-
-def _dtype(flags: EvaluationFlags, process: Process) -> torch.dtype:
-    if flags.dtype == "auto":
-        return torch.bfloat16 if process.device.type == "cuda" else torch.float32
-    return getattr(torch, flags.dtype)
-
-
-def _settings(flags: EvaluationFlags, examples: list[Example], uses_prompt: bool, dtype: torch.dtype) -> dict[str, Any]:
+def _settings(flags: EvaluationFlags, examples: list[Example], dtype: torch.dtype) -> dict[str, Any]:
     """What makes two evaluations the same one: models, mapping, problems and how they are put and judged."""
     texts = json.dumps([[e.language.name, e.source.text, e.target] for e in examples], ensure_ascii=False)
     return {
@@ -313,7 +211,7 @@ def _settings(flags: EvaluationFlags, examples: list[Example], uses_prompt: bool
         "mt_revision": None if flags.baseline else flags.mt_revision,
         "encoder_layer": flags.encoder_layer,
         "mapping_sha256": None if flags.baseline else sha256(mapping_file(Path(flags.init_checkpoint))),
-        "augmentation": uses_prompt,
+        "augmentation": flags.augmentation,
         "problems_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         "max_seq_len": flags.max_seq_len,
         "max_prompt_len": flags.max_prompt_len,

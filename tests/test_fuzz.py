@@ -30,8 +30,8 @@ from common.files import write_text
 from common.flags import parse_flags
 from mindmerger.checkpoint import mapping_shapes, read_mapping, write_mapping
 from mindmerger.data import read_evaluation, read_training
-from mindmerger.evaluation import _take_from_checkpoint
 from mindmerger.flags import EvaluationFlags, TrainingFlags
+from mindmerger.subject import take_from_checkpoint
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, select_languages
 from regmean.checkpoint import base_vocabulary, open_checkpoint
 from regmean.flags import GramFlags, MergeFlags
@@ -462,7 +462,7 @@ def test_mapping_folders(tmp_path: Path, name: str) -> None:
 
         def read() -> None:
             flags = EvaluationFlags(init_checkpoint=str(tmp_path))
-            _take_from_checkpoint(flags)
+            take_from_checkpoint(flags)
             assert isinstance(flags.llm_path, str) and isinstance(flags.mt_path, str)
             read_mapping(tmp_path, 3, 2)
 

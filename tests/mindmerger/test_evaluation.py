@@ -17,7 +17,7 @@ from common.signals import Stopped
 from mindmerger import evaluation
 from mindmerger.batching import collate
 from mindmerger.data import Example
-from mindmerger.decoding import label_log_likelihoods
+from mindmerger.decoding import greedy, label_log_likelihoods
 from mindmerger.evaluation import evaluate, judge, read_answers
 from mindmerger.flags import EvaluationFlags
 from mindmerger.tasks import LANGUAGES, Prompt
@@ -194,15 +194,22 @@ def test_label_likelihoods_equal_the_loss_of_each_label_as_target(build: Callabl
     with torch.no_grad():
         batch = collate(questions, tokenizer.source_pad_id)
         sequence = model.embed(**vars(batch) | {"labels": None})
-        scores = label_log_likelihoods(model.llm, sequence, label_ids)
+        scores, are_greedy = label_log_likelihoods(model.llm, sequence, label_ids)
         for row, question in enumerate(questions):
             for column, ids in enumerate(label_ids):
                 one = collate([question], tokenizer.source_pad_id)
                 one.labels = torch.tensor([ids])
                 loss = model(**vars(one), num_items_in_batch=1.0).loss
                 assert float(scores[row, column]) == pytest.approx(-float(loss), abs=1e-4)
-        singles = label_log_likelihoods(model.llm, sequence, label_ids[:1])
-    torch.testing.assert_close(singles, scores[:, :1])
+        singles, are_greedy_singles = label_log_likelihoods(model.llm, sequence, label_ids[:1])
+        torch.testing.assert_close(singles, scores[:, :1])
+        assert are_greedy_singles.equal(are_greedy[:, :1])
+
+        said = greedy(model.llm, sequence, 4, set())
+        # Each row's own words, and others that go on as some row does but not to the end.
+        words = [*said, *([*ids[:3], ids[3] ^ 1] for ids in said)]
+        _, are_greedy = label_log_likelihoods(model.llm, sequence, words)
+    assert are_greedy.tolist() == [[ids == word for word in words] for ids in said]
 
 
 def test_classification_by_generation_as_published(words: Words) -> None:
