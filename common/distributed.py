@@ -88,6 +88,14 @@ class Process:
             dist.destroy_process_group()
 
 
+def leave_together() -> None:
+    """After all work, in code that holds no `Process`: wait for the others, who would take leaving for dying."""
+    if dist.is_initialized():
+        dist.barrier()
+        _closed.set()
+        dist.destroy_process_group()
+
+
 def launched_world_size() -> int:
     """How many processes the launcher (deepspeed, torchrun) started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -75,6 +75,11 @@ def parse_answer_published(text: str) -> Fraction:
     return Fraction(_ascii_digits(numbers[-1]))
 
 
+def is_same_number(number: Fraction | None, gold: Fraction) -> bool:
+    """Whether `number` is `gold`, to a relative 1e-6; None is no number."""
+    return number is not None and abs(number - gold) <= abs(gold) / 10**6
+
+
 PARSERS: dict[str, Callable[[str], Fraction | None]] = {"default": parse_answer, "published": parse_answer_published}
 
 

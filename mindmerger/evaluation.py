@@ -16,7 +16,7 @@ from common.files import read_json, sha256, writing
 from common.locks import locked
 from common.logging import progress, quiet_libraries, say
 from common.signals import Stopped, StopSignals
-from mindmerger.answers import PARSERS, parse_answer
+from mindmerger.answers import PARSERS, is_same_number, parse_answer
 from mindmerger.batching import plan_once
 from mindmerger.checkpoint import mapping_file
 from mindmerger.data import Example, read_evaluation
@@ -25,6 +25,7 @@ from mindmerger.report import SCORES, score, table, write_report
 from mindmerger.subject import Subject, load_subject, pick_dtype, prepare
 from mindmerger.tasks import EVALUATION_TASKS, Task, find_task, select_languages
 from mindmerger.tokenization import Tokens
+from mindmerger.vllm_backend import VllmSubject, check_vllm
 
 ANSWERS = "answers"
 
@@ -70,11 +71,17 @@ def _evaluate(flags: EvaluationFlags, process: Process, locks: contextlib.ExitSt
     tokens = {
         name: tokenizer(examples, with_targets=False) for name, examples in problems.items() if not finished[name]
     }
+    if flags.backend == "vllm":
+        max_model_len = check_vllm(flags, process, [row for rows in tokens.values() for row in rows])
     subject = None
     for task in tasks:
         folder = root / task.name
         if not finished[task.name]:
-            subject = subject or load_subject(flags, tokenizer, config, dtype, process.device)
+            if subject is None and flags.backend == "vllm":
+                subject = load_subject(flags, tokenizer, config, dtype, torch.device("cpu"))
+                subject = VllmSubject(subject, flags, dtype, process.device, max_model_len)
+            elif subject is None:
+                subject = load_subject(flags, tokenizer, config, dtype, process.device)
             runs.start(folder, settings[task.name], flags.overwrite, process)
             started = time.monotonic()
             answer_all(subject, task, problems[task.name], tokens[task.name], flags, folder, process)
@@ -160,8 +167,8 @@ def judge(example: Example, output: str, answer_parser: str) -> dict[str, Any]:
         parsed = output.strip() if output.strip() in example.labels else None
         right = parsed == example.target
     else:
-        number, gold = PARSERS[answer_parser](output), parse_answer(example.target)
-        right = number is not None and abs(number - gold) <= abs(gold) / 10**6
+        number = PARSERS[answer_parser](output)
+        right = is_same_number(number, parse_answer(example.target))
         parsed = None if number is None else float(number)
     return {
         "language": example.language.name,
@@ -219,4 +226,6 @@ def _settings(flags: EvaluationFlags, examples: list[Example], dtype: torch.dtyp
         "answer_parser": flags.answer_parser,
         "classification": flags.classification,
         "dtype": str(dtype).removeprefix("torch."),
+        # Only where it is another, for the records of runs that were finished before there was one.
+        **({} if flags.backend == "transformers" else {"backend": flags.backend}),
     }

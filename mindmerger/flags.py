@@ -138,8 +138,14 @@ class EvaluationFlags(ModelFlags):
         "likelihood", "label words scored by likelihood, or generated and compared to the letter, as published"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
+    backend: Literal["transformers", "vllm"] = flag(
+        "transformers", "what generates; vllm (requirements-vllm.txt) batches continuously, on one GPU"
+    )
+    eval_batch_size: int | None = flag(None, "problems at once, per device; default 8, or 256 with --backend vllm")
 
     def __post_init__(self) -> None:
+        if self.eval_batch_size is None:
+            self.eval_batch_size = 256 if self.backend == "vllm" else 8
         super().__post_init__()
         if self.test_num is not None:
             require_positive(self, "test_num")
@@ -151,6 +157,39 @@ class EvaluationFlags(ModelFlags):
             raise InputError("--baseline reads nothing but the prompt: leave --augmentation False out")
         if self.baseline and self.llm_path is None:
             raise InputError("--llm_path is needed: the LLM to evaluate")
+        if self.backend == "vllm" and self.classification == "likelihood":
+            chosen = [name for name in self.task.split(",") if name in EVALUATION_TASKS]
+            scored = [name for name in chosen if EVALUATION_TASKS[name].labels]
+            if scored:
+                raise InputError(
+                    f"--backend vllm generates, and {', '.join(scored)} is scored by likelihood: add --classification "
+                    "generation, or leave --backend out"
+                )
+
+
+@dataclass
+class DemoFlags:
+    """A page that puts questions to an LLM alone and with its mapping, or to merged models and their parents."""
+
+    checkpoint: str | None = flag(None, "mapping: folder, .safetensors or pytorch_model.bin")
+    llm_path: str | None = flag(None, "LLM of the mapping; default: as the record beside it names it")
+    mt_path: str | None = flag(None, "multilingual model of the mapping; default: as the record beside it names it")
+    models: list[str] = flag([], "instead: LLMs to show side by side, as parents and their merge")
+    max_gen_len: int = flag(512, "tokens of an answer")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
+    device: str = flag("auto", "auto takes the GPU where there is one")
+    trust_remote_code: bool = flag(False, "run code that a model's repository brings")
+    host: str = flag("127.0.0.1", "address to serve at; 0.0.0.0 lets other machines in")
+    port: int = flag(7860, "port to serve at")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_gen_len")
+        if (self.checkpoint is None) == (not self.models):
+            raise InputError("give --checkpoint (a mapping), or --models (LLMs to compare), one of the two")
+        if self.models and (self.llm_path or self.mt_path):
+            raise InputError("--llm_path and --mt_path are those of a --checkpoint: with --models leave them out")
+        if not 0 < self.port < 2**16:
+            raise InputError(f"--port {self.port} must be from 1 to 65535")
 
 
 def require_positive(flags: object, name: str) -> None:

@@ -64,15 +64,15 @@ class Subject:
         outputs = greedy(self.llm, self.read(rows), max_new_tokens, self.eos_token_ids, has_ended)
         return [(self.text(ids), ids[-1] in self.eos_token_ids) for ids in outputs]
 
-    def stream(self, row: Tokens, max_new_tokens: int) -> Iterator[str]:
-        """The text that `generate` gives for `row`, as far as it has come, after every token."""
+    def stream(self, sequence: Sequence, max_new_tokens: int) -> Iterator[str]:
+        """The greedy answer to the one row of `sequence`, as far as it has come, after every token."""
         ids: list[int] = []
 
         def ends(_: int, token: int) -> bool:
             ids.append(token)
             return token in self.eos_token_ids
 
-        for _ in greedy_steps(self.llm, self.read([row]), max_new_tokens, ends):
+        for _ in greedy_steps(self.llm, sequence, max_new_tokens, ends):
             yield self.text(ids)
 
     def log_likelihoods(self, rows: list[Tokens], words: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

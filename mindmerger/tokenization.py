@@ -74,6 +74,9 @@ class ExampleTokenizer:
         max_prompt_len: tokens of a prompt.
         max_gen_len: tokens of a target, its eos included.
 
+    Attributes:
+        names_language: whether a source is opened by its language's token.
+
     Raises:
         InputError: the LLM's tokenizer names no eos token.
     """
@@ -98,9 +101,9 @@ class ExampleTokenizer:
         self.max_seq_len = min(max_seq_len, mt_tokenizer.model_max_length) if mt_tokenizer else max_seq_len
         self.max_prompt_len = max_prompt_len
         self.max_gen_len = max_gen_len
-        self._names_language = mt_config is not None and mt_config.model_type == "m2m_100"
+        self.names_language = mt_config is not None and mt_config.model_type == "m2m_100"
         self._source_prefix, self._source_suffix = _special_tokens(mt_tokenizer) if mt_tokenizer else ([], [])
-        if self._names_language:
+        if self.names_language:
             # Where such a tokenizer itself puts the language has changed; the models were trained on this order.
             self._source_suffix = [mt_tokenizer.eos_token_id]
 
@@ -123,7 +126,7 @@ class ExampleTokenizer:
 
     def _tokenize(self, examples: list[Example], with_targets: bool) -> list[Tokens]:
         if self.mt_tokenizer is not None:
-            specials = (1 if self._names_language else len(self._source_prefix)) + len(self._source_suffix)
+            specials = (1 if self.names_language else len(self._source_prefix)) + len(self._source_suffix)
             limit = self.max_seq_len - specials
             sources = _fit_all([example.source for example in examples], self.mt_tokenizer, limit, "--max_seq_len")
         else:
@@ -141,7 +144,7 @@ class ExampleTokenizer:
 
         tokens = []
         for example, source, prompt, target in zip(examples, sources, prompts, targets, strict=True):
-            prefix = [self._language_token(example.language)] if self._names_language else self._source_prefix
+            prefix = [self._language_token(example.language)] if self.names_language else self._source_prefix
             kinds = {"source": source, "prompt": prompt, "target": target}
             tokens.append(
                 Tokens(

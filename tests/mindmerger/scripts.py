@@ -42,10 +42,11 @@ def python_command(script: str, *words: object) -> list[str]:
     return [sys.executable, str(REPOSITORY / script), *map(str, words)]
 
 
-def run(command: list[str], folder: Path, expect: int = 0) -> str:
-    """Run to the end in `folder`; what it printed."""
+def run(command: list[str], folder: Path, expect: int = 0, environment: dict[str, str] | None = None) -> str:
+    """Run to the end in `folder`, with more in its environment; what it printed."""
+    environment = ENVIRONMENT | (environment or {})
     done = subprocess.run(
-        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
     )
     assert done.returncode == expect, done.stdout
     return done.stdout
