@@ -65,7 +65,7 @@ class VllmSubject(Subject):
             self.model.to(device)
 
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM, SamplingParams
 
         self._sampling_params = SamplingParams
