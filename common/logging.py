@@ -1,6 +1,6 @@
 """What a run says: lines on the terminal, progress bars, metrics on disk."""
 
-import importlib.util
+import importlib
 import json
 import logging
 import os
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from common.distributed import Process
 from common.errors import InputError, first_line
 from common.files import writing
+from common.optional import require
 
 ReportTo = Literal["tensorboard", "wandb", "trackio", "none"]
 _OPTIONAL = ("wandb", "trackio")
@@ -41,14 +42,10 @@ def progress(process: Process, iterable: Iterable | None = None, **options: Any)
     return tqdm(iterable, disable=not process.is_main, dynamic_ncols=True, smoothing=0.05, **options)
 
 
-def require_package(report_to: ReportTo) -> None:
-    """Find, without importing it, the package that `--report_to` names.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    if report_to in _OPTIONAL and importlib.util.find_spec(report_to) is None:
-        raise InputError(f"--report_to {report_to} needs a package: pip install -r requirements-{report_to}.txt")
+def require_board(report_to: ReportTo) -> None:
+    """Raise InputError, saying how to install it, unless the package that `--report_to` names is there."""
+    if report_to in _OPTIONAL:
+        require(report_to, f"requirements-{report_to}.txt")
 
 
 class Metrics:

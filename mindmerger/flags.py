@@ -7,7 +7,7 @@ from typing import Literal
 from common.distributed import launched_world_size
 from common.errors import InputError
 from common.flags import flag
-from common.logging import ReportTo, require_package
+from common.logging import ReportTo, require_board
 from mindmerger.tasks import EVALUATION_TASKS, TRAINING_TASKS
 
 
@@ -86,7 +86,7 @@ class TrainingFlags(ModelFlags):
             raise InputError(f"--dev_size {self.dev_size} must not be negative")
         if not 0 <= self.warmup_ratio <= 1:
             raise InputError(f"--warmup_ratio {self.warmup_ratio} must be from 0 to 1")
-        require_package(self.report_to)
+        require_board(self.report_to)
         self._derive_batch_sizes(launched_world_size())
 
     @property
