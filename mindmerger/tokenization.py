@@ -144,7 +144,7 @@ class ExampleTokenizer:
 
         tokens = []
         for example, source, prompt, target in zip(examples, sources, prompts, targets, strict=True):
-            prefix = [self._language_token(example.language)] if self.names_language else self._source_prefix
+            prefix = self._source_prefix_of(example.language)
             kinds = {"source": source, "prompt": prompt, "target": target}
             tokens.append(
                 Tokens(
@@ -163,8 +163,7 @@ class ExampleTokenizer:
         Raises:
             InputError: the tokenizer gives no character offsets, or the encoder lacks the language.
         """
-        prefix = [self._language_token(language)] if self._names_language else self._source_prefix
-        suffix = self._source_suffix
+        prefix, suffix = self._source_prefix_of(language), self._source_suffix
         return [
             ([*prefix, *ids, *suffix], [*[(0, 0)] * len(prefix), *spans, *[(0, 0)] * len(suffix)])
             for ids, spans in ids_with_spans(self.mt_tokenizer, texts)
@@ -179,6 +178,9 @@ class ExampleTokenizer:
             return [*ids, self.llm_tokenizer.eos_token_id], False
         # A model must not learn that a solution ends where the limit happened to fall.
         return ids[: self.max_gen_len], True
+
+    def _source_prefix_of(self, language: Language) -> list[int]:
+        return [self._language_token(language)] if self.names_language else self._source_prefix
 
     def _language_token(self, language: Language) -> int:
         for token in (language.nllb, f"__{language.code}__"):
@@ -245,8 +247,8 @@ def ids_with_spans(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list
 
 def _without_spaces(text: str, start: int, end: int) -> Span:
     """Some tokenizers count the space before a word to its first token, others do not."""
-    piece = text[start:end]
-    return start + len(piece) - len(piece.lstrip()), end - len(piece) + len(piece.rstrip())
+    end = start + len(text[start:end].rstrip())
+    return end - len(text[start:end].lstrip()), end
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
