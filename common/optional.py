@@ -12,5 +12,7 @@ def require(package: str, requirements: str) -> None:
         package: as in `import package`.
         requirements: the file that names it, in the repository's root.
     """
-    if find_spec(package) is None:
+    spec = find_spec(package)
+    # A folder of that name, which a package may leave where it runs, would be found as well.
+    if spec is None or spec.origin is None:
         raise InputError(f"{package} is not installed: pip install -r {requirements}")

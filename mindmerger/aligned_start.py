@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from common.distributed import Process
 from common.errors import InputError
 from common.files import read_json, write_json
+from common.locks import locked
 from common.logging import progress, say
 from mindmerger.alignment import AffineMap, Span, as_mlp, correlation, covering, relative_error, ridge
 from mindmerger.base_models import base_config, is_decoder_only, load_encoder, load_llm
@@ -114,10 +115,13 @@ def aligned_start(
         "texts_sha256": hashlib.sha256(content.encode()).hexdigest(),
     }
     if process.is_main:
-        kept = read_json(folder / RECORD) if (folder / RECORD).exists() else None
-        if not isinstance(kept, dict) or kept.get("settings") != settings:
-            report = _fit(flags, config, tokenizer, texts, folder, dtype, process)
-            write_json(folder / RECORD, {"settings": settings, **report})
+        with locked(folder):
+            kept = read_json(folder / RECORD) if (folder / RECORD).exists() else None
+            if not isinstance(kept, dict) or kept.get("settings") != settings:
+                # A record beside a mapping is that mapping's, whenever this is killed.
+                (folder / RECORD).unlink(missing_ok=True)
+                report = _fit(flags, config, tokenizer, texts, folder, dtype, process)
+                write_json(folder / RECORD, {"settings": settings, **report})
     process.barrier()
     record = read_json(folder / RECORD)
     of_layers = "" if record["encoder_layer"] is None else f", layer {record['encoder_layer']} of the encoder"
@@ -141,9 +145,9 @@ def _fit(
 ) -> dict[str, Any]:
     """Fit the mapping, write it to `folder`, and report how well it fits."""
     started = time.monotonic()
+    # The tokenizers go first: what they lack is known in no time.
     english = tokenizer.sources_with_spans(texts.english, LANGUAGES["English"])
     llm_english = ids_with_spans(tokenizer.llm_tokenizer, texts.english)
-    # The tokenizers go first: what they lack is known in no time.
     llm = load_llm(config.llm_path, config.llm_revision, dtype, flags.trust_remote_code)
     embedding = llm.get_input_embeddings().to(process.device)
     del llm
@@ -171,7 +175,8 @@ def _fit(
     if texts.pairs:
         sources = [tokenizer.sources_with_spans([row.source.text], row.language)[0][0] for row in texts.pairs]
         translations = ids_with_spans(tokenizer.llm_tokenizer, [row.target for row in texts.pairs])
-        meant = torch.stack([_embeddings(embedding, ids).mean(dim=0) for ids, _ in translations])
+        # A text without a token says nothing.
+        meant = torch.stack([_embeddings(embedding, ids).mean(dim=0) if ids else mean.cpu() for ids, _ in translations])
         scores = layer_scores(maps, read(sources), meant, [row.language.name for row in texts.pairs])
         best = max(range(len(scores)), key=scores.__getitem__)
         layer = best + 1
@@ -204,7 +209,7 @@ def layer_scores(
         maps: of every layer.
         foreign: by layer, the states of every sentence, [tokens, mt_hidden_size].
         meant: the mean embedding of every translation, [sentences, llm_hidden_size].
-        languages: of every sentence.
+        languages: of every sentence; at least one language has two.
 
     Returns:
         By layer, the correlation between means of mapped vectors and means of embeddings, averaged over languages.
@@ -215,6 +220,8 @@ def layer_scores(
         by_language = []
         for language in dict.fromkeys(languages):
             rows = [row for row, its in enumerate(languages) if its == language]
+            if len(rows) == 1:
+                continue  # one sentence has no correlation with another
             by_language.append(correlation(mapped[rows], meant[rows].double()))
         scores.append(sum(by_language) / len(by_language))
     return scores
@@ -239,6 +246,9 @@ def read_states(
         process: whose progress bar this is.
         all_layers: of a decoder-only encoder, the states that it would end in had it only 1, 2, ... layers; else the
             last ones alone.
+
+    Raises:
+        InputError: the encoder's parts do not tell what it would end in.
     """
     (plan,) = plan_once([len(source) for source in sources], batch_size, ranks=1)
     by_source: list[list[torch.Tensor]] = [[] for _ in sources]
@@ -253,18 +263,26 @@ def read_states(
 
 def _all_layers(encoder: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """By layer, the states [batch, length, mt_hidden_size] that the model would end in if that layer were its last."""
+    lists = [module for module in encoder.modules() if isinstance(module, torch.nn.ModuleList)]
+    of_layers = {module for layers in lists for module in layers.modules()}
     outputs: list[tuple[torch.nn.Module, Any]] = []
     hooks = [
-        child.register_forward_hook(lambda module, _, output: outputs.append((module, output)))
-        for child in encoder.children()
+        module.register_forward_hook(lambda module, _, output: outputs.append((module, output)))
+        for module in encoder.modules()
+        if module not in of_layers
     ]
     try:
         result = encoder(**inputs, output_hidden_states=True)
     finally:
         for hook in hooks:
             hook.remove()
-    # Its final norm is the part whose output is the model's own, under whichever name.
-    final = next((module for module, output in outputs if output is result.last_hidden_state), torch.nn.Identity())
+    # The final norm, under whichever name: the innermost part that gives, if in another shape, what the model gives.
+    address = result.last_hidden_state.data_ptr()
+    final = next((m for m, output in outputs if torch.is_tensor(output) and output.data_ptr() == address), None)
+    if final is None:
+        raise InputError(
+            f"--encoder_layer is needed: {type(encoder).__name__} has no final norm, by which to compare its layers"
+        )
     return [*(final(states) for states in result.hidden_states[1:-1]), result.last_hidden_state]
 
 
@@ -283,4 +301,4 @@ def _token_targets(
 @torch.inference_mode()
 def _embeddings(embedding: torch.nn.Module, ids: list[int]) -> torch.Tensor:
     """Vectors of token ids, [tokens, llm_hidden_size], float32 on the CPU."""
-    return embedding(torch.tensor(ids, device=embedding.weight.device)).float().cpu()
+    return embedding(torch.tensor(ids, dtype=torch.int64, device=embedding.weight.device)).float().cpu()

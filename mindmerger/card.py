@@ -12,13 +12,13 @@ from common.flags import flag, parse_flags
 from common.runs import RUN
 from mindmerger.checkpoint import CONFIG, PUBLISHED, SAFETENSORS
 from mindmerger.report import SCORES
+from mindmerger.sources import MANIFEST
 from mindmerger.tasks import LANGUAGES
 
 if TYPE_CHECKING:
     from mindmerger.data import Example
 
 CARD = "README.md"
-_MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -58,7 +58,11 @@ class Evaluation:
 def find_scores(results: Path, hashes: set[str]) -> list[Evaluation]:
     """The finished evaluations in `results/*/*` of the mapping whose file has one of these sha256."""
     runs = [(path.parent, read_json(path)) for path in sorted(results.glob(f"*/*/{RUN}"))]
-    finished = [(folder, run["settings"]) for folder, run in runs if "result" in run and (folder / SCORES).is_file()]
+    finished = [
+        (folder, run["settings"])
+        for folder, run in runs
+        if isinstance(run, dict) and {"settings", "result"} <= run.keys() and (folder / SCORES).is_file()
+    ]
     found, seen = [], []
     for folder, settings in finished:
         # Under two names the same evaluation is still one.
@@ -97,12 +101,16 @@ def model_card(config: dict[str, Any], evaluations: list[Evaluation]) -> str:
 
 def source_datasets(data_dir: Path, rows: list["Example"]) -> list[str]:
     """Hub ids of the data sets that the files of these rows stem from, as far as `data_dir`'s manifest tells."""
-    if not (data_dir / _MANIFEST).is_file():
+    if not (data_dir / MANIFEST).is_file():
         return []
-    files = read_json(data_dir / _MANIFEST).get("files", {})
+    manifest = read_json(data_dir / MANIFEST)
     # A place is "{file}, line {n}" or "{file}, row {n}".
     names = {Path(row.place.rpartition(", ")[0]).relative_to(data_dir).as_posix() for row in rows}
-    return sorted({source["dataset"] for name in names & files.keys() for source in files[name]["sources"]})
+    try:
+        files = manifest["files"]
+        return sorted({source["dataset"] for name in names & files.keys() for source in files[name]["sources"]})
+    except (TypeError, KeyError, AttributeError):
+        return []  # somebody else's manifest
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,8 @@ def _cells(task: str, runs: list[Run]) -> list[list[str]]:
         rows.append(row)
     for name, title in (("average", "average"), ("average_without_english", "average without English")):
         values = [scored[name] for scored in scores]
-        if None not in values:
+        # Averages over different languages are not compared.
+        if None not in values and all(scored["languages"].keys() == scores[0]["languages"].keys() for scored in scores):
             row = [title, _percent(values[0])]
             for value in values[1:]:
                 row += [_percent(value), f"{100 * (value - values[0]):+.1f}", ""]

@@ -11,10 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from common.distributed import start_process
 from common.errors import InputError
-from common.files import read_json
 from common.logging import quiet_libraries
 from mindmerger.base_models import load_llm
-from mindmerger.checkpoint import CONFIG, mapping_file
+from mindmerger.checkpoint import read_record
 from mindmerger.data import Example
 from mindmerger.flags import DemoFlags, EvaluationFlags
 from mindmerger.modeling import join, token_segment
@@ -82,8 +81,7 @@ def mapping_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) 
         trust_remote_code=flags.trust_remote_code,
     )
     tokenizer, config = prepare(evaluation)
-    record = mapping_file(Path(flags.checkpoint)).parent / CONFIG
-    task = read_json(record).get("task") if record.is_file() else None
+    task = read_record(Path(flags.checkpoint)).get("task")
     with_mapping = load_subject(evaluation, tokenizer, config, dtype, device)
     alone = Subject(with_mapping.llm, _prompts_only(tokenizer.llm_tokenizer, flags))
 

@@ -78,12 +78,14 @@ class TrainingFlags(ModelFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("train_num", "epoch_num", "lr", "eval_steps", "save_steps", "aligned_sentences"):
+        for name in ("train_num", "epoch_num", "lr", "eval_steps", "save_steps"):
             require_positive(self, name)
         if self.llm_path is None or self.mt_path is None:
             raise InputError("--llm_path and --mt_path are needed: the two models to join")
         if self.dev_size < 0:
             raise InputError(f"--dev_size {self.dev_size} must not be negative")
+        if self.aligned_sentences < 10:
+            raise InputError(f"--aligned_sentences {self.aligned_sentences} must be at least 10")
         if not 0 <= self.warmup_ratio <= 1:
             raise InputError(f"--warmup_ratio {self.warmup_ratio} must be from 0 to 1")
         require_board(self.report_to)

@@ -24,7 +24,7 @@ from mindmerger.tokenization import Tokens
 # Of the flags of run_evaluation.py those that say what is loaded and how much of a text is read.
 _FLAGS = (
     *("llm_path", "llm_revision", "mt_path", "mt_revision", "trust_remote_code", "dtype"),
-    *("augmentation", "max_seq_len", "max_prompt_len", "max_gen_len"),
+    *("encoder_layer", "augmentation", "max_seq_len", "max_prompt_len", "max_gen_len"),
 )
 
 
@@ -146,7 +146,8 @@ class MindMergerLM(LM):
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` of every rank, stacked."""
-        return torch.stack(self._process.gather(tensor))
+        # Through host memory: a tensor arrives on the device that it was sent from.
+        return torch.stack(self._process.gather(tensor.cpu())).to(tensor.device)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         """`obj` of every rank, on rank `dst`."""
@@ -182,7 +183,7 @@ class MindMergerLM(LM):
                 f"task {request.task_name}: its rows have no text {self._source_field!r} for the encoder to read, but "
                 f"{', '.join(map(str, request.doc))}: name one, as in --model_args source_field=NAME"
             )
-        stem = str(request.doc.get("stem", question)).strip()
+        stem = str(request.doc.get("stem") or question).strip()
         return Example(_split(question, stem), _split(request.args[0], stem), "", self._language(request.task_name))
 
     def _language(self, task: str) -> Language:

@@ -17,10 +17,9 @@ from mindmerger import sources
 from mindmerger.answers import parse_answer
 from mindmerger.data import read_evaluation, read_training
 from mindmerger.flags import require_positive
-from mindmerger.sources import SOURCES, Reading, pairs_source
+from mindmerger.sources import MANIFEST, SOURCES, Reading, pairs_source
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, Language, find_task, select_languages
 
-MANIFEST = "manifest.json"
 # --train_num of the published augmentation stage: more rows of a language than that are not read.
 MATH_ROWS = 30_000
 # Characters of a sentence, and how many times as long its translation may be (Chinese to English: about 3).

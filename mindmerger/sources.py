@@ -35,6 +35,7 @@ class Source:
     revision: str = "main"
 
 
+MANIFEST = "manifest.json"
 _X_CSQA = "INK-USC/xcsr"
 _XNLI = "facebook/xnli"
 _XNLI_COMMIT = "b8dd5d7af51114dbda02c0e3f6133f332186418e"

@@ -148,7 +148,8 @@ def take_from_checkpoint(flags: EvaluationFlags) -> None:
     for name in ("llm", "mt"):
         if getattr(flags, f"{name}_path") is None:
             setattr(flags, f"{name}_path", saved.get(f"{name}_path"))
-            setattr(flags, f"{name}_revision", saved.get(f"{name}_revision"))
+            if getattr(flags, f"{name}_revision") is None:
+                setattr(flags, f"{name}_revision", saved.get(f"{name}_revision"))
         if getattr(flags, f"{name}_path") is None:
             raise InputError(f"--{name}_path is needed: no {CONFIG} beside {mapping_file(checkpoint)} names the models")
     if flags.augmentation is None:

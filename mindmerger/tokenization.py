@@ -158,14 +158,15 @@ class ExampleTokenizer:
         return tokens
 
     def sources_with_spans(self, texts: list[str], language: Language) -> list[tuple[list[int], list[Span]]]:
-        """The source ids of texts in one language, uncut, and where each token stands; special tokens nowhere, (0, 0).
+        """The source ids of texts in one language, cut to their limit, and each token's span, (0, 0) if special.
 
         Raises:
             InputError: the tokenizer gives no character offsets, or the encoder lacks the language.
         """
         prefix, suffix = self._source_prefix_of(language), self._source_suffix
+        limit = self.max_seq_len - len(prefix) - len(suffix)
         return [
-            ([*prefix, *ids, *suffix], [*[(0, 0)] * len(prefix), *spans, *[(0, 0)] * len(suffix)])
+            ([*prefix, *ids[:limit], *suffix], [*[(0, 0)] * len(prefix), *spans[:limit], *[(0, 0)] * len(suffix)])
             for ids, spans in ids_with_spans(self.mt_tokenizer, texts)
         ]
 

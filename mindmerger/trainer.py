@@ -34,6 +34,7 @@ from mindmerger.aligned_start import aligned_start
 from mindmerger.batching import Batch, collate, plan_epoch, plan_once
 from mindmerger.card import source_datasets
 from mindmerger.checkpoint import (
+    CONFIG,
     PUBLISHED,
     mapping_file,
     read_mapping,
@@ -130,6 +131,7 @@ def _train(flags: TrainingFlags, process: Process) -> None:
 
         if process.is_main:
             best = read_mapping(folder, *widths)
+            write_json(folder.parent / CONFIG, model.config.to_dict())
             write_published(folder.parent / PUBLISHED, best)
             runs.finish(folder, settings, result)
             shutil.rmtree(folder / STATE, ignore_errors=True)
@@ -481,6 +483,8 @@ def run_settings(
 ) -> dict[str, Any]:
     """What makes two runs the same run: flags, ranks, and what the files hold that the flags name."""
     settings = {k: v for k, v in dataclasses.asdict(flags).items() if k not in _FREE_FLAGS}
+    if flags.mapping_init != "aligned":
+        del settings["aligned_sentences"]
     texts = "\n".join(f"{row.language.code}\t{row.source.text}\t{row.target}" for row in rows)
     return settings | {
         "augmentation": flags.uses_prompt,

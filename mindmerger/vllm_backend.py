@@ -25,11 +25,16 @@ def check_vllm(flags: EvaluationFlags, process: Process, rows: list[Tokens]) -> 
         The longest sequence that it is to hold, in tokens.
 
     Raises:
-        InputError: vLLM is not installed, there are several ranks, or a row is longer than the LLM's context.
+        InputError: vLLM is not installed, there are several ranks, another device than vLLM's is named, or a row is
+            longer than the LLM's context.
     """
     require("vllm", "requirements-vllm.txt, in an environment of its own")
     if process.world_size > 1:
         raise InputError("--backend vllm batches all problems by itself: leave torchrun out")
+    if process.device.index or (process.device.type == "cpu" and torch.cuda.is_available()):
+        raise InputError(
+            "--backend vllm runs on the first GPU that it sees: choose it by CUDA_VISIBLE_DEVICES, leave --device out"
+        )
     longest = max(map(len, rows), default=0)
     config = base_config(flags.llm_path, flags.llm_revision, flags.trust_remote_code).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or longest + flags.max_gen_len

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import ByT5Tokenizer
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config, OPTConfig
 
 from common.distributed import Process
 from common.errors import InputError
-from mindmerger.aligned_start import aligned_start, choose_texts, read_states
+from mindmerger.aligned_start import aligned_start, choose_texts, layer_scores, read_states
+from mindmerger.alignment import AffineMap
 from mindmerger.base_models import base_config, load_encoder, load_llm
 from mindmerger.batching import pad
 from mindmerger.data import Example
@@ -61,11 +62,25 @@ def test_a_tokenizer_without_offsets_is_refused() -> None:
         ids_with_spans(ByT5Tokenizer(), TEXTS)
 
 
-def test_every_layer_is_what_a_model_of_so_few_layers_ends_in(models: dict[str, Path]) -> None:
-    path = str(models["qwen"])
-    tokenizer = load_tokenizer(path)
-    sources = [tokenizer(text).input_ids for text in TEXTS]
-    options = {"source_pad_id": tokenizer.pad_token_id, "batch_size": 2, "process": CPU}
+@pytest.fixture(scope="module")
+def decoders(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each ends in a way of its own: GPT-2 reshapes what its norm gives, OPT's norm lies deeper."""
+    folder = tmp_path_factory.mktemp("decoders")
+    torch.manual_seed(0)
+    small = {"vocab_size": 600, "num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4}
+    for name, config in (
+        ("gpt2", GPT2Config(**small, initializer_range=0.3)),
+        ("opt", OPTConfig(**small, ffn_dim=64, word_embed_proj_dim=32, init_std=0.3)),
+    ):
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+    return {"qwen": models["qwen"], "gpt2": folder / "gpt2", "opt": folder / "opt"}
+
+
+@pytest.mark.parametrize("name", ["qwen", "gpt2", "opt"])
+def test_every_layer_is_what_a_model_of_so_few_layers_ends_in(name: str, decoders: dict[str, Path]) -> None:
+    path = str(decoders[name])
+    sources = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
+    options = {"source_pad_id": 0, "batch_size": 2, "process": CPU}
     whole = load_encoder(path, None, torch.float32, False)
     states = read_states(whole, sources, all_layers=True, **options)
     layers = base_config(path).num_hidden_layers
@@ -99,6 +114,17 @@ def rows(count: int, language: str = "German") -> list[Example]:
         Example(replace(PROMPT, query=f"{language} {number}"), PROMPT, f"English {number % 20}", LANGUAGES[language])
         for number in range(count)
     ]
+
+
+def test_the_layer_is_chosen_by_languages_of_more_than_one_pair() -> None:
+    """The map of the second layer is right; a language with one sentence says nothing, and does not spoil it."""
+    torch.manual_seed(0)
+    foreign = [torch.randn(4, 3) for _ in range(7)]
+    meant = torch.stack([states.mean(dim=0) for states in foreign]) @ torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+    zero, one = torch.zeros(3).double(), torch.ones(3).double()
+    maps = [AffineMap(zero, one, torch.diag(torch.tensor(w)).double(), one) for w in ([-1.0, 1, 1], [1.0, 2, 3])]
+    scores = layer_scores(maps, [foreign, foreign], meant, ["de", "de", "de", "sw", "sw", "sw", "ru"])
+    assert scores[1] == pytest.approx(1, abs=1e-6) and scores[0] < 0.99
 
 
 def test_english_text_is_every_target_once() -> None:
