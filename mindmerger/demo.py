@@ -100,7 +100,7 @@ def mapping_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) 
 
 
 def model_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) -> list[Column]:
-    """The LLMs of `--models`, each asked through its chat template, or, where it has none, by the bare question.
+    """The LLMs of `--models`, each asked through its chat template or, without one, by question and line break.
 
     Raises:
         InputError: a model cannot be loaded.
@@ -116,7 +116,8 @@ def model_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) ->
                 turn = [{"role": "user", "content": question}]
                 ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True).input_ids
             else:
-                ids = tokenizer(question).input_ids
+                # The break says that the question is at its end.
+                ids = tokenizer(question + "\n").input_ids
             with torch.inference_mode():
                 inputs = torch.tensor([ids], device=device)
                 sequence = join([token_segment(llm, inputs, torch.ones_like(inputs))])
@@ -144,6 +145,7 @@ def page(columns: list[Column], needs_language: bool) -> gr.Blocks:
             for step in itertools.zip_longest(*streams):
                 texts = [old if new is None else new for old, new in zip(texts, step, strict=True)]
                 yield texts
+            yield [text or "(no answer)" for text in texts]
         except InputError as error:
             raise gr.Error(str(error)) from error
 
@@ -154,7 +156,7 @@ def page(columns: list[Column], needs_language: bool) -> gr.Blocks:
         ask = gr.Button("Ask", variant="primary")
         with gr.Row():
             answers = [
-                gr.Textbox(label=column.title, lines=10, max_lines=30, interactive=False, min_width=280)
+                gr.Textbox(label=column.title, lines=5, max_lines=30, interactive=False, min_width=280)
                 for column in columns
             ]
         gr.on([ask.click, question.submit], answer, [question, language], answers, show_progress="minimal")

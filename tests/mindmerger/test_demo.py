@@ -98,7 +98,7 @@ def test_parents_beside_their_merge(tmp_path: Path, models: dict[str, Path], bro
         torch.nn.init.normal_(llm.lm_head.weight)
         llm.save_pretrained(tmp_path / name)
         tokenizer = load_tokenizer(str(tmp_path / name))
-        ids = torch.tensor([tokenizer(QUESTION).input_ids])
+        ids = torch.tensor([tokenizer(QUESTION + "\n").input_ids])
         new = llm.generate(ids, max_new_tokens=60, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
         expected[name] = tokenizer.decode(new, skip_special_tokens=True)
     assert len(set(expected.values())) == 3
