@@ -199,5 +199,5 @@ def test_a_stage_from_an_aligned_start(tmp_path: Path, models: dict[str, Path]) 
     run(python_command("run_evaluation.py", *asked), tmp_path)
     settings = json.loads((tmp_path / "results/MergeMinds/mgsm/run.json").read_text())["settings"]
     assert settings["encoder_layer"] == layer
-    printed = run(python_command("run_evaluation.py", *asked, "--encoder_layer", 3 - layer), tmp_path, expect=1)
+    printed = run(python_command("run_evaluation.py", *asked, "--encoder_layer", 3 - layer), tmp_path, expect=2)
     assert f"was trained on {layer} layer(s) of the encoder" in printed
