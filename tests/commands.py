@@ -34,7 +34,9 @@ _BLOCK = re.compile(r"(?:^ *<!-- needs: ([^>]*?) -->\n)?^( *)```(\w*)\n(.*?)^\2`
 _KEYWORDS = {"if", "then", "else", "fi", "do", "done"}
 _REDIRECTIONS = {">", ">>", "<"}
 # Programs that everybody has and knows.
-_UNCHECKED = {"[", "cd", "echo", "export", "git", "hf", "hostname", "mkdir", "scontrol", "sbatch", "sed", "source", "trap"}
+_UNCHECKED = {
+    *("[", "cd", "echo", "export", "git", "hf", "hostname", "mkdir", "scontrol", "sbatch", "sed", "source", "trap"),
+}
 _FOLDERS = "benchmarks|common|configs|docs|mindmerger|quickstart|regmean|tests"
 _PATH = re.compile(rf"(?<![\w/.-])(?:{_FOLDERS})/[\w./-]*")
 _MADE_HERE = ("quickstart/build", "quickstart/results")
