@@ -72,7 +72,9 @@ class MindMergerLM(LM):
         # The harness's default, of which each rank takes its own, or the CPU where there is none.
         device = "auto" if device in (None, "cuda", "cuda:0") else device
         words = {"init_checkpoint": checkpoint, "eval_batch_size": batch_size, "device": device} | flags
-        self._flags = parse_flags(EvaluationFlags, [f"--{name}={value}" for name, value in words.items()])
+        self._flags = parse_flags(
+            EvaluationFlags, [f"--{name}={value}" for name, value in words.items() if value is not None]
+        )
         self._source_field = source_field
         self._source_language = None if source_language is None else find_language(source_language)
 
