@@ -1,6 +1,6 @@
 """Starts of the mapping stage side by side: how many examples each needs, and what gets through.
 
-    python -m benchmarks.aligned_start                           # the small world of the quickstart
+    python -m benchmarks.aligned_start                           # the small world, after `make quickstart`
     python -m benchmarks.aligned_start --name real --llm_path L --mt_path M --data_dir D --languages de,es \\
         --train_num 212 --dev_size 60 --train_batch_size 8 --eval_steps 25 --lr 5e-4 --max_len 200
 

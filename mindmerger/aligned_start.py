@@ -151,7 +151,7 @@ def _fit(
     llm = load_llm(config.llm_path, config.llm_revision, dtype, flags.trust_remote_code)
     embedding = llm.get_input_embeddings().to(process.device)
     del llm
-    mean, _ = mean_embedding(embedding, process.device)
+    mean = mean_embedding(embedding, process.device)[0].cpu()
     targets = [
         _token_targets(embedding, mean, spans, ids, llm_spans)
         for (_, spans), (ids, llm_spans) in zip(english, llm_english, strict=True)
@@ -176,16 +176,15 @@ def _fit(
         sources = [tokenizer.sources_with_spans([row.source.text], row.language)[0][0] for row in texts.pairs]
         translations = ids_with_spans(tokenizer.llm_tokenizer, [row.target for row in texts.pairs])
         # A text without a token says nothing.
-        meant = torch.stack([_embeddings(embedding, ids).mean(dim=0) if ids else mean.cpu() for ids, _ in translations])
+        meant = torch.stack([_embeddings(embedding, ids).mean(dim=0) if ids else mean for ids, _ in translations])
         scores = layer_scores(maps, read(sources), meant, [row.language.name for row in texts.pairs])
         best = max(range(len(scores)), key=scores.__getitem__)
         layer = best + 1
 
     held_out = torch.cat(states[best][fitted:])
     state = as_mlp(maps[best])
-    state["end_boundary"] = (mean if flags.boundary_init == "mean" else torch.zeros_like(mean)).float().view(1, 1, -1)
-    config.encoder_layer = layer
-    write_mapping(folder, config.to_dict(), state)
+    state["end_boundary"] = (mean if flags.boundary_init == "mean" else torch.zeros_like(mean)).view(1, 1, -1)
+    write_mapping(folder, config.to_dict() | {"encoder_layer": layer}, state)
     return {
         "encoder_layer": layer,
         "sentences": fitted,
@@ -294,7 +293,7 @@ def _token_targets(
     A token of no text, as that which closes a source, is to say nothing in particular: the mean of all embeddings.
     """
     vectors = _embeddings(embedding, ids)
-    rows = [vectors[covered].mean(dim=0) if covered else mean.cpu() for covered in covering(spans, llm_spans)]
+    rows = [vectors[covered].mean(dim=0) if covered else mean for covered in covering(spans, llm_spans)]
     return torch.stack(rows)
 
 

@@ -105,7 +105,8 @@ def source_datasets(data_dir: Path, rows: list["Example"]) -> list[str]:
         return []
     manifest = read_json(data_dir / MANIFEST)
     # A place is "{file}, line {n}" or "{file}, row {n}".
-    names = {Path(row.place.rpartition(", ")[0]).relative_to(data_dir).as_posix() for row in rows}
+    files_read = {row.place.rpartition(", ")[0] for row in rows}
+    names = {Path(name).relative_to(data_dir).as_posix() for name in files_read}
     try:
         files = manifest["files"]
         return sorted({source["dataset"] for name in names & files.keys() for source in files[name]["sources"]})

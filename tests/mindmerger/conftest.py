@@ -14,6 +14,7 @@ from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 from mindmerger.tasks import LANGUAGES, Prompt, math_prompt
 from mindmerger.tokenization import ExampleTokenizer, load_tokenizer
 from tests import tiny_models
+from tests.mindmerger.datas import write_datas
 
 ENCODERS = ("mt5", "nllb", "xlm_roberta", "qwen")
 
@@ -38,6 +39,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, make in makers.items():
         make(folder / name)
     return {name: folder / name for name in makers}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a user stands, with a `datas` folder."""
+    folder = tmp_path_factory.mktemp("work")
+    write_datas(folder / "datas")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -21,17 +21,9 @@ from mindmerger.decoding import greedy, label_log_likelihoods
 from mindmerger.evaluation import evaluate, judge, read_answers
 from mindmerger.flags import EvaluationFlags
 from mindmerger.tasks import LANGUAGES, Prompt
-from tests.mindmerger.datas import write_datas
 from tests.mindmerger.scripts import run, torchrun_command
 
 Words = tuple[object, ...]
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("evaluation")
-    write_datas(folder / "datas")
-    return folder
 
 
 @pytest.fixture

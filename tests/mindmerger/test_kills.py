@@ -12,17 +12,9 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.mindmerger.datas import write_datas
 from tests.mindmerger.scripts import deepspeed_command, python_command, ranks_of, run, started, wait_for
 
 KILLS = 5
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("work")
-    write_datas(folder / "datas")
-    return folder
 
 
 @pytest.mark.slow

@@ -19,17 +19,9 @@ from mindmerger.evaluation import evaluate
 from mindmerger.flags import EvaluationFlags
 from mindmerger.tasks import EVALUATION_TASKS
 from tests.conftest import REPOSITORY
-from tests.mindmerger.datas import write_datas
 from tests.mindmerger.scripts import run, torchrun_command
 
 TASKS = REPOSITORY / "configs/lm_eval"
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lm_eval")
-    write_datas(folder / "datas")
-    return folder
 
 
 @pytest.fixture

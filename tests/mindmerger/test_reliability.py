@@ -15,18 +15,10 @@ from common.errors import InputError
 from common.locks import locked
 from common.signals import Stopped
 from mindmerger import trainer
-from tests.mindmerger.datas import write_datas
 from tests.mindmerger.scripts import train_here
 
 Words = tuple[object, ...]
 STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("work")
-    write_datas(folder / "datas")
-    return folder
 
 
 @pytest.fixture(scope="module")

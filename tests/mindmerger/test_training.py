@@ -13,18 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import REPOSITORY
-from tests.mindmerger.datas import write_datas
 from tests.mindmerger.scripts import deepspeed_command, python_command, run, started, train_here, wait_for
 
 Words = tuple[object, ...]
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a user stands, with a `datas` folder."""
-    folder = tmp_path_factory.mktemp("work")
-    write_datas(folder / "datas")
-    return folder
 
 
 @pytest.fixture(scope="module")
