@@ -1,0 +1,120 @@
+"""Two ways to do one piece of work, run in turn: what each costs, and by how much their results differ.
+
+A benchmark starts itself again for every run, so that no run inherits another's memory or caches:
+
+    baseline, ours = in_turn(lambda: run(words("baseline")), lambda: run(words("ours")), rounds)
+    report("gram", baseline, ours, difference)
+
+A process whose cost is counted from some point on, as "beside the loaded model", puts what follows into
+`with measured():`; of one that does not, the whole is counted, imports and all.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+COST_FILE = "BENCHMARK_COST_FILE"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Wall-clock seconds, and the peak of the process's resident memory in bytes."""
+
+    seconds: float
+    peak_bytes: int
+
+
+@contextlib.contextmanager
+def measured() -> Iterator[None]:
+    """Count only this block of the process that `run` has started; its peak is what it adds to what was there."""
+    # Linux: makes the peak of resident memory that /proc tells begin anew.
+    Path("/proc/self/clear_refs").write_text("5")
+    before, started = _status("VmRSS"), time.perf_counter()
+    yield
+    cost = Cost(time.perf_counter() - started, _status("VmHWM") - before)
+    if COST_FILE in os.environ:
+        Path(os.environ[COST_FILE]).write_text(json.dumps(asdict(cost)))
+
+
+def run(words: list[str]) -> Cost:
+    """The cost of `python words...`, or of that part of it which it puts into `measured`.
+
+    Raises:
+        SystemExit: the process failed; its own output says why.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "cost.json"
+        started = time.perf_counter()
+        process = subprocess.Popen([sys.executable, *words], env=os.environ | {COST_FILE: str(file)})
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        if code := os.waitstatus_to_exitcode(status):
+            raise SystemExit(f"exit code {code} of: {' '.join(words)}")
+        return Cost(**json.loads(file.read_text())) if file.exists() else Cost(seconds, usage.ru_maxrss * 1024)
+
+
+def in_turn(baseline: Callable[[], Cost], ours: Callable[[], Cost], rounds: int) -> tuple[Cost, Cost]:
+    """Run both, one after the other, `rounds` times.
+
+    Returns:
+        The medians of each, (baseline, ours).
+    """
+    costs: tuple[list[Cost], list[Cost]] = ([], [])
+    for number in range(rounds):
+        for name, side, kept in zip(("baseline", "ours"), (baseline, ours), costs, strict=True):
+            kept.append(side())
+            print(f"round {number + 1} of {rounds}, {name}: {kept[-1].seconds:.2f} s, {kept[-1].peak_bytes:,} bytes")
+            sys.stdout.flush()
+    first, second = (
+        Cost(statistics.median(cost.seconds for cost in kept), round(statistics.median(c.peak_bytes for c in kept)))
+        for kept in costs
+    )
+    return first, second
+
+
+def report(benchmark: str, baseline: Cost, ours: Cost, max_relative_difference: float, **more: object) -> None:
+    """Print the result as one JSON object, the last line of a benchmark's output.
+
+    Args:
+        benchmark: name of the row.
+        baseline, ours: what each side has cost.
+        max_relative_difference: between the results of the two, or as the benchmark says.
+        more: what else was found.
+    """
+    print(
+        json.dumps(
+            {
+                "benchmark": benchmark,
+                "baseline_s": round(baseline.seconds, 3),
+                "ours_s": round(ours.seconds, 3),
+                "speedup": round(baseline.seconds / ours.seconds, 2),
+                "baseline_peak_bytes": baseline.peak_bytes,
+                "ours_peak_bytes": ours.peak_bytes,
+                "max_relative_difference": max_relative_difference,
+                **more,
+                "machine": machine(),
+            }
+        ),
+        flush=True,
+    )
+
+
+def machine() -> str:
+    """The processor and how many of its cores are ours."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
