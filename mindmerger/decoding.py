@@ -11,6 +11,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from mindmerger.modeling import Sequence
 from mindmerger.slot_cache import SlotCache
 
+# Rows that begin together are padded to the longest, and their activations are in memory together.
+_READ_AT_ONCE = 4
+
 
 @dataclass
 class Answer:
@@ -31,7 +34,11 @@ def greedy(llm: PreTrainedModel, sequence: Sequence, max_new_tokens: int, eos_to
     """The most likely continuation of every row of `sequence`, all at once; `Answer.ids` of each."""
     rows = len(sequence.mask)
     outputs: list[list[int]] = [[] for _ in range(rows)]
-    for answers in greedy_steps(llm, lambda _: sequence, rows, rows, max_new_tokens, eos_token_ids):
+
+    def read(numbers: list[int]) -> Sequence:
+        return Sequence(sequence.embeds[numbers], sequence.mask[numbers])
+
+    for answers in greedy_steps(llm, read, rows, rows, max_new_tokens, eos_token_ids):
         for answer in answers:
             outputs[answer.row] = answer.ids
     return outputs
@@ -69,54 +76,84 @@ def greedy_steps(
     Yields:
         The answers that have got one more token.
     """
-    waiting = deque(range(rows))
-    # By place in the cache: answers, their last tokens, and how many columns of the cache are theirs.
-    running: list[Answer] = []
-    cache: Cache | None = None
-    while True:
-        free = [place for place, answer in enumerate(running) if answer.is_done]
-        is_idle = len(free) == len(running)
-        if waiting and (is_idle or (free and isinstance(cache, SlotCache))):
-            count = min(slots if is_idle else len(free), len(waiting))
-            told = [Answer(waiting.popleft()) for _ in range(count)]
-            sequence = read([answer.row for answer in told])
-            fresh = DynamicCache(config=llm.config)
-            inputs = {"inputs_embeds": sequence.embeds}
-            new = _step(llm, inputs, sequence.mask, sequence.position_ids, fresh).argmax(dim=-1)
-            if is_idle:
-                running, tokens, lengths, columns = told, new, sequence.mask.sum(dim=1), sequence.mask.shape[1]
-                cache = SlotCache(fresh) if SlotCache.can_hold(fresh) else fresh
+    waiting = deque(Answer(row) for row in range(rows))
+    while waiting:
+        batch = _Slots(llm, min(slots, len(waiting)))
+        while True:
+            free = [place for place, answer in enumerate(batch.answers) if answer.is_done]
+            if free and waiting and batch.can_read:
+                places = free[: min(len(waiting), batch.read_at_once)]
+                told = [waiting.popleft() for _ in places]
+                tokens = batch.read(places, told, read([answer.row for answer in told]))
+            elif len(free) < len(batch.answers):
+                if free:
+                    batch.drop(free)
+                told, tokens = batch.answers, batch.step()
             else:
-                places = torch.tensor(free[:count], device=new.device)
-                tokens[places], lengths[places] = new, sequence.mask.sum(dim=1)
-                columns = int(lengths.max())
-                cache.fill(places, fresh, columns)
-                for place, answer in zip(free, told, strict=False):
-                    running[place] = answer
-        elif is_idle:
-            return
+                break
+            for answer, token in zip(told, tokens.tolist(), strict=True):
+                answer.ids.append(token)
+                answer.is_done = (
+                    token in eos_token_ids
+                    or len(answer.ids) == max_new_tokens
+                    or (has_ended is not None and has_ended(answer.ids))
+                )
+            yield told
+
+
+class _Slots:
+    """The rows that run: a key-value cache, and of each row of it the answer, the last token and the length.
+
+    Args:
+        llm: a causal language model.
+        count: how many slots; each is free at first.
+    """
+
+    def __init__(self, llm: PreTrainedModel, count: int):
+        self._llm = llm
+        self._cache: Cache = DynamicCache(config=llm.config)
+        self._takes_rows = SlotCache.can_hold(self._cache)
+        if self._takes_rows:
+            self._cache = SlotCache(self._cache, count)
+        self.answers = [Answer(-1, is_done=True) for _ in range(count)]
+        self.can_read, self.read_at_once = True, _READ_AT_ONCE if self._takes_rows else count
+        self._tokens, self._lengths = torch.zeros(2, count, dtype=torch.int64, device=llm.device)
+        self._columns = 0
+
+    def read(self, places: list[int], answers: list[Answer], sequence: Sequence) -> torch.Tensor:
+        """Let rows begin in free slots; the first token of each."""
+        cache = DynamicCache(config=self._llm.config)
+        inputs = {"inputs_embeds": sequence.embeds}
+        tokens = _step(self._llm, inputs, sequence.mask, sequence.position_ids, cache).argmax(dim=-1)
+        self._tokens[places], self._lengths[places] = tokens, sequence.mask.sum(dim=1)
+        for place, answer in zip(places, answers, strict=True):
+            self.answers[place] = answer
+        if self._takes_rows:
+            self._columns = int(self._lengths.max())
+            self._cache.fill(places, cache, self._columns)
         else:
-            if free:
-                going_on = [place for place, answer in enumerate(running) if not answer.is_done]
-                places = torch.tensor(going_on, device=tokens.device)
-                running, tokens, lengths = [running[place] for place in going_on], tokens[places], lengths[places]
-                cache.reorder_cache(places)
-                if isinstance(cache, SlotCache):
-                    columns = int(lengths.max())
-                    cache.trim(columns)
-            columns, lengths = columns + 1, lengths + 1
-            mask = (torch.arange(columns, device=tokens.device) >= columns - lengths[:, None]).long()
-            inputs = {"input_ids": tokens.unsqueeze(1)}
-            tokens = _step(llm, inputs, mask, lengths[:, None] - 1, cache).argmax(dim=-1)
-            told, new = running, tokens
-        for answer, token in zip(told, new.tolist(), strict=True):
-            answer.ids.append(token)
-            answer.is_done = (
-                token in eos_token_ids
-                or len(answer.ids) == max_new_tokens
-                or (has_ended is not None and has_ended(answer.ids))
-            )
-        yield told
+            self._cache, self._columns, self.can_read = cache, sequence.mask.shape[1], False
+        return tokens
+
+    def drop(self, places: list[int]) -> None:
+        """Do without these slots from now on."""
+        kept = [place for place in range(len(self.answers)) if place not in places]
+        self.answers = [self.answers[place] for place in kept]
+        self._tokens, self._lengths = self._tokens[kept], self._lengths[kept]
+        self._cache.reorder_cache(torch.tensor(kept, device=self._tokens.device))
+        if self._takes_rows:
+            self._columns = int(self._lengths.max())
+            self._cache.trim(self._columns)
+
+    def step(self) -> torch.Tensor:
+        """The next token of every slot, none of which is free."""
+        self._columns, self._lengths = self._columns + 1, self._lengths + 1
+        columns = torch.arange(self._columns, device=self._tokens.device)
+        # All rows end in the last column.
+        mask = (columns >= self._columns - self._lengths.unsqueeze(1)).long()
+        inputs, positions = {"input_ids": self._tokens.unsqueeze(1)}, self._lengths.unsqueeze(1) - 1
+        self._tokens = _step(self._llm, inputs, mask, positions, self._cache).argmax(dim=-1)
+        return self._tokens
 
 
 @torch.inference_mode()

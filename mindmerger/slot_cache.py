@@ -17,22 +17,23 @@ class SlotCache(Cache):
     are those between its tokens, which is all that a sliding window sees.
 
     Args:
-        read: what the first rows have left in a cache that `can_hold` says yes to.
+        like: an empty cache of the LLM, of those that this class `can_hold`.
+        slots: how many rows.
     """
 
-    def __init__(self, read: DynamicCache):
-        super().__init__(layers=[SlotLayer(layer) for layer in read.layers])
+    def __init__(self, like: DynamicCache, slots: int):
+        super().__init__(layers=[SlotLayer(layer, slots) for layer in like.layers])
 
     @staticmethod
     def can_hold(cache: DynamicCache) -> bool:
         """Whether all that the LLM keeps of a row is a key and a value for each token (no recurrent states)."""
         return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
-    def fill(self, places: torch.Tensor, read: DynamicCache, columns: int) -> None:
-        """Put the rows of `read` in the place of rows that have ended.
+    def fill(self, places: list[int], read: DynamicCache, columns: int) -> None:
+        """Put the rows of `read` in the place of others, which are forgotten.
 
         Args:
-            places: int64 [rows of `read`].
+            places: one for each row of `read`.
             read: what the new rows have left.
             columns: of the longest row from now on.
         """
@@ -51,17 +52,17 @@ class SlotLayer(DynamicLayer):
     `DynamicLayer` copies all of its keys and values for every token.
 
     Args:
-        read: what the first rows have left.
+        like: an empty layer of the same kind.
+        slots: how many rows.
     """
 
-    def __init__(self, read: DynamicLayer):
+    def __init__(self, like: DynamicLayer, slots: int):
         super().__init__()
-        self.is_initialized = True
-        self.is_sliding = read.is_sliding
+        self._slots = slots
+        self.is_sliding = like.is_sliding
         # Columns that a token sees beside its own.
-        self._window = read.sliding_window - 1 if read.is_sliding else None
-        self.columns = read.get_seq_length()
-        self.keys, self.values, self._end = read.keys, read.values, read.keys.shape[2]
+        self._window = like.sliding_window - 1 if like.is_sliding else None
+        self.columns = self._end = 0
 
     @property
     def _kept(self) -> int:
@@ -79,8 +80,13 @@ class SlotLayer(DynamicLayer):
             buffer[:, :, self._end - 1 : self._end] = states
         return self.keys[:, :, start : self._end], self.values[:, :, start : self._end]
 
-    def fill(self, places: torch.Tensor, read: DynamicLayer, columns: int) -> None:
+    def fill(self, places: list[int], read: DynamicLayer, columns: int) -> None:
         """See `SlotCache.fill`."""
+        if not self.is_initialized:
+            self.keys, self.values = (
+                new.new_zeros(self._slots, new.shape[1], 0, new.shape[3]) for new in (read.keys, read.values)
+            )
+            self.is_initialized = True
         in_use, self.columns = self._kept, columns
         count = min(read.keys.shape[2], self._kept)
         if count > self._end:

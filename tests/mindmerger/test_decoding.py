@@ -124,8 +124,8 @@ def test_the_cache_holds_no_more_than_the_longest_row_and_its_room(
     caches: list[SlotCache] = []
 
     class Watched(SlotCache):
-        def __init__(self, read: DynamicCache):
-            super().__init__(read)
+        def __init__(self, like: DynamicCache, slots: int):
+            super().__init__(like, slots)
             caches.append(self)
 
     monkeypatch.setattr(decoding, "SlotCache", Watched)
