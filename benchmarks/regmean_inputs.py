@@ -28,7 +28,8 @@ def parser(description: str, rows: dict[str, Callable]) -> argparse.ArgumentPars
     parser.add_argument("--model", default=MODEL, help="hub id or local folder")
     parser.add_argument("--quick", action="store_true", help="smaller, a minute or two in all")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--row", choices=list(rows), action="append", help="only this row; default: all")
+    if rows:
+        parser.add_argument("--row", choices=list(rows), action="append", help="only this row; default: all")
     # A child's work, which the benchmark starts itself with.
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)

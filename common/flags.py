@@ -60,7 +60,7 @@ class FlagParser(argparse.ArgumentParser):
     """A word `--name` (or with dashes) for each field of a dataclass, as transformers' HfArgumentParser has them.
 
     A field's type is str, int, float, bool, a Literal of strings, one of these or None, or a list of these, which takes
-    several words. A bool that cannot be None needs no value to be true, and has a `--no_name` where that is the default.
+    several words. A bool that cannot be None needs no value to be true, and has `--no_name` where that is the default.
     Not that parser itself, because all of transformers is imported with it: a second or more before a word is read.
 
     Args:
