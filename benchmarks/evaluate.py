@@ -137,7 +137,7 @@ def published_answers(
 
 
 def one_side(flags: EvaluateBenchmarkFlags) -> None:
-    """Answer all problems this side's way, into `work_dir`/{side}.json."""
+    """Answer all problems this side's way: into `work_dir`/answers.json the published one, records.json ours."""
     quiet_libraries()
     evaluation, process = flags.evaluation(), Process(0, 1, torch.device("cpu"))
     tokenizer, config = prepare(evaluation)
