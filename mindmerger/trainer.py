@@ -61,7 +61,7 @@ MAX_LISTED = 10
 # stand in a run's settings by their content.
 _FREE_FLAGS = (
     *("deepspeed", "local_rank", "device", "overwrite", "eval_batch_size", "save_steps", "gradient_checkpointing"),
-    *("deepspeed_config", "init_checkpoint", "data_dir", "report_to"),
+    *("deepspeed_config", "init_checkpoint", "data_dir", "report_to", "plan"),
 )
 
 

@@ -84,11 +84,22 @@ def weighted_mean(arrays: list[np.ndarray], shares: list[float]) -> np.ndarray:
     return mean
 
 
+def array_bytes(models: int, largest: int | None) -> int:
+    """The most bytes of arrays that a merge holds at once.
+
+    Args:
+        models: how many there are.
+        largest: inputs of the widest system; None for an average.
+    """
+    if largest is None:
+        return 32 * CHUNK_ELEMENTS
+    # Three squares (the sum of Grams, its factor, one model's Gram), and blocks: one per model, eight in the solver.
+    return 4 * (3 * largest**2 + (models + 8) * BLOCK_ELEMENTS)
+
+
 def _print_plan(flags: MergeFlags, plan: MergePlan, models: list[Checkpoint], grams: list[Grams]) -> None:
     read, written = describe_size(plan, models)
-    largest = max((group.width for group in plan.groups), default=0)
-    # Three squares (the sum of Grams, its factor, one model's Gram), and blocks: one per model, eight in the solver.
-    peak = 4 * (3 * largest**2 + (len(models) + 8) * BLOCK_ELEMENTS) if grams else 32 * CHUNK_ELEMENTS
+    peak = array_bytes(len(models), max((group.width for group in plan.groups), default=0) if grams else None)
     print(
         f"plan: {flags.method} of {len(models)} models, {read / 1e9:.2f} GB to read, {written / 1e9:.2f} GB to write "
         f"for each of {len(flags.output_dirs())}, at most about {peak / 1e9:.2f} GB of arrays in memory"
