@@ -255,8 +255,9 @@ def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _measured_bandwidth(device: torch.device) -> float:
-    a = torch.ones(1 << (28 if device.type == "cuda" else 24), device=device)
-    return 2 * a.nbytes / _seconds(a.clone, device)
+    a = torch.ones(1 << (28 if device.type == "cuda" else 25), device=device)
+    b = torch.zeros_like(a)
+    return 2 * a.nbytes / _seconds(lambda: b.copy_(a), device)
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:

@@ -5,6 +5,7 @@ The models are built from their configs on the meta device, and a micro batch is
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass, fields
 
 import torch
@@ -174,7 +175,7 @@ def plan_training(flags: TrainingFlags) -> None:
 
 def training_plan(flags: TrainingFlags, device: Device, ds_config: dict, dtype: torch.dtype) -> TrainingPlan:
     """What a stage takes, with a DeepSpeed config as `trainer.deepspeed_config` gives it and weights of `dtype`."""
-    model = _model_on_meta(flags, dtype)
+    model = model_on_meta(flags, dtype)
     if flags.gradient_checkpointing:
         model.checkpoint_gradients()
     llm, encoder, mapping = (parameters(part) for part in (model.llm, model.encoder, model.mapping))
@@ -260,7 +261,7 @@ def evaluation_plan(flags: EvaluationFlags, name: str, device: Device, dtype: to
         llm = causal_lm_on_meta(flags.llm_path, flags.llm_revision, dtype, flags.trust_remote_code)
         parts = [llm]
     else:
-        model = _model_on_meta(flags, dtype)
+        model = model_on_meta(flags, dtype)
         llm, parts = model.llm, [model.llm, model.encoder, model.mapping]
     limits, batch = _evaluation_limits(flags, name), flags.eval_batch_size
     mean = MEAN_PROBLEM if not task.labels else Row(MEAN_PROBLEM.source, MEAN_PROBLEM.prompt, LABEL_TOKENS)
@@ -296,6 +297,20 @@ def evaluation_plan(flags: EvaluationFlags, name: str, device: Device, dtype: to
         flops=flops,
         seconds=seconds,
     )
+
+
+def model_on_meta(flags: ModelFlags, dtype: torch.dtype) -> MindMergerForCausalLM:
+    """Encoder, mapping and LLM as shapes without data, all in `dtype`, from the configs that the flags name."""
+    llm = causal_lm_on_meta(flags.llm_path, flags.llm_revision, dtype, flags.trust_remote_code)
+    encoder = encoder_on_meta(flags.mt_path, flags.mt_revision, dtype, flags.trust_remote_code, flags.encoder_layer)
+    config = MindMergerConfig(
+        llm_hidden_size=llm.config.get_text_config().hidden_size,
+        mt_hidden_size=encoder.config.get_text_config().hidden_size,
+    )
+    with torch.device("meta"):
+        model = MindMergerForCausalLM(config, encoder, llm)
+    model.mapping.to(dtype)
+    return model
 
 
 def encoder_cost(model: MindMergerForCausalLM, rows: int, row: Row) -> Cost:
@@ -348,25 +363,15 @@ def cache_bytes(llm: torch.nn.Module, rows: int, tokens: int) -> float:
     return reading_cost(llm, rows, tokens).kept_bytes
 
 
-def _model_on_meta(flags: ModelFlags, dtype: torch.dtype) -> MindMergerForCausalLM:
-    llm = causal_lm_on_meta(flags.llm_path, flags.llm_revision, dtype, flags.trust_remote_code)
-    encoder = encoder_on_meta(flags.mt_path, flags.mt_revision, dtype, flags.trust_remote_code, flags.encoder_layer)
-    config = MindMergerConfig(
-        llm_hidden_size=llm.config.get_text_config().hidden_size,
-        mt_hidden_size=encoder.config.get_text_config().hidden_size,
-    )
-    with torch.device("meta"):
-        model = MindMergerForCausalLM(config, encoder, llm)
-    model.mapping.to(dtype)
-    return model
-
-
 def _deepspeed(flags: TrainingFlags, device: Device) -> tuple[dict, torch.dtype]:
     """The stage's DeepSpeed config, and the dtype of its weights."""
     # DeepSpeed takes seconds to import.
     from mindmerger.trainer import deepspeed_config
 
-    config = deepspeed_config(flags, Process(0, device.count, torch.device(device.type)))
+    # It multiplies the batch sizes up for the ranks that there are: this process.
+    one = copy(flags)
+    one.train_batch_size = flags.train_micro_batch_size_per_gpu * flags.gradient_accumulation
+    config = deepspeed_config(one, Process(0, 1, torch.device(device.type)))
     return config, torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
 
 

@@ -262,7 +262,7 @@ def merge_plan(flags: MergeFlags) -> MergeCost:
     read = float(sum(model.dtype.itemsize * total for model in models))
     written = float(len(flags.output_dirs()) * total * _dtype(flags.dtype, models[0].dtype).itemsize)
     if flags.method == "avg":
-        return MergeCost(total, 0, array_bytes(len(models), None), read, written, 0.0)
+        return MergeCost(total, 0, array_bytes(len(models), []), read, written, 0.0)
     inputs, count, alphas = layer_inputs(models[0]), len(models), len(flags.alpha)
     flops = 0.0
     for layer_input in inputs:
@@ -273,8 +273,8 @@ def merge_plan(flags: MergeFlags) -> MergeCost:
         # three models on the objective of each.
         flops += alphas * width**3 / 3
         flops += layer_input.outputs * width**2 * (2 * count + alphas * (4 + (2 * count if count > 2 else 0)))
-    widest = max(layer_input.width for layer_input in inputs)
-    return MergeCost(total, len(inputs), array_bytes(count, widest), read, written, flops)
+    arrays = array_bytes(count, ((layer_input.width, layer_input.outputs) for layer_input in inputs))
+    return MergeCost(total, len(inputs), arrays, read, written, flops)
 
 
 def _model(path: str, revision: str | None, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
