@@ -38,11 +38,17 @@ SNAPSHOT_SECONDS = 600.0
 SUMS_NAME = "sums.safetensors"
 PLAN = "plan.json"
 M_MMAP_THRESHOLD = -3  # glibc's <malloc.h>
+PANEL = 512  # rows of a sum that a batch is added to at a time
 # Of the memory that is free beside the model, what the activations of a batch and fragmentation may take.
 RESERVED = 0.1
 
 
-def compute_grams(flags: GramFlags, process: Process, snapshot_seconds: float = SNAPSHOT_SECONDS) -> None:
+def compute_grams(
+    flags: GramFlags,
+    process: Process,
+    snapshot_seconds: float = SNAPSHOT_SECONDS,
+    model: PreTrainedModel | None = None,
+) -> None:
     """Compute the Grams of `flags.model` over its calibration texts and write `gram.safetensors`.
 
     A run that was cut short leaves `gram.partial/` in the output folder; the same command continues from there and
@@ -52,6 +58,7 @@ def compute_grams(flags: GramFlags, process: Process, snapshot_seconds: float = 
         flags: what to compute.
         process: this rank; every rank takes its share of the batches.
         snapshot_seconds: the time between two snapshots.
+        model: that of `flags.model`, where it is loaded already.
 
     Raises:
         InputError: bad flags, model or data; a Gram that fits no memory; activations that are not finite.
@@ -70,7 +77,7 @@ def compute_grams(flags: GramFlags, process: Process, snapshot_seconds: float = 
         f"{calibration.truncated:,} cut at {flags.max_length} tokens, {calibration.empty:,} empty",
     )
     with locked(target.parent) if process.is_main else contextlib.nullcontext():
-        _compute_grams(flags, process, snapshot_seconds, target, checkpoint, tokenizer, calibration)
+        _compute_grams(flags, process, snapshot_seconds, target, checkpoint, tokenizer, calibration, model)
 
 
 def _compute_grams(
@@ -81,9 +88,11 @@ def _compute_grams(
     checkpoint: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
     calibration: Calibration,
+    model: PreTrainedModel | None,
 ) -> None:
     _keep_heap_small()
-    model = _load(AutoModelForCausalLM, flags, checkpoint, dtype=flags.dtype).to(process.device).eval()
+    model = model or _load(AutoModelForCausalLM, flags, checkpoint, dtype=flags.dtype)
+    model = model.to(process.device).eval()
     layers = linear_layers(model)
     work = target.with_suffix(".partial")
     identity = {
@@ -130,21 +139,22 @@ def _compute_grams(
 
 
 def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
-    """total += rows^T rows.
+    """total += rows^T rows, below the diagonal and somewhat above it: half the work, and no product beside the sum.
 
     Args:
-        total: float32 of shape (width, width).
+        total: float32 of shape (width, width); of what is above the diagonal nothing is to be read.
         rows: float of shape (tokens, width), on the same device.
     """
     if rows.device.type == "cpu":
-        # NumPy sees that both factors are one matrix and computes half the product (BLAS syrk).
-        x = rows.float().contiguous().numpy()
-        total.numpy()[...] += x.T @ x
-    elif rows.dtype == torch.float32:
-        total.addmm_(rows.T, rows)
-    else:
-        # Products of two half-precision numbers are exact in float32, and so is nearly their sum.
-        total += torch.mm(rows.T, rows, out_dtype=torch.float32)
+        rows = rows.float()
+    for start in range(0, len(total), PANEL):
+        panel, below = rows[:, start : start + PANEL].T, rows[:, : start + PANEL]
+        part = total[start : start + PANEL, : start + PANEL]
+        if rows.dtype == torch.float32:
+            part.addmm_(panel, below)
+        else:
+            # Products of two half-precision numbers are exact in float32, and so is nearly their sum.
+            part += torch.mm(panel, below, out_dtype=torch.float32)
 
 
 class GramSums:
@@ -263,15 +273,15 @@ def plan_passes(inputs: list[list[str]], widths: list[int], memory: int) -> list
     Args:
         inputs: the layers of each distinct input, in the model's order.
         widths: features of each of these inputs.
-        memory: bytes for the sums of one pass and the product that is being added.
+        memory: bytes for the sums of one pass.
 
     Raises:
-        InputError: the largest sum and its product do not fit.
+        InputError: the largest sum does not fit.
     """
     largest = 4 * max(widths) ** 2
-    if 2 * largest > memory:
+    if largest > memory:
         raise InputError(
-            f"the widest layer ({max(widths)} features) needs {2 * largest / 1e9:.1f} GB beside the model, "
+            f"the widest layer ({max(widths)} features) needs {largest / 1e9:.1f} GB beside the model, "
             f"and {memory / 1e9:.1f} GB are free; take a larger --device or a narrower --dtype"
         )
     passes: list[list[str]] = []
@@ -279,7 +289,7 @@ def plan_passes(inputs: list[list[str]], widths: list[int], memory: int) -> list
     for names, width in zip(inputs, widths, strict=True):
         if not passes or 4 * width**2 > free:
             passes.append([])
-            free = memory - largest
+            free = memory
         passes[-1] += names
         free -= 4 * width**2
     return passes
@@ -353,7 +363,7 @@ class _Run:
             done, sums = snapshots.step_of(snapshot), GramSums.read(snapshot / SUMS_NAME, process.device)
             say(process, f"continuing after {done} of {len(batches)} batches")
         layers = {name: self.layers[name] for name in self.plan.passes[number]}
-        finite: dict[str, torch.Tensor] = {}
+        row_sums: dict[str, torch.Tensor] = {}
 
         def receive(name: str, x: torch.Tensor) -> None:
             rows = x.reshape(-1, x.shape[-1])
@@ -361,7 +371,8 @@ class _Run:
                 if not aligned_with(x, mask):
                     raise InputError(f"layer {name} reads {tuple(x.shape)}, where padding cannot be told from tokens")
                 rows = rows.index_select(0, kept)
-            finite[name] = rows.isfinite().all(dim=1)
+            # A sum is finite where every term is; in float32, since half precision would overflow.
+            row_sums[name] = rows.sum(dim=1, dtype=torch.float32)
             sums.add(name, rows)
 
         def save(done: int) -> None:
@@ -385,9 +396,9 @@ class _Run:
                 kept = mask.flatten().nonzero().flatten()
                 inputs.run(self.model, ids, mask)
                 # One look for all layers: each makes a GPU's queue run empty.
-                if finite and not torch.stack([rows.all() for rows in finite.values()]).all():
-                    raise InputError(self._not_finite(finite, mask, batches[position]))
-                finite.clear()
+                if row_sums and not torch.cat(list(row_sums.values())).isfinite().all():
+                    raise InputError(self._not_finite(row_sums, mask, batches[position]))
+                row_sums.clear()
                 bar.update(tokens[position])
                 if signals.received:
                     save(position + 1)
@@ -400,9 +411,9 @@ class _Run:
                     saved = time.monotonic()
         return sums
 
-    def _not_finite(self, finite: dict[str, torch.Tensor], mask: torch.Tensor, batch: list[int]) -> str:
+    def _not_finite(self, row_sums: dict[str, torch.Tensor], mask: torch.Tensor, batch: list[int]) -> str:
         """Which layer, in the order of the forward pass, first read NaN or infinity, and of which example."""
-        name, rows = next((name, rows) for name, rows in finite.items() if not rows.all())
+        name, rows = next((name, finite) for name, sums in row_sums.items() if not (finite := sums.isfinite()).all())
         owners = mask.nonzero()[:, 0]
         # An expert's rows are some of the batch's, in its own order: then any of the examples may be the one.
         suspects = owners[~rows].unique().tolist() if len(rows) == len(owners) else range(len(batch))

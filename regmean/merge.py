@@ -193,7 +193,7 @@ class _Merger:
             total = torch.from_numpy(self._grams[index].read(group.grams[index])).to(device)
             return total.div_(files[index].tokens)
 
-        total = GramSum(group.width, device)
+        total = difference = None
         solvers: dict[float, Any] = {}
         objectives = {alpha: Objective() for alpha in self._flags.alpha}
         for number, block in enumerate(self._blocks(group)):
@@ -204,13 +204,19 @@ class _Merger:
                 torch.from_numpy(mean).to(device),
                 self._shares,
             )
-            # Read again for each block: keeping every model's Gram would take more memory than all else.
-            for index, share in enumerate(self._shares):
-                gram = gram_per_token(index)
-                if number == 0:
-                    total.add(gram, share)
-                regression.add_gram(index, gram)
-                del gram
+            if len(self._models) == 2:
+                if total is None:
+                    total, difference = GramSum.of_two(gram_per_token(0), gram_per_token(1), self._shares)
+                regression.add_difference(difference)
+            else:
+                # Read again for each block: keeping every model's Gram would take more memory than all else.
+                for index, share in enumerate(self._shares):
+                    gram = gram_per_token(index)
+                    if number == 0:
+                        total = total or GramSum(torch.zeros_like(gram))
+                        total.add(gram, share)
+                    regression.add_gram(index, gram)
+                    del gram
             for alpha in self._flags.alpha:
                 try:
                     if alpha not in solvers:

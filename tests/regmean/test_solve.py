@@ -50,13 +50,18 @@ def problem(tokens: int, width: int = 48, outputs: int = 20, dead: int = 0, rati
 
 
 def merge(weights, grams, shares, alpha: float, solver: str = "cholesky"):
-    total = GramSum(len(grams[0]))
     tensors = [torch.from_numpy(weight.copy()) for weight in weights]
     mean = sum(share * tensor for share, tensor in zip(shares, tensors, strict=True))
     regression = Regression(tensors, mean, shares)
-    for index, (gram, share) in enumerate(zip(grams, shares, strict=True)):
-        total.add(torch.from_numpy(gram), share)
-        regression.add_gram(index, torch.from_numpy(gram))
+    copies = [torch.from_numpy(gram.copy()) for gram in grams]
+    if len(copies) == 2:
+        total, difference = GramSum.of_two(*copies, shares)
+        regression.add_difference(difference)
+    else:
+        total = GramSum(torch.zeros_like(copies[0]))
+        for index, (gram, share) in enumerate(zip(copies, shares, strict=True)):
+            total.add(gram, share)
+            regression.add_gram(index, gram)
     used = SOLVERS[solver](total, alpha)
     merged, values = regression.solve(total, used, alpha)
     return merged.numpy().astype(np.float64), values, used
@@ -164,16 +169,14 @@ def test_float64_is_used_when_float32_cannot(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_matrix_that_is_no_gram_is_refused() -> None:
-    total = GramSum(2)
-    total.add(torch.tensor([[1.0, 5.0], [5.0, 1.0]]), 1.0)
+    total = GramSum(torch.tensor([[1.0, 5.0], [5.0, 1.0]]))
     with pytest.raises(SolveError, match="positive semi-definite"):
         Cholesky(total, 1.0)
 
 
 def test_the_condition_number_is_estimated() -> None:
     _, grams = problem(4000, ratio=10.0)
-    total = GramSum(48)
-    total.add(torch.from_numpy(grams[0]), 1.0)
+    total = GramSum(torch.from_numpy(grams[0]))
     system = total.scaled(0.9).double().numpy()
     root = 1 / np.sqrt(np.diag(system))
     assert Cholesky(total, 0.9).condition == pytest.approx(np.linalg.cond(system * root * root[:, None]), rel=0.3)
