@@ -95,9 +95,11 @@ def step(llm_path: str, mt_path: str, _: Path) -> None:
     """A micro batch, forward and backward."""
     import torch
 
+    from common.distributed import keep_heap_small
     from mindmerger.flags import ModelFlags
     from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 
+    keep_heap_small()
     config = mapping_config(ModelFlags(llm_path=llm_path, mt_path=mt_path), llm_bos_token_id=1)
     model = MindMergerForCausalLM.from_base_models(config)
     if hasattr(model, "pack_rows"):

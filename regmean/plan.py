@@ -29,9 +29,9 @@ from common.plan import (
     weight_bytes,
 )
 from regmean.flags import GramFlags, MergeFlags
-from regmean.gram import RESERVED, plan_passes
+from regmean.gram import PANEL, RESERVED, plan_passes
 from regmean.gram_file import packed_size
-from regmean.layer_inputs import LinearInputs, input_width, linear_layers
+from regmean.layer_inputs import LinearInputs, input_width, linear_layers, untied_head
 from regmean.merge import BLOCK_ELEMENTS, array_bytes
 
 # Of a disk, in bytes per second, as good local ones give.
@@ -70,11 +70,11 @@ class GramPlan:
     Attributes:
         parameters: of the model.
         inputs: how many distinct ones its layers have.
-        weights: the model in its dtype.
+        weights: the model in its dtype, without an output head of its own.
         sums: of all inputs.
         passes: over the texts; None where not even the widest sum fits.
         pass_sums: the most that one pass holds.
-        activations: of a batch, with the product that is being added.
+        activations: of a batch.
         tokens: at most.
         flops: of all passes, on all devices.
         snapshots: on disk while it runs, two for each device.
@@ -152,7 +152,9 @@ def gram_plan(flags: GramFlags, model: PreTrainedModel, device: Device) -> GramP
     """What the Grams of a model on the meta device take."""
     inputs = layer_inputs(model)
     widths = [layer_input.width for layer_input in inputs]
-    weights = weight_bytes(model)
+    head = untied_head(model)
+    # The head is gone when sums come.
+    weights = weight_bytes(model) - (0 if head is None else weight_bytes(head))
     by_name = {name: layer_input for layer_input in inputs for name in layer_input.layers}
     try:
         memory = int((device.memory - weights) * (1 - RESERVED))
@@ -167,8 +169,6 @@ def gram_plan(flags: GramFlags, model: PreTrainedModel, device: Device) -> GramP
     length = min(flags.max_length, flags.tokens_per_batch)
     batch = batch_cost(model, max(1, flags.tokens_per_batch // length), length, device)
     tokens = flags.num_examples * flags.max_length
-    # Of a symmetric product a CPU's library computes one half.
-    products = sum(width**2 for width in widths) * (2 if device.type == "cuda" else 1)
     forward = batch.flops / (flags.tokens_per_batch // length * length)
     return GramPlan(
         parameters=parameters(model),
@@ -179,7 +179,8 @@ def gram_plan(flags: GramFlags, model: PreTrainedModel, device: Device) -> GramP
         pass_sums=pass_sums,
         activations=batch.peak_bytes,
         tokens=tokens,
-        flops=tokens * (forward * (len(passes) if passes else 1) + products),
+        # Of a symmetric product one half is computed.
+        flops=tokens * (forward * (len(passes) if passes else 1) + sum(width**2 for width in widths)),
         snapshots=pass_sums,  # two, of half of it each
         file=sum(layer_input.file_bytes for layer_input in inputs),
     )
@@ -213,13 +214,14 @@ def layer_inputs(model: PreTrainedModel) -> list[LayerInput]:
 
 
 def batch_cost(model: PreTrainedModel, rows: int, length: int, device: Device) -> Cost:
-    """Cost of one batch through a meta model, with the products of what its layers read, but not their sums."""
+    """Cost of one batch through a meta model, with copies of what its layers read, but without their sums."""
 
     def receive(name: str, x: torch.Tensor) -> None:
         kept = x.reshape(-1, x.shape[-1]).clone()  # the rows that are no padding
-        if device.type == "cpu" and kept.dtype != torch.float32:
+        if device.type == "cpu":
             kept = kept.float()
-        torch.empty(kept.shape[1], kept.shape[1], device="meta")  # their product
+        elif kept.dtype != torch.float32:
+            torch.empty(PANEL, kept.shape[1], device="meta")
 
     inputs = LinearInputs(linear_layers(model), model.get_output_embeddings(), receive)
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
@@ -267,12 +269,13 @@ def merge_plan(flags: MergeFlags) -> MergeCost:
     flops = 0.0
     for layer_input in inputs:
         width = layer_input.width
-        # Every Gram is read anew for each block of outputs.
-        read += count * layer_input.file_bytes * math.ceil(layer_input.outputs / max(1, BLOCK_ELEMENTS // width))
-        # The factor; for each output the models' right-hand sides, and for each alpha solution and check, and from
-        # three models on the objective of each.
-        flops += alphas * width**3 / 3
-        flops += layer_input.outputs * width**2 * (2 * count + alphas * (4 + (2 * count if count > 2 else 0)))
+        # Of three models or more every Gram is read anew for each block of outputs.
+        blocks = math.ceil(layer_input.outputs / max(1, BLOCK_ELEMENTS // width)) if count > 2 else 1
+        read += count * layer_input.file_bytes * blocks
+        # For each alpha a factor, and for each output a solution; for each output besides a right-hand side, and half
+        # a product for the objective: of each model, but of two together.
+        flops += alphas * (width**3 / 3 + 2 * layer_input.outputs * width**2)
+        flops += 3 * layer_input.outputs * width**2 * (1 if count == 2 else count)
     arrays = array_bytes(count, ((layer_input.width, layer_input.outputs) for layer_input in inputs))
     return MergeCost(total, len(inputs), arrays, read, written, flops)
 
