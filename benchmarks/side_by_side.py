@@ -23,6 +23,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 COST_FILE = "BENCHMARK_COST_FILE"
+# Linux counts the memory of whoever starts a process as that process's own peak, so that a small one starts it.
+LAUNCHER = """
+import json, os, subprocess, sys, time
+started = time.perf_counter()
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+seconds = time.perf_counter() - started
+with open(sys.argv[1], "w") as file:
+    json.dump([os.waitstatus_to_exitcode(status), seconds, usage.ru_maxrss * 1024], file)
+"""
 
 
 @dataclass(frozen=True)
@@ -52,14 +62,13 @@ def run(words: list[str]) -> Cost:
         SystemExit: the process failed; its own output says why.
     """
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "cost.json"
-        started = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *words], env=os.environ | {COST_FILE: str(file)})
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-        if code := os.waitstatus_to_exitcode(status):
+        file, whole = Path(folder) / "cost.json", Path(folder) / "whole.json"
+        launcher = [sys.executable, "-S", "-c", LAUNCHER, str(whole)]
+        subprocess.run([*launcher, sys.executable, *words], env=os.environ | {COST_FILE: str(file)}, check=True)
+        code, seconds, peak = json.loads(whole.read_text())
+        if code:
             raise SystemExit(f"exit code {code} of: {' '.join(words)}")
-        return Cost(**json.loads(file.read_text())) if file.exists() else Cost(seconds, usage.ru_maxrss * 1024)
+        return Cost(**json.loads(file.read_text())) if file.exists() else Cost(seconds, peak)
 
 
 def in_turn(baseline: Callable[[], Cost], ours: Callable[[], Cost], rounds: int) -> tuple[Cost, Cost]:

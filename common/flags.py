@@ -1,15 +1,16 @@
 """Command lines and YAML files, parsed as one: a dataclass holds the flags, the command line wins."""
 
+import argparse
 import dataclasses
 import difflib
 import reprlib
 import sys
 from datetime import date
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
 from common.errors import InputError
 
@@ -37,30 +38,85 @@ def parse_flags(flags_class: type[Flags], argv: list[str] | None = None, presets
             unreadable YAML file. Cross-field checks are the dataclass's own, in `__post_init__`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(flags_class, allow_abbrev=False, description=flags_class.__doc__)
+    parser = FlagParser(flags_class, description=flags_class.__doc__)
     parser.add_argument("--config", type=Path, help="YAML file of flags; the command line wins over it")
     if presets is not None and words and not words[0].startswith("-"):
         words[:1] = ["--config", str(_preset(presets, words[0]))]
 
-    config_parser = _Parser(add_help=False, allow_abbrev=False)
+    config_parser = FlagParser(add_help=False)
     config_parser.add_argument("--config", type=Path)
     config = config_parser.parse_known_args(words)[0].config
     from_file = [] if config is None else _words_of_yaml(config, parser)
     if any("\0" in word for word in (*from_file, *words)):
         raise InputError("a flag's value holds a NUL character, which no text or file name has")
     # Before the dataclass is made: its own checks would blame a misspelt flag on the one that it stands for.
-    unknown = parser.parse_known_args(from_file + words)[1]
+    values, unknown = parser.parse_known_args(from_file + words)
     if unknown:
         raise InputError(f"unknown flag or word {unknown[0]!r}{_nearest(unknown[0], parser.flag_names())}")
-    return parser.parse_args_into_dataclasses(from_file + words, look_for_args_file=False)[0]
+    return parser.make_flags(values)
 
 
-class _Parser(HfArgumentParser):
+class FlagParser(argparse.ArgumentParser):
+    """A word `--name` (or with dashes) for each field of a dataclass, as transformers' HfArgumentParser has them.
+
+    A field's type is str, int, float, bool, a Literal of strings, one of these or None, or a list of these, which takes
+    several words. A bool that cannot be None needs no value to be true, and has `--no_name` where that is the default.
+    Not that parser itself, because all of transformers is imported with it: a second or more before a word is read.
+
+    Args:
+        flags_class: the dataclass; None for a parser of no flags.
+    """
+
+    def __init__(self, flags_class: type | None = None, **options: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        self._flags_class = flags_class
+        if flags_class is not None:
+            hints = get_type_hints(flags_class)
+            for field in dataclasses.fields(flags_class):
+                self._add(field, hints[field.name])
+
+    def make_flags(self, values: argparse.Namespace) -> Any:
+        """The dataclass of what was parsed; its own checks may raise."""
+        return self._flags_class(**{f.name: getattr(values, f.name) for f in dataclasses.fields(self._flags_class)})
+
+    def _add(self, field: dataclasses.Field, hint: Any) -> None:
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        options: dict[str, Any] = {"default": default, "help": field.metadata["help"]}
+        kind = hint
+        if isinstance(hint, UnionType):
+            (kind,) = (member for member in get_args(hint) if member is not NoneType)
+        if get_origin(kind) is Literal:
+            options["choices"] = get_args(kind)
+        elif get_origin(kind) is list:
+            options |= {"type": get_args(kind)[0], "nargs": "+"}
+        elif kind is bool:
+            options["type"] = _boolean
+            if hint is bool:
+                options |= {"nargs": "?", "const": True}
+        else:
+            options["type"] = kind
+        self.add_argument(*_spellings(field.name), **options)
+        if hint is bool and default is True:
+            words = _spellings(f"no_{field.name}")
+            self.add_argument(*words, action="store_false", dest=field.name, help=field.metadata["help"])
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (--help lists the flags)")
 
     def flag_names(self) -> list[str]:
         return [option for option in self._option_string_actions if option.startswith("--") and "-" not in option[2:]]
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def _boolean(word: str) -> bool:
+    if word.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if word.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, not {word!r}")
 
 
 def _nearest(word: str, names: list[str]) -> str:
@@ -75,7 +131,7 @@ def _preset(presets: Path, name: str) -> Path:
     return presets / f"{name}.yaml"
 
 
-def _words_of_yaml(path: Path, parser: _Parser) -> list[str]:
+def _words_of_yaml(path: Path, parser: FlagParser) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
         # PyYAML takes seconds for a few thousand brackets, and a file of flags has a few.

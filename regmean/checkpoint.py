@@ -1,5 +1,6 @@
 """Model folders in Hugging Face's layout: read tensor by tensor, and written whole."""
 
+import filecmp
 import hashlib
 import math
 import shutil
@@ -164,6 +165,12 @@ def split_shards(layout: dict[str, tuple[str, tuple[int, ...]]], max_shard_size:
         )
     except ValueError as error:
         raise InputError(f"--max_shard_size {max_shard_size}: {error}; as in 5GB or 500MB") from error
+
+
+def same_tokenizer_file(first: Checkpoint, second: Checkpoint) -> bool:
+    """Whether both have a `tokenizer.json`, the same byte by byte."""
+    paths = [checkpoint.folder / "tokenizer.json" for checkpoint in (first, second)]
+    return all(path.is_file() for path in paths) and filecmp.cmp(*paths, shallow=False)
 
 
 def base_vocabulary(checkpoint: Checkpoint) -> tuple[Any, dict[int, str]] | None:

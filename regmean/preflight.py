@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from common.errors import InputError
-from regmean.checkpoint import Checkpoint, base_vocabulary
+from regmean.checkpoint import Checkpoint, base_vocabulary, same_tokenizer_file
 from regmean.flags import MergeFlags
 from regmean.gram_file import Grams
 from regmean.tensor_file import FLOATS, STORAGE
@@ -102,6 +102,8 @@ def _compare_configs(first: Checkpoint, other: Checkpoint, problems: list[str]) 
 
 
 def _compare_vocabularies(first: Checkpoint, other: Checkpoint, problems: list[str], notes: list[str]) -> None:
+    if same_tokenizer_file(first, other):
+        return
     a, b = base_vocabulary(first), base_vocabulary(other)
     if a is None or b is None:
         notes.append(f"the vocabularies of {first.name} and {other.name} were not compared: no tokenizer.json")

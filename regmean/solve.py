@@ -290,9 +290,7 @@ def _times(delta: torch.Tensor, total: GramSum, alpha: float) -> torch.Tensor:
     return torch.lerp(delta * total.matrix.diagonal(), delta @ total.matrix, alpha)
 
 
-def _probed_residual(
-    rhs: torch.Tensor, delta: torch.Tensor, total: GramSum, alpha: float
-) -> tuple[float, float]:
+def _probed_residual(rhs: torch.Tensor, delta: torch.Tensor, total: GramSum, alpha: float) -> tuple[float, float]:
     """|r| and <D, r> of the residual r = R - D G, estimated without the product D G.
 
     From sums of the outputs with random signs s: the mean of |s r|^2 is |r|^2, that of <s D, s r> is <D, r>, and

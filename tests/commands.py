@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from transformers import HfArgumentParser
-
+from common.flags import FlagParser
 from tests.conftest import REPOSITORY
 from tests.mindmerger.scripts import forget_ranks
 
@@ -208,10 +207,9 @@ def _stopped_when_parsed() -> Iterator[None]:
 
         return parse_and_stop
 
-    into_dataclasses = HfArgumentParser.parse_args_into_dataclasses
     with (
         patch.object(ArgumentParser, "parse_args", then_stop(ArgumentParser.parse_args)),
-        patch.object(HfArgumentParser, "parse_args_into_dataclasses", then_stop(into_dataclasses)),
+        patch.object(FlagParser, "make_flags", then_stop(FlagParser.make_flags)),
         contextlib.suppress(_Parsed),
     ):
         yield

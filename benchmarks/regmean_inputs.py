@@ -1,0 +1,90 @@
+"""What the benchmarks of RegMean measure with: models, a fine-tuned sibling's stand-in, texts of given lengths."""
+
+import argparse
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from benchmarks.regmean_real import code_texts
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LENGTHS = (40, 256)  # tokens of the shortest and of the longest text
+
+
+def parser(description: str, rows: dict[str, Callable]) -> argparse.ArgumentParser:
+    """The flags that the benchmarks of RegMean share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL, help="hub id or local folder")
+    parser.add_argument("--quick", action="store_true", help="smaller, a minute or two in all")
+    parser.add_argument("--rounds", type=int, default=3)
+    if rows:
+        parser.add_argument("--row", choices=list(rows), action="append", help="only this row; default: all")
+    # A child's work, which the benchmark starts itself with.
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def write_texts(path: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
+    """`count` texts of the standard library's source, of lengths spread evenly over LENGTHS, as JSON lines."""
+    generator = random.Random(0)
+    lengths = np.linspace(*LENGTHS, count).round().astype(int).tolist()
+    generator.shuffle(lengths)
+    pieces = (tokenizer(text)["input_ids"] for text in code_texts())
+    with path.open("w", encoding="utf-8") as file:
+        ids: list[int] = []
+        for length in lengths:
+            while len(ids) < length:
+                ids += next(pieces)
+            file.write(json.dumps({"text": tokenizer.decode(ids[:length])}) + "\n")
+            ids = ids[length:]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte: a vocabulary that costs a model next to nothing."""
+    vocabulary = {character: number for number, character in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(vocabulary | {"<pad>": len(vocabulary)}, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+
+
+def make_layer(folder: Path, hidden: int, intermediate: int, dtype: torch.dtype) -> Path:
+    """A Llama of one layer of this shape, with random weights, its head not tied; gives the folder."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=1,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=hidden // 512,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_sibling(model: Path, folder: Path) -> Path:
+    """`model` with 2% of seeded noise on every tensor, as if fine-tuned; gives the folder."""
+    shutil.copytree(model, folder)
+    weights, generator = load_file(model / "model.safetensors"), torch.Generator().manual_seed(1)
+    for name in sorted(weights):
+        noise = torch.randn(weights[name].shape, generator=generator)
+        weights[name] = (weights[name] + 0.02 * weights[name].float().std() * noise).to(weights[name].dtype)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
