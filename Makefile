@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: test lint quickstart clean
+.PHONY: test lint quickstart benchmark clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: requirements.txt
@@ -22,6 +22,11 @@ test: lint
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python -m quickstart
+
+# Which models and data: make benchmark BENCHMARK="--llm_path L --mt_path M --data_dir DATAS"
+benchmark: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m benchmarks.table $(BENCHMARK)
+	$(VENV)/bin/python -m benchmarks.growth
 
 clean:
 	rm -rf quickstart/build quickstart/results.html quickstart/results.json outputs/quickstart results/quickstart*

@@ -1,5 +1,6 @@
 """Examples to batches: who sees which rows, in which order, padded how little."""
 
+import bisect
 import itertools
 import random
 from array import array
@@ -56,8 +57,9 @@ def plan_epoch(
     """The rows of every optimizer step of one epoch, shuffled anew.
 
     A global batch is a random draw, the same for any accumulation and any number of ranks. Within it the rows are
-    sorted by length and dealt out, so that the rows of a micro batch are of like length and need little padding, and
-    the ranks that wait for each other have like work.
+    sorted by length and cut into micro batches of like tokens, so that none needs much more memory than another: a few
+    long rows, or more short ones. What shares a micro batch is of like length and needs little padding, and the ranks
+    that wait for each other have like work.
 
     Args:
         lengths: of all rows, in tokens.
@@ -67,17 +69,32 @@ def plan_epoch(
         seed, epoch: of the shuffle.
 
     Returns:
-        `plan[step][i][rank]`: row numbers of the i-th micro batch of a step on a rank. Sizes within a step differ by
-        at most two; micro batches are empty only where a last batch has too few rows.
+        `plan[step][i][rank]`: row numbers of the i-th micro batch of a step on a rank; as many rows on every rank, and
+        some on each, but where a last batch has too few.
     """
     order = list(range(len(lengths)))
     random.Random(f"{seed} {epoch}").shuffle(order)
     plan = []
     for start in range(0, len(order), batch_size):
         rows = sorted(order[start : start + batch_size], key=lambda row: (lengths[row], row))
-        edges = [len(rows) * i // accumulation for i in range(accumulation + 1)]
-        plan.append([[rows[a:b][rank::ranks] for rank in range(ranks)] for a, b in itertools.pairwise(edges)])
+        peers = [rows[first : first + ranks] for first in range(0, len(rows), ranks)]
+        edges = _even_cuts([sum(lengths[row] for row in group) for group in peers], accumulation)
+        micro_batches = [rows[a * ranks : b * ranks] for a, b in itertools.pairwise(edges)]
+        plan.append([[micro[rank::ranks] for rank in range(ranks)] for micro in micro_batches])
     return plan
+
+
+def _even_cuts(sizes: list[int], parts: int) -> list[int]:
+    """Edges, from 0 to len(sizes), of contiguous parts of like total size; none is empty if there are enough sizes."""
+    totals = list(itertools.accumulate(sizes, initial=0))
+    edges = [0]
+    for part in range(1, parts):
+        wanted = totals[-1] * part / parts
+        after = bisect.bisect_left(totals, wanted)
+        nearest = after if totals[after] - wanted <= wanted - totals[after - 1] else after - 1
+        first, last = edges[-1] + 1, len(sizes) - (parts - part)
+        edges.append(max(min(nearest, last), min(first, len(sizes))))
+    return [*edges, len(sizes)]
 
 
 def plan_once(lengths: list[int], batch_size: int, ranks: int) -> list[list[list[int]]]:

@@ -1,81 +1,122 @@
 """What an LLM says after a sequence of vectors: greedy text, or the likelihood of given words."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from mindmerger.modeling import Sequence
+from mindmerger.slot_cache import SlotCache
 
 
-def greedy(
-    llm: PreTrainedModel,
-    sequence: Sequence,
-    max_new_tokens: int,
-    eos_token_ids: set[int],
-    has_ended: Callable[[list[int]], bool] | None = None,
-) -> list[list[int]]:
-    """The most likely continuation of every row, token by token.
+@dataclass
+class Answer:
+    """What the LLM has said to one row so far.
 
-    Args:
-        llm: a causal language model.
-        sequence: what it has read.
-        max_new_tokens: of each row.
-        eos_token_ids: any of these ends a row.
-        has_ended: told a row's new token ids after each of them; a row ends when it says so.
-
-    Returns:
-        New token ids of every row; an eos that ended it is included, so that a row without one was stopped.
+    Attributes:
+        row: its number.
+        ids: new token ids; an eos that ended it is included, so that an answer without one was stopped.
+        is_done: whether it gets no more.
     """
-    outputs: list[list[int]] = [[] for _ in range(len(sequence.mask))]
 
-    def ends(row: int, token: int) -> bool:
-        outputs[row].append(token)
-        return token in eos_token_ids or (has_ended is not None and has_ended(outputs[row]))
+    row: int
+    ids: list[int] = field(default_factory=list)
+    is_done: bool = False
 
-    for _ in greedy_steps(llm, sequence, max_new_tokens, ends):
-        pass
+
+def greedy(llm: PreTrainedModel, sequence: Sequence, max_new_tokens: int, eos_token_ids: set[int]) -> list[list[int]]:
+    """The most likely continuation of every row of `sequence`, all at once; `Answer.ids` of each."""
+    rows = len(sequence.mask)
+    outputs: list[list[int]] = [[] for _ in range(rows)]
+    for answers in greedy_steps(llm, lambda _: sequence, rows, rows, max_new_tokens, eos_token_ids):
+        for answer in answers:
+            outputs[answer.row] = answer.ids
     return outputs
 
 
 @torch.inference_mode()
 def greedy_steps(
-    llm: PreTrainedModel, sequence: Sequence, max_new_tokens: int, ends: Callable[[int, int], bool]
-) -> Iterator[None]:
-    """Greedy decoding, one step at a time.
+    llm: PreTrainedModel,
+    read: Callable[[list[int]], Sequence],
+    rows: int,
+    slots: int,
+    max_new_tokens: int,
+    eos_token_ids: set[int],
+    has_ended: Callable[[list[int]], bool] | None = None,
+) -> Iterator[list[Answer]]:
+    """Greedy decoding of any number of rows, `slots` of them at a time, one token after the other.
 
-    Hugging Face's `generate` computes finished rows until the last one ends; here a row leaves the batch, and the
-    cache, as soon as it has ended.
+    A row that ends makes way for the next one that waits, so that every step runs full until none waits: the
+    iteration-level scheduling of Orca (Yu et al., OSDI 2022). Hugging Face's `generate` computes finished rows until
+    the batch's last one ends.
+
+    Beside an LLM that keeps anything else of a row than keys and values, as a recurrent one does, no row can begin
+    while others run: there the next ones begin when all have ended.
 
     Args:
         llm: a causal language model.
-        sequence: what it has read.
+        read: what the LLM reads of the rows of these numbers, which come in ascending order. Rows of falling length
+            need the least memory, and the least padding.
+        rows: how many there are.
+        slots: how many run at once.
         max_new_tokens: of each row.
-        ends: takes a row and its next token; a row that ends gets no more.
+        eos_token_ids: any of these ends a row.
+        has_ended: told a row's new token ids after each of them; a row ends when it says so.
 
     Yields:
-        None, once every running row has its next token.
+        The answers that have got one more token.
     """
-    cache = DynamicCache(config=llm.config)
-    running = list(range(len(sequence.mask)))
-    mask, positions = sequence.mask, sequence.position_ids
-    inputs: dict[str, torch.Tensor] = {"inputs_embeds": sequence.embeds}
-    for step in range(max_new_tokens):
-        tokens = _step(llm, inputs, mask, positions, cache).argmax(dim=-1)
-        steps = zip(running, tokens.tolist(), strict=True)
-        going_on = [place for place, (row, token) in enumerate(steps) if not ends(row, token)]
-        yield
-        if not going_on or step == max_new_tokens - 1:
-            break
-        if len(going_on) < len(running):
-            running = [running[place] for place in going_on]
-            places = torch.tensor(going_on, device=mask.device)
-            tokens, mask, positions = (tensor[places] for tensor in (tokens, mask, positions))
-            cache.batch_select_indices(places)
-        inputs = {"input_ids": tokens.unsqueeze(1)}
-        mask = F.pad(mask, (0, 1), value=1)
-        positions = positions[:, -1:] + 1
+    waiting = deque(range(rows))
+    # By place in the cache: answers, their last tokens, and how many columns of the cache are theirs.
+    running: list[Answer] = []
+    cache: Cache | None = None
+    while True:
+        free = [place for place, answer in enumerate(running) if answer.is_done]
+        is_idle = len(free) == len(running)
+        if waiting and (is_idle or (free and isinstance(cache, SlotCache))):
+            count = min(slots if is_idle else len(free), len(waiting))
+            told = [Answer(waiting.popleft()) for _ in range(count)]
+            sequence = read([answer.row for answer in told])
+            fresh = DynamicCache(config=llm.config)
+            inputs = {"inputs_embeds": sequence.embeds}
+            new = _step(llm, inputs, sequence.mask, sequence.position_ids, fresh).argmax(dim=-1)
+            if is_idle:
+                running, tokens, lengths, columns = told, new, sequence.mask.sum(dim=1), sequence.mask.shape[1]
+                cache = SlotCache(fresh) if SlotCache.can_hold(fresh) else fresh
+            else:
+                places = torch.tensor(free[:count], device=new.device)
+                tokens[places], lengths[places] = new, sequence.mask.sum(dim=1)
+                columns = int(lengths.max())
+                cache.fill(places, fresh, columns)
+                for place, answer in zip(free, told, strict=False):
+                    running[place] = answer
+        elif is_idle:
+            return
+        else:
+            if free:
+                going_on = [place for place, answer in enumerate(running) if not answer.is_done]
+                places = torch.tensor(going_on, device=tokens.device)
+                running, tokens, lengths = [running[place] for place in going_on], tokens[places], lengths[places]
+                cache.reorder_cache(places)
+                if isinstance(cache, SlotCache):
+                    columns = int(lengths.max())
+                    cache.trim(columns)
+            columns, lengths = columns + 1, lengths + 1
+            mask = (torch.arange(columns, device=tokens.device) >= columns - lengths[:, None]).long()
+            inputs = {"input_ids": tokens.unsqueeze(1)}
+            tokens = _step(llm, inputs, mask, lengths[:, None] - 1, cache).argmax(dim=-1)
+            told, new = running, tokens
+        for answer, token in zip(told, new.tolist(), strict=True):
+            answer.ids.append(token)
+            answer.is_done = (
+                token in eos_token_ids
+                or len(answer.ids) == max_new_tokens
+                or (has_ended is not None and has_ended(answer.ids))
+            )
+        yield told
 
 
 @torch.inference_mode()
@@ -122,7 +163,7 @@ def _step(
     inputs: dict[str, torch.Tensor],
     mask: torch.Tensor,
     positions: torch.Tensor,
-    cache: DynamicCache,
+    cache: Cache,
 ) -> torch.Tensor:
     """Logits [rows, vocabulary] of the next token; the cache grows by what was read."""
     return llm(

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,44 +114,68 @@ def answer_all(
     if done:
         say(process, f"{task.name}: {len(done)} of {len(examples)} problems were answered before")
     lengths = [len(tokens[number]) for number in left]
-    plan = plan_once(lengths, flags.eval_batch_size, process.world_size)[process.rank]
+    share = plan_once(lengths, batch_size=1, ranks=process.world_size)[process.rank]
+    left = [left[row] for rows in share for row in rows]
 
-    by_likelihood = task.labels and flags.classification == "likelihood"
-    answer = _choose if by_likelihood else _generate
-    bar = progress(process, total=sum(map(len, plan)), desc=task.name, unit="problem")
+    bar = progress(process, total=len(left), desc=task.name, unit="problem")
     path = folder / ANSWERS / f"rank_{process.rank}.jsonl"
-    right, count, limit = 0, 0, flags.eval_batch_size
+    right, count = 0, 0
     (folder / ANSWERS).mkdir(exist_ok=True)
     with writing(path), path.open("a", encoding="utf-8") as file, StopSignals() as signals:
         # The line that an earlier run was writing when it was killed has no end.
         file.write("\n" if file.tell() else "")
-        for rows in plan:
-            while rows:
-                if signals.received:
-                    raise Stopped(f"{signals.received}: the answers so far are in {path}; the same command continues")
-                numbers = [left[row] for row in rows[:limit]]
-                asked, read = [examples[number] for number in numbers], [tokens[number] for number in numbers]
-                try:
-                    outputs = answer(subject, asked, read, flags.max_gen_len)
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    if len(numbers) == 1:
-                        raise InputError(_too_large(flags, asked[0], read[0])) from error
-                    limit = len(numbers) // 2
-                    say(process, f"out of memory with {len(numbers)} problems at once: going on with {limit}")
-                    continue
-                for number, (output, stopped) in zip(numbers, outputs, strict=True):
-                    record = judge(examples[number], output, flags.answer_parser)
-                    record |= {"problem": number, "cut": list(tokens[number].cut), "stopped": stopped}
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    right, count = right + record["right"], count + 1
+        for answers in _ask(subject, task, examples, tokens, left, flags, process):
+            for number, output, stopped in answers:
+                record = judge(examples[number], output, flags.answer_parser)
+                record |= {"problem": number, "cut": list(tokens[number].cut), "stopped": stopped}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                right, count = right + record["right"], count + 1
+            if answers:
                 file.flush()
                 bar.set_postfix(accuracy=f"{100 * right / count:.1f}")
-                bar.update(len(numbers))
-                rows = rows[len(numbers) :]
+                bar.update(len(answers))
+            if signals.received and count < len(left):
+                raise Stopped(f"{signals.received}: the answers so far are in {path}; the same command continues")
     bar.close()
     process.barrier()
+
+
+def _ask(
+    subject: Subject,
+    task: Task,
+    examples: list[Example],
+    tokens: list[Tokens],
+    left: list[int],
+    flags: EvaluationFlags,
+    process: Process,
+) -> Iterator[list[tuple[int, str, bool]]]:
+    """Answers to the problems of these numbers, as they come: (number, output, whether it ended by itself).
+
+    Where memory is too little, what was begun is asked again, half as many problems at once.
+    """
+    by_likelihood = task.labels and flags.classification == "likelihood"
+    slots = flags.eval_batch_size
+    while left:
+        rows = [tokens[number] for number in left]
+        answered: set[int] = set()
+        try:
+            if by_likelihood:
+                steps = _choose(subject, [examples[number] for number in left], rows, slots)
+            else:
+                steps = subject.generate(rows, flags.max_gen_len, slots)
+            for answers in steps:
+                answered.update(place for place, *_ in answers)
+                yield [(left[place], output, stopped) for place, output, stopped in answers]
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            tried = min(slots, len(left) - len(answered))
+            if tried == 1:
+                first = next(number for place, number in enumerate(left) if place not in answered)
+                raise InputError(_too_large(flags, examples[first], tokens[first])) from error
+            slots = tried // 2
+            say(process, f"out of memory with {tried} problems at once: going on with {slots}")
+        left = [number for place, number in enumerate(left) if place not in answered]
 
 
 def _too_large(flags: EvaluationFlags, problem: Example, read: Tokens) -> str:
@@ -193,19 +218,19 @@ def read_answers(folder: Path) -> list[dict[str, Any]]:
     return list(records.values())
 
 
-def _generate(subject: Subject, _: list[Example], rows: list[Tokens], max_gen_len: int) -> list[tuple[str, bool]]:
-    """(text, whether it ended by itself) of each row, greedily."""
-    return subject.generate(rows, max_gen_len)
-
-
-def _choose(subject: Subject, examples: list[Example], rows: list[Tokens], _: int) -> list[tuple[str, bool]]:
-    """(most likely label of its own, True) of each row."""
-    words = list(dict.fromkeys(label for example in examples for label in example.labels))
-    scores, _ = subject.log_likelihoods(rows, words)
-    chosen = []
-    for example, row in zip(examples, scores.tolist(), strict=True):
-        chosen.append((max(example.labels, key=lambda label, row=row: row[words.index(label)]), True))
-    return chosen
+def _choose(
+    subject: Subject, examples: list[Example], rows: list[Tokens], slots: int
+) -> Iterator[list[tuple[int, str, bool]]]:
+    """(place in `rows`, most likely label of its own, True) of each row, in batches of `slots`."""
+    for start in range(0, len(rows), slots):
+        batch = examples[start : start + slots]
+        words = list(dict.fromkeys(label for example in batch for label in example.labels))
+        scores, _ = subject.log_likelihoods(rows[start : start + slots], words)
+        chosen = []
+        for place, (example, row) in enumerate(zip(batch, scores.tolist(), strict=True), start):
+            label = max(example.labels, key=lambda label, row=row: row[words.index(label)])
+            chosen.append((place, label, True))
+        yield chosen
 
 
 def _settings(flags: EvaluationFlags, examples: list[Example], dtype: torch.dtype) -> dict[str, Any]:

@@ -148,11 +148,11 @@ class EvaluationFlags(ModelFlags):
     backend: Literal["transformers", "vllm"] = flag(
         "transformers", "what generates; vllm (requirements-vllm.txt) batches continuously, on one GPU"
     )
-    eval_batch_size: int | None = flag(None, "problems at once, per device; default 8, or 256 with --backend vllm")
+    eval_batch_size: int | None = flag(None, "problems at once, per device; default 16, or 256 with --backend vllm")
 
     def __post_init__(self) -> None:
         if self.eval_batch_size is None:
-            self.eval_batch_size = 256 if self.backend == "vllm" else 8
+            self.eval_batch_size = 256 if self.backend == "vllm" else 16
         super().__post_init__()
         if self.test_num is not None:
             require_positive(self, "test_num")

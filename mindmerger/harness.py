@@ -14,7 +14,6 @@ from common.distributed import start_process
 from common.errors import InputError
 from common.flags import parse_flags
 from common.logging import progress, quiet_libraries
-from mindmerger.batching import plan_once
 from mindmerger.data import Example
 from mindmerger.flags import EvaluationFlags
 from mindmerger.subject import Subject, load_subject, pick_dtype, prepare
@@ -37,7 +36,7 @@ class MindMergerLM(LM):
 
     Args:
         checkpoint: the mapping: folder, `.safetensors` or `pytorch_model.bin`.
-        batch_size: rows of a batch.
+        batch_size: rows at a time.
         max_batch_size: the harness's, for a batch size that it looks for itself.
         device: as the harness names it.
         source_field: the field of a task's rows that the encoder reads. A row's `stem`, where it has one, is the part
@@ -92,10 +91,11 @@ class MindMergerLM(LM):
             InputError: a task asks for sampling, or has no field for the encoder.
         """
 
-        def answer(rows: list[Tokens], settings: str) -> list[str]:
+        def answer(rows: list[Tokens], settings: str) -> Iterator[list[tuple[int, str]]]:
             until, max_new_tokens = json.loads(settings)
-            outputs = self._subject.generate(rows, max_new_tokens, self._has_ended(until))
-            return [postprocess_generated_text(text, until, None) for text, _ in outputs]
+            slots = self._flags.eval_batch_size
+            for ended in self._subject.generate(rows, max_new_tokens, slots, self._has_ended(until)):
+                yield [(place, postprocess_generated_text(text, until, None)) for place, text, _ in ended]
 
         settings = []
         for request in requests:
@@ -104,7 +104,7 @@ class MindMergerLM(LM):
                 raise InputError(f"task {request.task_name} asks for sampling: MindMerger answers greedily")
             settings.append(json.dumps([[stop for stop in kwargs["until"] if stop], kwargs["max_gen_toks"]]))
         texts = [""] * len(requests)
-        for number, text in self._in_batches(requests, settings, answer, disable_tqdm):
+        for number, text in self._ask(requests, settings, answer, disable_tqdm):
             texts[number] = text
             self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return texts
@@ -122,14 +122,16 @@ class MindMergerLM(LM):
         members = list(groups.values())
         words = [json.dumps([requests[number].args[1] for number in group]) for group in members]
 
-        def score(rows: list[Tokens], words: str) -> list[list[tuple[float, bool]]]:
-            scores, are_greedy = self._subject.log_likelihoods(rows, json.loads(words))
-            pairs = zip(scores.tolist(), are_greedy.tolist(), strict=True)
-            return [list(zip(*pair, strict=True)) for pair in pairs]
+        def score(rows: list[Tokens], words: str) -> Iterator[list[tuple[int, list[tuple[float, bool]]]]]:
+            size = self._flags.eval_batch_size
+            for start in range(0, len(rows), size):
+                scores, are_greedy = self._subject.log_likelihoods(rows[start : start + size], json.loads(words))
+                pairs = zip(scores.tolist(), are_greedy.tolist(), strict=True)
+                yield [(place, list(zip(*pair, strict=True))) for place, pair in enumerate(pairs, start)]
 
         results = [(0.0, False)] * len(requests)
         firsts = [requests[group[0]] for group in members]
-        for place, scored in self._in_batches(firsts, words, score, disable_tqdm):
+        for place, scored in self._ask(firsts, words, score, disable_tqdm):
             for number, result in zip(members[place], scored, strict=True):
                 results[number] = result
                 self.cache_hook.add_partial("loglikelihood", requests[number].args, result)
@@ -160,23 +162,22 @@ class MindMergerLM(LM):
         """Wait for all ranks."""
         self._process.barrier()
 
-    def _in_batches(
+    def _ask(
         self,
         requests: list[Instance],
         settings: list[str],
-        answer: Callable[[list[Tokens], str], list[Any]],
+        answer: Callable[[list[Tokens], str], Iterator[list[tuple[int, Any]]]],
         disable_tqdm: bool,
     ) -> Iterator[tuple[int, Any]]:
-        """(number of a request, what `answer` says to it), asked in batches of equal settings and like length."""
+        """(number of a request, what `answer` says to it), those of equal settings together, longest first."""
         tokens = self._subject.tokenizer([self._example(request) for request in requests], with_targets=False)
         with progress(self._process, total=len(requests), unit="request", leave=not disable_tqdm) as bar:
             for setting in dict.fromkeys(settings):
                 numbers = [number for number, other in enumerate(settings) if other == setting]
-                [plan] = plan_once([len(tokens[number]) for number in numbers], self._flags.eval_batch_size, ranks=1)
-                for places in plan:
-                    batch = [numbers[place] for place in places]
-                    yield from zip(batch, answer([tokens[number] for number in batch], setting), strict=True)
-                    bar.update(len(batch))
+                numbers.sort(key=lambda number: -len(tokens[number]))
+                for answers in answer([tokens[number] for number in numbers], setting):
+                    yield from ((numbers[place], said) for place, said in answers)
+                    bar.update(len(answers))
 
     def _example(self, request: Instance) -> Example:
         question = request.doc.get(self._source_field)

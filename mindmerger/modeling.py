@@ -24,6 +24,7 @@ from mindmerger.batching import IGNORED
 from mindmerger.card import write_card
 from mindmerger.checkpoint import SAFETENSORS, read_mapping, write_mapping
 from mindmerger.flags import ModelFlags
+from mindmerger.packing import pack_attention, packed_arguments
 
 _HUB_OPTIONS = {
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
@@ -180,6 +181,7 @@ class MindMergerForCausalLM(PreTrainedModel):
         self.encoder.config.use_cache = False
         # Frozen weights are in no checkpoint, under whichever of their names (embeddings often have two).
         self.register_state_dict_post_hook(_keep_mapping)
+        self._packs = False
         self.eval()
 
     @classmethod
@@ -288,6 +290,15 @@ class MindMergerForCausalLM(PreTrainedModel):
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.forward = _checkpointed(layer.forward)
 
+    def pack_rows(self) -> bool:
+        """Have `forward` read the rows of a batch with targets packed instead of padded, if the LLM allows it.
+
+        Returns:
+            Whether it does; see `pack_attention`.
+        """
+        self._packs = pack_attention(self.llm)
+        return self._packs
+
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Source ids, padded on either side, to (encoder states [batch, length, mt_hidden_size], mask)."""
         # Some encoders count positions from the first column, padding or not.
@@ -305,6 +316,16 @@ class MindMergerForCausalLM(PreTrainedModel):
         labels: torch.Tensor | None = None,
     ) -> Sequence:
         """The sequence `[bos | mapped source states | boundary | prompt | target]`; arguments as in `forward`."""
+        return join(self._segments(input_ids, attention_mask, prompt_ids, prompt_attention_mask, labels))
+
+    def _segments(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        prompt_ids: torch.Tensor | None,
+        prompt_attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         states, states_mask = self.encode(input_ids, attention_mask)
         vectors, boundary = self.mapping(states.to(self.mapping.end_boundary.dtype))
         dtype = self.llm.get_input_embeddings().weight.dtype
@@ -317,7 +338,7 @@ class MindMergerForCausalLM(PreTrainedModel):
             segments.append(token_segment(self.llm, prompt_ids, prompt_attention_mask))
         if labels is not None:
             segments.append(token_segment(self.llm, labels.clamp(min=0), (labels != IGNORED).long()))
-        return join(segments)
+        return segments
 
     def forward(
         self,
@@ -338,20 +359,36 @@ class MindMergerForCausalLM(PreTrainedModel):
 
         Returns:
             `loss`: cross entropy in nats, float32; `logits`: [target tokens, vocabulary] in row order, or
-            [batch, vocabulary] of the next token where `labels` is None or empty. The LLM's head runs on the last
-            columns only, as many as the longest target has.
+            [batch, vocabulary] of the next token where `labels` is None or empty. The LLM's head runs where a target
+            is to be predicted, and of padded rows on the last columns, as many as the longest target has.
         """
+        segments = self._segments(input_ids, attention_mask, prompt_ids, prompt_attention_mask, labels)
         if labels is None or labels.shape[1] == 0:
-            sequence = self.embed(input_ids, attention_mask, prompt_ids, prompt_attention_mask)
-            return CausalLMOutput(logits=self._logits(sequence, 1)[:, -1])
+            return CausalLMOutput(logits=self._logits(join(segments), 1)[:, -1])
+        logits = (self._packed_logits if self._packs else self._padded_logits)(segments).float()
+        loss = F.cross_entropy(logits, labels[labels != IGNORED], reduction="sum")
+        return CausalLMOutput(loss=loss / (num_items_in_batch or len(logits)), logits=logits)
 
-        sequence = self.embed(input_ids, attention_mask, prompt_ids, prompt_attention_mask, labels)
-        targets, is_target = squeeze_padding((labels != IGNORED).long(), labels, side="left")
+    def _packed_logits(self, segments: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """What predicts each token of the last segment, [its tokens, vocabulary], from one row of all sequences."""
+        embeds, masks = (torch.cat(parts, dim=1) for parts in zip(*segments, strict=True))
+        is_real = masks.bool()
+        is_target = torch.zeros_like(is_real)
+        is_target[:, -segments[-1][1].shape[1] :] = True
+        return self.llm(
+            inputs_embeds=embeds[is_real][None],
+            logits_to_keep=is_target[is_real].nonzero().flatten() - 1,
+            use_cache=False,
+            **packed_arguments(masks.sum(dim=1).tolist(), masks.device),
+        ).logits[0]
+
+    def _padded_logits(self, segments: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """As `_packed_logits`, from left-padded rows."""
+        sequence, target_mask = join(segments), segments[-1][1]
+        _, is_target = squeeze_padding(target_mask, target_mask, side="left")
         # Rows end in the last column, and nothing is predicted from the last token.
         sequence = Sequence(sequence.embeds[:, :-1], sequence.mask[:, :-1])
-        logits = self._logits(sequence, targets.shape[1])[is_target.bool()].float()
-        loss = F.cross_entropy(logits, targets[is_target.bool()], reduction="sum")
-        return CausalLMOutput(loss=loss / (num_items_in_batch or len(logits)), logits=logits)
+        return self._logits(sequence, is_target.shape[1])[is_target.bool()]
 
     def _logits(self, sequence: Sequence, last: int) -> torch.Tensor:
         return self.llm(

@@ -10,7 +10,7 @@ from common.errors import InputError
 from mindmerger.base_models import load_llm
 from mindmerger.batching import collate
 from mindmerger.checkpoint import CONFIG, mapping_file, read_mapping, read_record, take_encoder_layer
-from mindmerger.decoding import greedy, greedy_steps, label_log_likelihoods
+from mindmerger.decoding import greedy_steps, label_log_likelihoods
 from mindmerger.flags import EvaluationFlags
 from mindmerger.modeling import (
     MindMergerConfig,
@@ -58,22 +58,34 @@ class Subject:
         return join([*bos_segment(self.llm, bos_token_id, batch.prompt_attention_mask), prompt])
 
     def generate(
-        self, rows: list[Tokens], max_new_tokens: int, has_ended: Callable[[list[int]], bool] | None = None
-    ) -> list[tuple[str, bool]]:
-        """(text, whether it ended by itself) of each row, greedily; `has_ended` is that of `greedy`."""
-        outputs = greedy(self.llm, self.read(rows), max_new_tokens, self.eos_token_ids, has_ended)
-        return [(self.text(ids), ids[-1] in self.eos_token_ids) for ids in outputs]
+        self,
+        rows: list[Tokens],
+        max_new_tokens: int,
+        slots: int,
+        has_ended: Callable[[list[int]], bool] | None = None,
+    ) -> Iterator[list[tuple[int, str, bool]]]:
+        """Greedy answers to `rows`, of which `slots` are answered at a time; see `greedy_steps`.
+
+        Yields:
+            After every step the answers that it has ended, if any: (place in `rows`, text, whether it ended by itself).
+        """
+        steps = greedy_steps(
+            self.llm,
+            lambda places: self.read([rows[place] for place in places]),
+            len(rows),
+            slots,
+            max_new_tokens,
+            self.eos_token_ids,
+            has_ended,
+        )
+        for answers in steps:
+            ended = (answer for answer in answers if answer.is_done)
+            yield [(answer.row, self.text(answer.ids), answer.ids[-1] in self.eos_token_ids) for answer in ended]
 
     def stream(self, sequence: Sequence, max_new_tokens: int) -> Iterator[str]:
         """The greedy answer to the one row of `sequence`, as far as it has come, after every token."""
-        ids: list[int] = []
-
-        def ends(_: int, token: int) -> bool:
-            ids.append(token)
-            return token in self.eos_token_ids
-
-        for _ in greedy_steps(self.llm, sequence, max_new_tokens, ends):
-            yield self.text(ids)
+        for [answer] in greedy_steps(self.llm, lambda _: sequence, 1, 1, max_new_tokens, self.eos_token_ids):
+            yield self.text(answer.ids)
 
     def log_likelihoods(self, rows: list[Tokens], words: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Those of each of `words` as the answer to each row; see `label_log_likelihoods`."""

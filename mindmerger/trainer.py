@@ -176,6 +176,9 @@ class Stage:
             model=model, optimizer=optimizer, lr_scheduler=self._schedule, config=ds_config
         )
         self._make_moments()
+        # Under ZeRO-3 a model runs only once the engine is there.
+        if not model.pack_rows():
+            say(process, f"{flags.llm_path} reads padded rows: packed ones would come out otherwise")
 
     def initialise_mapping(self, initial: dict[str, torch.Tensor] | None) -> None:
         """Give a mapping at PyTorch's own start the `initial` values, or the start that the flags ask for."""
@@ -307,8 +310,8 @@ class Stage:
             advice.append(f"--train_micro_batch_size_per_gpu {smaller} --gradient_accumulation {accumulation}")
         advice.append(f"a --max_seq_len, --max_prompt_len or --max_gen_len below {longest}, the longest row's tokens")
         return (
-            f"out of memory in step {step + 1} with micro batches of {micro} row(s); what is saved stays. Take "
-            f"{', or '.join(advice)}; other sizes than the run began with need --overwrite or another --save_name"
+            f"out of memory in step {step + 1} with micro batches of {micro} row(s) on average; what is saved stays. "
+            f"Take {', or '.join(advice)}; other sizes than the run began with need --overwrite or another --save_name"
         )
 
     def _steps_from(self, step: int) -> Iterator[list[list[list[int]]]]:

@@ -1,6 +1,7 @@
 """Answers by vLLM: encoder, mapping and the LLM's embedding table stay here, vLLM reads what they give."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -96,17 +97,20 @@ class VllmSubject(Subject):
         except (ValueError, RuntimeError) as error:
             raise InputError(f"vLLM could not load {flags.llm_path}: {first_line(error)}") from error
 
-    def generate(self, rows: list[Tokens], max_new_tokens: int) -> list[tuple[str, bool]]:  # type: ignore[override]
-        """(text, whether it ended by itself) of each row, greedily."""
-        sequence = self.read(rows)
-        masks = sequence.mask.bool()
-        prompts = [{"prompt_embeds": row[mask].cpu()} for row, mask in zip(sequence.embeds, masks, strict=True)]
+    def generate(  # type: ignore[override]
+        self, rows: list[Tokens], max_new_tokens: int, slots: int
+    ) -> Iterator[list[tuple[int, str, bool]]]:
+        """As for any subject, but vLLM is handed `slots` rows at a time, and gives their answers together."""
         greedily = self._sampling_params(
             temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=sorted(self.eos_token_ids), detokenize=False
         )
-        outputs = self._engine.generate(prompts, greedily, use_tqdm=False)
-        answers = [list(output.outputs[0].token_ids) for output in outputs]
-        return [(self.text(ids), ids[-1] in self.eos_token_ids) for ids in answers]
+        for start in range(0, len(rows), slots):
+            sequence = self.read(rows[start : start + slots])
+            masks = sequence.mask.bool()
+            prompts = [{"prompt_embeds": row[mask].cpu()} for row, mask in zip(sequence.embeds, masks, strict=True)]
+            outputs = self._engine.generate(prompts, greedily, use_tqdm=False)
+            answers = enumerate((list(output.outputs[0].token_ids) for output in outputs), start)
+            yield [(place, self.text(ids), ids[-1] in self.eos_token_ids) for place, ids in answers]
 
 
 class _EmbeddingTable(nn.Module):

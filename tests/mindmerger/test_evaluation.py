@@ -14,12 +14,13 @@ from common.errors import InputError
 from common.flags import parse_flags
 from common.locks import locked
 from common.signals import Stopped
-from mindmerger import evaluation
+from mindmerger import decoding
 from mindmerger.batching import collate
 from mindmerger.data import Example
 from mindmerger.decoding import greedy, label_log_likelihoods
 from mindmerger.evaluation import evaluate, judge, read_answers
 from mindmerger.flags import EvaluationFlags
+from mindmerger.subject import Subject
 from mindmerger.tasks import LANGUAGES, Prompt
 from tests.mindmerger.scripts import run, torchrun_command
 
@@ -97,48 +98,74 @@ def test_a_second_run_continues_where_the_first_stopped(words: Words, capsys: py
     evaluate_words(*words, "--save_name", "stopped", "--max_gen_len", 13, "--overwrite")
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(
+def test_out_of_memory_halves_the_slots_and_goes_on(
     words: Words, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     sizes: list[int] = []
 
-    def short_of_memory(limit: int) -> Callable:
-        def answer(subject: evaluation.Subject, asked: list, *rest: object) -> list:
-            sizes.append(len(asked))
-            if len(asked) > limit:
+    def short_of_memory(limit: int, after: int) -> Callable:
+        def step(llm: object, inputs: dict[str, torch.Tensor], *rest: object) -> torch.Tensor:
+            (rows,) = map(len, inputs.values())
+            sizes.append(rows)
+            if rows > limit and len(sizes) > after:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return generate(subject, asked, *rest)
+            return one_step(llm, inputs, *rest)
 
-        return answer
+        return step
 
-    generate = evaluation._generate
+    one_step = decoding._step
     evaluate_words(*words, "--save_name", "room", "--eval_batch_size", 8)
-    monkeypatch.setattr(evaluation, "_generate", short_of_memory(3))
+    capsys.readouterr()
+    # At first there is room for eight, as a cache grows.
+    monkeypatch.setattr(decoding, "_step", short_of_memory(3, after=15))
     evaluate_words(*words, "--save_name", "short", "--eval_batch_size", 8)
-    assert sizes[:3] == [8, 4, 2] and set(sizes[3:]) == {2}
-    assert "out of memory with 8 problems at once: going on with 4" in capsys.readouterr().out
+    assert 8 in sizes[:15] and sizes[15:17] == [8, 4] and max(sizes[17:]) == 2
+    printed = capsys.readouterr().out
+    assert "out of memory with 8 problems at once: going on with 4" in printed
+    assert "out of memory with 4 problems at once: going on with 2" in printed
     assert predictions(Path("results/short/mgsm")) == predictions(Path("results/room/mgsm"))
-    monkeypatch.setattr(evaluation, "_generate", short_of_memory(0))
+    answers = Path("results/short/mgsm/answers/rank_0.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["problem"] for line in answers}) == len(answers) == 22
+    monkeypatch.setattr(decoding, "_step", short_of_memory(0, after=0))
     with pytest.raises(InputError, match=r"one problem of .*mgsm_\w+\.tsv, line \d.*--max_gen_len below 12"):
         evaluate_words(*words, "--save_name", "none")
 
 
-def test_a_signal_stops_between_batches(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    generate, batches = evaluation._generate, []
+def test_labels_scored_out_of_memory_are_halved_too(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    score = Subject.log_likelihoods
 
-    def answer(*arguments: object) -> list:
-        batches.append(1)
-        if len(batches) == 3:
+    def short_of_memory(subject: Subject, rows: list, labels: list[str]) -> tuple:
+        sizes.append(len(rows))
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return score(subject, rows, labels)
+
+    evaluate_words(*words, "--task", "xnli", "--save_name", "room")
+    monkeypatch.setattr(Subject, "log_likelihoods", short_of_memory)
+    evaluate_words(*words, "--task", "xnli", "--save_name", "short", "--eval_batch_size", 8)
+    assert sizes[:3] == [8, 4, 2] and set(sizes[3:]) == {2}
+    assert predictions(Path("results/short/xnli")) == predictions(Path("results/room/xnli"))
+
+
+def test_a_signal_stops_between_two_steps_and_the_answers_so_far_stay(
+    words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_step, steps = decoding._step, []
+
+    def step(*arguments: object) -> torch.Tensor:
+        steps.append(1)
+        if len(steps) == 20:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return generate(*arguments)
+        return one_step(*arguments)
 
-    evaluate_words(*words, "--save_name", "calm")
-    monkeypatch.setattr(evaluation, "_generate", answer)
+    evaluate_words(*words, "--save_name", "calm", "--eval_batch_size", 4)
+    monkeypatch.setattr(decoding, "_step", step)
     with pytest.raises(Stopped, match="SIGUSR1: the answers so far are in results/signalled/mgsm/answers/rank_0.jsonl"):
         evaluate_words(*words, "--save_name", "signalled", "--eval_batch_size", 4)
-    assert len(read_answers(Path("results/signalled/mgsm"))) == 12
+    assert len(steps) == 20
+    assert 4 <= len(read_answers(Path("results/signalled/mgsm"))) < 22
     evaluate_words(*words, "--save_name", "signalled", "--eval_batch_size", 4)
-    assert len(batches) == 6
     assert predictions(Path("results/signalled/mgsm")) == predictions(Path("results/calm/mgsm"))
 
 

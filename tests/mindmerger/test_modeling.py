@@ -140,6 +140,52 @@ def test_other_llm_families(build: Build, examples: list[Example], family: str) 
     together = model.embed(**vars(collate(rows, 0)) | {"labels": None})
     assert greedy(model.llm, together, 8, {2}) == answers
 
+    # Gemma 2 caps its attention's scores, which no SDPA does.
+    assert model.pack_rows() == (family != "gemma2")
+    assert row_losses(model, collate(rows, 0)) == pytest.approx(alone, rel=1e-5)
+    assert greedy(model.llm, together, 8, {2}) == answers
+
+
+@pytest.mark.parametrize("mt", ENCODERS)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_packed_rows_give_the_loss_and_the_gradient_of_padded_ones(
+    build: Build, examples: list[Example], mt: str, checkpointed: bool
+) -> None:
+    model, tokenizer = build(mt=mt)
+    if checkpointed:
+        model.checkpoint_gradients()
+    batch = left_padded(collate(tokenizer(examples), tokenizer.source_pad_id))
+    found, read = [], []
+    model.llm.model.layers[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[:2]))
+    for packed in (False, True):
+        assert model.pack_rows() if packed else True
+        read.clear()
+        model.zero_grad()
+        loss = model(**vars(batch)).loss
+        loss.backward()
+        found.append((loss.item(), [parameter.grad.clone() for parameter in model.mapping.parameters()]))
+        real = sum(map(len, tokenizer(examples)))
+        assert read[0] == (1, real) if packed else read[0][0] * read[0][1] > real
+    (padded_loss, padded), (packed_loss, packed) = found
+    assert packed_loss == pytest.approx(padded_loss, rel=1e-6)
+    for one, other in zip(padded, packed, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+
+
+def test_an_llm_that_counts_positions_from_the_rows_start_is_not_packed(
+    build: Build, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = build()
+    model.llm = AutoModelForCausalLM.from_config(LLMS["gpt2"]).eval()
+    forward = model.llm.transformer.forward
+    monkeypatch.setattr(
+        model.llm.transformer, "forward", lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)
+    )
+    rows = collate(tokenizer(examples), tokenizer.source_pad_id)
+    before = model(**vars(rows)).loss.item()
+    assert not model.pack_rows()
+    assert model(**vars(rows)).loss.item() == before
+
 
 def test_only_the_mapping_learns(build: Build, examples: list[Example]) -> None:
     model, tokenizer = build()

@@ -1,0 +1,201 @@
+"""Answers to 64 MGSM problems: the published way, and this repository's evaluation.
+
+    python -m benchmarks.evaluate --llm_path L --mt_path M --data_dir DATAS [--quick] [--backend vllm]
+
+As published: batches of 8 in the order of the file, padded, and `llm.generate`, greedily, which goes on until a batch's
+last answer ends. Here: `evaluation.answer_all`, judging and writing included. Both read the same
+`[bos | mapped states | boundary | prompt]`, by a mapping whose weights are drawn from a seed at the scale of the LLM's
+embeddings: what it says does not matter here, but when answers end does. A trained mapping's solutions have 100 to 150
+of the 512 tokens that they may have; behind an untrained one and the published prompt, all run into the limit. So the
+LLM, a chat model, is asked through its chat template for one short sentence, which it ends by itself, early or late:
+`mean_new_tokens` and `at_limit` say how long the answers were.
+
+Seconds and peak memory are those of all answers, beside the loaded models; vLLM's own processes are in the seconds and
+not in the memory. The difference reported is the share of answers that are not the same to the letter.
+"""
+
+import sys
+import tempfile
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.side_by_side import in_turn, measured, report, run
+from common.distributed import Process
+from common.errors import InputError, exit_with_message
+from common.files import read_json, write_json
+from common.flags import flag, parse_flags
+from common.logging import quiet_libraries
+from mindmerger.data import Example, read_evaluation
+from mindmerger.evaluation import answer_all, read_answers
+from mindmerger.flags import EvaluationFlags, ModelFlags
+from mindmerger.modeling import MindMergerForCausalLM, Sequence, embedding_scale, mapping_config
+from mindmerger.subject import load_subject, prepare
+from mindmerger.tasks import EVALUATION_TASKS, select_languages
+from mindmerger.tokenization import ExampleTokenizer, Tokens, load_tokenizer
+from mindmerger.vllm_backend import VllmSubject, check_vllm
+
+TASK = EVALUATION_TASKS["mgsm"]
+# Rows of a batch, as published.
+BATCH_SIZE = 8
+INSTRUCTION = "\nAnswer in one short sentence."
+
+
+@dataclass
+class EvaluateBenchmarkFlags:
+    """Answers to MGSM problems, the published way beside this repository's evaluation."""
+
+    llm_path: str | None = flag(None, "LLM, with a chat template")
+    mt_path: str | None = flag(None, "multilingual model")
+    data_dir: str = flag("./datas", "folder in the published data layout")
+    languages: str = flag("en,de,es,fr,ru,sw,th,zh", "comma-separated")
+    backend: Literal["transformers", "vllm"] = flag("transformers", "of this repository's side")
+    problems: int = flag(8, "of each language")
+    max_gen_len: int = flag(128, "tokens of an answer")
+    eval_batch_size: int | None = flag(None, "problems at once on this repository's side; default: its own")
+    rounds: int = flag(3, "runs of each side")
+    quick: bool = flag(False, "four problems of each language, 48 tokens, one round: noisy, and hardly a tail")
+    side: Literal["", "baseline", "ours"] = flag("", "the side that this process is; its answers go to --work_dir")
+    work_dir: str = flag("", "of one side's own process")
+
+    def __post_init__(self) -> None:
+        if self.llm_path is None or self.mt_path is None:
+            raise InputError("--llm_path and --mt_path are needed: the two models to join")
+        if self.quick:
+            self.problems, self.max_gen_len, self.rounds = 4, 48, 1
+
+    def evaluation(self) -> EvaluationFlags:
+        """As `run_evaluation.py` would be given them."""
+        return EvaluationFlags(
+            init_checkpoint=str(Path(self.work_dir) / "mapping"),
+            data_dir=self.data_dir,
+            dtype="float32",
+            device="cpu",
+            max_gen_len=self.max_gen_len,
+            eval_batch_size=self.eval_batch_size,
+            backend=self.backend if self.side == "ours" else "transformers",
+        )
+
+
+def save_mapping(flags: EvaluateBenchmarkFlags) -> None:
+    """A mapping that nothing was learned by, at the scale of the LLM's embeddings, to `work_dir`/mapping."""
+    names = ModelFlags(llm_path=flags.llm_path, mt_path=flags.mt_path)
+    torch.manual_seed(0)
+    model = MindMergerForCausalLM.from_base_models(mapping_config(names, load_tokenizer(flags.llm_path).bos_token_id))
+    ids = torch.arange(3, 300).unsqueeze(0)
+    mean, scale = embedding_scale(model, ids, torch.ones_like(ids))
+    with torch.no_grad():
+        model.mapping.mlp.linear2.weight.mul_(scale)
+        model.mapping.mlp.linear2.bias.mul_(scale)
+        model.mapping.end_boundary.copy_(mean)
+    model.config.augmentation = True
+    model.save_pretrained(Path(flags.work_dir) / "mapping")
+
+
+def read_problems(flags: EvaluateBenchmarkFlags, tokenizer: ExampleTokenizer) -> tuple[list[Example], list[Tokens]]:
+    """The problems in the order of the files, and what is read of each."""
+    languages = select_languages(flags.languages)
+    by_language = read_evaluation(Path(flags.data_dir), TASK, languages, flags.problems)
+    examples = [example for rows in by_language.values() for example in rows]
+    chat = tokenizer.llm_tokenizer.apply_chat_template
+    tokens = []
+    for example, row in zip(examples, tokenizer(examples, with_targets=False), strict=True):
+        turn = [{"role": "user", "content": example.source.text + INSTRUCTION}]
+        prompt = chat(turn, add_generation_prompt=True, return_dict=True).input_ids
+        tokens.append(replace(row, prompt=array("i", prompt)))
+    return examples, tokens
+
+
+def published_answers(
+    llm: PreTrainedModel,
+    read: Callable[[list[int]], Sequence],
+    rows: int,
+    max_new_tokens: int,
+    eos_token_ids: set[int],
+) -> list[list[int]]:
+    """New token ids of every row, eos included, in batches that go on until their last row ends; see `greedy_steps`."""
+    answers = []
+    for start in range(0, rows, BATCH_SIZE):
+        sequence = read(list(range(start, min(start + BATCH_SIZE, rows))))
+        new = llm.generate(
+            inputs_embeds=sequence.embeds,
+            attention_mask=sequence.mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(eos_token_ids),
+            pad_token_id=min(eos_token_ids),
+        )
+        for ids in new.tolist():
+            end = next((place for place, token in enumerate(ids, start=1) if token in eos_token_ids), len(ids))
+            answers.append(ids[:end])
+    return answers
+
+
+def one_side(flags: EvaluateBenchmarkFlags) -> None:
+    """Answer all problems this side's way, into `work_dir`/{side}.json."""
+    quiet_libraries()
+    evaluation, process = flags.evaluation(), Process(0, 1, torch.device("cpu"))
+    tokenizer, config = prepare(evaluation)
+    examples, tokens = read_problems(flags, tokenizer)
+    subject = load_subject(evaluation, tokenizer, config, torch.float32, process.device)
+    if evaluation.backend == "vllm":
+        max_model_len = check_vllm(evaluation, process, tokens)
+        subject = VllmSubject(subject, evaluation, torch.float32, process.device, max_model_len)
+    folder = Path(tempfile.mkdtemp(dir=flags.work_dir))
+    with measured():
+        if flags.side == "baseline":
+            ids = published_answers(
+                subject.llm,
+                lambda numbers: subject.read([tokens[number] for number in numbers]),
+                len(tokens),
+                flags.max_gen_len,
+                subject.eos_token_ids,
+            )
+        else:
+            answer_all(subject, TASK, examples, tokens, evaluation, folder, process)
+    if flags.side == "baseline":
+        answers = [(subject.text(row), len(row), row[-1] in subject.eos_token_ids) for row in ids]
+        write_json(Path(flags.work_dir) / "answers.json", answers)
+    else:
+        records = sorted(read_answers(folder), key=lambda record: record["problem"])
+        write_json(Path(flags.work_dir) / "records.json", records)
+
+
+def main() -> None:
+    flags = parse_flags(EvaluateBenchmarkFlags)
+    if flags.side:
+        one_side(flags)
+        return
+    tokenizer = load_tokenizer(flags.llm_path)
+    if not tokenizer.chat_template:
+        raise InputError(f"--llm_path {flags.llm_path} has no chat template, and would end no answer by itself")
+    with tempfile.TemporaryDirectory() as folder:
+        flags.work_dir = folder
+        save_mapping(flags)
+
+        def side(name: str) -> list[str]:
+            return ["-m", "benchmarks.evaluate", "--side", name, "--work_dir", folder, *sys.argv[1:]]
+
+        baseline, ours = in_turn(lambda: run(side("baseline")), lambda: run(side("ours")), flags.rounds)
+        answers = read_json(Path(folder) / "answers.json")
+        records = read_json(Path(folder) / "records.json")
+    pairs = zip(answers, records, strict=True)
+    same = sum((text, ended) == (record["output"], record["stopped"]) for (text, _, ended), record in pairs)
+    report(
+        "evaluate" if flags.backend == "transformers" else "evaluate, vLLM",
+        baseline,
+        ours,
+        1 - same / len(answers),
+        identical=f"{same} of {len(answers)}",
+        mean_new_tokens=round(sum(length for _, length, _ in answers) / len(answers), 1),
+        at_limit=sum(not ended for *_, ended in answers),
+    )
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

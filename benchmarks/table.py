@@ -1,0 +1,110 @@
+"""Run the benchmarks and put what they found into docs/performance.md.
+
+    python -m benchmarks.table --llm_path L --mt_path M --data_dir DATAS [--only gram train] [--quick]
+
+Rows that are not run again keep their last figures, which docs/performance.jsonl holds, one benchmark's line each. With
+--quick nothing is kept: the lines are printed.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import InputError, exit_with_message
+from common.files import atomic_path
+from common.flags import flag, parse_flags
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE, RECORD = DOCS / "performance.md", DOCS / "performance.jsonl"
+BEGIN, END = "<!-- benchmarks.table writes from here -->", "<!-- to here -->"
+NAMES = ("gram", "merge", "average", "train", "evaluate")
+
+
+@dataclass
+class TableFlags:
+    """All benchmarks, and the table of docs/performance.md."""
+
+    llm_path: str = flag("HuggingFaceTB/SmolLM2-135M-Instruct", "LLM, and the model of RegMean's rows")
+    mt_path: str = flag("google/gemma-3-270m", "multilingual model")
+    data_dir: str = flag("./datas", "folder in the published data layout")
+    mergekit: str | None = flag(None, "mergekit-yaml of another environment, for `average` to be compared with")
+    only: list[str] = flag(list(NAMES), f"of: {', '.join(NAMES)}")
+    quick: bool = flag(False, "small inputs, nothing kept")
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.only) - set(NAMES)):
+            raise InputError(f"--only {' '.join(unknown)}: choose of {', '.join(NAMES)}")
+
+    def words(self, name: str) -> list[str]:
+        """The command line of one benchmark."""
+        if name in ("train", "evaluate"):
+            words = ["--llm_path", self.llm_path, "--mt_path", self.mt_path, "--data_dir", self.data_dir]
+        else:
+            words = ["--model", self.llm_path]
+        if name == "average" and self.mergekit is not None:
+            words += ["--mergekit", self.mergekit]
+        return ["-m", f"benchmarks.{name}", *words, *(["--quick"] if self.quick else [])]
+
+
+def run(words: list[str]) -> list[dict[str, Any]]:
+    """Run one benchmark, its output passed on; the rows that it reports.
+
+    Raises:
+        InputError: it failed.
+    """
+    rows = []
+    with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith('{"benchmark"'):
+                rows.append(json.loads(line))
+    if process.returncode:
+        raise InputError(f"exit code {process.returncode} of: python {' '.join(words)}")
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| benchmark | published way | here | speed-up | peak memory | here | share | largest relative difference |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if "speedup" not in row:
+            sizes = f"{_size(row['baseline_bytes'])} | {_size(row['ours_bytes'])} | 1/{row['ratio']:.1f}"
+            lines.append(f"| {row['benchmark']} (file) | | | | {sizes} | 0 |")
+            continue
+        peaks = row["baseline_peak_bytes"], row["ours_peak_bytes"]
+        lines.append(
+            f"| {row['benchmark']} | {row['baseline_s']:.1f} s | {row['ours_s']:.1f} s | **{row['speedup']:.1f}** | "
+            f"{_size(peaks[0])} | {_size(peaks[1])} | 1/{peaks[0] / peaks[1]:.1f} | "
+            f"{row['max_relative_difference']:.1g} |"
+        )
+    machines = sorted({row["machine"] for row in rows})
+    return "\n".join([*lines, "", f"Machine: {'; '.join(machines)}."])
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def main() -> None:
+    flags = parse_flags(TableFlags)
+    found = [row for name in flags.only for row in run(flags.words(name))]
+    if flags.quick:
+        return
+    old = [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.exists() else []
+    rows = {row["benchmark"]: row for row in old + found}
+    with atomic_path(RECORD) as path:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    with atomic_path(PAGE) as path:
+        path.write_text(f"{before}{BEGIN}\n{table(list(rows.values()))}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

@@ -1,0 +1,190 @@
+"""A training step as published beside this repository's: the same rows, the same gradient.
+
+    python -m benchmarks.train --llm_path L --mt_path M --data_dir DATAS [--quick]
+
+As published: micro batches of rows in random order, padded to the longest, every state and every logit kept. Here: rows
+of like length in micro batches of like tokens (`plan_epoch`), packed for the LLM, logits where a target is predicted.
+Both are plain PyTorch, forward, backward and AdamW, from one mapping at the embeddings' scale; DeepSpeed adds the same
+to both. Seconds are of the steps, peak memory is what they add to the loaded models. The difference reported is of the
+first step's loss and mapping gradient (norm of the difference over norm), and in bfloat16 of the final dev perplexity.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from benchmarks.mapping_control import perplexity
+from benchmarks.side_by_side import in_turn, measured, report, run
+from common.errors import InputError, exit_with_message
+from common.flags import flag, parse_flags
+from common.logging import quiet_libraries
+from mindmerger.base_models import base_config
+from mindmerger.batching import IGNORED, Batch, collate, plan_epoch
+from mindmerger.data import hold_out, read_training
+from mindmerger.flags import ModelFlags
+from mindmerger.modeling import MindMergerForCausalLM, embedding_scale, mapping_config
+from mindmerger.tasks import TRAINING_TASKS, find_task, select_languages
+from mindmerger.tokenization import ExampleTokenizer, Tokens, load_tokenizer
+
+# Rows of a micro batch, as published.
+MICRO = {"mapping": 8, "augmentation": 2}
+DEV_ROWS = 24
+ROWS = ("mapping", "augmentation", "bf16")
+LIMIT = 256  # tokens of a source, a prompt or a target
+
+
+@dataclass
+class TrainBenchmarkFlags:
+    """A training step as published beside this repository's."""
+
+    llm_path: str | None = flag(None, "LLM")
+    mt_path: str | None = flag(None, "multilingual model")
+    data_dir: str = flag("./datas", "folder in the published data layout")
+    languages: str = flag("de,es,fr", "comma-separated")
+    rows: list[str] = flag(list(ROWS), f"which rows of the table, of: {', '.join(ROWS)}")
+    rounds: int = flag(3, "runs of each side")
+    batch_size: int = flag(64, "training rows of a step")
+    quick: bool = flag(False, "16 rows a step, one round: a minute or two, and noisy")
+    stage: Literal["mapping", "augmentation"] = flag("mapping", "of one side's own process")
+    side: Literal["", "baseline", "ours"] = flag("", "the side that this process is; its result goes to --out")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "of one side's own process")
+    steps: int = flag(1, "of one side's own process")
+    out: str = flag("", "of one side's own process")
+
+    def __post_init__(self) -> None:
+        if self.llm_path is None or self.mt_path is None:
+            raise InputError("--llm_path and --mt_path are needed: the two models to join")
+        if self.quick:
+            self.batch_size, self.rounds = 16, 1
+
+
+def published_loss(model: MindMergerForCausalLM, batch: Batch, divisor: float) -> torch.Tensor:
+    """Summed cross entropy of the targets over `divisor`: every column of left-padded rows, every logit."""
+    encoded = model.encoder(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
+    ).last_hidden_state
+    vectors, boundary = model.mapping(encoded.float())
+    embedding, target_mask = model.llm.get_input_embeddings(), (batch.labels != IGNORED).long()
+    count = len(encoded)
+    bos = torch.full((count, 1), model.config.llm_bos_token_id)
+    embeds = [embedding(bos), vectors, boundary, embedding(batch.prompt_ids), embedding(batch.labels.clamp(min=0))]
+    ones = torch.ones(count, 1, dtype=torch.int64)
+    mask = torch.cat([ones, batch.attention_mask, ones, batch.prompt_attention_mask, target_mask], dim=1)
+    labels = torch.cat([torch.full_like(mask[:, : -target_mask.shape[1]], IGNORED), batch.labels], dim=1)
+    order = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(dim=1).max()) :]
+    sequence = torch.cat([part.to(model.llm.dtype) for part in embeds], dim=1)
+    sequence = sequence.gather(1, order.unsqueeze(-1).expand(-1, -1, sequence.shape[-1]))
+    return model.llm(
+        inputs_embeds=sequence,
+        attention_mask=mask.gather(1, order),
+        labels=labels.gather(1, order),
+        num_items_in_batch=divisor,
+        output_hidden_states=True,
+    ).loss
+
+
+def one_side(flags: TrainBenchmarkFlags) -> None:
+    """Train `flags.steps` steps this side's way; loss, gradient and dev perplexity go to `flags.out`."""
+    quiet_libraries()
+    augmentation = flags.stage == "augmentation"
+    task, languages = find_task("math", TRAINING_TASKS), select_languages(flags.languages)
+    examples = read_training(Path(flags.data_dir), task, flags.stage, languages, 200)
+    dev, train = hold_out(examples, DEV_ROWS, seed=0)
+    tokenizer = ExampleTokenizer(
+        load_tokenizer(flags.mt_path),
+        base_config(flags.mt_path),
+        load_tokenizer(flags.llm_path),
+        augmentation=augmentation,
+        max_seq_len=LIMIT,
+        max_prompt_len=LIMIT,
+        max_gen_len=LIMIT,
+    )
+    tokens, pad_id = tokenizer(train), tokenizer.source_pad_id
+    names = ModelFlags(llm_path=flags.llm_path, mt_path=flags.mt_path)
+    torch.manual_seed(0)
+    model = MindMergerForCausalLM.from_base_models(
+        mapping_config(names, tokenizer.llm_tokenizer.bos_token_id), getattr(torch, flags.dtype)
+    )
+    first = collate(tokens[:32], pad_id)
+    mean, scale = embedding_scale(model, first.input_ids, first.attention_mask)
+    with torch.no_grad():
+        model.mapping.end_boundary.add_(mean)
+        model.mapping.mlp.linear2.weight.mul_(scale)
+        model.mapping.mlp.linear2.bias.mul_(scale)
+    optimizer = torch.optim.AdamW(model.mapping.parameters(), lr=1e-4)
+    if flags.side == "ours":
+        model.pack_rows()
+
+    micro = MICRO[flags.stage]
+    plan = plan_epoch([len(row) for row in tokens], flags.batch_size, flags.batch_size // micro, 1, seed=0, epoch=0)
+    found: dict[str, Any] = {}
+    with measured():
+        for micro_batches in ([ranks[0] for ranks in step] for step in plan[: flags.steps]):
+            if flags.side == "baseline":
+                drawn = sorted(row for rows in micro_batches for row in rows)
+                micro_batches = [drawn[start : start + micro] for start in range(0, len(drawn), micro)]
+            found |= _step(model, [[tokens[row] for row in rows] for rows in micro_batches], pad_id, flags.side, found)
+            optimizer.step()
+            optimizer.zero_grad()
+    found["perplexity"] = perplexity(model, tokenizer(dev), 8, pad_id)
+    torch.save(found, flags.out)
+
+
+def _step(
+    model: MindMergerForCausalLM, micro_batches: list[list[Tokens]], pad_id: int, side: str, found: dict[str, Any]
+) -> dict[str, Any]:
+    """Accumulate a step's gradient; {"loss", "gradient"} of the first step."""
+    divisor = float(sum(len(row.target) for rows in micro_batches for row in rows))
+    total = 0.0
+    for rows in micro_batches:
+        batch = collate(rows, pad_id)
+        if side == "baseline":
+            loss = published_loss(model, batch, divisor)
+        else:
+            loss = model(**vars(batch), num_items_in_batch=divisor).loss
+        loss.backward()
+        total += loss.item()
+    if found:
+        return found
+    return {"loss": total, "gradient": torch.cat([p.grad.flatten() for p in model.mapping.parameters()])}
+
+
+def compare(flags: TrainBenchmarkFlags, name: str, stage: str, dtype: str, steps: int) -> None:
+    """One row of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = {side: Path(folder) / side for side in ("baseline", "ours")}
+        words = ["-m", "benchmarks.train", "--llm_path", flags.llm_path, "--mt_path", flags.mt_path]
+        words += ["--data_dir", flags.data_dir, "--languages", flags.languages, "--batch_size", str(flags.batch_size)]
+        words += ["--stage", stage, "--dtype", dtype, "--steps", str(steps)]
+        baseline, ours = in_turn(
+            *(lambda side=side: run([*words, "--side", side, "--out", str(out[side])]) for side in out), flags.rounds
+        )
+        one, other = (torch.load(path, weights_only=True) for path in out.values())
+    gradient = float((one["gradient"] - other["gradient"]).norm() / one["gradient"].norm())
+    differences = {
+        "loss": abs(one["loss"] - other["loss"]) / one["loss"],
+        "gradient": gradient,
+        "dev_perplexity": abs(one["perplexity"] - other["perplexity"]) / one["perplexity"],
+    }
+    exact = max(differences["loss"], gradient) if dtype == "float32" else differences["dev_perplexity"]
+    report(name, baseline, ours, exact, relative_differences=differences)
+
+
+def main() -> None:
+    flags = parse_flags(TrainBenchmarkFlags)
+    if flags.side:
+        one_side(flags)
+        return
+    for stage in MICRO:
+        if stage in flags.rows:
+            compare(flags, f"train {stage}", stage, "float32", 1)
+    if "bf16" in flags.rows:
+        for stage in MICRO:
+            compare(flags, f"train {stage} bf16", stage, "bfloat16", 2)
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

@@ -1,0 +1,109 @@
+"""A key-value cache of slots: a token is written in place, and a row that has ended makes way for the next."""
+
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+# Columns that a buffer has free when it is made: so many steps pass before what is in use is copied.
+_ROOM = 64
+
+
+class SlotCache(Cache):
+    """Keys and values of rows that begin and end at different times.
+
+    Rows are left-padded: all end in the last column, wherever they began, so that distances between a row's columns
+    are those between its tokens, which is all that a sliding window sees.
+
+    Args:
+        read: what the first rows have left in a cache that `can_hold` says yes to.
+    """
+
+    def __init__(self, read: DynamicCache):
+        super().__init__(layers=[SlotLayer(layer) for layer in read.layers])
+
+    @staticmethod
+    def can_hold(cache: DynamicCache) -> bool:
+        """Whether all that the LLM keeps of a row is a key and a value for each token (no recurrent states)."""
+        return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+
+    def fill(self, places: torch.Tensor, read: DynamicCache, columns: int) -> None:
+        """Put the rows of `read` in the place of rows that have ended.
+
+        Args:
+            places: int64 [rows of `read`].
+            read: what the new rows have left.
+            columns: of the longest row from now on.
+        """
+        for layer, new in zip(self.layers, read.layers, strict=True):
+            layer.fill(places, new, columns)
+
+    def trim(self, columns: int) -> None:
+        """Forget all columns but the last, as many as the longest row has."""
+        for layer in self.layers:
+            layer.columns = columns
+
+
+class SlotLayer(DynamicLayer):
+    """One layer of a `SlotCache`: two buffers [rows, heads, capacity, head width], the last column in use at `end`.
+
+    `DynamicLayer` copies all of its keys and values for every token.
+
+    Args:
+        read: what the first rows have left.
+    """
+
+    def __init__(self, read: DynamicLayer):
+        super().__init__()
+        self.is_initialized = True
+        self.is_sliding = read.is_sliding
+        # Columns that a token sees beside its own.
+        self._window = read.sliding_window - 1 if read.is_sliding else None
+        self.columns = read.get_seq_length()
+        self.keys, self.values, self._end = read.keys, read.values, read.keys.shape[2]
+
+    @property
+    def _kept(self) -> int:
+        return self.columns if self._window is None else min(self.columns, self._window)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add one column, [rows, heads, 1, head width]; all that it sees."""
+        if self._end == self.keys.shape[2]:
+            self._move(self._kept)
+        start, self._end = self._end - self._kept, self._end + 1
+        self.columns += 1
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            buffer[:, :, self._end - 1 : self._end] = states
+        return self.keys[:, :, start : self._end], self.values[:, :, start : self._end]
+
+    def fill(self, places: torch.Tensor, read: DynamicLayer, columns: int) -> None:
+        """See `SlotCache.fill`."""
+        in_use, self.columns = self._kept, columns
+        count = min(read.keys.shape[2], self._kept)
+        if count > self._end:
+            self._move(in_use, count)
+        for buffer, new in ((self.keys, read.keys), (self.values, read.values)):
+            buffer[places, :, self._end - count : self._end] = new[:, :, -count:]
+
+    def _move(self, in_use: int, columns: int = 0) -> None:
+        """Take the last `in_use` columns to buffers with room behind them, and before them up to `columns`."""
+        end = max(in_use, columns)
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            rows, heads, _, width = old.shape
+            # Zeros, since what is masked is multiplied by zero, and must be a number.
+            new = old.new_zeros(rows, heads, end + _ROOM, width)
+            new[:, :, end - in_use : end] = old[:, :, self._end - in_use : self._end]
+            setattr(self, name, new)
+        self._end = end
+
+    def get_seq_length(self) -> int:
+        """Columns of the longest row."""
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(columns that a mask has, the first of them)."""
+        return self._kept + query_length, self.columns - self._kept
