@@ -290,6 +290,9 @@ def fits(needed: float, device: Device) -> str:
 
 def gb(size: float) -> str:
     """Bytes as in `12.3 GB`, of 10^9."""
+    for unit, name in ((1e15, "PB"), (1e12, "TB")):
+        if size >= 10 * unit:
+            return f"{size / unit:.1f} {name}"
     return f"{size / 1e9:.2f} GB" if size < 1e10 else f"{size / 1e9:.1f} GB"
 
 

@@ -99,7 +99,7 @@ def test_the_cache_of_an_evaluation() -> None:
     device = known_device("a100-80gb", 1)
     evaluation = EvaluationFlags(**PUBLISHED, plan="a100-80gb")
     planned = evaluation_plan(evaluation, "mgsm", device, torch.bfloat16)
-    assert planned.cache == 2 * 32 * 4096 * 2 * 8 * (1 + 512 + 1 + 512 + 512)
+    assert planned.cache == 2 * 32 * 4096 * 2 * 16 * (1 + 512 + 1 + 512 + 512)
     assert planned.problems == 11 * 250
     assert planned.weights == pytest.approx(2 * (planned.llm + planned.encoder + planned.mapping), rel=1e-6)
     assert planned.peak < device.memory
@@ -108,7 +108,7 @@ def test_the_cache_of_an_evaluation() -> None:
     )
     assert alone.encoder == alone.mapping == 0 and alone.cache < planned.cache
     labels = evaluation_plan(evaluation, "xnli", device, torch.bfloat16)
-    assert labels.cache == 4 * 2 * 32 * 4096 * 2 * 8 * (1 + 512 + 1 + 512 + 2)
+    assert labels.cache == 4 * 2 * 32 * 4096 * 2 * 16 * (1 + 512 + 1 + 512 + 2)
 
 
 def test_a_plan_needs_two_configs_and_leaves_nothing(
