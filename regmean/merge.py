@@ -99,7 +99,7 @@ def array_bytes(models: int, systems: Iterable[tuple[int, int]]) -> int:
     solving = (
         4 * (3 * inputs**2 + (models + 8) * min(BLOCK_ELEMENTS, inputs * outputs)) for inputs, outputs in systems
     )
-    return max(32 * CHUNK_ELEMENTS, *solving, 0)
+    return max([32 * CHUNK_ELEMENTS, *solving])
 
 
 def _print_plan(flags: MergeFlags, plan: MergePlan, models: list[Checkpoint], grams: list[Grams]) -> None:
