@@ -2,8 +2,8 @@
 
     python -m benchmarks.plan_check --llm_path LLM --mt_path MT
 
-Each is run in a process of its own, on the CPU in float32, with rows at the planned limits. Counted is what it adds to a
-process that has imported everything, and for training has loaded the models. The last line is a JSON object.
+Each is run in a process of its own, on the CPU in float32, with rows at the planned limits. Counted is what it adds to
+a process that has imported everything, and for training has loaded the models. The last line is a JSON object.
 """
 
 import argparse
