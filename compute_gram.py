@@ -27,6 +27,11 @@ def main() -> None:
         return
 
     flags = parse_flags(GramFlags, words, presets=PRESETS)
+    if flags.plan is not None:
+        from regmean.plan import plan_grams
+
+        plan_grams(flags)
+        return
     from common.distributed import start_process  # imported late: bad flags are told before torch loads
     from regmean.gram import compute_grams
 

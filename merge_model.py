@@ -18,7 +18,13 @@ PRESETS = Path(__file__).parent / "configs" / "regmean"
 
 
 def main() -> None:
-    merge(parse_flags(MergeFlags, presets=PRESETS), command=shlex.join(["python", "merge_model.py", *sys.argv[1:]]))
+    flags = parse_flags(MergeFlags, presets=PRESETS)
+    if flags.plan is not None:
+        from regmean.plan import plan_merging
+
+        plan_merging(flags)
+        return
+    merge(flags, command=shlex.join(["python", "merge_model.py", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,11 @@ def main() -> None:
     from mindmerger.flags import EvaluationFlags
 
     flags = parse_flags(EvaluationFlags)
+    if flags.plan is not None:
+        from mindmerger.plan import plan_evaluation
+
+        plan_evaluation(flags)
+        return
     # torch and transformers take seconds to import: wrong flags are told before.
     from mindmerger.evaluation import evaluate
 

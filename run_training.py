@@ -13,6 +13,11 @@ def main() -> None:
     if flags.device == "cpu":
         # DeepSpeed picks its device when it is imported.
         os.environ["DS_ACCELERATOR"] = "cpu"
+    if flags.plan is not None:
+        from mindmerger.plan import plan_training
+
+        plan_training(flags)
+        return
     # DeepSpeed and transformers take seconds to import: wrong flags are told before.
     from mindmerger.trainer import train
 

@@ -95,6 +95,8 @@ class FlagParser(argparse.ArgumentParser):
                 options |= {"nargs": "?", "const": True}
         else:
             options["type"] = kind
+        # Of argparse's own options, what a flag has been given.
+        options |= {name: value for name, value in field.metadata.items() if name != "help"}
         self.add_argument(*_spellings(field.name), **options)
         if hint is bool and default is True:
             words = _spellings(f"no_{field.name}")

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -17,21 +16,10 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from common.configs import base_config
 from common.errors import InputError, first_line
 from common.files import read_shard_index
-
-
-def base_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of a hub id or local folder, without its weights.
-
-    Raises:
-        InputError: there is none.
-    """
-    try:
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a damaged config raises whatever its readers stumble over
-        reason = first_line(error) or type(error).__name__
-        raise InputError(f"no model config could be loaded from {path}: {reason}") from error
+from common.plan import on_meta
 
 
 def load_llm(path: str, revision: str | None, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -85,17 +73,10 @@ def load_encoder(
     config = base_config(path, revision, trust_remote_code)
     options: dict[str, Any] = {"revision": revision, "dtype": dtype}
     if layers is not None:
-        check_encoder_layer(layers, path, config)
-        text_config = config.get_text_config()
-        # Under this name or an older one that it stands for.
-        text_config.num_hidden_layers = layers
-        if getattr(text_config, "layer_types", None):
-            text_config.layer_types = text_config.layer_types[:layers]
+        _cut_layers(layers, path, config)
         options["config"] = config
     if not config.is_encoder_decoder:
-        known = AutoModel._model_mapping.get(type(config), None)
-        if known is not None and "add_pooling_layer" in inspect.signature(known).parameters:
-            options["add_pooling_layer"] = False
+        options |= _without_pooling(config)
         return _load(AutoModel, path, trust_remote_code=trust_remote_code, **options)
     if type(config) in AutoModelForTextEncoding._model_mapping:
         return _load(AutoModelForTextEncoding, path, trust_remote_code=trust_remote_code, **options)
@@ -106,6 +87,38 @@ def load_encoder(
         encoder_class = type(AutoModel._model_mapping[type(config)](config).get_encoder())
     renamed = {r"^(model\.)?encoder\.": "", r"^(model\.)?shared\.": "embed_tokens."}
     return _load(encoder_class, path, config=config, key_mapping=renamed, **options)
+
+
+def encoder_on_meta(
+    path: str, revision: str | None, dtype: torch.dtype, trust_remote_code: bool, layers: int | None = None
+) -> PreTrainedModel:
+    """What `load_encoder` would load, as shapes without data: only the config is read.
+
+    Raises:
+        InputError: there is none, or not of an encoder.
+    """
+    config = base_config(path, revision, trust_remote_code)
+    if layers is not None:
+        _cut_layers(layers, path, config)
+    options = {} if config.is_encoder_decoder else _without_pooling(config)
+    model = on_meta(AutoModel, path, config, dtype, trust_remote_code, **options)
+    return model.get_encoder() if config.is_encoder_decoder else model
+
+
+def _cut_layers(layers: int, path: str, config: PretrainedConfig) -> None:
+    """Have a decoder-only model of this config end after so many layers."""
+    check_encoder_layer(layers, path, config)
+    text_config = config.get_text_config()
+    # Under this name or an older one that it stands for.
+    text_config.num_hidden_layers = layers
+    if getattr(text_config, "layer_types", None):
+        text_config.layer_types = text_config.layer_types[:layers]
+
+
+def _without_pooling(config: PretrainedConfig) -> dict[str, bool]:
+    known = AutoModel._model_mapping.get(type(config), None)
+    has_pooling = known is not None and "add_pooling_layer" in inspect.signature(known).parameters
+    return {"add_pooling_layer": False} if has_pooling else {}
 
 
 def _load(model_class: Any, path: str, **options: Any) -> PreTrainedModel:

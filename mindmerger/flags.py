@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from common.devices import HERE, PLAN_HELP, parse_devices
 from common.distributed import launched_world_size
 from common.errors import InputError
 from common.flags import flag
@@ -35,6 +36,7 @@ class ModelFlags:
     eval_batch_size: int = flag(8, "rows of a batch at evaluation, per device")
     overwrite: bool = flag(False, "start anew where an output folder holds another run")
     device: str = flag("auto", "auto takes the GPU where there is one")
+    plan: str | None = flag(None, PLAN_HELP, nargs="?", const=HERE)
     deepspeed: bool = flag(False, "accepted as in the published commands; training always runs under DeepSpeed")
     local_rank: int = flag(0, "set by the deepspeed launcher")
 
@@ -44,6 +46,8 @@ class ModelFlags:
         plain = Path(self.save_name).name == self.save_name and self.save_name not in ("", ".", "..")
         if not plain or len(self.save_name) > 100:
             raise InputError(f"--save_name {self.save_name[:100]!r} must be a plain folder name of at most 100 letters")
+        if self.plan is not None:
+            parse_devices(self.plan)
 
 
 @dataclass
@@ -89,7 +93,8 @@ class TrainingFlags(ModelFlags):
         if not 0 <= self.warmup_ratio <= 1:
             raise InputError(f"--warmup_ratio {self.warmup_ratio} must be from 0 to 1")
         require_board(self.report_to)
-        self._derive_batch_sizes(launched_world_size())
+        planned = None if self.plan is None else parse_devices(self.plan)[1]
+        self._derive_batch_sizes(planned or launched_world_size())
 
     @property
     def uses_prompt(self) -> bool:
@@ -153,7 +158,7 @@ class EvaluationFlags(ModelFlags):
             require_positive(self, "test_num")
         if self.baseline and self.init_checkpoint is not None:
             raise InputError("--baseline is the LLM alone: leave --init_checkpoint out")
-        if not self.baseline and self.init_checkpoint is None:
+        if not self.baseline and self.init_checkpoint is None and self.plan is None:
             raise InputError("--init_checkpoint is needed: the mapping to evaluate (or --baseline for the LLM alone)")
         if self.baseline and self.augmentation is False:
             raise InputError("--baseline reads nothing but the prompt: leave --augmentation False out")

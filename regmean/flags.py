@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.devices import HERE, PLAN_HELP, parse_devices
 from common.errors import InputError
 from common.flags import flag
 
@@ -32,15 +33,19 @@ class GramFlags:
     device: str = flag("auto", "auto (GPU where there is one), cpu, cuda")
     trust_remote_code: bool = flag(False, "run Python code that comes with the model")
     overwrite: bool = flag(False, "start anew where the output folder holds another Gram, or another run's part of one")
+    plan: str | None = flag(None, PLAN_HELP, nargs="?", const=HERE)
 
     def __post_init__(self) -> None:
-        for name in ("model", "dataset", "output_dir"):
+        # A plan needs no texts, and no place to write to.
+        for name in ("model",) if self.plan else ("model", "dataset", "output_dir"):
             if not getattr(self, name):
                 raise InputError(f"--{name} is missing")
         for name in ("num_examples", "max_length", "tokens_per_batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1")
-        if bool(self.text_column) == bool(self.chat_columns()):
+        if self.plan is not None:
+            parse_devices(self.plan)
+        elif bool(self.text_column) == bool(self.chat_columns()):
             raise InputError("give either --text_column or chat columns (--user_column, --assistant_column, ...)")
         _check_dtype(self.dtype)
 
@@ -83,13 +88,16 @@ class MergeFlags:
     device: str = flag("auto", "where RegMean solves: auto (GPU where there is one), cpu, cuda")
     max_shard_size: str = flag("5GB", "largest weight file")
     output_dir: str | None = flag(None, "default runs/merges/avg, runs/merges/regmean_ALPHA; several get _ALPHA added")
+    plan: str | None = flag(None, PLAN_HELP, nargs="?", const=HERE)
 
     def __post_init__(self) -> None:
         if self.method not in ("avg", "regmean"):
             raise InputError("--method is avg or regmean")
         if len(self.models) < 2:
             raise InputError("--models takes two or more")
-        if self.method == "regmean" and len(self.grams) != len(self.models):
+        if self.plan is not None:
+            parse_devices(self.plan)
+        elif self.method == "regmean" and len(self.grams) != len(self.models):
             raise InputError(f"--grams takes one per model: {len(self.models)}, not {len(self.grams)}")
         if self.method == "avg" and self.grams:
             raise InputError("--grams belongs to --method regmean")

@@ -5,7 +5,6 @@ plans as many passes as memory asks for, and runs them; `GramSums` adds up the p
 """
 
 import contextlib
-import ctypes
 import hashlib
 import shutil
 import time
@@ -22,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.pytorch_utils import Conv1D
 
 from common import runs, snapshots
-from common.distributed import Process, available_memory
+from common.distributed import Process, available_memory, keep_heap_small
 from common.errors import InputError, first_line
 from common.files import read_json, write_json
 from common.locks import locked
@@ -32,12 +31,11 @@ from regmean.calibration import Calibration, collate, load_calibration, make_bat
 from regmean.checkpoint import Checkpoint, open_checkpoint
 from regmean.flags import GramFlags
 from regmean.gram_file import FILE_NAME, Gram, GramFile, write_grams
-from regmean.layer_inputs import LinearInputs, aligned_with, input_width, linear_layers
+from regmean.layer_inputs import LinearInputs, aligned_with, input_width, linear_layers, untied_head
 
 SNAPSHOT_SECONDS = 600.0
 SUMS_NAME = "sums.safetensors"
 PLAN = "plan.json"
-M_MMAP_THRESHOLD = -3  # glibc's <malloc.h>
 PANEL = 512  # rows of a sum that a batch is added to at a time
 # Of the memory that is free beside the model, what the activations of a batch and fragmentation may take.
 RESERVED = 0.1
@@ -58,7 +56,7 @@ def compute_grams(
         flags: what to compute.
         process: this rank; every rank takes its share of the batches.
         snapshot_seconds: the time between two snapshots.
-        model: that of `flags.model`, where it is loaded already.
+        model: that of `flags.model`, where it is loaded already; it loses its output head.
 
     Raises:
         InputError: bad flags, model or data; a Gram that fits no memory; activations that are not finite.
@@ -90,10 +88,11 @@ def _compute_grams(
     calibration: Calibration,
     model: PreTrainedModel | None,
 ) -> None:
-    _keep_heap_small()
+    keep_heap_small()
     model = model or _load(AutoModelForCausalLM, flags, checkpoint, dtype=flags.dtype)
     model = model.to(process.device).eval()
     layers = linear_layers(model)
+    _drop_head(model, process.device)
     work = target.with_suffix(".partial")
     identity = {
         "model": flags.model,
@@ -295,16 +294,6 @@ def plan_passes(inputs: list[list[str]], widths: list[int], memory: int) -> list
     return passes
 
 
-def _keep_heap_small() -> None:
-    """Have the C library give memory above 1 MB back to the system as soon as it is freed.
-
-    glibc raises that limit to 32 MB by itself; sums and activations then fragment one heap, which on the CPU took
-    twice the memory in use.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # another C library has no such setting, and no such habit
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
-
-
 def _load(auto_class: Any, flags: GramFlags, checkpoint: Checkpoint, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(
@@ -312,6 +301,15 @@ def _load(auto_class: Any, flags: GramFlags, checkpoint: Checkpoint, **options: 
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise InputError(f"--model {flags.model}: {first_line(error)}") from error
+
+
+def _drop_head(model: PreTrainedModel, device: torch.device) -> None:
+    """Free the output head, at which a forward pass ends; that of Llama-3-8B takes as much as a layer's sums."""
+    if head := untied_head(model):
+        head.to("meta")
+        if device.type == "cuda":
+            # What PyTorch keeps for itself would not count as free.
+            torch.cuda.empty_cache()
 
 
 def _continued_plan(work: Path) -> Plan | None:

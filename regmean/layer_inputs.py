@@ -23,6 +23,12 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
+def untied_head(model: PreTrainedModel) -> nn.Module | None:
+    """The output head, where it has a weight of its own."""
+    head = model.get_output_embeddings()
+    return None if head is None or head.weight is model.get_input_embeddings().weight else head
+
+
 def input_width(layer: nn.Module) -> int:
     """Features that a linear layer reads: Conv1D keeps its weight as (in, out), nn.Linear as (out, in)."""
     return layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]

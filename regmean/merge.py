@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,11 +88,24 @@ def weighted_mean(arrays: list[np.ndarray], shares: list[float]) -> np.ndarray:
     return mean
 
 
+def array_bytes(models: int, systems: Iterable[tuple[int, int]]) -> int:
+    """The most bytes of arrays that a merge holds at once.
+
+    Args:
+        models: how many there are.
+        systems: (inputs, outputs) of each that RegMean solves; none for an average.
+    """
+    # Three squares (the sum of Grams, its factor, one model's Gram), and blocks: one per model, eight in the solver.
+    solving = (
+        4 * (3 * inputs**2 + (models + 8) * min(BLOCK_ELEMENTS, inputs * outputs)) for inputs, outputs in systems
+    )
+    return max([32 * CHUNK_ELEMENTS, *solving])
+
+
 def _print_plan(flags: MergeFlags, plan: MergePlan, models: list[Checkpoint], grams: list[Grams]) -> None:
     read, written = describe_size(plan, models)
-    largest = max((group.width for group in plan.groups), default=0)
-    # Three squares (the sum of Grams, its factor, one model's Gram), and blocks: one per model, eight in the solver.
-    peak = 4 * (3 * largest**2 + (len(models) + 8) * BLOCK_ELEMENTS) if grams else 32 * CHUNK_ELEMENTS
+    systems = [(g.width, sum(math.prod(plan.layout[name][1]) for name in g.tensors) // g.width) for g in plan.groups]
+    peak = array_bytes(len(models), systems)
     print(
         f"plan: {flags.method} of {len(models)} models, {read / 1e9:.2f} GB to read, {written / 1e9:.2f} GB to write "
         f"for each of {len(flags.output_dirs())}, at most about {peak / 1e9:.2f} GB of arrays in memory"
