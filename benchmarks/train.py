@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.mapping_control import perplexity
 from benchmarks.side_by_side import in_turn, measured, report, run
+from common.distributed import keep_heap_small
 from common.errors import InputError, exit_with_message
 from common.flags import flag, parse_flags
 from common.logging import quiet_libraries
@@ -116,6 +117,7 @@ def one_side(flags: TrainBenchmarkFlags) -> None:
         model.mapping.mlp.linear2.bias.mul_(scale)
     optimizer = torch.optim.AdamW(model.mapping.parameters(), lr=1e-4)
     if flags.side == "ours":
+        keep_heap_small()  # as the trainer does
         model.pack_rows()
 
     micro = MICRO[flags.stage]

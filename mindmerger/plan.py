@@ -77,7 +77,6 @@ class TrainingPlan:
         llm, encoder, mapping: parameters.
         weights: both frozen models, or under ZeRO-3 a device's share of them and what is gathered of the others'.
         optimizer: the mapping, its gradient, AdamW's state, and the buffer that gradients are exchanged from.
-        states: of the encoder, for the rows of a step.
         activations: at the peak of a micro batch whose rows are as long as the limits allow.
         mean_activations: the same, for rows of mean length.
         micro_batches: on each device, over the whole stage.
@@ -91,7 +90,6 @@ class TrainingPlan:
     mapping: int
     weights: float
     optimizer: float
-    states: float
     activations: float
     mean_activations: float
     steps: int
@@ -103,7 +101,7 @@ class TrainingPlan:
     @property
     def peak(self) -> float:
         """The most that a device has to hold."""
-        return self.weights + self.optimizer + self.states + self.activations
+        return self.weights + self.optimizer + self.activations
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,6 @@ def plan_training(flags: TrainingFlags) -> None:
         ("parameters", f"LLM {amount(plan.llm)}, encoder {amount(plan.encoder)}, mapping {amount(plan.mapping)}"),
         ("weights", f"{gb(plan.weights)} (ZeRO-{stage}, {'bf16' if half else 'fp32'})"),
         ("mapping, AdamW", f"{gb(plan.optimizer)}, with DeepSpeed's buffer for gradients"),
-        ("encoder's states", f"{gb(plan.states)} for a step's rows"),
         (
             "activations",
             f"at most {gb(plan.activations)}: micro batch of {micro}, {_describe(limits)}"
@@ -212,7 +209,6 @@ def training_plan(flags: TrainingFlags, device: Device, ds_config: dict, dtype: 
         mapping=mapping,
         weights=weights,
         optimizer=optimizer,
-        states=micro * accumulation * limits.source * model.config.mt_hidden_size * dtype.itemsize,
         activations=peak,
         mean_activations=max(mean_encoding.peak_bytes, mean_step.peak_bytes),
         steps=steps,
