@@ -91,7 +91,8 @@ def weighted_mean(arrays: list[np.ndarray], shares: list[float]) -> np.ndarray:
 def _print_plan(flags: MergeFlags, plan: MergePlan, models: list[Checkpoint], grams: list[Grams]) -> None:
     read, written = describe_size(plan, models)
     largest = max((group.width for group in plan.groups), default=0)
-    # Three squares (the sum of Grams, its factor, one model's Gram), and blocks: one per model, eight in the solver.
+    # Three squares (the sum of Grams, its factor, one more Gram or difference of two), and blocks: one per model, eight
+    # in the solver.
     peak = 4 * (3 * largest**2 + (len(models) + 8) * BLOCK_ELEMENTS) if grams else 32 * CHUNK_ELEMENTS
     print(
         f"plan: {flags.method} of {len(models)} models, {read / 1e9:.2f} GB to read, {written / 1e9:.2f} GB to write "
