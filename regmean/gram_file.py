@@ -112,9 +112,10 @@ class GramFile:
         square = np.empty((width, width), np.float32)
         for first, last in _row_blocks(width):
             packed = self._infos[name].read(packed_size(first), packed_size(last))
-            for row in range(first, last):
-                start = packed_size(row) - packed_size(first)
-                square[row, : row + 1] = packed[start : start + row + 1]
+            start = 0
+            for length in range(first + 1, last + 1):
+                square[length - 1, :length] = packed[start : start + length]
+                start += length
             square[:first, first:last] = square[first:last, :first].T
             corner = square[first:last, first:last]
             corner[...] = np.tril(corner) + np.tril(corner, -1).T

@@ -95,7 +95,8 @@ def array_bytes(models: int, systems: Iterable[tuple[int, int]]) -> int:
         models: how many there are.
         systems: (inputs, outputs) of each that RegMean solves; none for an average.
     """
-    # Three squares (the sum of Grams, its factor, one model's Gram), and blocks: one per model, eight in the solver.
+    # Three squares (the sum of Grams, its factor, one more Gram or the difference of two), and blocks: one per model,
+    # eight in the solver.
     solving = (
         4 * (3 * inputs**2 + (models + 8) * min(BLOCK_ELEMENTS, inputs * outputs)) for inputs, outputs in systems
     )

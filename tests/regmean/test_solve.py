@@ -182,3 +182,44 @@ def test_the_condition_number_is_estimated() -> None:
     assert Cholesky(total, 0.9).condition == pytest.approx(np.linalg.cond(system * root * root[:, None]), rel=0.3)
     assert Inverse(total, 0.9).condition == pytest.approx(np.linalg.cond(system, 1), rel=1e-3)
     assert Lstsq(total, 0.9).condition is None
+
+
+@pytest.mark.parametrize("panel", [7, 512])
+def test_a_quadratic_form_is_summed_in_panels(monkeypatch: pytest.MonkeyPatch, panel: int) -> None:
+    monkeypatch.setattr(solve, "PANEL", panel)
+    weights, grams = problem(4000)
+    whole, diagonal = solve._quadratic_form(torch.from_numpy(weights[0]), torch.from_numpy(grams[0]))
+    delta, gram = weights[0].astype(np.float64), grams[0].astype(np.float64)
+    assert whole == pytest.approx(np.trace(delta @ gram @ delta.T), rel=1e-5)
+    assert diagonal == pytest.approx(np.trace(delta @ scale(gram, 0.0) @ delta.T), rel=1e-5)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_residual_is_estimated_from_random_sums_of_the_outputs(alike: bool) -> None:
+    weights, grams = problem(4000, outputs=400, ratio=100.0)
+    generator = np.random.default_rng(3)
+    # The hardest case is one error in all outputs: its signs may cancel in a sum.
+    error = generator.normal(size=(400, 48))
+    if alike:
+        error = np.outer(error[:, 0], error[0])
+    delta, total = weights[0] - weights[1], GramSum(torch.from_numpy(grams[0]))
+    rhs = delta.astype(np.float64) @ scale(grams[0].astype(np.float64), 0.9) + 1e-3 * error
+    norm, inner = solve._probed_residual(
+        torch.from_numpy(rhs.astype(np.float32)), torch.from_numpy(delta), total, alpha=0.9
+    )
+    assert norm == pytest.approx(1e-3 * np.linalg.norm(error), rel=0.5)
+    assert abs(inner - 1e-3 * np.vdot(delta, error)) < 1e-3 * np.linalg.norm(delta) * np.linalg.norm(error)
+
+
+def test_one_bad_output_among_many_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, grams = problem(4000, outputs=400, ratio=100.0)
+    exact = Lstsq.solve
+
+    def spoilt(self: Lstsq, rhs: torch.Tensor) -> torch.Tensor:
+        solution = exact(self, rhs).clone()
+        solution[123] *= 2
+        return solution
+
+    monkeypatch.setattr(Lstsq, "solve", spoilt)
+    with pytest.raises(SolveError, match="left a residual of"):
+        merge(weights, grams, SHARES, 0.9, "lstsq")
