@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace, work: Path) -> None:
     costs = side_by_side.in_turn(baseline, ours, args.rounds)
     difference = largest_difference(work / "ours", work / "baseline")
     against = "mergekit's linear" if args.mergekit else "transformers: load, average, save"
-    side_by_side.report("average", *costs, difference, baseline=against)
+    side_by_side.report("average", *costs, difference, against=against)
 
 
 def main() -> None:
