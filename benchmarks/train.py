@@ -18,7 +18,6 @@ import torch
 
 from benchmarks.mapping_control import perplexity
 from benchmarks.side_by_side import in_turn, measured, report, run
-from common.distributed import keep_heap_small
 from common.errors import InputError, exit_with_message
 from common.flags import flag, parse_flags
 from common.logging import quiet_libraries
@@ -47,7 +46,7 @@ class TrainBenchmarkFlags:
     languages: str = flag("de,es,fr", "comma-separated")
     rows: list[str] = flag(list(ROWS), f"which rows of the table, of: {', '.join(ROWS)}")
     rounds: int = flag(3, "runs of each side")
-    batch_size: int = flag(64, "training rows of a step")
+    batch_size: int = flag(32, "training rows of a step")
     quick: bool = flag(False, "16 rows a step, one round: a minute or two, and noisy")
     stage: Literal["mapping", "augmentation"] = flag("mapping", "of one side's own process")
     side: Literal["", "baseline", "ours"] = flag("", "the side that this process is; its result goes to --out")
@@ -117,7 +116,6 @@ def one_side(flags: TrainBenchmarkFlags) -> None:
         model.mapping.mlp.linear2.bias.mul_(scale)
     optimizer = torch.optim.AdamW(model.mapping.parameters(), lr=1e-4)
     if flags.side == "ours":
-        keep_heap_small()  # as the trainer does
         model.pack_rows()
 
     micro = MICRO[flags.stage]

@@ -24,7 +24,7 @@ from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_
 from transformers.integrations import HfDeepSpeedConfig
 
 from common import runs, snapshots
-from common.distributed import Process, is_out_of_memory, keep_heap_small, start_process
+from common.distributed import Process, is_out_of_memory, start_process
 from common.errors import InputError
 from common.files import read_json, sha256, write_bytes, write_json
 from common.locks import locked
@@ -73,7 +73,6 @@ def train(flags: TrainingFlags) -> None:
     """
     process = start_process(flags.device, needs_group=True)
     quiet_libraries()
-    keep_heap_small()
     # Takes over the process group; ZeRO-3 asks it for the number of ranks while a model is being read.
     deepspeed.init_distributed()
     _train(flags, process)
