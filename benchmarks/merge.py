@@ -84,7 +84,8 @@ def measure(name: str, model: Path, work: Path, texts: int, rounds: int) -> None
     models, grams = ["--models", *map(str, pair)], ["--grams", *map(str, pair)]
     pickles = ["--grams", *(str(folder / PUBLISHED_NAME) for folder in pair)]
     published = ["-m", "benchmarks.published_regmean", "merge", *models, *pickles, "--driver", "gels"]
-    own = ["merge_model.py", "--method", "regmean", *models, *grams, "--device", "cpu"]
+    # The published way computes and saves in float32, whatever the models are stored in.
+    own = ["merge_model.py", "--method", "regmean", *models, *grams, "--device", "cpu", "--dtype", "float32"]
 
     def run(words: list[str], out: str, option: str) -> side_by_side.Cost:
         shutil.rmtree(work / out, ignore_errors=True)
