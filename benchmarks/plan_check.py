@@ -7,6 +7,7 @@ a process that has imported everything, and for training has loaded the models. 
 """
 
 import argparse
+import ctypes
 import json
 import tempfile
 from pathlib import Path
@@ -90,15 +91,19 @@ def write_wide_model(folder: Path) -> None:
     write_grams(folder / FILE_NAME, grams, lambda name: 1 + np.eye(widths[name], dtype=np.float32), {})
 
 
+def keep_heap_small() -> None:
+    """Have the C library give memory above 1 MB back at once: tensors are to be measured, not what its heap holds."""
+    threshold = -3  # M_MMAP_THRESHOLD of glibc's <malloc.h>
+    ctypes.CDLL(None).mallopt(threshold, 1 << 20)
+
+
 def step(llm_path: str, mt_path: str, _: Path) -> None:
     """A micro batch, forward and backward."""
     import torch
 
-    from common.distributed import keep_heap_small
     from mindmerger.flags import ModelFlags
     from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 
-    # Tensors are to be measured, not the C library's heap, which holds more of what was freed than training minds.
     keep_heap_small()
     config = mapping_config(ModelFlags(llm_path=llm_path, mt_path=mt_path), llm_bos_token_id=1)
     model = MindMergerForCausalLM.from_base_models(config)
@@ -135,6 +140,7 @@ def gram(llm_path: str, _: str, folder: Path) -> None:
         tokens_per_batch=TOKENS_PER_BATCH,
         max_length=LENGTH,
     )
+    keep_heap_small()
     process = start_process("cpu")
     with measured():
         compute_grams(flags, process)

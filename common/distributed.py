@@ -1,7 +1,5 @@
 """Ranks and devices: the only file that knows which process this is and where its tensors live."""
 
-import contextlib
-import ctypes
 import os
 import resource
 import socket
@@ -20,7 +18,6 @@ from common.errors import InputError
 # A rank that waits on a GPU for a dead one may not notice, and DeepSpeed's launcher ends such ranks one by one, with
 # half a minute for each. So each rank looks itself, this often.
 LOOK_SECONDS = 5.0
-M_MMAP_THRESHOLD = -3  # glibc's <malloc.h>
 _closed = threading.Event()
 
 
@@ -109,16 +106,6 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def keep_heap_small() -> None:
-    """Have the C library give memory above 1 MB back to the system as soon as it is freed.
-
-    glibc raises that limit to 32 MB by itself; activations then fragment one heap, which for Grams took twice the
-    memory in use. Not for training: it asks for new pages all the time, and was a third slower so.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # another C library has no such setting, and no such habit
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -27,7 +27,9 @@ class GramFlags:
     assistant_column: str | None = flag(None, "column of assistant messages")
     num_examples: int = flag(10_000, "how many rows, from the first on")
     max_length: int = flag(256, "tokens of an example beyond this are cut")
-    tokens_per_batch: int = flag(8192, "tokens of a batch, padding included")
+    tokens_per_batch: int | None = flag(
+        None, "tokens of a batch, padding included; default: 8192 on a GPU, on a CPU 1024, which stay in its caches"
+    )
     output_dir: str = flag(None, "folder for gram.safetensors")
     dtype: str = flag("auto", f"the model's: {', '.join(DTYPES)}; auto is the one it was saved in")
     device: str = flag("auto", "auto (GPU where there is one), cpu, cuda")
@@ -41,13 +43,17 @@ class GramFlags:
             if not getattr(self, name):
                 raise InputError(f"--{name} is missing")
         for name in ("num_examples", "max_length", "tokens_per_batch"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1")
         if self.plan is not None:
             parse_devices(self.plan)
         elif bool(self.text_column) == bool(self.chat_columns()):
             raise InputError("give either --text_column or chat columns (--user_column, --assistant_column, ...)")
         _check_dtype(self.dtype)
+
+    def batch_tokens(self, device_type: str) -> int:
+        """Tokens of a batch, padding included, on a device of this type."""
+        return self.tokens_per_batch or (8192 if device_type == "cuda" else 1024)
 
     def roles(self) -> dict[str, str]:
         """Column of each role that has one, in the order of a conversation."""

@@ -6,6 +6,7 @@ plans as many passes as memory asks for, and runs them; `GramSums` adds up the p
 
 import contextlib
 import hashlib
+import mmap
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.pytorch_utils import Conv1D
 
 from common import runs, snapshots
-from common.distributed import Process, available_memory, keep_heap_small
+from common.distributed import Process, available_memory
 from common.errors import InputError, first_line
 from common.files import read_json, write_json
 from common.locks import locked
@@ -88,7 +89,6 @@ def _compute_grams(
     calibration: Calibration,
     model: PreTrainedModel | None,
 ) -> None:
-    keep_heap_small()
     model = model or _load(AutoModelForCausalLM, flags, checkpoint, dtype=flags.dtype)
     model = model.to(process.device).eval()
     layers = linear_layers(model)
@@ -98,7 +98,7 @@ def _compute_grams(
         "model": flags.model,
         "fingerprint": checkpoint.fingerprint(),
         "examples": calibration.digest(),
-        "tokens_per_batch": flags.tokens_per_batch,
+        "tokens_per_batch": flags.batch_tokens(process.device.type),
         "dtype": str(model.dtype).removeprefix("torch."),
         "world_size": process.world_size,
     }
@@ -110,7 +110,7 @@ def _compute_grams(
         plan = _make_plan(model, layers, calibration, process)
         if process.is_main:
             write_json(work / PLAN, asdict(plan))
-    run = _Run(model, layers, calibration, plan, flags.tokens_per_batch, work, process, snapshot_seconds)
+    run = _Run(model, layers, calibration, plan, identity["tokens_per_batch"], work, process, snapshot_seconds)
     provenance = _provenance(flags, identity, checkpoint, tokenizer, calibration)
 
     started = time.monotonic()
@@ -135,6 +135,16 @@ def _compute_grams(
         if unseen:
             say(process, f"no token reached {len(unseen)} layers, which a merge will average: {', '.join(unseen)}")
     process.barrier()
+
+
+def zeros(width: int, device: torch.device) -> torch.Tensor:
+    """A float32 (width, width) of zeros; on the CPU in pages of its own.
+
+    In the C library's heap, between activations, the sums would keep it from using the activations' memory again.
+    """
+    if device.type == "cpu":
+        return torch.frombuffer(mmap.mmap(-1, 4 * width**2), dtype=torch.float32).view(width, width)
+    return torch.zeros(width, width, device=device)
 
 
 def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
@@ -168,7 +178,7 @@ class GramSums:
         """Add the products of `rows`, of shape (tokens, width), to the sum called `name`."""
         if name not in self.totals:
             width = rows.shape[1]
-            self.totals[name] = torch.zeros(width, width, dtype=torch.float32, device=rows.device)
+            self.totals[name] = zeros(width, rows.device)
             self.tokens[name] = 0
         add_products(self.totals[name], rows)
         self.tokens[name] += rows.shape[0]
@@ -186,7 +196,7 @@ class GramSums:
         self.shared_name = sharing
         for name, width in widths.items():
             if name not in self.totals:
-                self.totals[name] = torch.zeros(width, width, device=process.device)
+                self.totals[name] = zeros(width, process.device)
             process.sum_(self.totals[name])
         names = list(widths)
         counts = process.sum(*(self.tokens.get(name, 0) for name in names))

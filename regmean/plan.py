@@ -136,7 +136,7 @@ def plan_grams(flags: GramFlags) -> None:
         ("parameters", amount(plan.parameters)),
         ("weights", f"{gb(plan.weights)} ({dtype}), whole on every device"),
         ("sums", f"{gb(plan.sums)} of {plan.inputs} distinct inputs: {passes}, at most {gb(plan.pass_sums)} at once"),
-        ("activations", f"at most {gb(plan.activations)}: batch of {flags.tokens_per_batch} tokens"),
+        ("activations", f"at most {gb(plan.activations)}: batch of {flags.batch_tokens(device.type)} tokens"),
         ("memory", fits(plan.peak, device)),
     ]
     if plan.passes:
@@ -166,10 +166,11 @@ def gram_plan(flags: GramFlags, model: PreTrainedModel, device: Device) -> GramP
         return sum({by_name[name].layers[0]: by_name[name].sum_bytes for name in names}.values())
 
     pass_sums = max(map(sums_of, passes)) if passes else max(layer_input.sum_bytes for layer_input in inputs)
-    length = min(flags.max_length, flags.tokens_per_batch)
-    batch = batch_cost(model, max(1, flags.tokens_per_batch // length), length, device)
+    batch_tokens = flags.batch_tokens(device.type)
+    length = min(flags.max_length, batch_tokens)
+    batch = batch_cost(model, max(1, batch_tokens // length), length, device)
     tokens = flags.num_examples * flags.max_length
-    forward = batch.flops / (flags.tokens_per_batch // length * length)
+    forward = batch.flops / (batch_tokens // length * length)
     return GramPlan(
         parameters=parameters(model),
         inputs=len(inputs),
