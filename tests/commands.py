@@ -143,7 +143,9 @@ def check(words: list[str], world_size: int = 1) -> None:
             cli_evaluate()
     elif program == "make":
         targets = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
-        assert all(f"\n{target}:" in targets for target in rest), f"{line}: no such target"
+        for word in rest:
+            name, is_variable, _ = word.partition("=")
+            assert (f"$({name})" if is_variable else f"\n{name}:") in targets, f"{line}: no such target or variable"
     elif program == "pip":
         files = [file for option, file in itertools.pairwise(rest) if option == "-r"]
         assert all((REPOSITORY / file).exists() for file in files), f"{line}: no such file"
