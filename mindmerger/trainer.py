@@ -205,9 +205,10 @@ class Stage:
             Stopped: a rank has received a signal; the state to continue from is on disk.
         """
         flags, started = self.flags, time.monotonic()
-        step, metrics = self._load_state()
-        bar = progress(self.process, total=self.total_steps, initial=step, desc=flags.stage_name, unit="step")
         with self.signals:
+            # From here on, since writing curves imports for a second in which a signal would be lost.
+            step, metrics = self._load_state()
+            bar = progress(self.process, total=self.total_steps, initial=step, desc=flags.stage_name, unit="step")
             for step_rows in self._steps_from(step):
                 self._between_steps(step, metrics)
                 step_started, lr = time.monotonic(), self.engine.get_lr()[0]
