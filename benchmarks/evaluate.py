@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.pair_inputs import PairFlags, unlearned_model
 from benchmarks.side_by_side import in_turn, measured, report, run
 from common.distributed import Process
 from common.errors import InputError, exit_with_message
@@ -33,8 +34,8 @@ from common.flags import flag, parse_flags
 from common.logging import quiet_libraries
 from mindmerger.data import Example, read_evaluation
 from mindmerger.evaluation import answer_all, read_answers
-from mindmerger.flags import EvaluationFlags, ModelFlags
-from mindmerger.modeling import MindMergerForCausalLM, Sequence, embedding_scale, mapping_config
+from mindmerger.flags import EvaluationFlags
+from mindmerger.modeling import Sequence
 from mindmerger.subject import load_subject, prepare
 from mindmerger.tasks import EVALUATION_TASKS, select_languages
 from mindmerger.tokenization import ExampleTokenizer, Tokens, load_tokenizer
@@ -47,25 +48,20 @@ INSTRUCTION = "\nAnswer in one short sentence."
 
 
 @dataclass
-class EvaluateBenchmarkFlags:
+class EvaluateBenchmarkFlags(PairFlags):
     """Answers to MGSM problems, the published way beside this repository's evaluation."""
 
-    llm_path: str | None = flag(None, "LLM, with a chat template")
-    mt_path: str | None = flag(None, "multilingual model")
-    data_dir: str = flag("./datas", "folder in the published data layout")
     languages: str = flag("en,de,es,fr,ru,sw,th,zh", "comma-separated")
     backend: Literal["transformers", "vllm"] = flag("transformers", "of this repository's side")
     problems: int = flag(8, "of each language")
     max_gen_len: int = flag(128, "tokens of an answer")
     eval_batch_size: int | None = flag(None, "problems at once on this repository's side; default: its own")
-    rounds: int = flag(3, "runs of each side")
     quick: bool = flag(False, "four problems of each language, 48 tokens, one round: noisy, and hardly a tail")
     side: Literal["", "baseline", "ours"] = flag("", "the side that this process is; its answers go to --work_dir")
     work_dir: str = flag("", "of one side's own process")
 
     def __post_init__(self) -> None:
-        if self.llm_path is None or self.mt_path is None:
-            raise InputError("--llm_path and --mt_path are needed: the two models to join")
+        super().__post_init__()
         if self.quick:
             self.problems, self.max_gen_len, self.rounds = 4, 48, 1
 
@@ -84,15 +80,8 @@ class EvaluateBenchmarkFlags:
 
 def save_mapping(flags: EvaluateBenchmarkFlags) -> None:
     """A mapping that nothing was learned by, at the scale of the LLM's embeddings, to `work_dir`/mapping."""
-    names = ModelFlags(llm_path=flags.llm_path, mt_path=flags.mt_path)
-    torch.manual_seed(0)
-    model = MindMergerForCausalLM.from_base_models(mapping_config(names, load_tokenizer(flags.llm_path).bos_token_id))
     ids = torch.arange(3, 300).unsqueeze(0)
-    mean, scale = embedding_scale(model, ids, torch.ones_like(ids))
-    with torch.no_grad():
-        model.mapping.mlp.linear2.weight.mul_(scale)
-        model.mapping.mlp.linear2.bias.mul_(scale)
-        model.mapping.end_boundary.copy_(mean)
+    model = unlearned_model(flags, load_tokenizer(flags.llm_path).bos_token_id, ids, torch.ones_like(ids))
     model.config.augmentation = True
     model.save_pretrained(Path(flags.work_dir) / "mapping")
 

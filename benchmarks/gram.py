@@ -9,7 +9,6 @@ padding, so that its Grams are others; ours are compared with float64 sums over 
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -128,9 +127,7 @@ def main() -> None:
     if args.side:
         SIDES[args.side](args.model, args.work)
         return
-    for name in args.row or ROWS:
-        with tempfile.TemporaryDirectory() as work:
-            ROWS[name](args, Path(work))
+    regmean_inputs.run_rows(args, ROWS)
 
 
 if __name__ == "__main__":

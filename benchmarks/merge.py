@@ -10,7 +10,6 @@ found in float64, the regression's objective ends, as a share of what it is at t
 import argparse
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -124,9 +123,7 @@ def main() -> None:
     if args.side:
         compare_side(args.work)
         return
-    for name in args.row or ROWS:
-        with tempfile.TemporaryDirectory() as work:
-            ROWS[name](args, Path(work))
+    regmean_inputs.run_rows(args, ROWS)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import json
 import random
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,12 +37,19 @@ def parser(description: str, rows: dict[str, Callable]) -> argparse.ArgumentPars
     return parser
 
 
+def run_rows(args: argparse.Namespace, rows: dict[str, Callable[[argparse.Namespace, Path], None]]) -> None:
+    """Measure the rows that were asked for, each in a temporary folder of its own."""
+    for name in args.row or rows:
+        with tempfile.TemporaryDirectory() as work:
+            rows[name](args, Path(work))
+
+
 def write_texts(path: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
     """`count` texts of the standard library's source, of lengths spread evenly over LENGTHS, as JSON lines."""
     generator = random.Random(0)
     lengths = np.linspace(*LENGTHS, count).round().astype(int).tolist()
     generator.shuffle(lengths)
-    pieces = (tokenizer(text)["input_ids"] for text in code_texts())
+    pieces = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in code_texts())
     with path.open("w", encoding="utf-8") as file:
         ids: list[int] = []
         for length in lengths:

@@ -17,15 +17,15 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.mapping_control import perplexity
+from benchmarks.pair_inputs import PairFlags, unlearned_model
 from benchmarks.side_by_side import in_turn, measured, report, run
-from common.errors import InputError, exit_with_message
+from common.errors import exit_with_message
 from common.flags import flag, parse_flags
 from common.logging import quiet_libraries
 from mindmerger.base_models import base_config
 from mindmerger.batching import IGNORED, Batch, collate, plan_epoch
 from mindmerger.data import hold_out, read_training
-from mindmerger.flags import ModelFlags
-from mindmerger.modeling import MindMergerForCausalLM, embedding_scale, mapping_config
+from mindmerger.modeling import MindMergerForCausalLM
 from mindmerger.tasks import TRAINING_TASKS, find_task, select_languages
 from mindmerger.tokenization import ExampleTokenizer, Tokens, load_tokenizer
 
@@ -37,15 +37,11 @@ LIMIT = 256  # tokens of a source, a prompt or a target
 
 
 @dataclass
-class TrainBenchmarkFlags:
+class TrainBenchmarkFlags(PairFlags):
     """A training step as published beside this repository's."""
 
-    llm_path: str | None = flag(None, "LLM")
-    mt_path: str | None = flag(None, "multilingual model")
-    data_dir: str = flag("./datas", "folder in the published data layout")
     languages: str = flag("de,es,fr", "comma-separated")
     rows: list[str] = flag(list(ROWS), f"which rows of the table, of: {', '.join(ROWS)}")
-    rounds: int = flag(3, "runs of each side")
     batch_size: int = flag(32, "training rows of a step")
     quick: bool = flag(False, "16 rows a step, one round: a minute or two, and noisy")
     stage: Literal["mapping", "augmentation"] = flag("mapping", "of one side's own process")
@@ -55,8 +51,7 @@ class TrainBenchmarkFlags:
     out: str = flag("", "of one side's own process")
 
     def __post_init__(self) -> None:
-        if self.llm_path is None or self.mt_path is None:
-            raise InputError("--llm_path and --mt_path are needed: the two models to join")
+        super().__post_init__()
         if self.quick:
             self.batch_size, self.rounds = 16, 1
 
@@ -103,17 +98,9 @@ def one_side(flags: TrainBenchmarkFlags) -> None:
         max_gen_len=LIMIT,
     )
     tokens, pad_id = tokenizer(train), tokenizer.source_pad_id
-    names = ModelFlags(llm_path=flags.llm_path, mt_path=flags.mt_path)
-    torch.manual_seed(0)
-    model = MindMergerForCausalLM.from_base_models(
-        mapping_config(names, tokenizer.llm_tokenizer.bos_token_id), getattr(torch, flags.dtype)
-    )
     first = collate(tokens[:32], pad_id)
-    mean, scale = embedding_scale(model, first.input_ids, first.attention_mask)
-    with torch.no_grad():
-        model.mapping.end_boundary.add_(mean)
-        model.mapping.mlp.linear2.weight.mul_(scale)
-        model.mapping.mlp.linear2.bias.mul_(scale)
+    bos_token_id, dtype = tokenizer.llm_tokenizer.bos_token_id, getattr(torch, flags.dtype)
+    model = unlearned_model(flags, bos_token_id, first.input_ids, first.attention_mask, dtype)
     optimizer = torch.optim.AdamW(model.mapping.parameters(), lr=1e-4)
     if flags.side == "ours":
         model.pack_rows()

@@ -1,0 +1,50 @@
+"""What the benchmarks of MindMerger measure with: two models, and an unlearned mapping between them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from common.errors import InputError
+from common.flags import flag
+from mindmerger.flags import ModelFlags
+from mindmerger.modeling import MindMergerForCausalLM, embedding_scale, mapping_config
+
+
+@dataclass
+class PairFlags:
+    """The flags that the benchmarks of MindMerger share."""
+
+    llm_path: str | None = flag(None, "LLM")
+    mt_path: str | None = flag(None, "multilingual model")
+    data_dir: str = flag("./datas", "folder in the published data layout")
+    rounds: int = flag(3, "runs of each side")
+
+    def __post_init__(self) -> None:
+        if self.llm_path is None or self.mt_path is None:
+            raise InputError("--llm_path and --mt_path are needed: the two models to join")
+
+
+def unlearned_model(
+    flags: PairFlags,
+    llm_bos_token_id: int | None,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> MindMergerForCausalLM:
+    """The two models in `dtype` and, drawn from a seed, a float32 mapping at the scale of the LLM's embeddings.
+
+    Args:
+        flags: which models.
+        llm_bos_token_id: opens every sequence.
+        input_ids, attention_mask: sources to measure the encoder's scale on, [batch, source length].
+        dtype: of the frozen weights.
+    """
+    names = ModelFlags(llm_path=flags.llm_path, mt_path=flags.mt_path)
+    torch.manual_seed(0)
+    model = MindMergerForCausalLM.from_base_models(mapping_config(names, llm_bos_token_id), dtype)
+    mean, scale = embedding_scale(model, input_ids, attention_mask)
+    with torch.no_grad():
+        model.mapping.end_boundary.add_(mean)
+        model.mapping.mlp.linear2.weight.mul_(scale)
+        model.mapping.mlp.linear2.bias.mul_(scale)
+    return model
