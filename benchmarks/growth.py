@@ -2,8 +2,8 @@
 
     python -m benchmarks.growth
 
-writes docs/growth.svg and prints the exponents, which docs/performance.md quotes. Each point is the least of three
-timings; synthetic inputs, float32, all cores of this machine but where it counts ranks, which have one core each.
+writes docs/growth.svg and prints the exponents. Each point is the least of three timings; synthetic
+inputs, float32, all cores of this machine but where it counts ranks, which have one core each.
 """
 
 import json
