@@ -1,12 +1,12 @@
 """Starts of the mapping stage side by side: how many examples each needs, and what gets through.
 
     python -m benchmarks.aligned_start                           # the small world, after `make quickstart`
-    python -m benchmarks.aligned_start --name real --llm_path L --mt_path M --data_dir D --languages de,es \\
-        --train_num 212 --dev_size 60 --train_batch_size 8 --eval_steps 25 --lr 5e-4 --max_len 200
+    python -m benchmarks.aligned_start --name real --llm_path L --mt_path M --data_dir D --languages de,es,fr,ru,sw \\
+        --variants "aligned: --mapping_init aligned --lr 1e-4" "scaled: --mapping_init scaled --lr 1e-3"
 
-Every start is trained with the same rows in the same order by `run_training.py`, in outputs/ under names of its own;
-what is done stays done. Curves go to docs/aligned_start_{name}.png, figures to results/aligned_start/{name}.json. The
-last line is one JSON object.
+A variant is a name and flags of `run_training.py`. All are trained on the same rows in the same order, in outputs/
+under names of their own; what is done stays done. Curves go to docs/aligned_start_{name}.png, figures and translations
+to results/aligned_start/{name}.json. The last line is one JSON object.
 """
 
 import json
@@ -14,50 +14,60 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
 from benchmarks.mapping_control import ControlFlags, measure
-from common.errors import exit_with_message
+from common.errors import InputError, exit_with_message
 from common.files import atomic_path, write_json
 from common.flags import flag, parse_flags
 
-COLOURS = ("#4c78a8", "#e45756", "#72b7b2")
+COLOURS = ("#4c78a8", "#e45756", "#72b7b2", "#f58518", "#54a24b", "#b279a2")
+DEEPSPEED_CONFIGS = {"float32": "cpu.json", "bfloat16": "zero2_bf16.json"}
 
 
 @dataclass
 class StartFlags:
-    """Dev perplexity by examples seen, for several starts and seeds; control, numbers and chrF at both ends."""
+    """Dev perplexity by examples seen, for several variants and seeds; control, numbers and chrF at both ends."""
 
     name: str = flag("world", "of the figure and the folders")
     llm_path: str = flag("quickstart/models/llm", "hub id or local folder")
     mt_path: str = flag("quickstart/models/mt", "hub id or local folder")
     data_dir: str = flag("quickstart/build/datas", "folder in the published layout")
     languages: str = flag("de,es,sw,ru,zh", "comma-separated")
-    starts: str = flag("aligned,scaled", "comma-separated values of --mapping_init")
-    seeds: int = flag(3, "runs of each start")
+    variants: list[str] = flag(
+        ["aligned: --mapping_init aligned", "scaled: --mapping_init scaled"], "each a name and its flags of training"
+    )
+    seeds: int = flag(3, "runs of each variant")
     train_num: int = flag(1200, "rows per language, the dev rows among them")
     dev_size: int = flag(100, "rows held out")
     train_batch_size: int = flag(24, "rows of a step")
     ranks: int = flag(2, "processes")
-    lr: float = flag(3e-3, "peak learning rate, for every start")
+    lr: float = flag(3e-3, "peak learning rate, where a variant has none of its own")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "of the frozen weights, and of the arithmetic")
     eval_steps: int = flag(20, "steps between evaluations")
     max_len: int = flag(512, "tokens of a source and of a target")
     eval_batch_size: int = flag(50, "rows of a batch at evaluation")
     translations: int = flag(10, "dev rows of each language to translate")
 
+    def __post_init__(self) -> None:
+        for variant in self.variants:
+            if ":" not in variant:
+                raise InputError(f"--variants {variant!r} is not a name, a colon, and flags of run_training.py")
 
-def train(flags: StartFlags, start: str, seed: int) -> Path:
-    """Run the mapping stage; its folder."""
-    name = f"aligned_start-{flags.name}-{start}-{seed}"
+
+def train(flags: StartFlags, name: str, variant: str, seed: int) -> Path:
+    """Run the mapping stage with the variant's flags; its folder."""
+    name = f"aligned_start-{flags.name}-{name.replace(' ', '_')}-{seed}"
     words = (
-        f"--deepspeed --stage_name mapping --save_name {name} --mapping_init {start} --seed {seed} "
+        f"--deepspeed --stage_name mapping --save_name {name} --seed {seed} "
         f"--llm_path {flags.llm_path} --mt_path {flags.mt_path} --data_dir {flags.data_dir} "
         f"--languages {flags.languages} --train_num {flags.train_num} --dev_size {flags.dev_size} "
         f"--train_batch_size {flags.train_batch_size} --gradient_accumulation 1 --epoch_num 1 "
         f"--lr {flags.lr} --lr_scheduler cosine --warmup_ratio 0.1 --eval_steps {flags.eval_steps} "
-        f"--max_seq_len {flags.max_len} --max_gen_len {flags.max_len} --eval_batch_size {flags.eval_batch_size}"
+        f"--max_seq_len {flags.max_len} --max_gen_len {flags.max_len} --eval_batch_size {flags.eval_batch_size} "
+        f"--deepspeed_config configs/deepspeed/{DEEPSPEED_CONFIGS[flags.dtype]} {variant}"
     )
     launcher = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", str(flags.ranks)]
     subprocess.run([*launcher, "run_training.py", *words.split()], check=True)
@@ -84,9 +94,10 @@ def control(flags: StartFlags, checkpoint: Path, seed: int) -> dict[str, Any]:
             max_gen_len=flags.max_len,
             eval_batch_size=flags.eval_batch_size,
             translations=flags.translations,
+            dtype=flags.dtype,
         )
     )
-    keys = ("perplexity", "shuffled", "numbers_kept", "chrf")
+    keys = ("perplexity", "shuffled", *(("numbers_kept", "chrf") if flags.translations else ()))
     mean = {key: sum(row[key] for row in languages.values()) / len(languages) for key in keys}
     return {"mean": mean, "languages": languages}
 
@@ -100,13 +111,13 @@ def draw(flags: StartFlags, runs: dict[str, list[dict[str, Any]]]) -> None:
     """All curves in one picture."""
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for colour, (start, of_seeds) in zip(COLOURS, runs.items(), strict=False):
+    for colour, (name, of_seeds) in zip(COLOURS, runs.items(), strict=False):
         for number, run in enumerate(of_seeds):
             examples, perplexities = zip(*run["curve"], strict=True)
-            label = f"{start} start" if number == 0 else None
+            label = name if number == 0 else None
             axes.plot(examples, perplexities, color=colour, linewidth=1.4, alpha=0.9, label=label)
             last = run["end"]["mean"]["shuffled"]
-            label = f"{start}, sources shuffled, at the end" if number == 0 else None
+            label = f"{name}, sources shuffled, at the end" if number == 0 else None
             axes.plot(examples[-1], last, marker="x", linestyle="none", color=colour, label=label)
     axes.set_yscale("log")
     axes.set_xlabel("examples seen")
@@ -118,37 +129,41 @@ def draw(flags: StartFlags, runs: dict[str, list[dict[str, Any]]]) -> None:
         figure.savefig(partial, format="png", dpi=130)
 
 
+def table(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """Both ends of every run, one row each."""
+    keys = next(iter(runs.values()))[0]["end"]["mean"]
+    lines = [f"| variant | seed | examples | {' | '.join(keys)} |", "| --- " * (3 + len(keys)) + "|"]
+    for name, of_seeds in runs.items():
+        for run in of_seeds:
+            ends = [(0, run["start"])] if "start" in run else []
+            for examples, result in [*ends, (run["curve"][-1][0], run["end"])]:
+                cells = " | ".join(f"{result['mean'][key]:.3g}" for key in keys)
+                lines.append(f"| {name} | {run['seed']} | {examples} | {cells} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     flags = parse_flags(StartFlags)
-    runs: dict[str, list[dict[str, Any]]] = {start: [] for start in flags.starts.split(",")}
+    variants = {name.strip(): words for name, words in (variant.split(":", 1) for variant in flags.variants)}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     for seed in range(flags.seeds):
-        for start, of_seeds in runs.items():
-            folder = train(flags, start, seed)
+        for name, of_seeds in runs.items():
+            folder = train(flags, name, variants[name], seed)
             run = {"seed": seed, "curve": curve(folder / "mapping", flags.train_batch_size)}
             run["end"] = control(flags, folder / "mapping", seed)
-            if start == "aligned":
+            if (folder / "aligned_start").exists():
                 # The start is a mapping like any other: what does it say before the LLM has seen a pair?
                 run["start"] = control(flags, folder / "aligned_start", seed)
             of_seeds.append(run)
+            write_json(Path("results/aligned_start") / f"{flags.name}.json", runs)
 
-    print("\n| start, seed | examples | perplexity | shuffled | numbers kept, % | chrF |\n|" + " --- |" * 6)
-    for start, of_seeds in runs.items():
-        for run in of_seeds:
-            rows = [(0, run["start"])] if "start" in run else []
-            for examples, result in [*rows, (run["curve"][-1][0], run["end"])]:
-                mean = result["mean"]
-                kept = f"{100 * mean['numbers_kept']:.0f}"
-                cells = f"{mean['perplexity']:.3g} | {mean['shuffled']:.3g} | {kept} | {mean['chrf']:.1f}"
-                print(f"| {start}, {run['seed']} | {examples} | {cells} |")
-    if "aligned" in runs:
-        for start in runs.keys() - {"aligned"}:
-            for ours, theirs in zip(runs["aligned"], runs[start], strict=True):
-                best = min(perplexity for _, perplexity in theirs["curve"])
-                needed = [examples_to_reach(run["curve"], best) for run in (ours, theirs)]
-                print(
-                    f"seed {ours['seed']}: {start} reaches {best:.3f} after {needed[1]} examples, aligned {needed[0]}"
-                )
-    write_json(Path("results/aligned_start") / f"{flags.name}.json", runs)
+    print(f"\n{table(runs)}")
+    first, *others = runs
+    for other in others:
+        for ours, theirs in zip(runs[first], runs[other], strict=True):
+            best = min(perplexity for _, perplexity in theirs["curve"])
+            needed = [examples_to_reach(run["curve"], best) for run in (theirs, ours)]
+            print(f"seed {ours['seed']}: {other} reaches {best:.3f} after {needed[0]} examples, {first} {needed[1]}")
     draw(flags, runs)
     print(json.dumps({"benchmark": "aligned_start", "name": flags.name, "runs": runs}))
 

@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import sacrebleu
 import torch
@@ -51,6 +51,7 @@ class ControlFlags:
     eval_batch_size: int = flag(12, "rows of a batch")
     translations: int = flag(5, "dev rows of each language to translate greedily")
     shown: int = flag(2, "translations of each language to print")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "of all weights")
 
     def __post_init__(self) -> None:
         if self.init_checkpoint is None:
@@ -106,7 +107,7 @@ def measure(flags: ControlFlags) -> dict[str, dict[str, Any]]:
 
     Returns:
         By language: `rows`, `perplexity`, `shuffled` (the perplexity with another row's source), and of translations,
-        where any are asked for, `numbers_kept` (0 to 1) and `chrf` (0 to 100).
+        where any are asked for, `numbers_kept` (0 to 1), `chrf` (0 to 100) and the texts, `translations`.
     """
     quiet_libraries()
     set_seed(flags.seed)
@@ -124,7 +125,8 @@ def measure(flags: ControlFlags) -> dict[str, dict[str, Any]]:
         max_prompt_len=flags.max_gen_len,
         max_gen_len=flags.max_gen_len,
     )
-    model = MindMergerForCausalLM.from_pretrained(flags.init_checkpoint)
+    model = MindMergerForCausalLM.from_pretrained(flags.init_checkpoint, dtype=flags.dtype)
+    model.pack_rows()
 
     by_language: dict[str, list[Example]] = {}
     for example in dev:
@@ -142,9 +144,13 @@ def measure(flags: ControlFlags) -> dict[str, dict[str, Any]]:
             written, meant = translate(model, tokenizer, rows[: len(told)], size), [row.target for row in told]
             result[language]["numbers_kept"] = round(numbers_kept(written, meant), 3)
             result[language]["chrf"] = round(sacrebleu.corpus_chrf(written, [meant]).score, 1)
-            for example, text in list(zip(told, written, strict=True))[: flags.shown]:
-                print(f"\n{language}: {example.source.text}\nmeant:   {example.target}\nwritten: {text}")
-        print(f"\n{language} {result[language]}")
+            result[language]["translations"] = [
+                {"source": example.source.text, "meant": example.target, "written": text}
+                for example, text in zip(told, written, strict=True)
+            ]
+            for shown in result[language]["translations"][: flags.shown]:
+                print("\n" + "\n".join([language, *(f"{name}: {text}" for name, text in shown.items())]))
+        print(f"\n{language} {({key: value for key, value in result[language].items() if key != 'translations'})}")
     return result
 
 
