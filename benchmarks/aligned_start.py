@@ -15,13 +15,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from zlib import crc32
 
 from matplotlib.figure import Figure
 
 from benchmarks.mapping_control import ControlFlags, measure
 from common.errors import InputError, exit_with_message
-from common.files import atomic_path, write_json
+from common.files import atomic_path, write_json, write_text
 from common.flags import flag, parse_flags
+from mindmerger.tasks import Language, select_languages
 
 COLOURS = ("#4c78a8", "#e45756", "#72b7b2", "#f58518", "#54a24b", "#b279a2")
 DEEPSPEED_CONFIGS = {"float32": "cpu.json", "bfloat16": "zero2_bf16.json"}
@@ -36,6 +38,7 @@ class StartFlags:
     mt_path: str = flag("quickstart/models/mt", "hub id or local folder")
     data_dir: str = flag("quickstart/build/datas", "folder in the published layout")
     languages: str = flag("de,es,sw,ru,zh", "comma-separated")
+    own_english: bool = flag(False, "each English sentence is a row of one language only: no target is in two rows")
     variants: list[str] = flag(
         ["aligned: --mapping_init aligned", "scaled: --mapping_init scaled"], "each a name and its flags of training"
     )
@@ -55,6 +58,24 @@ class StartFlags:
         for variant in self.variants:
             if ":" not in variant:
                 raise InputError(f"--variants {variant!r} is not a name, a colon, and flags of run_training.py")
+
+
+def with_own_english(data_dir: Path, languages: tuple[Language, ...], out: Path) -> Path:
+    """The pairs of a folder where languages translate the same sentences, each sentence kept in one language alone.
+
+    Else what is held out in one language is trained on in another.
+
+    Returns:
+        `out`, in the layout of `data_dir`.
+    """
+    for number, language in enumerate(languages):
+        pair = Path("bilingual_pairs") / f"en-{language.code}"
+        sides = [pair / f"train_100k.{code}" for code in (language.code, "en")]
+        sources, targets = ((data_dir / side).read_text(encoding="utf-8").splitlines() for side in sides)
+        kept = [row for row, target in enumerate(targets) if crc32(target.encode()) % len(languages) == number]
+        for side, lines in zip(sides, (sources, targets), strict=True):
+            write_text(out / side, "".join(f"{lines[row]}\n" for row in kept))
+    return out
 
 
 def train(flags: StartFlags, name: str, variant: str, seed: int) -> Path:
@@ -145,6 +166,9 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
 def main() -> None:
     flags = parse_flags(StartFlags)
     variants = {name.strip(): words for name, words in (variant.split(":", 1) for variant in flags.variants)}
+    if flags.own_english:
+        own = Path("results/aligned_start") / f"{flags.name}-datas"
+        flags.data_dir = str(with_own_english(Path(flags.data_dir), select_languages(flags.languages), own))
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     for seed in range(flags.seeds):
         for name, of_seeds in runs.items():

@@ -153,7 +153,7 @@ def _fit(
     del llm
     mean = mean_embedding(embedding, process.device)[0].cpu()
     targets = [
-        _token_targets(embedding, mean, spans, ids, llm_spans)
+        token_targets(embedding, mean, spans, ids, llm_spans)
         for (_, spans), (ids, llm_spans) in zip(english, llm_english, strict=True)
     ]
     encoder = load_encoder(config.mt_path, config.mt_revision, dtype, flags.trust_remote_code, config.encoder_layer).to(
@@ -176,7 +176,7 @@ def _fit(
         sources = [tokenizer.sources_with_spans([row.source.text], row.language)[0][0] for row in texts.pairs]
         translations = ids_with_spans(tokenizer.llm_tokenizer, [row.target for row in texts.pairs])
         # A text without a token says nothing.
-        meant = torch.stack([_embeddings(embedding, ids).mean(dim=0) if ids else mean for ids, _ in translations])
+        meant = torch.stack([token_embeddings(embedding, ids).mean(dim=0) if ids else mean for ids, _ in translations])
         scores = layer_scores(maps, read(sources), meant, [row.language.name for row in texts.pairs])
         best = max(range(len(scores)), key=scores.__getitem__)
         layer = best + 1
@@ -285,19 +285,19 @@ def _all_layers(encoder: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> li
     return [*(final(states) for states in result.hidden_states[1:-1]), result.last_hidden_state]
 
 
-def _token_targets(
+def token_targets(
     embedding: torch.nn.Module, mean: torch.Tensor, spans: list[Span], ids: list[int], llm_spans: list[Span]
 ) -> torch.Tensor:
     """For each of the encoder's tokens the mean embedding of the LLM's tokens that cover it, [tokens, llm_hidden_size].
 
     A token of no text, as that which closes a source, is to say nothing in particular: the mean of all embeddings.
     """
-    vectors = _embeddings(embedding, ids)
+    vectors = token_embeddings(embedding, ids)
     rows = [vectors[covered].mean(dim=0) if covered else mean for covered in covering(spans, llm_spans)]
     return torch.stack(rows)
 
 
 @torch.inference_mode()
-def _embeddings(embedding: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+def token_embeddings(embedding: torch.nn.Module, ids: list[int]) -> torch.Tensor:
     """Vectors of token ids, [tokens, llm_hidden_size], float32 on the CPU."""
     return embedding(torch.tensor(ids, dtype=torch.int64, device=embedding.weight.device)).float().cpu()

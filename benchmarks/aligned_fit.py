@@ -1,0 +1,199 @@
+"""The regression of an aligned start, one choice changed at a time, judged before the LLM has been trained on any pair.
+
+    python -m benchmarks.aligned_fit --llm_path L --mt_path M --data_dir DATAS --languages de,es,fr,ru,sw \\
+        --layers 7 1 4 12 18 --dtype bfloat16
+
+For each choice: the relative error on English text that it was not fitted to; how near it brings sentences of other
+languages to their translations (`layer_scores`); and the LLM's dev perplexity, with sources shuffled beside it. The
+last line is one JSON object.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.mapping_control import perplexity, shuffled_sources
+from common.distributed import start_process
+from common.errors import InputError, exit_with_message
+from common.files import write_json
+from common.flags import flag, parse_flags
+from common.logging import quiet_libraries
+from mindmerger.aligned_start import PENALTY, layer_scores, read_states, token_embeddings, token_targets
+from mindmerger.alignment import AffineMap, as_mlp, relative_error, ridge
+from mindmerger.base_models import load_encoder, load_llm
+from mindmerger.data import Example, hold_out, read_training
+from mindmerger.flags import ModelFlags
+from mindmerger.modeling import MLP, MindMergerConfig, MindMergerForCausalLM, mapping_config, mean_embedding
+from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, find_task, select_languages
+from mindmerger.tokenization import ExampleTokenizer, ids_with_spans, load_example_tokenizer
+
+State = dict[str, torch.Tensor]
+# English sentences that nothing is fitted to.
+HELD_OUT = 100
+# Of each step of gradient descent, as many tokens as fit a batch of the mapping stage.
+TOKENS_PER_STEP = 512
+
+
+@dataclass
+class FitFlags(ModelFlags):
+    """An aligned start's regression by layer, amount of text and method."""
+
+    llm_path: str | None = flag("quickstart/models/llm", "hub id or local folder")
+    mt_path: str | None = flag("quickstart/models/mt", "hub id or local folder")
+    data_dir: str = flag("quickstart/build/datas", "folder in the published data layout")
+    languages: str | None = flag("de,es,sw,ru,zh", "comma-separated")
+    layers: list[int] = flag([], "of a decoder-only encoder; all other choices are tried with the first")
+    sentences: list[int] = flag([300, 30, 100, 1000, 3000], "English sentences; all other choices take the first")
+    penalties: list[float] = flag([PENALTY, 0.001, 0.1, 1.0], "of the ridge; all other choices take the first")
+    descents: list[int] = flag([100, 300, 600], "instead of a ridge: steps of AdamW on both layers of the mapping")
+    pairs: list[int] = flag([150, 300], "beside the English tokens: sentence pairs of all languages, as means")
+    dev_size: int = flag(60, "rows of the perplexities")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "of both models")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is fitted and judged at one layer.
+
+    Attributes:
+        inputs, targets: by English sentence, [tokens, mt_hidden_size] and [tokens, llm_hidden_size].
+        foreign, meant: of the translation pairs, the sources' states by sentence and the mean embeddings of their
+            translations, [pairs, llm_hidden_size].
+        languages: of the pairs.
+    """
+
+    inputs: list[torch.Tensor]
+    targets: list[torch.Tensor]
+    foreign: list[torch.Tensor]
+    meant: torch.Tensor
+    languages: list[str]
+
+
+def read_texts(flags: FitFlags, layer: int | None, tokenizer: ExampleTokenizer, rows: list[Example]) -> Texts:
+    """Both models' vectors for the English sentences, held-out ones last, and for the translation pairs."""
+    process, dtype = start_process("cpu"), getattr(torch, flags.dtype)
+    english = list(dict.fromkeys(row.target for row in rows))[: max(flags.sentences) + HELD_OUT]
+    if len(english) <= min(flags.sentences) + HELD_OUT:
+        raise InputError(f"--data_dir {flags.data_dir} has {len(english)} English sentences: {HELD_OUT} are held out")
+    ids_and_spans = tokenizer.sources_with_spans(english, LANGUAGES["English"])
+    embedding = load_llm(flags.llm_path, None, dtype, False).get_input_embeddings()
+    mean = mean_embedding(embedding, process.device)[0]
+    targets = [
+        token_targets(embedding, mean, spans, *of_llm)
+        for (_, spans), of_llm in zip(ids_and_spans, ids_with_spans(tokenizer.llm_tokenizer, english), strict=True)
+    ]
+    pairs = rows[: max([150, *flags.pairs])]
+    sources = [tokenizer.sources_with_spans([row.source.text], row.language)[0][0] for row in pairs]
+    translations = ids_with_spans(tokenizer.llm_tokenizer, [row.target for row in pairs])
+    meant = torch.stack([token_embeddings(embedding, ids).mean(dim=0) for ids, _ in translations])
+    encoder = load_encoder(flags.mt_path, None, dtype, False, layer)
+    read = [ids for ids, _ in ids_and_spans] + sources
+    (states,) = read_states(encoder, read, tokenizer.source_pad_id, flags.eval_batch_size, process, all_layers=False)
+    languages = [row.language.name for row in pairs]
+    return Texts(states[: len(english)], targets, states[len(english) :], meant, languages)
+
+
+def by_descent(inputs: torch.Tensor, targets: torch.Tensor, steps: int) -> State:
+    """The closed form's rival: both layers of a mapping by AdamW on the mean squared error."""
+    torch.manual_seed(0)
+    mean, scale = inputs.mean(dim=0), inputs.std(dim=0).clamp(min=1e-6)
+    size = targets.square().mean().sqrt()
+    mlp = MLP(inputs.shape[1], targets.shape[1])
+    optimizer = torch.optim.AdamW(mlp.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        rows = torch.randint(len(inputs), (TOKENS_PER_STEP,))
+        loss = F.mse_loss(mlp((inputs[rows] - mean) / scale), targets[rows] / size)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        mlp.linear1.weight /= scale
+        mlp.linear1.bias -= mlp.linear1.weight @ mean
+        mlp.linear2.weight *= size
+        mlp.linear2.bias *= size
+    return {f"mlp.{name}": tensor for name, tensor in mlp.state_dict().items()}
+
+
+def choices(flags: FitFlags, texts: Texts, of_first_layer: bool) -> Iterator[tuple[str, State]]:
+    """Every mapping to judge at one layer, under its name."""
+
+    def fitted(sentences: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.cat(texts.inputs[:sentences]).float(), torch.cat(texts.targets[:sentences])
+
+    count, penalty = flags.sentences[0], flags.penalties[0]
+    inputs, targets = fitted(count)
+    yield f"ridge {penalty:g}, {count} sentences", as_mlp(ridge(inputs, targets, penalty))
+    if not of_first_layer:
+        return
+    for sentences in flags.sentences[1:]:
+        if sentences <= len(texts.inputs) - HELD_OUT:
+            yield f"{sentences} sentences", as_mlp(ridge(*fitted(sentences), penalty))
+    for other in flags.penalties[1:]:
+        yield f"ridge {other:g}", as_mlp(ridge(inputs, targets, other))
+    for steps in flags.descents:
+        yield f"both layers by AdamW, {steps} steps", by_descent(inputs, targets, steps)
+    for pairs in flags.pairs:
+        means = torch.stack([states.float().mean(dim=0) for states in texts.foreign[:pairs]])
+        with_pairs = torch.cat([inputs, means]), torch.cat([targets, texts.meant[:pairs]])
+        yield f"{pairs} sentence pairs besides", as_mlp(ridge(*with_pairs, penalty))
+
+
+def judge(model: MindMergerForCausalLM, texts: Texts, dev: list, state: State, size: int, pad_id: int) -> dict:
+    """The figures of one mapping."""
+    model.mapping.mlp.load_state_dict({name.removeprefix("mlp."): tensor for name, tensor in state.items()})
+    with torch.inference_mode():
+        as_map = _as_map(model.mapping.mlp)
+        held_out, targets = torch.cat(texts.inputs[-HELD_OUT:]), torch.cat(texts.targets[-HELD_OUT:])
+        return {
+            "relative_error": round(relative_error(as_map(held_out), targets), 3),
+            "correlation": round(layer_scores([as_map], [texts.foreign], texts.meant, texts.languages)[0], 3),
+            "perplexity": round(perplexity(model, dev, size, pad_id), 2),
+            "shuffled": round(perplexity(model, shuffled_sources(dev, 0), size, pad_id), 2),
+        }
+
+
+def _as_map(mlp: MLP) -> AffineMap:
+    """The mapping as `layer_scores` takes it: any function of states in float64."""
+    return lambda states: mlp(states.float()).double()  # type: ignore[return-value]
+
+
+def main() -> None:
+    flags = parse_flags(FitFlags)
+    quiet_libraries()
+    task, languages = find_task("math", TRAINING_TASKS), select_languages(flags.languages)
+    tokenizer = load_example_tokenizer(flags, uses_prompt=False)
+    # A tenth more than the texts need, since languages share their English.
+    each = max(flags.sentences) + HELD_OUT + flags.dev_size
+    rows = read_training(Path(flags.data_dir), task, "mapping", languages, each)
+    dev, train = hold_out(rows, flags.dev_size, seed=0)
+    dev_tokens, table = tokenizer(dev), {}
+    for number, layer in enumerate(flags.layers or [None]):
+        texts = read_texts(flags, layer, tokenizer, train)
+        flags.encoder_layer = layer
+        config: MindMergerConfig = mapping_config(flags, tokenizer.llm_tokenizer.bos_token_id)
+        model = MindMergerForCausalLM.from_base_models(config, getattr(torch, flags.dtype))
+        model.pack_rows()
+        with torch.no_grad():
+            model.mapping.end_boundary.add_(mean_embedding(model.llm.get_input_embeddings(), torch.device("cpu"))[0])
+        for name, state in choices(flags, texts, number == 0):
+            where = "" if layer is None else f"layer {layer}, "
+            row = judge(model, texts, dev_tokens, state, flags.eval_batch_size, tokenizer.source_pad_id)
+            table[where + name] = row
+            print(f"{where}{name}: {row}", flush=True)
+
+    print("\n| | error on English | correlation | perplexity | shuffled |\n|" + " --- |" * 5)
+    for name, row in table.items():
+        print(f"| {name} | {' | '.join(map(str, row.values()))} |")
+    write_json(Path("results/aligned_start/fit.json"), table)
+    print(json.dumps({"benchmark": "aligned_fit", "choices": table}))
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
