@@ -168,7 +168,7 @@ def main() -> None:
     flags = parse_flags(FitFlags)
     quiet_libraries()
     task, languages = find_task("math", TRAINING_TASKS), select_languages(flags.languages)
-    tokenizer = load_example_tokenizer(flags, uses_prompt=False)
+    tokenizer = load_example_tokenizer(flags, augmentation=False)
     # A tenth more than the texts need, since languages share their English.
     each = max(flags.sentences) + HELD_OUT + flags.dev_size
     rows = read_training(Path(flags.data_dir), task, "mapping", languages, each)

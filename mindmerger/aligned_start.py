@@ -9,6 +9,7 @@ too. docs/aligned_start.md has the idea and what it gains.
 import hashlib
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,7 +59,7 @@ def choose_texts(flags: TrainingFlags, rows: list[Example], chooses_layer: bool)
     """English text among the training rows: the targets of the mapping stage, or English queries of the other one.
 
     Raises:
-        InputError: there is none, or no translations to choose a layer by.
+        InputError: there is none, or too few translations to choose a layer by.
     """
     translations = flags.stage_name == "mapping"
     if translations:
@@ -75,7 +76,13 @@ def choose_texts(flags: TrainingFlags, rows: list[Example], chooses_layer: bool)
         raise InputError(
             f"--encoder_layer is needed: without translations nothing tells which layer of {flags.mt_path} to take"
         )
-    return Texts(english, rows[:MAX_PAIRS] if chooses_layer else [])
+    pairs = rows[:MAX_PAIRS] if chooses_layer else []
+    if pairs and max(Counter(row.language.code for row in pairs).values()) == 1:
+        raise InputError(
+            f"--encoder_layer is needed: {len(pairs)} training rows, each of another language, tell no layer of "
+            f"{flags.mt_path} from another"
+        )
+    return Texts(english, pairs)
 
 
 def aligned_start(

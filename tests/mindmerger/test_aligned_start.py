@@ -131,6 +131,9 @@ def test_english_text_is_every_target_once() -> None:
     texts = choose_texts(flags(aligned_sentences=15), rows(50), chooses_layer=False)
     assert texts.english == [f"English {number}" for number in range(15)] and not texts.pairs
     assert choose_texts(flags(), rows(50), chooses_layer=True).pairs == rows(50)
+    one_each = [replace(rows(1, name)[0], target=f"English, {name}") for name in list(LANGUAGES)[:12]]
+    with pytest.raises(InputError, match="12 training rows, each of another language"):
+        choose_texts(flags(), one_each, chooses_layer=True)
 
 
 def test_english_queries_in_the_augmentation_stage() -> None:
