@@ -124,6 +124,12 @@ def hold_out(examples: list[Example], dev_size: int, seed: int) -> tuple[list[Ex
     return shuffled[:dev_size], shuffled[dev_size:]
 
 
+def shared_targets(dev: list[Example], train: list[Example]) -> int:
+    """How many dev rows have a target that is also trained on: one sentence, translated from several languages."""
+    trained = {row.target for row in train}
+    return sum(row.target in trained for row in dev)
+
+
 def _read_text(path: Path) -> str:
     try:
         # Not read_text, which would take a lone carriage return inside a sentence for the end of a line.

@@ -42,7 +42,7 @@ from mindmerger.checkpoint import (
     write_mapping,
     write_published,
 )
-from mindmerger.data import Example, hold_out, read_training
+from mindmerger.data import Example, hold_out, read_training, shared_targets
 from mindmerger.flags import TrainingFlags
 from mindmerger.modeling import MindMergerForCausalLM, embedding_scale, mapping_config
 from mindmerger.tasks import TRAINING_TASKS, find_task, prompt_template, select_languages
@@ -109,6 +109,8 @@ def _train(flags: TrainingFlags, process: Process) -> None:
             return
         train_tokens, dev_tokens = tokenizer(train_rows), tokenizer(dev_rows)
         say(process, f"{len(train_tokens)} training rows, {len(dev_tokens)} dev rows, {process.world_size} rank(s)")
+        if shared := shared_targets(dev_rows, train_rows):
+            say(process, f"targets of {shared} dev row(s) are training rows' too: dev perplexity will flatter")
         for language, cuts in count_cuts(train_tokens + dev_tokens).items():
             say(process, f"cut to the limits in {language}: {', '.join(f'{n} {kind}(s)' for kind, n in cuts.items())}")
 

@@ -14,19 +14,21 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config, OPTCon
 
 from common.distributed import Process
 from common.errors import InputError
+from common.flags import parse_flags
 from mindmerger.aligned_start import aligned_start, choose_texts, layer_scores, read_states
 from mindmerger.alignment import AffineMap
 from mindmerger.base_models import base_config, load_encoder, load_llm
 from mindmerger.batching import pad
 from mindmerger.data import Example
-from mindmerger.flags import TrainingFlags
+from mindmerger.evaluation import evaluate
+from mindmerger.flags import EvaluationFlags, TrainingFlags
 from mindmerger.modeling import mapping_config
 from mindmerger.tasks import LANGUAGES, Prompt
 from mindmerger.tokenization import ids_with_spans, load_example_tokenizer, load_tokenizer
 from quickstart.world import problems
 from tests.conftest import REPOSITORY
 from tests.mindmerger.datas import ROWS, write_datas
-from tests.mindmerger.scripts import deepspeed_command, python_command, run, train_here
+from tests.mindmerger.scripts import deepspeed_command, run, train_here
 
 CPU = Process(0, 1, torch.device("cpu"))
 TEXTS = ["Anna has 12 apples.", " two  spaces, é and 苹果 ", "</s> is text"]
@@ -165,7 +167,9 @@ def test_mapped_english_is_near_the_llms_words(tmp_path: Path) -> None:
     assert errors[0] < 0.75 < errors[1]
 
 
-def test_a_stage_from_an_aligned_start(tmp_path: Path, models: dict[str, Path]) -> None:
+def test_a_stage_from_an_aligned_start(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A decoder-only encoder: its layer is chosen, kept with the mapping, and read by all that comes after."""
     write_datas(tmp_path / "datas")
     pair = ("--llm_path", models["llama"], "--mt_path", models["qwen"], "--max_seq_len", 64)
@@ -199,8 +203,9 @@ def test_a_stage_from_an_aligned_start(tmp_path: Path, models: dict[str, Path]) 
     layer = json.loads((start / "aligned_start.json").read_text())["encoder_layer"]
     assert config["encoder_layer"] == layer
     asked = ("--init_checkpoint", "outputs/MergeMinds/augmentation", "--languages", "de", "--max_gen_len", 4)
-    run(python_command("run_evaluation.py", *asked), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    evaluate(parse_flags(EvaluationFlags, list(map(str, asked))))
     settings = json.loads((tmp_path / "results/MergeMinds/mgsm/run.json").read_text())["settings"]
     assert settings["encoder_layer"] == layer
-    printed = run(python_command("run_evaluation.py", *asked, "--encoder_layer", 3 - layer), tmp_path, expect=2)
-    assert f"was trained on {layer} layer(s) of the encoder" in printed
+    with pytest.raises(InputError, match=f"was trained on {layer} layer"):
+        evaluate(parse_flags(EvaluationFlags, list(map(str, (*asked, "--encoder_layer", 3 - layer)))))
