@@ -137,10 +137,20 @@ def test_every_gold_answer_of_mgsm_and_msvamp(shared_datas: Path) -> None:
         with path.open(encoding="utf-8", newline="") as file:
             for _, gold in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
                 assert parse_answer(gold) == Fraction(gold.strip().replace(",", "")), (path.name, gold)
+                assert parse_answer_published(gold) == parse_answer(gold), (path.name, gold)
                 counted += 1
     for path in sorted((shared_datas / "evaluation/msvamp").glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             gold = json.loads(line)["response"]
             assert parse_answer(gold) == Fraction(gold), (path.name, gold)
+            assert parse_answer_published(gold) == parse_answer(gold), (path.name, gold)
             counted += 1
     assert counted == 11 * 250 + 4 * 1000
+
+
+def test_both_parsers_on_real_solutions(shared_datas: Path) -> None:
+    """GSM8K's training solutions in English: fractions and signs are where the published parser goes wrong."""
+    rows = json.loads((shared_datas / "query_translation/math.json").read_text(encoding="utf-8"))
+    solutions = [row["response"] for row in rows if row["lang"] == "English"]
+    apart = [text for text in solutions if parse_answer(text) != parse_answer_published(text)]
+    assert (len(solutions), len(apart)) == (7461, 12)

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -144,6 +145,65 @@ def test_other_llm_families(build: Build, examples: list[Example], family: str) 
     assert model.pack_rows() == (family != "gemma2")
     assert row_losses(model, collate(rows, 0)) == pytest.approx(alone, rel=1e-5)
     assert greedy(model.llm, together, 8, {2}) == answers
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral"])
+@torch.no_grad()
+def test_positions_counted_over_padding_matter_where_positions_are_learned(
+    build: Build, examples: list[Example], family: str
+) -> None:
+    """The published training hands over no position ids: an LLM then counts from the first column, padding or not."""
+    model, tokenizer = build()
+    config = LLMS[family]
+    config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = 420, 0, 1, 2
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(config).eval()
+    torch.nn.init.normal_(llm.get_input_embeddings().weight)
+    model.llm = llm
+    sequence = model.embed(**vars(collate(tokenizer(examples), 0)))
+    inputs = {"inputs_embeds": sequence.embeds, "attention_mask": sequence.mask}
+    ours = llm(**inputs, position_ids=sequence.position_ids).logits[:, -1]
+    published = llm(**inputs, position_ids=torch.arange(sequence.mask.shape[1])[None]).logits[:, -1]
+    is_padded = sequence.mask[:, 0] == 0
+    assert is_padded.any() and not is_padded.all()
+    difference = (ours - published).norm(dim=-1) / ours.norm(dim=-1)
+    assert difference[~is_padded].max() < 1e-5
+    if family == "gpt2":
+        assert difference[is_padded].min() > 1e-2
+    else:
+        # Rotary positions: attention sees their differences alone.
+        assert difference.max() < 1e-4
+
+
+@torch.no_grad()
+def test_a_mean_of_micro_batch_means_depends_on_how_rows_are_split(build: Build, examples: list[Example]) -> None:
+    """The published loss of a step, and its dev perplexity; here both are means over all target tokens."""
+    model, tokenizer = build()
+    rows = tokenizer(examples)
+    tokens = sum(len(row.target) for row in rows)
+    published, ours = [], []
+    for cuts in ([0, 5], [0, 2, 5], [0, 1, 2, 3, 4, 5]):
+        batches = [collate(rows[a:b], 0) for a, b in itertools.pairwise(cuts)]
+        losses = [model(**vars(batch)).loss.item() for batch in batches]
+        published.append(sum(losses) / len(losses))
+        ours.append(sum(model(**vars(batch), num_items_in_batch=tokens).loss.item() for batch in batches))
+    assert ours == pytest.approx([ours[0]] * 3, rel=1e-5)
+    assert published[0] == pytest.approx(ours[0], rel=1e-5)
+    assert min(abs(loss / ours[0] - 1) for loss in published[1:]) > 1e-3
+
+
+@torch.no_grad()
+def test_dropout_in_the_frozen_encoder_would_be_noise(build: Build, examples: list[Example]) -> None:
+    """`train()` reaches all modules of the published model, and mT5's config has dropout 0.1."""
+    model, tokenizer = build()
+    assert model.encoder.config.dropout_rate == 0.1
+    batch = collate(tokenizer(examples), 0)
+    model.train()
+    losses = [model(**vars(batch)).loss.item() for _ in range(2)]
+    assert losses[0] == losses[1]
+    model.encoder.train()
+    noisy = [model(**vars(batch)).loss.item() for _ in range(2)]
+    assert len({losses[0], *noisy}) == 3
 
 
 @pytest.mark.parametrize("mt", ENCODERS)

@@ -127,6 +127,11 @@ def test_only_the_mapping_has_gradients_and_optimizer_state(
     moments = stage.engine.optimizer.optimizer.state.values()
     assert sum(state["exp_avg"].numel() for state in moments) == mapping
 
+    # The published AdamW and its clipping.
+    (group,) = stage.engine.optimizer.param_groups
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.999), 1e-8, 3e-7)
+    assert stage.engine.gradient_clipping() == 1.0
+
 
 @pytest.mark.parametrize("config", ["zero2_bf16", "zero3_bf16"])
 def test_the_gpus_bf16_files_run_on_a_cpu_too(

@@ -56,6 +56,10 @@ def test_chat_columns_go_through_the_template_with_one_bos(tmp_path: Path) -> No
         "<s> <|user|> w0 w1 <|assistant|> w2 </s>",
         "<s> <|user|> w3 <|assistant|> w4 w5 w6 </s>",
     ]
+    # As published, the template's text is tokenized as any other, with a second bos.
+    tokenizer = make_tokenizer()
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "w0"}], tokenize=False)
+    assert tokenizer(text)["input_ids"][:2] == [tokenizer.bos_token_id] * 2
     whole = flags(path, system_column="answer", user_column="question", assistant_column="note", max_length=4)
     calibration = load_calibration(whole, make_tokenizer())
     assert texts_of(calibration) == ["<s> <|system|> w2 <|user|>", "<s> <|system|> w4 w5"]

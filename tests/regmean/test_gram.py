@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks.published_regmean import published_grams
 from common.distributed import start_process
 from common.errors import InputError
 from common.signals import Stopped
@@ -138,6 +139,23 @@ def test_a_gram_is_the_sum_over_real_tokens(name: str, tokens_per_batch: int, co
         del expected["lm_head"]  # GPT-2 ties its head too
     assert {module for gram in file.grams.values() for module in gram.modules} == set(expected)
     assert_close(file, expected)
+
+
+@pytest.mark.parametrize("one_length", [True, False])
+def test_the_published_grams_differ_in_padding_alone(one_length: bool, compute: Callable, texts: Path) -> None:
+    if one_length:
+        words = [json.loads(line)["text"].split() for line in texts.read_text().splitlines()]
+        rows = [{"text": " ".join((words[n] * 20)[:12])} for n in range(len(words))]
+        texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = compute("llama")
+    lines = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
+    published = published_grams(make_llama(), make_tokenizer(), lines, max_length=256)
+    assert set(published) == {module for gram in file.grams.values() for module in gram.modules}
+    for gram in file.grams.values():
+        ours = torch.from_numpy(file.read(gram.name)) / gram.tokens
+        for module in gram.modules:
+            difference = (published[module] - ours).norm() / ours.norm()
+            assert (difference < 1e-5) == one_length, (module, difference)
 
 
 def sharing(file: GramFile, *modules: str) -> list[set[str]]:
