@@ -80,6 +80,7 @@ class TrainingPlan:
         activations: at the peak of a micro batch whose rows are as long as the limits allow.
         mean_activations: the same, for rows of mean length.
         micro_batches: on each device, over the whole stage.
+        llm_tokens, encoder_tokens: read over the whole stage, on all devices; dev rows included.
         flops: of the whole stage, on all devices.
         traffic: into each device, over the whole stage.
         disk: while the stage runs.
@@ -94,6 +95,8 @@ class TrainingPlan:
     mean_activations: float
     steps: int
     micro_batches: int
+    llm_tokens: int
+    encoder_tokens: int
     flops: float
     traffic: float
     disk: float
@@ -114,6 +117,7 @@ class EvaluationPlan:
         cache: keys and values of a full batch, at its longest.
         activations: of reading a full batch, beside its cache.
         problems: over all languages.
+        llm_tokens, encoder_tokens: read over the whole task, on all devices; of the LLM's, answers are a part.
         flops: of the whole task, on all devices.
         seconds: of the whole task; writing an answer is bound by reading weights and cache.
     """
@@ -125,6 +129,8 @@ class EvaluationPlan:
     cache: float
     activations: float
     problems: int
+    llm_tokens: int
+    encoder_tokens: int
     flops: float
     seconds: float
 
@@ -161,6 +167,7 @@ def plan_training(flags: TrainingFlags) -> None:
         ("", f"{gb(plan.mean_activations)} for rows of mean length: {_describe(mean)} (assumed)"),
         ("memory", fits(plan.peak, device)),
         ("steps", f"{plan.steps:,} of {flags.train_batch_size} rows"),
+        ("tokens", _describe_tokens(plan)),
         ("work", f"{amount(plan.flops)}FLOP at mean length, dev rows included"),
         ("time", f"{duration(seconds)}, waiting for nobody"),
     ]
@@ -201,8 +208,9 @@ def training_plan(flags: TrainingFlags, device: Device, ds_config: dict, dtype: 
     with torch.no_grad():
         mean_reading = step_cost(model, micro, mean, backward=False)
     evaluations = 1 + steps // flags.eval_steps + flags.epoch_num if flags.dev_size else 0
-    learned = steps * flags.train_batch_size / micro * (mean_encoding.flops + mean_step.flops)
-    validated = evaluations * flags.dev_size / micro * (mean_encoding.flops + mean_reading.flops)
+    learned, validated = steps * flags.train_batch_size, evaluations * flags.dev_size  # rows
+    flops = learned / micro * (mean_encoding.flops + mean_step.flops)
+    flops += validated / micro * (mean_encoding.flops + mean_reading.flops)
     return TrainingPlan(
         llm=llm,
         encoder=encoder,
@@ -213,7 +221,9 @@ def training_plan(flags: TrainingFlags, device: Device, ds_config: dict, dtype: 
         mean_activations=max(mean_encoding.peak_bytes, mean_step.peak_bytes),
         steps=steps,
         micro_batches=steps * accumulation,
-        flops=learned + validated,
+        llm_tokens=(learned + validated) * (mean.prefix + mean.target),
+        encoder_tokens=(learned + validated) * mean.source,
+        flops=flops,
         traffic=traffic,
         # The mapping in both forms, the published form of the newest, and three states to continue from.
         disk=mapping * (8 + 4 + 3 * 12),
@@ -243,6 +253,7 @@ def plan_evaluation(flags: EvaluationFlags) -> None:
             ("cache", f"at most {gb(plan.cache)}: {batch} problems at once, {_describe(limits)}"),
             ("activations", f"at most {gb(plan.activations)}"),
             ("memory", fits(plan.peak, device)),
+            ("tokens", _describe_tokens(plan)),
             ("work", f"{plan.problems:,} problems, {amount(plan.flops)}FLOP at mean length (assumed)"),
             ("time", f"{duration(plan.seconds)}, with every place of a batch taken"),
         ]
@@ -290,6 +301,8 @@ def evaluation_plan(flags: EvaluationFlags, name: str, device: Device, dtype: to
         cache=cache,
         activations=max(encoding.peak_bytes, reading.peak_bytes - reading.kept_bytes),
         problems=problems,
+        llm_tokens=problems * (mean.prefix + mean.target),
+        encoder_tokens=problems * mean.source,
         flops=flops,
         seconds=seconds,
     )
@@ -407,6 +420,10 @@ def _training_rows(flags: TrainingFlags) -> int:
 def _describe(row: Row) -> str:
     parts = [f"{tokens} of {name}" for name, tokens in vars(row).items() if tokens]
     return f"rows of {row.prefix + row.target} tokens ({', '.join(parts)})"
+
+
+def _describe_tokens(plan: TrainingPlan | EvaluationPlan) -> str:
+    return f"{amount(plan.llm_tokens)} for the LLM, {amount(plan.encoder_tokens)} for the encoder, at mean length"
 
 
 def _link_time(traffic: float) -> str:

@@ -14,6 +14,7 @@ from transformers import (
     MistralConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from mindmerger import decoding, slot_cache
@@ -26,6 +27,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 LLMS = {
     "llama": LlamaConfig(**SIZES),
     "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
     "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=90),
     # All layers slide, and one of the two.
     "mistral": MistralConfig(**SIZES, sliding_window=12),

@@ -15,6 +15,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     MistralConfig,
+    Qwen3Config,
 )
 
 from common.errors import InputError
@@ -121,6 +122,8 @@ LLMS = {
     "gemma3": Gemma3TextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                                num_key_value_heads=2, head_dim=8, sliding_window=16),
     "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4),
+    "qwen3": Qwen3Config(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=16),
 }  # fmt: skip
 
 

@@ -78,6 +78,8 @@ def test_the_published_training_fits_one_gpu() -> None:
     work = 3 * 897_000 * (137 * 4 * 6.6e9 + 73 * 2 * 1.16e9)
     assert mapping.flops == pytest.approx(work, rel=0.1)
     assert mapping.mean_activations < mapping.activations / 5
+    rows = 3 * 7008 * 128 + (1 + 3 * 7008 // 500 + 3) * 3000  # learned from, and evaluated
+    assert (mapping.llm_tokens, mapping.encoder_tokens) == (137 * rows, 73 * rows)
 
 
 def test_recomputation_and_zero3_take_less() -> None:
@@ -101,12 +103,13 @@ def test_the_cache_of_an_evaluation() -> None:
     planned = evaluation_plan(evaluation, "mgsm", device, torch.bfloat16)
     assert planned.cache == 2 * 32 * 4096 * 2 * 16 * (1 + 512 + 1 + 512 + 512)
     assert planned.problems == 11 * 250
+    assert (planned.llm_tokens, planned.encoder_tokens) == (2750 * (1 + 73 + 1 + 190 + 103), 2750 * 73)
     assert planned.weights == pytest.approx(2 * (planned.llm + planned.encoder + planned.mapping), rel=1e-6)
     assert planned.peak < device.memory
     alone = evaluation_plan(
         EvaluationFlags(llm_path=PUBLISHED["llm_path"], baseline=True, plan="h100"), "mgsm", device, torch.bfloat16
     )
-    assert alone.encoder == alone.mapping == 0 and alone.cache < planned.cache
+    assert alone.encoder == alone.mapping == alone.encoder_tokens == 0 and alone.cache < planned.cache
     labels = evaluation_plan(evaluation, "xnli", device, torch.bfloat16)
     assert labels.cache == 4 * 2 * 32 * 4096 * 2 * 16 * (1 + 512 + 1 + 512 + 2)
 
