@@ -114,14 +114,15 @@ class Texts:
 
 
 def step(folder: Path, work: Callable[[Path], None]) -> None:
-    """Let `work` fill a folder, unless that is done; the seconds that it took are kept in it."""
+    """Let `work` fill a folder, unless that is done; the seconds that it took, of clock and CPU, are kept in it."""
     if folder.exists():
         return
     print(f"== {folder}", flush=True)
-    started = time.monotonic()
+    started, cpu_started = time.monotonic(), time.process_time()
     with atomic_folder(folder) as partial:
         work(partial)
-        write_json(partial / COST, {"seconds": round(time.monotonic() - started, 1)})
+        seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu_started
+        write_json(partial / COST, {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)})
     gc.collect()
 
 
@@ -348,7 +349,8 @@ def reproduce(flags: ReproduceFlags) -> dict[str, Any]:
     """Do whatever is not done yet.
 
     Returns:
-        What `results/reproduce/regmean.json` holds: `settings`, the tables of `summary`, `seconds` of each step.
+        What `results/reproduce/regmean.json` holds: `settings`, the tables of `summary`, and of each of the
+        `steps` its `seconds` and its `cpu_seconds`, those of all threads.
 
     Raises:
         InputError: no such model or data, too few texts, or a `--work_dir` of other settings.
@@ -366,12 +368,11 @@ def reproduce(flags: ReproduceFlags) -> dict[str, Any]:
         by_seed = [base | run_seed(flags, home, texts, seed) for seed, home in enumerate(homes)]
         costs = sorted(path for folder in (work / "texts", work / "scores_base", *homes) for path in folder.rglob(COST))
 
-    seconds = {str(path.parent.relative_to(work)): read_json(path)["seconds"] for path in costs}
     result = {
         "benchmark": "reproduce_regmean",
         "settings": settings | {"seeds": flags.seeds},
         **summary(by_seed),
-        "seconds": seconds,
+        "steps": {str(path.parent.relative_to(work)): read_json(path) for path in costs},
         "machine": machine(),
     }
     write_json(RESULTS, result)
@@ -380,7 +381,9 @@ def reproduce(flags: ReproduceFlags) -> dict[str, Any]:
 
 def main() -> None:
     result = reproduce(parse_flags(ReproduceFlags))
-    print("\n" + "\n".join(f"{seconds:>8.1f} s  {name}" for name, seconds in result["seconds"].items()))
+    print("\nseconds  of CPU  step")
+    for name, cost in result["steps"].items():
+        print(f"{cost['seconds']:>7.1f}{cost['cpu_seconds']:>8.1f}  {name}")
     print(f"\n{table(result)}\n\n{RESULTS}")
     print(json.dumps(result))
 

@@ -261,7 +261,7 @@ def test_the_whole_is_done_once(flags, monkeypatch: pytest.MonkeyPatch, capsys: 
     value = {name: figures["math_loss"]["mean"] for name, figures in result["models"].items()}
     assert value["math model"] < value["base"]
     assert value["RegMean, alpha 0.1"] == pytest.approx(value["RegMean, alpha 0.1, lstsq"], abs=1e-3)
-    assert set(result["seconds"]) >= {"texts", "seed0/math", "seed0/gram_code", "seed0/regmean", "seed0/scores_0"}
+    assert set(result["steps"]) >= {"texts", "seed0/math", "seed0/gram_code", "seed0/regmean", "seed0/scores_0"}
     assert read_json(reproduce.RESULTS) == json.loads(json.dumps(result))
     assert not list(Path("work").rglob(".*"))
 
