@@ -123,7 +123,9 @@ def step(folder: Path, work: Callable[[Path], None]) -> None:
         work(partial)
         seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu_started
         write_json(partial / COST, {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)})
+    # Optimizers and models hold each other in cycles, and the next step needs their memory.
     gc.collect()
+    print(f"== {folder}: {seconds:.1f} s, {cpu_seconds:.1f} s of CPU", flush=True)
 
 
 def write_all_texts(folder: Path, math_data: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -178,10 +180,9 @@ def fine_tune(flags: ReproduceFlags, texts: list[Text], seed: int, folder: Path)
     drawn = training_order(texts, flags.steps, flags.batch_size, seed)
     model = load_llm(flags.model, None, torch.float32, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(flags.model)
-    forward = model.forward
-    model.forward = torch.autocast("cpu", torch.bfloat16)(forward)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     fit(model, causal_batches(iter(drawn), tokenizer, flags.batch_size), flags.lr, flags.steps, "fine-tuning")
-    model.forward = forward
+    del model.forward
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     lines = (json.dumps({"text": text.read + text.learned}) + "\n" for text in drawn)
