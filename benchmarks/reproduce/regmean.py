@@ -8,13 +8,13 @@ body given signature and docstring. All models are asked the same held-out texts
 that no one trains on. `math.json` is MindMerger's list of {query, response, lang}; its problems are GSM8K's training
 problems, which MODEL may have met before, as all that is made of it then has.
 
-Columns: loss in nats per token, the share of tokens that the model has as most likely, and the share of problems
-whose right ending it prefers to three wrong ones (see `texts.choices`; guessing gives 25%). Intervals are of 95%, by
-bootstrap over the held-out texts: how far the figures depend on which texts these are. What depends on the training
-texts is seen in the seeds.
+Columns: loss in nats per token, the share of tokens that the model has as most likely, and the share of problems whose
+last step it prefers with the right result to three wrong ones (`texts.choices`; guessing gives 25%). Intervals are of
+95%, by bootstrap over the held-out texts: how far the figures depend on which texts these are. What depends on the
+training texts is seen in the seeds.
 
-What is done stays done: an interrupted run is continued by the same command, and `--seeds` may grow. A seed takes six
-times MODEL's size on disk in float32, the first one, beside which the published algorithm runs, nine times. Figures go
+What is done stays done: an interrupted run is continued by the same command, and `--seeds` may grow. A seed takes ten
+times MODEL's size on disk in float32, the first one, beside which the published algorithm runs, fourteen. Figures go
 to `results/reproduce/regmean.json`; the last line printed is the same as one JSON object.
 """
 

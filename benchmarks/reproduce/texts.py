@@ -22,7 +22,7 @@ HELD_OUT_PACKAGES = ("accelerate", "datasets", "psutil", "tensorboard", "tqdm")
 # Tests, other people's packages, and programs that only happen to lie there.
 _SKIPPED = {"test", "tests", "testing", "idlelib", "lib2to3", "_vendor", "site-packages", "dist-packages"}
 
-_ANSWER = "The answer is:"
+_LAST_STEP = re.compile(r"(.*=[ $]*)(\d+)((?!\d|[.,/]\d)[^\n=]*\n)The answer is: \2", re.DOTALL)
 _INTEGER = re.compile(r"(?<![\d.,/])\d+(?![\d/]|[.,]\d)")
 
 
@@ -34,11 +34,11 @@ class Text(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """The end of a problem's solution, to be told from wrong ones.
+    """The result of a problem's last step, to be told from wrong ones.
 
     Attributes:
-        shown: the part of `Text.learned` that stands before each of them.
-        endings: the right one, then three wrong ones.
+        shown: the part of `Text.learned` that stands before it.
+        endings: the right one, then three wrong ones, each to the end of the line.
     """
 
     shown: str
@@ -65,23 +65,21 @@ def problems(math_data: Path) -> list[Text]:
 
 
 def choices(problem: Text) -> Choices | None:
-    """What is asked by forced choice of a problem; None where its solution does not end in an integer.
+    """What is asked by forced choice of a problem; None where its solution does not end in an equation of the answer.
 
-    All of the solution but its last step is shown: then the number that is asked for has not been said, and one step of
-    arithmetic finds it. Wrong endings have the other numbers of the problem and of its solution, in an order drawn by
-    the problem's own text, and where these are too few, neighbours of the right one.
+    All is shown up to the last `=`, and one step of arithmetic finds the rest: where that step is not shown a small
+    model guesses, and where all of it is, it only has to copy. Wrong are the other numbers of problem and solution, in
+    an order drawn by the problem's own text, and where these are too few, neighbours of the right one.
     """
-    match = re.fullmatch(rf"(.*?)([^\n]*\n){re.escape(_ANSWER)} (\d+)", problem.learned, re.DOTALL)
+    match = _LAST_STEP.fullmatch(problem.learned)
     if match is None:
         return None
-    shown, right = match[1], match[3]
-    numbers = _INTEGER.findall(problem.read + problem.learned)
-    others = sorted(set(numbers) - {right})
+    shown, right, rest = match.groups()
+    others = sorted(set(_INTEGER.findall(problem.read + problem.learned)) - {right})
     random.Random(problem.read).shuffle(others)
     near = [str(int(right) + step) for step in (1, 2, 10)]
     wrong = list(dict.fromkeys([*others, *near]))[:3]
-    opening = _ANSWER if shown else f" {_ANSWER}"
-    return Choices(shown, tuple(f"{opening} {number}" for number in (right, *wrong)))
+    return Choices(shown, tuple(number + rest for number in (right, *wrong)))
 
 
 def functions(packages: Iterable[str]) -> list[Text]:

@@ -25,7 +25,7 @@ from tests.conftest import REPOSITORY
 MODEL = REPOSITORY / "quickstart/models/regmean/base"
 PROBLEM = Text(
     "Question: Ann has 48 clips and 5 boxes. She sells half. How many of 1,000 are left in 2.5 days?\nAnswer:",
-    " She sells 48/2 = 24.\nSo 48 - 24 = 24 are gone.\nThat leaves 24 + 7 = 31.\nThe answer is: 31",
+    " She sells 48/2 = 24.\nSo 48 - 24 = 24 are gone.\nThat leaves 24 + 7 = 31 clips.\nThe answer is: 31",
 )
 
 
@@ -118,14 +118,21 @@ def test_every_body_is_there_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_wrong_endings_are_other_numbers_of_the_problem() -> None:
     asked = choices(PROBLEM)
-    assert asked.shown == " She sells 48/2 = 24.\nSo 48 - 24 = 24 are gone.\n"
-    assert PROBLEM.learned.endswith(asked.endings[0]) and asked.endings[0] == "The answer is: 31"
-    numbers = {ending.split()[-1] for ending in asked.endings[1:]}
+    assert asked.shown == " She sells 48/2 = 24.\nSo 48 - 24 = 24 are gone.\nThat leaves 24 + 7 = "
+    assert asked.endings[0] == "31 clips.\n"
+    assert all(ending.endswith(" clips.\n") for ending in asked.endings)
+    numbers = {ending.split()[0] for ending in asked.endings[1:]}
     assert len(numbers) == 3 and numbers <= {"48", "5", "24", "7"}
     assert choices(PROBLEM) == asked
-    short = choices(Text("Question: two?\nAnswer:", " Two.\nThe answer is: 2"))
-    assert short.shown == "" and short.endings == tuple(f" The answer is: {n}" for n in (2, 3, 4, 12))
-    assert choices(Text("", " It is a half.\nThe answer is: 0.5")) is None
+    few = choices(Text("Question: double 1?\nAnswer:", " 1+1 = $2\nThe answer is: 2"))
+    assert few == (" 1+1 = $", ("2\n", "1\n", "3\n", "4\n"))
+    for unasked in (
+        "Two.\nThe answer is: 2",
+        "1/2 = 0.5\nThe answer is: 0.5",
+        "4/2 = 2\nThe answer is: 3",
+        "4 = 2.5\nThe answer is: 2",
+    ):
+        assert choices(Text("", unasked)) is None
 
 
 def test_a_tree_says_what_its_texts_say_one_by_one(model) -> None:
