@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks import regmean_inputs, side_by_side
 from benchmarks.published_regmean import published_grams
-from benchmarks.regmean_real import read_texts
 from benchmarks.side_by_side import measured
 from common.distributed import start_process
 from regmean.checkpoint import locate_model
@@ -41,7 +40,7 @@ def baseline_side(model_path: str, work: Path) -> None:
     model = load(model_path)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     with measured():
-        grams = published_grams(model, tokenizer, read_texts(work / TEXTS), max_length=256)
+        grams = published_grams(model, tokenizer, regmean_inputs.read_texts(work / TEXTS), max_length=256)
         torch.save(grams, work / PUBLISHED_NAME)
 
 
@@ -80,7 +79,7 @@ def compare_side(model_path: str, work: Path) -> None:
 
     for name in file.grams:
         model.get_submodule(name).register_forward_pre_hook(hook_of(name))
-    for text in read_texts(work / TEXTS):
+    for text in regmean_inputs.read_texts(work / TEXTS):
         model(**tokenizer(text, truncation=True, max_length=256, return_tensors="pt"))
     differences = {
         name: float(np.linalg.norm(file.read(name) - total) / np.linalg.norm(total)) for name, total in sums.items()

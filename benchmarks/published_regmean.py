@@ -74,6 +74,24 @@ def published_merge(
     return merged
 
 
+def write_grams(model_path: str, texts: list[str], max_length: int, out: Path) -> None:
+    """Load a model, compute its Grams and write them."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    grams = published_grams(model, AutoTokenizer.from_pretrained(model_path), texts, max_length)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # As published but for the pickling itself: no file of this repository's is ever unpickled freely.
+    torch.save(grams, out)
+
+
+def write_merge(model_paths: list[str], gram_paths: list[Path], alpha: float, driver: str | None, out: str) -> None:
+    """Load models and Grams, merge and write the merged model."""
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in model_paths]
+    grams = [torch.load(path, weights_only=True) for path in gram_paths]
+    models[0].load_state_dict(published_merge(models, grams, alpha, driver), strict=False)
+    models[0].save_pretrained(out)
+    AutoTokenizer.from_pretrained(model_paths[0]).save_pretrained(out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -92,18 +110,9 @@ def main() -> None:
 
     if args.command == "gram":
         texts = [json.loads(line)["text"] for line in args.data.read_text(encoding="utf-8").splitlines()]
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-        grams = published_grams(model, AutoTokenizer.from_pretrained(args.model), texts, args.max_length)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        # As published but for the pickling itself: no file of this repository's is ever unpickled freely.
-        torch.save(grams, args.out)
-        return
-    models = [AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for model in args.models]
-    grams = [torch.load(path, weights_only=True) for path in args.grams]
-    merged = published_merge(models, grams, args.alpha, args.driver)
-    models[0].load_state_dict(merged, strict=False)
-    models[0].save_pretrained(args.out)
-    AutoTokenizer.from_pretrained(args.models[0]).save_pretrained(args.out)
+        write_grams(args.model, texts, args.max_length, args.out)
+    else:
+        write_merge(args.models, args.grams, args.alpha, args.driver, args.out)
 
 
 if __name__ == "__main__":

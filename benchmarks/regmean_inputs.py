@@ -4,6 +4,7 @@ import argparse
 import json
 import random
 import shutil
+import sysconfig
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from benchmarks.regmean_real import code_texts
-
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LENGTHS = (40, 256)  # tokens of the shortest and of the longest text
+CHARACTERS = 900  # of a piece of code: about 256 tokens
 
 
 def parser(description: str, rows: dict[str, Callable]) -> argparse.ArgumentParser:
@@ -44,6 +44,21 @@ def run_rows(args: argparse.Namespace, rows: dict[str, Callable[[argparse.Namesp
             rows[name](args, Path(work))
 
 
+def code_texts() -> list[str]:
+    """Pieces of the installed standard library's source, whole lines, from files in shuffled order."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    random.Random(0).shuffle(files)
+    texts = []
+    for file in files:
+        piece = ""
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            if piece and len(piece) + len(line) > CHARACTERS:
+                texts.append(piece)
+                piece = ""
+            piece += line
+    return texts
+
+
 def write_texts(path: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
     """`count` texts of the standard library's source, of lengths spread evenly over LENGTHS, as JSON lines."""
     generator = random.Random(0)
@@ -57,6 +72,11 @@ def write_texts(path: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> N
                 ids += next(pieces)
             file.write(json.dumps({"text": tokenizer.decode(ids[:length])}) + "\n")
             ids = ids[length:]
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of such a file."""
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

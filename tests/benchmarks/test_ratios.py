@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import regmean_inputs
 from benchmarks.published_regmean import published_grams, published_merge
-from benchmarks.regmean_real import read_texts
 from common.distributed import start_process
 from regmean.flags import GramFlags
 from regmean.gram import compute_grams
@@ -44,7 +43,8 @@ def test_grams_take_less_than_half_the_published_work_and_disk(layer: Path) -> N
     flags = GramFlags(model=str(layer), dataset=str(texts), text_column="text", output_dir=str(layer), device="cpu")
 
     def published() -> None:
-        torch.save(published_grams(model, tokenizer, read_texts(texts), max_length=256), layer / PUBLISHED_NAME)
+        grams = published_grams(model, tokenizer, regmean_inputs.read_texts(texts), max_length=256)
+        torch.save(grams, layer / PUBLISHED_NAME)
 
     theirs = work_of(published)
     ours = work_of(lambda: compute_grams(flags, start_process("cpu"), model=model))

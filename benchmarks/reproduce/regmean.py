@@ -1,0 +1,393 @@
+"""RegMean's published table in miniature: two specialists of one real model, and what is left of both in their merges.
+
+    python -m benchmarks.reproduce.regmean --model MODEL --math_data math.json --work_dir runs/reproduce_regmean
+
+For each seed MODEL is fine-tuned twice, on English GSM8K problems and on Python functions with docstrings; each
+specialist's Grams are of its own training texts. The loss is on what is learned: the solution given the problem, the
+body given signature and docstring. All models are asked the same held-out texts: problems, and functions of packages
+that no one trains on. `math.json` is MindMerger's list of {query, response, lang}; its problems are GSM8K's training
+problems, which MODEL may have met before, as all that is made of it then has.
+
+Columns: loss in nats per token, the share of tokens that the model has as most likely, and the share of problems whose
+last step it prefers with the right result to three wrong ones (`texts.choices`; guessing gives 25%). Intervals are of
+95%, by bootstrap over the held-out texts: how far the figures depend on which texts these are. What depends on the
+training texts is seen in the seeds.
+
+What is done stays done: an interrupted run is continued by the same command, and `--seeds` may grow. A seed takes ten
+times MODEL's size on disk in float32, the first one, beside which the published algorithm runs, fourteen. Figures go
+to `results/reproduce/regmean.json`; the last line printed is the same as one JSON object.
+"""
+
+import functools
+import gc
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from benchmarks.published_regmean import write_grams, write_merge
+from benchmarks.regmean_inputs import read_texts
+from benchmarks.reproduce.bootstrap import ratio_interval
+from benchmarks.reproduce.scoring import score_texts
+from benchmarks.reproduce.texts import HELD_OUT_PACKAGES, TRAINING_PACKAGES, Text, choices, functions, problems
+from benchmarks.side_by_side import machine
+from common import runs
+from common.distributed import start_process
+from common.errors import InputError, exit_with_message
+from common.files import atomic_folder, read_json, sha256, write_json, write_text
+from common.flags import flag, parse_flags
+from common.locks import locked
+from common.logging import quiet_libraries
+from mindmerger.base_models import load_llm
+from quickstart.fit import causal_batches, fit
+from regmean.checkpoint import open_checkpoint
+from regmean.flags import GramFlags, MergeFlags
+from regmean.gram import compute_grams
+from regmean.merge import merge
+
+RESULTS = Path("results/reproduce/regmean.json")
+DOMAINS = ("math", "code")
+ALPHAS = [0.1, 0.5, 0.9, 0.95, 0.99]
+PUBLISHED_ALPHA = 0.1
+MAX_TOKENS = 160  # of a text; longer ones are left out
+HELD_OUT = 1000  # problems that no seed trains on
+COST = "cost.json"
+AVERAGE = "average"
+# Figure: how the table calls it, the domain, the numerator and the denominator of each text, and whether it is a share.
+FIGURES = {
+    "math_loss": ("math loss", "math", "loss", "tokens", False),
+    "math_accuracy": ("math tokens, %", "math", "right", "tokens", True),
+    "forced_choice": ("forced choice, %", "math", "chosen", None, True),
+    "code_loss": ("code loss", "code", "loss", "tokens", False),
+    "code_accuracy": ("code tokens, %", "code", "right", "tokens", True),
+}
+Scores = dict[str, dict[str, list]]  # by domain, what `score_texts` returns
+
+
+@dataclass
+class ReproduceFlags:
+    """Fine-tune two specialists of a model, merge them in every way, and compare all on held-out texts."""
+
+    model: str | None = flag(None, "hub id or local folder of the model that both specialists start from")
+    math_data: str | None = flag(None, "MindMerger's math.json")
+    work_dir: str = flag("runs/reproduce_regmean", "folder for models, Grams and scores")
+    seeds: int = flag(3, "pairs of specialists, each fine-tuned on other texts")
+    steps: int = flag(48, "of fine-tuning a specialist")
+    batch_size: int = flag(8, "texts of a step")
+    lr: float = flag(5e-5, "highest learning rate, of AdamW with warm-up and cosine decay")
+    num_examples: int = flag(192, "training texts that a Gram is computed from")
+    test_num: int = flag(150, "held-out texts of each domain")
+    overwrite: bool = flag(False, "start anew where --work_dir holds a run of other settings")
+
+    def __post_init__(self) -> None:
+        for name in ("model", "math_data"):
+            if getattr(self, name) is None:
+                raise InputError(f"--{name} is missing")
+        for name in ("seeds", "steps", "batch_size", "num_examples"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be at least 1")
+        if self.test_num < 2 or self.test_num > HELD_OUT:
+            raise InputError(f"--test_num must be from 2 to {HELD_OUT}")
+
+    def settings(self) -> dict[str, Any]:
+        """All that makes two runs the same."""
+        return {
+            "model": open_checkpoint(self.model).fingerprint(),
+            "math_data": sha256(Path(self.math_data)),
+            **{name: getattr(self, name) for name in ("steps", "batch_size", "lr", "num_examples", "test_num")},
+        }
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts by domain; the held-out ones are no seed's to train on."""
+
+    training: dict[str, list[Text]]
+    held_out: dict[str, list[Text]]
+
+
+def step(folder: Path, work: Callable[[Path], None]) -> None:
+    """Let `work` fill a folder, unless that is done; the seconds that it took, of clock and CPU, are kept in it."""
+    if folder.exists():
+        return
+    print(f"== {folder}", flush=True)
+    started, cpu_started = time.monotonic(), time.process_time()
+    with atomic_folder(folder) as partial:
+        work(partial)
+        seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu_started
+        write_json(partial / COST, {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)})
+    # Optimizers and models hold each other in cycles, and the next step needs their memory.
+    gc.collect()
+    print(f"== {folder}: {seconds:.1f} s, {cpu_seconds:.1f} s of CPU", flush=True)
+
+
+def write_all_texts(folder: Path, math_data: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the texts that the tokenizer makes at most MAX_TOKENS of, both domains', in a fixed random order."""
+
+    def short(texts: list[Text]) -> list[Text]:
+        ids = tokenizer([text.read + text.learned for text in texts]).input_ids if texts else []
+        kept = [text for text, row in zip(texts, ids, strict=True) if len(row) <= MAX_TOKENS]
+        random.Random(0).shuffle(kept)
+        return kept
+
+    learned, unseen = functions(TRAINING_PACKAGES), functions(HELD_OUT_PACKAGES)
+    bodies = {text.learned for text in learned}
+    asked = [text for text in short(problems(math_data)) if choices(text) is not None]
+    sets = {
+        "math_held_out": asked[:HELD_OUT],
+        "math_training": asked[HELD_OUT:],
+        "code_held_out": short([text for text in unseen if text.learned not in bodies]),
+        "code_training": short(learned),
+    }
+    for name, texts in sets.items():
+        write_json(folder / f"{name}.json", texts)
+        print(f"{name}: {len(texts):,} texts", flush=True)
+
+
+def read_all_texts(folder: Path, test_num: int, training_num: int) -> Texts:
+    """The texts of `write_all_texts`.
+
+    Raises:
+        InputError: there are fewer than these numbers ask for.
+    """
+    sets = {}
+    for kind, wanted in (("training", training_num), ("held_out", test_num)):
+        sets[kind] = {domain: [Text(*row) for row in read_json(folder / f"{domain}_{kind}.json")] for domain in DOMAINS}
+        for domain, texts in sets[kind].items():
+            if len(texts) < wanted:
+                raise InputError(f"{wanted:,} {kind} texts of {domain} are wanted, and there are {len(texts):,}")
+    return Texts(sets["training"], {domain: texts[:test_num] for domain, texts in sets["held_out"].items()})
+
+
+def training_order(texts: list[Text], steps: int, batch_size: int, seed: int) -> list[Text]:
+    """`steps` batches of texts drawn without replacement, end to end; those of one batch are of like length."""
+    rng = random.Random(seed)
+    drawn = sorted(rng.sample(texts, steps * batch_size), key=lambda text: len(text.read + text.learned))
+    batches = [drawn[start : start + batch_size] for start in range(0, len(drawn), batch_size)]
+    rng.shuffle(batches)
+    return [text for batch in batches for text in batch]
+
+
+def fine_tune(flags: ReproduceFlags, texts: list[Text], seed: int, folder: Path) -> None:
+    """Fine-tune all weights on texts in order; writes the model, and the texts as `compute_gram.py` reads them."""
+    drawn = training_order(texts, flags.steps, flags.batch_size, seed)
+    model = load_llm(flags.model, None, torch.float32, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(flags.model)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    fit(model, causal_batches(iter(drawn), tokenizer, flags.batch_size), flags.lr, flags.steps, "fine-tuning")
+    del model.forward
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    lines = (json.dumps({"text": text.read + text.learned}) + "\n" for text in drawn)
+    write_text(folder / "texts.jsonl", "".join(lines))
+
+
+def merged_models(flags: ReproduceFlags, home: Path, seed: int) -> dict[str, Path]:
+    """Compute one seed's Grams and merges; every merged model's folder, in the table's order."""
+    specialists = [str(home / domain / "model") for domain in DOMAINS]
+    process = start_process("cpu")
+
+    def gram(domain: str, folder: Path) -> None:
+        gram_flags = GramFlags(
+            model=str(home / domain / "model"),
+            dataset=str(home / domain / "texts.jsonl"),
+            text_column="text",
+            num_examples=flags.num_examples,
+            max_length=MAX_TOKENS,
+            output_dir=str(folder / "gram"),
+            dtype="bfloat16",
+            device="cpu",
+        )
+        compute_grams(gram_flags, process)
+
+    def published_gram(domain: str, folder: Path) -> None:
+        texts = read_texts(home / domain / "texts.jsonl")[: flags.num_examples]
+        write_grams(str(home / domain / "model"), texts, MAX_TOKENS, folder / "gram.pkl")
+
+    for domain in DOMAINS:
+        step(home / f"gram_{domain}", functools.partial(gram, domain))
+        if seed == 0:
+            step(home / f"published_gram_{domain}", functools.partial(published_gram, domain))
+
+    def merging(folder: Path, **options: Any) -> None:
+        merge(
+            MergeFlags(models=specialists, device="cpu", output_dir=str(folder / "model"), **options),
+            command="python -m benchmarks.reproduce.regmean",
+        )
+
+    grams = [str(home / f"gram_{domain}" / "gram") for domain in DOMAINS]
+    step(home / "avg", functools.partial(merging, method="avg"))
+    step(home / "regmean", functools.partial(merging, method="regmean", grams=grams, alpha=ALPHAS))
+    one = {"method": "regmean", "grams": grams, "alpha": [PUBLISHED_ALPHA], "solver": "lstsq"}
+    step(home / "lstsq", functools.partial(merging, **one))
+    folders = {AVERAGE: home / "avg" / "model"}
+    folders |= {f"RegMean, alpha {alpha:g}": home / "regmean" / f"model_{alpha:g}" for alpha in ALPHAS}
+    folders[f"RegMean, alpha {PUBLISHED_ALPHA:g}, lstsq"] = home / "lstsq" / "model"
+
+    if seed == 0:
+        pickles = [home / f"published_gram_{domain}" / "gram.pkl" for domain in DOMAINS]
+
+        def published_merge(driver: str | None, folder: Path) -> None:
+            write_merge(specialists, pickles, PUBLISHED_ALPHA, driver, str(folder / "model"))
+
+        for place, name, driver in (("gels", "gels", "gels"), ("default", "torch's own choice", None)):
+            folder = home / f"published_{place}"
+            step(folder, functools.partial(published_merge, driver))
+            folders[f"published algorithm, alpha {PUBLISHED_ALPHA:g}, lstsq by {name}"] = folder / "model"
+    return folders
+
+
+def scores_of(model: str | Path, folder: Path, texts: Texts) -> Scores:
+    """What one model makes of the held-out texts."""
+
+    def score(to: Path) -> None:
+        llm = load_llm(str(model), None, torch.float32, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            write_json(to / "scores.json", {d: score_texts(llm, tokenizer, texts.held_out[d]) for d in DOMAINS})
+
+    step(folder, score)
+    return read_json(folder / "scores.json")
+
+
+def run_seed(flags: ReproduceFlags, home: Path, texts: Texts, seed: int) -> dict[str, Scores]:
+    """Everything of one seed; the scores of each of its models by its name in the table."""
+    with locked(home):
+        folders = {}
+        for domain in DOMAINS:
+            train = functools.partial(fine_tune, flags, texts.training[domain], seed)
+            step(home / domain, train)
+            folders[f"{domain} model"] = home / domain / "model"
+        folders |= merged_models(flags, home, seed)
+        return {
+            name: scores_of(folder, home / f"scores_{number}", texts)
+            for number, (name, folder) in enumerate(folders.items())
+        }
+
+
+def per_text(scores: Scores, figure: str) -> tuple[np.ndarray, np.ndarray]:
+    """Numerator and denominator of a figure, float64 [texts] each."""
+    _, domain, numerator, denominator, _ = FIGURES[figure]
+    values = np.array(scores[domain][numerator], dtype=np.float64)
+    return values, np.array(scores[domain][denominator], np.float64) if denominator else np.ones_like(values)
+
+
+def summary(by_seed: list[dict[str, Scores]]) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """Figures of every model, and of every merge less the average.
+
+    Args:
+        by_seed: the scores of each seed's models by name; a model may be there of some seeds only.
+
+    Returns:
+        `models` and `less_average`: by model and figure `mean` over its seeds, `low` and `high`, the 95% interval of
+        that mean over texts, paired where models are compared; and `seeds`: each one's `value`, `low` and `high`.
+        Shares are from 0 to 1.
+    """
+
+    def interval(numerators: np.ndarray, denominators: np.ndarray) -> dict[str, float]:
+        low, high = ratio_interval(numerators, denominators)
+        return {"value": float(numerators.sum() / denominators.sum()), "low": low, "high": high}
+
+    def figures(pairs: list[tuple[Scores, Scores | None]]) -> dict[str, dict[str, Any]]:
+        found = {}
+        for figure in FIGURES:
+            numerators = []
+            for own, other in pairs:
+                numerator, denominator = per_text(own, figure)
+                numerators.append(numerator - per_text(other, figure)[0] if other else numerator)
+            # All seeds' models are asked the same texts, so that the denominators are the same.
+            whole = interval(np.mean(numerators, axis=0), denominator)
+            found[figure] = {"mean": whole["value"], "low": whole["low"], "high": whole["high"]}
+            found[figure]["seeds"] = [interval(numerator, denominator) for numerator in numerators]
+        return found
+
+    names = list(by_seed[0])
+    merges = names[names.index(AVERAGE) + 1 :]
+    own = {name: [models for models in by_seed if name in models] for name in names}
+    return {
+        "models": {name: figures([(models[name], None) for models in own[name]]) for name in names},
+        "less_average": {name: figures([(m[name], m[AVERAGE]) for m in own[name]]) for name in merges},
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """What `summary` returns, as Markdown: the means with their intervals, each seed's, and what merges have gained."""
+
+    def cell(figure: str, value: float, sign: str = "") -> str:
+        return f"{100 * value:{sign}.1f}" if FIGURES[figure][-1] else f"{value:{sign}.4f}"
+
+    def whole(figure: str, entry: dict[str, Any], sign: str = "") -> str:
+        ends = " to ".join(cell(figure, entry[end], sign) for end in ("low", "high"))
+        return f"{cell(figure, entry['mean'], sign)} ({ends})"
+
+    def seeds(figure: str, entry: dict[str, Any]) -> str:
+        return " / ".join(cell(figure, one["value"]) for one in entry["seeds"])
+
+    def rows(title: str, models: dict[str, Any], write: Callable[[str, dict[str, Any]], str]) -> str:
+        lines = ["| " + " | ".join([title, *(names[0] for names in FIGURES.values())]) + " |"]
+        lines.append("|" + " --- |" * (len(FIGURES) + 1))
+        for name, figures in models.items():
+            lines.append("| " + " | ".join([name, *(write(figure, figures[figure]) for figure in FIGURES)]) + " |")
+        return "\n".join(lines)
+
+    return "\n\n".join(
+        [
+            rows("mean of the seeds (95% interval over texts)", result["models"], whole),
+            rows("each seed", result["models"], seeds),
+            rows("less the average, paired", result["less_average"], functools.partial(whole, sign="+")),
+        ]
+    )
+
+
+def reproduce(flags: ReproduceFlags) -> dict[str, Any]:
+    """Do whatever is not done yet.
+
+    Returns:
+        What `results/reproduce/regmean.json` holds: `settings`, the tables of `summary`, and of each of the
+        `steps` its `seconds` and its `cpu_seconds`, those of all threads.
+
+    Raises:
+        InputError: no such model or data, too few texts, or a `--work_dir` of other settings.
+    """
+    quiet_libraries()
+    work, settings = Path(flags.work_dir), flags.settings()
+    with locked(work):
+        runs.is_finished(work, settings, flags.overwrite)
+        runs.start(work, settings, flags.overwrite, start_process("cpu"))
+        tokenizer = AutoTokenizer.from_pretrained(flags.model)
+        step(work / "texts", lambda folder: write_all_texts(folder, Path(flags.math_data), tokenizer))
+        texts = read_all_texts(work / "texts", flags.test_num, flags.steps * flags.batch_size)
+        base = {"base": scores_of(flags.model, work / "scores_base", texts)}
+        homes = [work / f"seed{seed}" for seed in range(flags.seeds)]
+        by_seed = [base | run_seed(flags, home, texts, seed) for seed, home in enumerate(homes)]
+        costs = sorted(path for folder in (work / "texts", work / "scores_base", *homes) for path in folder.rglob(COST))
+
+    result = {
+        "benchmark": "reproduce_regmean",
+        "settings": settings | {"seeds": flags.seeds},
+        **summary(by_seed),
+        "steps": {str(path.parent.relative_to(work)): read_json(path) for path in costs},
+        "machine": machine(),
+    }
+    write_json(RESULTS, result)
+    return result
+
+
+def main() -> None:
+    result = reproduce(parse_flags(ReproduceFlags))
+    print("\nseconds  of CPU  step")
+    for name, cost in result["steps"].items():
+        print(f"{cost['seconds']:>7.1f}{cost['cpu_seconds']:>8.1f}  {name}")
+    print(f"\n{table(result)}\n\n{RESULTS}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
