@@ -74,10 +74,12 @@ class Texts:
     languages: list[str]
 
 
-def read_texts(flags: FitFlags, layer: int | None, tokenizer: ExampleTokenizer, rows: list[Example]) -> Texts:
-    """Both models' vectors for the English sentences, held-out ones last, and for the translation pairs."""
+def read_texts(
+    flags: FitFlags, layer: int | None, tokenizer: ExampleTokenizer, rows: list[Example], sentences: int
+) -> Texts:
+    """Both models' vectors for at most so many English sentences and HELD_OUT more, and for the translation pairs."""
     process, dtype = start_process("cpu"), getattr(torch, flags.dtype)
-    english = list(dict.fromkeys(row.target for row in rows))[: max(flags.sentences) + HELD_OUT]
+    english = list(dict.fromkeys(row.target for row in rows))[: sentences + HELD_OUT]
     if len(english) <= min(flags.sentences) + HELD_OUT:
         raise InputError(f"--data_dir {flags.data_dir} has {len(english)} English sentences: {HELD_OUT} are held out")
     ids_and_spans = tokenizer.sources_with_spans(english, LANGUAGES["English"])
@@ -175,7 +177,7 @@ def main() -> None:
     dev, train = hold_out(rows, flags.dev_size, seed=0)
     dev_tokens, table = tokenizer(dev), {}
     for number, layer in enumerate(flags.layers or [None]):
-        texts = read_texts(flags, layer, tokenizer, train)
+        texts = read_texts(flags, layer, tokenizer, train, flags.sentences[0] if number else max(flags.sentences))
         flags.encoder_layer = layer
         config: MindMergerConfig = mapping_config(flags, tokenizer.llm_tokenizer.bos_token_id)
         model = MindMergerForCausalLM.from_base_models(config, getattr(torch, flags.dtype))
