@@ -77,7 +77,7 @@ class Texts:
 def read_texts(
     flags: FitFlags, layer: int | None, tokenizer: ExampleTokenizer, rows: list[Example], sentences: int
 ) -> Texts:
-    """Both models' vectors for at most so many English sentences and HELD_OUT more, and for the translation pairs."""
+    """Both models' vectors of HELD_OUT English sentences, at most so many others, and the translation pairs."""
     process, dtype = start_process("cpu"), getattr(torch, flags.dtype)
     english = list(dict.fromkeys(row.target for row in rows))[: sentences + HELD_OUT]
     if len(english) <= min(flags.sentences) + HELD_OUT:
@@ -127,7 +127,7 @@ def choices(flags: FitFlags, texts: Texts, of_first_layer: bool) -> Iterator[tup
     """Every mapping to judge at one layer, under its name."""
 
     def fitted(sentences: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.cat(texts.inputs[:sentences]).float(), torch.cat(texts.targets[:sentences])
+        return torch.cat(texts.inputs[HELD_OUT:][:sentences]).float(), torch.cat(texts.targets[HELD_OUT:][:sentences])
 
     count, penalty = flags.sentences[0], flags.penalties[0]
     inputs, targets = fitted(count)
@@ -152,7 +152,7 @@ def judge(model: MindMergerForCausalLM, texts: Texts, dev: list, state: State, s
     model.mapping.mlp.load_state_dict({name.removeprefix("mlp."): tensor for name, tensor in state.items()})
     with torch.inference_mode():
         as_map = _as_map(model.mapping.mlp)
-        held_out, targets = torch.cat(texts.inputs[-HELD_OUT:]), torch.cat(texts.targets[-HELD_OUT:])
+        held_out, targets = torch.cat(texts.inputs[:HELD_OUT]), torch.cat(texts.targets[:HELD_OUT])
         return {
             "relative_error": round(relative_error(as_map(held_out), targets), 3),
             "correlation": round(layer_scores([as_map], [texts.foreign], texts.meant, texts.languages)[0], 3),
