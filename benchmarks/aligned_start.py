@@ -18,6 +18,7 @@ from typing import Any, Literal
 from zlib import crc32
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from benchmarks.mapping_control import ControlFlags, measure
 from common.errors import InputError, exit_with_message
@@ -141,6 +142,8 @@ def draw(flags: StartFlags, runs: dict[str, list[dict[str, Any]]]) -> None:
             label = f"{name}, sources shuffled, at the end" if number == 0 else None
             axes.plot(examples[-1], last, marker="x", linestyle="none", color=colour, label=label)
     axes.set_yscale("log")
+    for axis_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_ticks(StrMethodFormatter("{x:g}"))
     axes.set_xlabel("examples seen")
     axes.set_ylabel("dev perplexity of the English target")
     axes.grid(alpha=0.25, which="both")
