@@ -163,6 +163,7 @@ def test_the_harness_evaluates_a_merged_model(save: Callable, tmp_path: Path, ca
     assert scores["sample_len"] == 4
 
 
+@pytest.mark.slow
 def test_the_code_fence_is_added_to_the_harness_own_task(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[tuple] = []
 
