@@ -1,7 +1,7 @@
 """The regression of an aligned start, one choice changed at a time, judged before the LLM has been trained on any pair.
 
     python -m benchmarks.aligned_fit --llm_path L --mt_path M --data_dir DATAS --languages de,es,fr,ru,sw \\
-        --layers 7 1 4 12 18 --dtype bfloat16
+        --layers 7 1 4 10 14 18 --dtype bfloat16
 
 For each choice: the relative error on English text that it was not fitted to; how near it brings sentences of other
 languages to their translations (`layer_scores`); and the LLM's dev perplexity, with sources shuffled beside it. The
@@ -10,7 +10,7 @@ last line is one JSON object.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,7 @@ from mindmerger.alignment import AffineMap, as_mlp, relative_error, ridge
 from mindmerger.base_models import load_encoder, load_llm
 from mindmerger.data import Example, hold_out, read_training
 from mindmerger.flags import ModelFlags
-from mindmerger.modeling import MLP, MindMergerConfig, MindMergerForCausalLM, mapping_config, mean_embedding
+from mindmerger.modeling import MLP, MindMergerForCausalLM, mapping_config, mean_embedding
 from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, find_task, select_languages
 from mindmerger.tokenization import ExampleTokenizer, ids_with_spans, load_example_tokenizer
 
@@ -40,19 +40,21 @@ TOKENS_PER_STEP = 512
 
 
 @dataclass
-class FitFlags(ModelFlags):
+class FitFlags:
     """An aligned start's regression by layer, amount of text and method."""
 
-    llm_path: str | None = flag("quickstart/models/llm", "hub id or local folder")
-    mt_path: str | None = flag("quickstart/models/mt", "hub id or local folder")
+    llm_path: str = flag("quickstart/models/llm", "hub id or local folder")
+    mt_path: str = flag("quickstart/models/mt", "hub id or local folder")
     data_dir: str = flag("quickstart/build/datas", "folder in the published data layout")
-    languages: str | None = flag("de,es,sw,ru,zh", "comma-separated")
+    languages: str = flag("de,es,sw,ru,zh", "comma-separated")
     layers: list[int] = flag([], "of a decoder-only encoder; all other choices are tried with the first")
     sentences: list[int] = flag([300, 30, 100, 1000, 3000], "English sentences; all other choices take the first")
     penalties: list[float] = flag([PENALTY, 0.001, 0.1, 1.0], "of the ridge; all other choices take the first")
     descents: list[int] = flag([100, 300, 600], "instead of a ridge: steps of AdamW on both layers of the mapping")
     pairs: list[int] = flag([150, 300], "beside the English tokens: sentence pairs of all languages, as means")
     dev_size: int = flag(60, "rows of the perplexities")
+    max_len: int = flag(512, "tokens of a source and of a target")
+    batch_size: int = flag(12, "rows of a batch")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "of both models")
 
 
@@ -95,7 +97,7 @@ def read_texts(
     meant = torch.stack([token_embeddings(embedding, ids).mean(dim=0) for ids, _ in translations])
     encoder = load_encoder(flags.mt_path, None, dtype, False, layer)
     read = [ids for ids, _ in ids_and_spans] + sources
-    (states,) = read_states(encoder, read, tokenizer.source_pad_id, flags.eval_batch_size, process, all_layers=False)
+    (states,) = read_states(encoder, read, tokenizer.source_pad_id, flags.batch_size, process, all_layers=False)
     languages = [row.language.name for row in pairs]
     return Texts(states[: len(english)], targets, states[len(english) :], meant, languages)
 
@@ -170,23 +172,24 @@ def main() -> None:
     flags = parse_flags(FitFlags)
     quiet_libraries()
     task, languages = find_task("math", TRAINING_TASKS), select_languages(flags.languages)
-    tokenizer = load_example_tokenizer(flags, augmentation=False)
-    # A tenth more than the texts need, since languages share their English.
+    limits = {"max_seq_len": flags.max_len, "max_gen_len": flags.max_len}
+    names = ModelFlags(llm_path=flags.llm_path, mt_path=flags.mt_path, **limits)
+    tokenizer = load_example_tokenizer(names, augmentation=False)
+    # Enough even where all languages translate the same English.
     each = max(flags.sentences) + HELD_OUT + flags.dev_size
     rows = read_training(Path(flags.data_dir), task, "mapping", languages, each)
     dev, train = hold_out(rows, flags.dev_size, seed=0)
     dev_tokens, table = tokenizer(dev), {}
     for number, layer in enumerate(flags.layers or [None]):
         texts = read_texts(flags, layer, tokenizer, train, flags.sentences[0] if number else max(flags.sentences))
-        flags.encoder_layer = layer
-        config: MindMergerConfig = mapping_config(flags, tokenizer.llm_tokenizer.bos_token_id)
+        config = mapping_config(replace(names, encoder_layer=layer), tokenizer.llm_tokenizer.bos_token_id)
         model = MindMergerForCausalLM.from_base_models(config, getattr(torch, flags.dtype))
         model.pack_rows()
         with torch.no_grad():
             model.mapping.end_boundary.add_(mean_embedding(model.llm.get_input_embeddings(), torch.device("cpu"))[0])
         for name, state in choices(flags, texts, number == 0):
             where = "" if layer is None else f"layer {layer}, "
-            row = judge(model, texts, dev_tokens, state, flags.eval_batch_size, tokenizer.source_pad_id)
+            row = judge(model, texts, dev_tokens, state, flags.batch_size, tokenizer.source_pad_id)
             table[where + name] = row
             print(f"{where}{name}: {row}", flush=True)
 
