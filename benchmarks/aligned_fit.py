@@ -23,9 +23,8 @@ from common.errors import InputError, exit_with_message
 from common.files import write_json
 from common.flags import flag, parse_flags
 from common.logging import quiet_libraries
-from mindmerger.aligned_start import PENALTY, layer_scores, read_states, token_embeddings, token_targets
-from mindmerger.alignment import AffineMap, as_mlp, relative_error, ridge
-from mindmerger.base_models import load_encoder, load_llm
+from mindmerger.aligned_start import PENALTY, layer_scores, pair_vectors, read_states, token_targets
+from mindmerger.alignment import as_mlp, relative_error, ridge
 from mindmerger.data import Example, hold_out, read_training
 from mindmerger.flags import ModelFlags
 from mindmerger.modeling import MLP, MindMergerForCausalLM, mapping_config, mean_embedding
@@ -77,27 +76,23 @@ class Texts:
 
 
 def read_texts(
-    flags: FitFlags, layer: int | None, tokenizer: ExampleTokenizer, rows: list[Example], sentences: int
+    flags: FitFlags, model: MindMergerForCausalLM, tokenizer: ExampleTokenizer, rows: list[Example], sentences: int
 ) -> Texts:
     """Both models' vectors of HELD_OUT English sentences, at most so many others, and the translation pairs."""
-    process, dtype = start_process("cpu"), getattr(torch, flags.dtype)
+    process = start_process("cpu")
     english = list(dict.fromkeys(row.target for row in rows))[: sentences + HELD_OUT]
     if len(english) <= min(flags.sentences) + HELD_OUT:
         raise InputError(f"--data_dir {flags.data_dir} has {len(english)} English sentences: {HELD_OUT} are held out")
     ids_and_spans = tokenizer.sources_with_spans(english, LANGUAGES["English"])
-    embedding = load_llm(flags.llm_path, None, dtype, False).get_input_embeddings()
-    mean = mean_embedding(embedding, process.device)[0]
+    embedding, mean = model.llm.get_input_embeddings(), model.mapping.end_boundary.detach().flatten()
     targets = [
         token_targets(embedding, mean, spans, *of_llm)
         for (_, spans), of_llm in zip(ids_and_spans, ids_with_spans(tokenizer.llm_tokenizer, english), strict=True)
     ]
     pairs = rows[: max([150, *flags.pairs])]
-    sources = [tokenizer.sources_with_spans([row.source.text], row.language)[0][0] for row in pairs]
-    translations = ids_with_spans(tokenizer.llm_tokenizer, [row.target for row in pairs])
-    meant = torch.stack([token_embeddings(embedding, ids).mean(dim=0) for ids, _ in translations])
-    encoder = load_encoder(flags.mt_path, None, dtype, False, layer)
+    sources, meant = pair_vectors(tokenizer, embedding, mean, pairs)
     read = [ids for ids, _ in ids_and_spans] + sources
-    (states,) = read_states(encoder, read, tokenizer.source_pad_id, flags.batch_size, process, all_layers=False)
+    (states,) = read_states(model.encoder, read, tokenizer.source_pad_id, flags.batch_size, process, all_layers=False)
     languages = [row.language.name for row in pairs]
     return Texts(states[: len(english)], targets, states[len(english) :], meant, languages)
 
@@ -151,9 +146,13 @@ def choices(flags: FitFlags, texts: Texts, of_first_layer: bool) -> Iterator[tup
 
 def judge(model: MindMergerForCausalLM, texts: Texts, dev: list, state: State, size: int, pad_id: int) -> dict:
     """The figures of one mapping."""
-    model.mapping.mlp.load_state_dict({name.removeprefix("mlp."): tensor for name, tensor in state.items()})
+    mlp = model.mapping.mlp
+    mlp.load_state_dict({name.removeprefix("mlp."): tensor for name, tensor in state.items()})
+
+    def as_map(states: torch.Tensor) -> torch.Tensor:
+        return mlp(states.float()).double()
+
     with torch.inference_mode():
-        as_map = _as_map(model.mapping.mlp)
         held_out, targets = torch.cat(texts.inputs[:HELD_OUT]), torch.cat(texts.targets[:HELD_OUT])
         return {
             "relative_error": round(relative_error(as_map(held_out), targets), 3),
@@ -161,11 +160,6 @@ def judge(model: MindMergerForCausalLM, texts: Texts, dev: list, state: State, s
             "perplexity": round(perplexity(model, dev, size, pad_id), 2),
             "shuffled": round(perplexity(model, shuffled_sources(dev, 0), size, pad_id), 2),
         }
-
-
-def _as_map(mlp: MLP) -> AffineMap:
-    """The mapping as `layer_scores` takes it: any function of states in float64."""
-    return lambda states: mlp(states.float()).double()  # type: ignore[return-value]
 
 
 def main() -> None:
@@ -181,12 +175,12 @@ def main() -> None:
     dev, train = hold_out(rows, flags.dev_size, seed=0)
     dev_tokens, table = tokenizer(dev), {}
     for number, layer in enumerate(flags.layers or [None]):
-        texts = read_texts(flags, layer, tokenizer, train, flags.sentences[0] if number else max(flags.sentences))
         config = mapping_config(replace(names, encoder_layer=layer), tokenizer.llm_tokenizer.bos_token_id)
         model = MindMergerForCausalLM.from_base_models(config, getattr(torch, flags.dtype))
         model.pack_rows()
         with torch.no_grad():
             model.mapping.end_boundary.add_(mean_embedding(model.llm.get_input_embeddings(), torch.device("cpu"))[0])
+        texts = read_texts(flags, model, tokenizer, train, flags.sentences[0] if number else max(flags.sentences))
         for name, state in choices(flags, texts, number == 0):
             where = "" if layer is None else f"layer {layer}, "
             row = judge(model, texts, dev_tokens, state, flags.batch_size, tokenizer.source_pad_id)

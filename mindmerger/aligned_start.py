@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from common.errors import InputError
 from common.files import read_json, write_json
 from common.locks import locked
 from common.logging import progress, say
-from mindmerger.alignment import AffineMap, Span, as_mlp, correlation, covering, relative_error, ridge
+from mindmerger.alignment import Span, as_mlp, correlation, covering, relative_error, ridge
 from mindmerger.base_models import base_config, is_decoder_only, load_encoder, load_llm
 from mindmerger.batching import pad, plan_once
 from mindmerger.checkpoint import read_mapping, write_mapping
@@ -180,10 +181,7 @@ def _fit(
     maps = [ridge(torch.cat(of_layer[:fitted]), torch.cat(targets[:fitted]), PENALTY) for of_layer in states]
     layer, scores, best = config.encoder_layer, None, len(maps) - 1
     if texts.pairs:
-        sources = [tokenizer.sources_with_spans([row.source.text], row.language)[0][0] for row in texts.pairs]
-        translations = ids_with_spans(tokenizer.llm_tokenizer, [row.target for row in texts.pairs])
-        # A text without a token says nothing.
-        meant = torch.stack([token_embeddings(embedding, ids).mean(dim=0) if ids else mean for ids, _ in translations])
+        sources, meant = pair_vectors(tokenizer, embedding, mean, texts.pairs)
         scores = layer_scores(maps, read(sources), meant, [row.language.name for row in texts.pairs])
         best = max(range(len(scores)), key=scores.__getitem__)
         layer = best + 1
@@ -204,15 +202,33 @@ def _fit(
     }
 
 
+def pair_vectors(
+    tokenizer: ExampleTokenizer, embedding: torch.nn.Module, mean: torch.Tensor, pairs: list[Example]
+) -> tuple[list[list[int]], torch.Tensor]:
+    """Of translation pairs the sources' ids for the encoder, and the translations' mean embeddings.
+
+    Returns:
+        (token ids, special tokens included; float32 [pairs, llm_hidden_size]).
+    """
+    sources = [tokenizer.sources_with_spans([row.source.text], row.language)[0][0] for row in pairs]
+    translations = ids_with_spans(tokenizer.llm_tokenizer, [row.target for row in pairs])
+    # A text without a token says nothing.
+    means = [token_embeddings(embedding, ids).mean(dim=0) if ids else mean for ids, _ in translations]
+    return sources, torch.stack(means)
+
+
 def layer_scores(
-    maps: list[AffineMap], foreign: list[list[torch.Tensor]], meant: torch.Tensor, languages: list[str]
+    maps: list[Callable[[torch.Tensor], torch.Tensor]],
+    foreign: list[list[torch.Tensor]],
+    meant: torch.Tensor,
+    languages: list[str],
 ) -> list[float]:
     """How near to its translation each layer's map, fitted on English, brings a sentence of another language.
 
     Not by the fit itself: on English that is best before the first layer, where a token's state still is the token.
 
     Args:
-        maps: of every layer.
+        maps: of every layer, from states to vectors in float64.
         foreign: by layer, the states of every sentence, [tokens, mt_hidden_size].
         meant: the mean embedding of every translation, [sentences, llm_hidden_size].
         languages: of every sentence; at least one language has two.
