@@ -10,16 +10,16 @@ to results/aligned_start/{name}.json. The last line is one JSON object.
 """
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from zlib import crc32
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
+from benchmarks.launch import launch
 from benchmarks.mapping_control import ControlFlags, measure
 from common.errors import InputError, exit_with_message
 from common.files import atomic_path, write_json, write_text
@@ -79,11 +79,10 @@ def with_own_english(data_dir: Path, languages: tuple[Language, ...], out: Path)
     return out
 
 
-def train(flags: StartFlags, name: str, variant: str, seed: int) -> Path:
-    """Run the mapping stage with the variant's flags; its folder."""
-    name = f"aligned_start-{flags.name}-{name.replace(' ', '_')}-{seed}"
+def train(flags: StartFlags, save_name: str, variant: str, seed: int) -> Path:
+    """Run a training stage, the mapping stage unless the variant's flags say otherwise; its folder."""
     words = (
-        f"--deepspeed --stage_name mapping --save_name {name} --seed {seed} "
+        f"--stage_name mapping --save_name {save_name} --seed {seed} "
         f"--llm_path {flags.llm_path} --mt_path {flags.mt_path} --data_dir {flags.data_dir} "
         f"--languages {flags.languages} --train_num {flags.train_num} --dev_size {flags.dev_size} "
         f"--train_batch_size {flags.train_batch_size} --gradient_accumulation 1 --epoch_num 1 "
@@ -91,9 +90,8 @@ def train(flags: StartFlags, name: str, variant: str, seed: int) -> Path:
         f"--max_seq_len {flags.max_len} --max_gen_len {flags.max_len} --eval_batch_size {flags.eval_batch_size} "
         f"--deepspeed_config configs/deepspeed/{DEEPSPEED_CONFIGS[flags.dtype]} {variant}"
     )
-    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", str(flags.ranks)]
-    subprocess.run([*launcher, "run_training.py", *words.split()], check=True)
-    return Path("outputs") / name
+    launch("run_training.py", words, flags.ranks)
+    return Path("outputs") / save_name
 
 
 def curve(folder: Path, batch_size: int) -> list[tuple[int, float]]:
@@ -129,10 +127,8 @@ def examples_to_reach(points: list[tuple[int, float]], perplexity: float) -> int
     return next((examples for examples, reached in points if reached <= perplexity), None)
 
 
-def draw(flags: StartFlags, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """All curves in one picture."""
-    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+def draw_curves(axes: Axes, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Every run's dev perplexity by examples seen, and at its end that of shuffled sources."""
     for colour, (name, of_seeds) in zip(COLOURS, runs.items(), strict=False):
         for number, run in enumerate(of_seeds):
             examples, perplexities = zip(*run["curve"], strict=True)
@@ -149,6 +145,12 @@ def draw(flags: StartFlags, runs: dict[str, list[dict[str, Any]]]) -> None:
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+
+
+def draw(flags: StartFlags, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """All curves in one picture."""
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    draw_curves(figure.add_subplot(), runs)
     with atomic_path(Path("docs") / f"aligned_start_{flags.name}.png") as partial:
         figure.savefig(partial, format="png", dpi=130)
 
@@ -175,7 +177,8 @@ def main() -> None:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     for seed in range(flags.seeds):
         for name, of_seeds in runs.items():
-            folder = train(flags, name, variants[name], seed)
+            save_name = f"aligned_start-{flags.name}-{name.replace(' ', '_')}-{seed}"
+            folder = train(flags, save_name, variants[name], seed)
             run = {"seed": seed, "curve": curve(folder / "mapping", flags.train_batch_size)}
             run["end"] = control(flags, folder / "mapping", seed)
             if (folder / "aligned_start").exists():

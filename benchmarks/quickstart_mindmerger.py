@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from transformers import MT5ForConditionalGeneration
 
+from benchmarks.launch import launch
 from benchmarks.mapping_control import shuffled_sources
 from common.files import read_json, write_json
 from common.logging import quiet_libraries
@@ -65,14 +66,7 @@ ABLATIONS = {
 
 def run(script: str, config: str, name: str, words: str) -> None:
     """One of the quickstart's commands with more flags."""
-    launcher = ["deepspeed", "--num_accelerators", "2"]
-    if script == "run_evaluation.py":
-        launcher = ["torchrun", "--standalone", "--nproc_per_node", "2"]
-    program = Path(sys.executable).with_name(launcher[0])
-    command = [program, *launcher[1:], script, "--config", f"quickstart/{config}.yaml", "--save_name", name]
-    if script == "run_training.py":
-        command.append("--deepspeed")
-    subprocess.run([*command, *words.split()], check=True)
+    launch(script, f"--config quickstart/{config}.yaml --save_name {name} {words}")
 
 
 def accuracies(name: str, variant: Variant, seed: int) -> dict[str, float]:

@@ -19,10 +19,8 @@ to `results/reproduce/regmean.json`; the last line printed is the same as one JS
 """
 
 import functools
-import gc
 import json
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,17 +34,17 @@ from benchmarks.published_regmean import write_grams, write_merge
 from benchmarks.regmean_inputs import read_texts
 from benchmarks.reproduce.bootstrap import ratio_interval
 from benchmarks.reproduce.scoring import score_texts
+from benchmarks.reproduce.steps import costs, fine_tune, step, training_order
 from benchmarks.reproduce.texts import HELD_OUT_PACKAGES, TRAINING_PACKAGES, Text, choices, functions, problems
 from benchmarks.side_by_side import machine
 from common import runs
 from common.distributed import start_process
 from common.errors import InputError, exit_with_message
-from common.files import atomic_folder, read_json, sha256, write_json, write_text
+from common.files import read_json, sha256, write_json, write_text
 from common.flags import flag, parse_flags
 from common.locks import locked
 from common.logging import quiet_libraries
 from mindmerger.base_models import load_llm
-from quickstart.fit import causal_batches, fit
 from regmean.checkpoint import open_checkpoint
 from regmean.flags import GramFlags, MergeFlags
 from regmean.gram import compute_grams
@@ -58,7 +56,6 @@ ALPHAS = [0.1, 0.5, 0.9, 0.95, 0.99]
 PUBLISHED_ALPHA = 0.1
 MAX_TOKENS = 160  # of a text; longer ones are left out
 HELD_OUT = 1000  # problems that no seed trains on
-COST = "cost.json"
 AVERAGE = "average"
 # Figure: how the table calls it, the domain, the numerator and the denominator of each text, and whether it is a share.
 FIGURES = {
@@ -113,21 +110,6 @@ class Texts:
     held_out: dict[str, list[Text]]
 
 
-def step(folder: Path, work: Callable[[Path], None]) -> None:
-    """Let `work` fill a folder, unless that is done; the seconds that it took, of clock and CPU, are kept in it."""
-    if folder.exists():
-        return
-    print(f"== {folder}", flush=True)
-    started, cpu_started = time.monotonic(), time.process_time()
-    with atomic_folder(folder) as partial:
-        work(partial)
-        seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu_started
-        write_json(partial / COST, {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)})
-    # Optimizers and models hold each other in cycles, and the next step needs their memory.
-    gc.collect()
-    print(f"== {folder}: {seconds:.1f} s, {cpu_seconds:.1f} s of CPU", flush=True)
-
-
 def write_all_texts(folder: Path, math_data: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the texts that the tokenizer makes at most MAX_TOKENS of, both domains', in a fixed random order."""
 
@@ -166,25 +148,10 @@ def read_all_texts(folder: Path, test_num: int, training_num: int) -> Texts:
     return Texts(sets["training"], {domain: texts[:test_num] for domain, texts in sets["held_out"].items()})
 
 
-def training_order(texts: list[Text], steps: int, batch_size: int, seed: int) -> list[Text]:
-    """`steps` batches of texts drawn without replacement, end to end; those of one batch are of like length."""
-    rng = random.Random(seed)
-    drawn = sorted(rng.sample(texts, steps * batch_size), key=lambda text: len(text.read + text.learned))
-    batches = [drawn[start : start + batch_size] for start in range(0, len(drawn), batch_size)]
-    rng.shuffle(batches)
-    return [text for batch in batches for text in batch]
-
-
-def fine_tune(flags: ReproduceFlags, texts: list[Text], seed: int, folder: Path) -> None:
-    """Fine-tune all weights on texts in order; writes the model, and the texts as `compute_gram.py` reads them."""
+def specialist(flags: ReproduceFlags, texts: list[Text], seed: int, folder: Path) -> None:
+    """Fine-tune a specialist; writes the model, and its texts as `compute_gram.py` reads them."""
     drawn = training_order(texts, flags.steps, flags.batch_size, seed)
-    model = load_llm(flags.model, None, torch.float32, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(flags.model)
-    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
-    fit(model, causal_batches(iter(drawn), tokenizer, flags.batch_size), flags.lr, flags.steps, "fine-tuning")
-    del model.forward
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    fine_tune(flags.model, drawn, flags.batch_size, flags.lr, folder / "model")
     lines = (json.dumps({"text": text.read + text.learned}) + "\n" for text in drawn)
     write_text(folder / "texts.jsonl", "".join(lines))
 
@@ -262,7 +229,7 @@ def run_seed(flags: ReproduceFlags, home: Path, texts: Texts, seed: int) -> dict
     with locked(home):
         folders = {}
         for domain in DOMAINS:
-            train = functools.partial(fine_tune, flags, texts.training[domain], seed)
+            train = functools.partial(specialist, flags, texts.training[domain], seed)
             step(home / domain, train)
             folders[f"{domain} model"] = home / domain / "model"
         folders |= merged_models(flags, home, seed)
@@ -367,13 +334,12 @@ def reproduce(flags: ReproduceFlags) -> dict[str, Any]:
         base = {"base": scores_of(flags.model, work / "scores_base", texts)}
         homes = [work / f"seed{seed}" for seed in range(flags.seeds)]
         by_seed = [base | run_seed(flags, home, texts, seed) for seed, home in enumerate(homes)]
-        costs = sorted(path for folder in (work / "texts", work / "scores_base", *homes) for path in folder.rglob(COST))
 
     result = {
         "benchmark": "reproduce_regmean",
         "settings": settings | {"seeds": flags.seeds},
         **summary(by_seed),
-        "steps": {str(path.parent.relative_to(work)): read_json(path) for path in costs},
+        "steps": costs(work),
         "machine": machine(),
     }
     write_json(RESULTS, result)

@@ -1,0 +1,23 @@
+"""The scripts that run on several ranks, started as a user starts them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+LAUNCHERS = {
+    "run_training.py": "deepspeed --num_accelerators",
+    "run_evaluation.py": "torchrun --standalone --nproc_per_node",
+}
+
+
+def launch(script: str, words: str, ranks: int = 2) -> None:
+    """Run one of the two scripts with these flags.
+
+    Raises:
+        subprocess.CalledProcessError: it has failed.
+    """
+    name, *flags = LAUNCHERS[script].split()
+    command = [Path(sys.executable).with_name(name), *flags, str(ranks), script, *words.split()]
+    if script == "run_training.py":
+        command.append("--deepspeed")
+    subprocess.run(command, check=True)
