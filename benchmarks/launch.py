@@ -1,5 +1,6 @@
 """The scripts that run on several ranks, started as a user starts them."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ LAUNCHERS = {
 
 
 def launch(script: str, words: str, ranks: int = 2) -> None:
-    """Run one of the two scripts with these flags.
+    """Run one of the two scripts with these flags; the machine's cores are divided among the ranks.
 
     Raises:
         subprocess.CalledProcessError: it has failed.
@@ -20,4 +21,5 @@ def launch(script: str, words: str, ranks: int = 2) -> None:
     command = [Path(sys.executable).with_name(name), *flags, str(ranks), script, *words.split()]
     if script == "run_training.py":
         command.append("--deepspeed")
-    subprocess.run(command, check=True)
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    subprocess.run(command, check=True, env={"OMP_NUM_THREADS": str(threads), **os.environ})
