@@ -62,6 +62,7 @@ STARTS = {
     "aligned": ("--mapping_init aligned --lr 1e-4", "--lr 1e-4"),
     "scaled": ("--mapping_init scaled --lr 5e-4", "--lr 5e-4"),
 }
+LLM_BATCH_SIZE = 8
 QUESTION_TOKENS = 200  # of a source or a target of the mapping stage
 MAX_TOKENS = 400  # of a source, prompt or target of the augmentation stage, and of an answer's prompt
 ANSWER_TOKENS = 200
@@ -142,11 +143,21 @@ def write_data(flags: MiniatureFlags, folder: Path) -> None:
 
 
 def write_llm(flags: MiniatureFlags, data: Path, folder: Path) -> None:
-    """Fine-tune the LLM on the English problems, in the prompt that it is asked in."""
+    """Fine-tune the LLM on English problems, in the prompt that it is asked in.
+
+    Raises:
+        InputError: there are fewer than the steps want.
+    """
     tokenizer = AutoTokenizer.from_pretrained(flags.llm_path)
     problems = read_training(data, TRAINING_TASKS["math"], "augmentation", (ENGLISH,), train_num=10**9)
     texts = [as_text(row, tokenizer) for row in problems]
-    fine_tune(flags.llm_path, training_order(texts, flags.llm_steps, 8, seed=0), 8, flags.llm_lr, folder / "model")
+    wanted = flags.llm_steps * LLM_BATCH_SIZE
+    if wanted > len(texts):
+        raise InputError(
+            f"--llm_steps {flags.llm_steps} want {wanted:,} English problems, and there are {len(texts):,}"
+        )
+    drawn = training_order(texts, flags.llm_steps, LLM_BATCH_SIZE, seed=0)
+    fine_tune(flags.llm_path, drawn, LLM_BATCH_SIZE, flags.llm_lr, folder / "model")
 
 
 def stage_flags(flags: MiniatureFlags, stage: str) -> StartFlags:
