@@ -12,6 +12,7 @@ to results/aligned_start/{name}.json. The last line is one JSON object.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 from zlib import crc32
 
@@ -25,6 +26,7 @@ from common.errors import InputError, exit_with_message
 from common.files import atomic_path, write_json, write_text
 from common.flags import flag, parse_flags
 from mindmerger.tasks import Language, select_languages
+from mindmerger.trainer import ALIGNED_START
 
 COLOURS = ("#4c78a8", "#e45756", "#72b7b2", "#f58518", "#54a24b", "#b279a2")
 DEEPSPEED_CONFIGS = {"float32": "cpu.json", "bfloat16": "zero2_bf16.json"}
@@ -79,11 +81,18 @@ def with_own_english(data_dir: Path, languages: tuple[Language, ...], out: Path)
     return out
 
 
-def train(flags: StartFlags, save_name: str, variant: str, seed: int) -> Path:
-    """Run a training stage, the mapping stage unless the variant's flags say otherwise; its folder."""
+def train(flags: StartFlags, stage: str, save_name: str, variant: str, seed: int) -> Path:
+    """Run a training stage with the variant's flags.
+
+    Returns:
+        The folder of `save_name`.
+
+    Raises:
+        InputError: it has failed.
+    """
     words = (
-        f"--stage_name mapping --save_name {save_name} --seed {seed} "
-        f"--llm_path {flags.llm_path} --mt_path {flags.mt_path} --data_dir {flags.data_dir} "
+        f"--stage_name {stage} --save_name {save_name} --seed {seed} "
+        f"--llm_path {quote(flags.llm_path)} --mt_path {quote(flags.mt_path)} --data_dir {quote(flags.data_dir)} "
         f"--languages {flags.languages} --train_num {flags.train_num} --dev_size {flags.dev_size} "
         f"--train_batch_size {flags.train_batch_size} --gradient_accumulation 1 --epoch_num 1 "
         f"--lr {flags.lr} --lr_scheduler cosine --warmup_ratio 0.1 --eval_steps {flags.eval_steps} "
@@ -178,12 +187,12 @@ def main() -> None:
     for seed in range(flags.seeds):
         for name, of_seeds in runs.items():
             save_name = f"aligned_start-{flags.name}-{name.replace(' ', '_')}-{seed}"
-            folder = train(flags, save_name, variants[name], seed)
+            folder = train(flags, "mapping", save_name, variants[name], seed)
             run = {"seed": seed, "curve": curve(folder / "mapping", flags.train_batch_size)}
             run["end"] = control(flags, folder / "mapping", seed)
-            if (folder / "aligned_start").exists():
+            if (folder / ALIGNED_START).exists():
                 # The start is a mapping like any other: what does it say before the LLM has seen a pair?
-                run["start"] = control(flags, folder / "aligned_start", seed)
+                run["start"] = control(flags, folder / ALIGNED_START, seed)
             of_seeds.append(run)
             write_json(Path("results/aligned_start") / f"{flags.name}.json", runs)
 

@@ -1,9 +1,12 @@
 """The scripts that run on several ranks, started as a user starts them."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from common.errors import InputError
 
 LAUNCHERS = {
     "run_training.py": "deepspeed --num_accelerators",
@@ -12,14 +15,21 @@ LAUNCHERS = {
 
 
 def launch(script: str, words: str, ranks: int = 2) -> None:
-    """Run one of the two scripts with these flags; the machine's cores are divided among the ranks.
+    """Run one of the two scripts, on the cores of this machine divided among the ranks.
+
+    Args:
+        script: one of `LAUNCHERS`.
+        words: its flags, as a shell would take them.
+        ranks: how many processes.
 
     Raises:
-        subprocess.CalledProcessError: it has failed.
+        InputError: it has failed; its own message is printed above.
     """
     name, *flags = LAUNCHERS[script].split()
-    command = [Path(sys.executable).with_name(name), *flags, str(ranks), script, *words.split()]
+    command = [Path(sys.executable).with_name(name), *flags, str(ranks), script, *shlex.split(words)]
     if script == "run_training.py":
         command.append("--deepspeed")
     threads = max(1, (os.cpu_count() or 1) // ranks)
-    subprocess.run(command, check=True, env={"OMP_NUM_THREADS": str(threads), **os.environ})
+    code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
+    if code:
+        raise InputError(f"{script} has ended with exit code {code}: its own message is above")

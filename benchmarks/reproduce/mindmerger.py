@@ -4,24 +4,28 @@
         --work_dir runs/reproduce_mindmerger
 
 LLM is first fine-tuned on English problems with their solutions, in the prompt that it is asked in later, as MetaMath
-is; then the mapping goes through both stages from each start, aligned and scaled. Every problem is in one language
-alone, an English half for the LLM, the others divided: nothing that is held out was met before in another language.
+is; then the mapping goes through both stages from each start, aligned and scaled. Every problem is in one language and
+in one place alone, LLM's fine-tuning, the mapping stage or the augmentation stage: nothing held out was met before.
 
 Dev perplexity stands beside that of sources shuffled among the targets: where both are the same the LLM has learned
-what targets look like, and nothing of the source. Translations after the mapping stage: the share of numbers that are
-in them, and chrF. Accuracies have 95% intervals, Wilson's for a language; gains over the LLM alone, over all languages
-but English, those of the bootstrap over problems, which are the same ones in every language.
+what targets look like, and nothing of the source. As in any training here the mapping kept is the best on these rows.
+Translations after the mapping stage: the share of numbers that are in them, and chrF. Accuracies have 95% intervals,
+Wilson's for a language; gains over the LLM alone, over all languages but English, those of the bootstrap over problems,
+which are the same ones in every language.
 
-What is done stays done: an interrupted run is continued by the same command, and `--seeds` may grow. The seed is that
-of the stages; the LLM is one. Figures go to `results/reproduce/mindmerger.json`, curves to
+What is done stays done: an interrupted run is continued by the same command without `--overwrite`, and `--seeds` may
+grow. The seed is that of the stages; the LLM is one. Figures go to `results/reproduce/mindmerger.json`, curves to
 `docs/reproduce_mindmerger.png`; the last line printed is the same as one JSON object.
 """
 
 import functools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from shlex import quote
 from typing import Any
 from zlib import crc32
 
@@ -40,15 +44,18 @@ from benchmarks.side_by_side import machine
 from common import runs
 from common.distributed import start_process
 from common.errors import InputError, exit_with_message
-from common.files import atomic_path, read_json, sha256, write_json, write_text
+from common.files import atomic_path, read_json, write_json, write_text
 from common.flags import flag, parse_flags
 from common.locks import locked
 from common.logging import quiet_libraries
+from mindmerger.answers import parse_answer
 from mindmerger.base_models import load_llm
-from mindmerger.data import Example, hold_out, read_training
+from mindmerger.data import Example, hold_out, read_evaluation, read_training
 from mindmerger.evaluation import read_answers
+from mindmerger.flags import require_positive
 from mindmerger.report import SCORES
-from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, Language, select_languages
+from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, Language, math_prompt, select_languages
+from mindmerger.trainer import ALIGNED_START
 from regmean.checkpoint import open_checkpoint
 
 RESULTS = Path("results/reproduce/mindmerger.json")
@@ -56,12 +63,16 @@ PICTURE = Path("docs/reproduce_mindmerger.png")
 RESULT = "result.json"
 STAGES = ("mapping", "augmentation")
 TASKS = ("mgsm", "msvamp")
+TASK = TRAINING_TASKS["math"]
+RANKS = 2
 ENGLISH = LANGUAGES["English"]
-# Each start wants its own learning rate (docs/aligned_start.md): flags of the mapping stage, of the augmentation stage.
+# Each start wants its own learning rate: docs/aligned_start.md.
 STARTS = {
-    "aligned": ("--mapping_init aligned --lr 1e-4", "--lr 1e-4"),
-    "scaled": ("--mapping_init scaled --lr 5e-4", "--lr 5e-4"),
+    "aligned": {"mapping": "--mapping_init aligned --lr 1e-4", "augmentation": "--lr 1e-4"},
+    "scaled": {"mapping": "--mapping_init scaled --lr 5e-4", "augmentation": "--lr 5e-4"},
 }
+LLM_PROBLEMS = "llm_problems.json"
+ALL_ROWS = 10**9
 LLM_BATCH_SIZE = 8
 QUESTION_TOKENS = 200  # of a source or a target of the mapping stage
 MAX_TOKENS = 400  # of a source, prompt or target of the augmentation stage, and of an answer's prompt
@@ -94,29 +105,71 @@ class MiniatureFlags:
         for name in ("llm_path", "mt_path"):
             if getattr(self, name) is None:
                 raise InputError(f"--{name} is missing")
-        if ENGLISH in select_languages(self.languages):
+        for name in ("seeds", "llm_steps", "mapping_num", "augmentation_num", "dev_size", "translations", "test_num"):
+            require_positive(self, name)
+        if self.train_batch_size < 1 or self.train_batch_size % RANKS:
+            raise InputError(f"--train_batch_size {self.train_batch_size} cannot be divided among {RANKS} ranks")
+        if not Path(self.work_dir).name:
+            raise InputError(f"--work_dir {self.work_dir} names no folder")
+        languages = select_languages(self.languages)
+        if ENGLISH in languages:
             raise InputError(f"--languages {self.languages}: English is there in any case, leave it out")
+        if others := set(self.asked_in("msvamp")) - {*languages, ENGLISH}:
+            raise InputError(f"--msvamp_languages {self.msvamp_languages}: {others.pop().name} is not in --languages")
+
+    def asked_in(self, task: str) -> tuple[Language, ...]:
+        """The languages of a benchmark, English last."""
+        named = self.msvamp_languages if task == "msvamp" else None
+        return (*select_languages(named or self.languages), ENGLISH)
 
     def settings(self) -> dict[str, Any]:
         """All that makes two runs the same."""
-        data = Path(self.data_dir)
-        files = [data / "query_translation" / "math.json", *sorted((data / "bilingual_pairs").rglob("train_100k.*"))]
+        asked = [
+            [task, problem.language.name, problem.source.text, problem.target]
+            for task in TASKS
+            for problems in read_problems(self, task).values()
+            for problem in problems
+        ]
+        rows = [
+            [row.language.name, row.source.text, row.target]
+            for stage in STAGES
+            for row in read_training(
+                Path(self.data_dir), TASK, stage, (*select_languages(self.languages), ENGLISH), ALL_ROWS
+            )
+        ]
         own = {"llm_path", "mt_path", "data_dir", "work_dir", "seeds", "overwrite"}
         return {
             "llm": open_checkpoint(self.llm_path).fingerprint(),
             "mt": open_checkpoint(self.mt_path).fingerprint(),
-            "data": {str(file.relative_to(data)): sha256(file) for file in files},
+            "data": sha256(json.dumps([asked, rows]).encode()).hexdigest(),
             **{name: value for name, value in vars(self).items() if name not in own},
         }
 
 
-def write_data(flags: MiniatureFlags, folder: Path) -> None:
-    """Write the training data in its own layout, every problem in one language alone, half of them in English.
+def read_problems(flags: MiniatureFlags, task: str) -> dict[Language, list[Example]]:
+    """The problems of a benchmark, the same ones in every language.
 
     Raises:
-        InputError: missing or malformed data, file and line named.
+        InputError: missing or malformed files, or problem n is another one in some language.
     """
-    languages, task, data = select_languages(flags.languages), TRAINING_TASKS["math"], Path(flags.data_dir)
+    found = read_evaluation(Path(flags.data_dir), EVALUATION_TASKS[task], flags.asked_in(task), flags.test_num)
+    answers = {language: [parse_answer(row.target) for row in rows] for language, rows in found.items()}
+    for language, own in answers.items():
+        if own != answers[ENGLISH]:
+            raise InputError(f"{found[language][0].place}: not the problems of the English file, in the same order")
+    return found
+
+
+def write_data(flags: MiniatureFlags, folder: Path) -> None:
+    """Write the training data, every problem in one place and one language: half of them are English.
+
+    The pairs, and the problems that the LLM is not fine-tuned on, in the published layout; `llm_problems.json` has
+    those that it is, as `Text`s of question and solution in training order.
+
+    Raises:
+        InputError: missing or malformed data, file and line named, or too little of it.
+    """
+    languages, data = select_languages(flags.languages), Path(flags.data_dir)
     owners = [*languages, *[ENGLISH] * len(languages)]
 
     def words(text: str) -> str:
@@ -126,38 +179,52 @@ def write_data(flags: MiniatureFlags, folder: Path) -> None:
     def owner(question: str) -> Language:
         return owners[crc32(question.encode()) % len(owners)]
 
-    problems = read_training(data, task, "augmentation", (*languages, ENGLISH), train_num=10**9)
+    problems = read_training(data, TASK, "augmentation", (*languages, ENGLISH), ALL_ROWS)
     questions = {row.target: words(row.source.text) for row in problems if row.language == ENGLISH}
     own = [row for row in problems if row.target in questions and owner(questions[row.target]) == row.language]
-    rows = [{"query": row.source.text, "response": row.target, "lang": row.language.name} for row in own]
-    write_json(folder / "query_translation" / "math.json", rows)
 
-    known = set(questions.values())
-    pairs = read_training(data, task, "mapping", languages, train_num=10**9)
+    known, paired = set(questions.values()), set()
+    pairs = read_training(data, TASK, "mapping", languages, ALL_ROWS)
     for language in languages:
-        english = [(row, words(row.target)) for row in pairs if row.language == language]
-        kept = [row for row, question in english if question in known and owner(question) == language]
+        kept = [row for row in pairs if row.language == language and owner(words(row.target)) == language]
+        kept = [row for row in kept if words(row.target) in known][: flags.mapping_num]
+        _require("--mapping_num", flags.mapping_num, kept, f"pairs of {language.name}")
+        paired.update(words(row.target) for row in kept)
         pair = folder / "bilingual_pairs" / f"en-{language.code}"
         write_text(pair / f"train_100k.{language.code}", "".join(f"{row.source.text}\n" for row in kept))
         write_text(pair / "train_100k.en", "".join(f"{row.target}\n" for row in kept))
 
+    english = [Text(row.source.text, row.target) for row in own if row.language == ENGLISH]
+    _require("--llm_steps", flags.llm_steps * LLM_BATCH_SIZE, english, "English problems")
+    llm_problems = training_order(english, flags.llm_steps, LLM_BATCH_SIZE, seed=0)
+    write_json(folder / LLM_PROBLEMS, llm_problems)
+
+    learned = {problem.learned for problem in llm_problems}
+    left = [row for row in own if row.target not in learned and questions[row.target] not in paired]
+    for language in (*languages, ENGLISH):
+        rows = [row for row in left if row.language == language]
+        _require("--augmentation_num", flags.augmentation_num, rows, f"problems of {language.name}")
+    rows = [{"query": row.source.text, "response": row.target, "lang": row.language.name} for row in left]
+    write_json(folder / "query_translation" / "math.json", rows)
+
+
+def _require(flag_name: str, wanted: int, found: Sequence[object], what: str) -> None:
+    if len(found) < wanted:
+        raise InputError(f"{flag_name} asks for {wanted:,} {what}, and there are {len(found):,}")
+
 
 def write_llm(flags: MiniatureFlags, data: Path, folder: Path) -> None:
-    """Fine-tune the LLM on English problems, in the prompt that it is asked in.
-
-    Raises:
-        InputError: there are fewer than the steps want.
-    """
+    """Fine-tune the LLM on its problems, in the prompt that it is asked in."""
     tokenizer = AutoTokenizer.from_pretrained(flags.llm_path)
-    problems = read_training(data, TRAINING_TASKS["math"], "augmentation", (ENGLISH,), train_num=10**9)
-    texts = [as_text(row, tokenizer) for row in problems]
-    wanted = flags.llm_steps * LLM_BATCH_SIZE
-    if wanted > len(texts):
-        raise InputError(
-            f"--llm_steps {flags.llm_steps} want {wanted:,} English problems, and there are {len(texts):,}"
-        )
-    drawn = training_order(texts, flags.llm_steps, LLM_BATCH_SIZE, seed=0)
-    fine_tune(flags.llm_path, drawn, LLM_BATCH_SIZE, flags.llm_lr, folder / "model")
+    texts = [as_read(Text(*row), tokenizer) for row in read_json(data / LLM_PROBLEMS)]
+    fine_tune(flags.llm_path, texts, LLM_BATCH_SIZE, flags.llm_lr, folder / "model")
+
+
+def as_read(problem: Text, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Question and solution as the LLM reads them alone: bos, prompt, solution; the tokenizer may bring the bos."""
+    brings_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    bos = "" if brings_bos else tokenizer.bos_token or ""
+    return Text(bos + math_prompt(problem.read).text, problem.learned)
 
 
 def stage_flags(flags: MiniatureFlags, stage: str) -> StartFlags:
@@ -176,66 +243,71 @@ def stage_flags(flags: MiniatureFlags, stage: str) -> StartFlags:
         eval_steps=10,
         max_len=QUESTION_TOKENS if of_mapping else MAX_TOKENS,
         eval_batch_size=12,
+        ranks=RANKS,
         translations=flags.translations if of_mapping else 0,
     )
 
 
+def held_out(flags: MiniatureFlags, stage: str, seed: int) -> dict[str, list[Example]]:
+    """By language the rows that a stage holds out.
+
+    Raises:
+        InputError: there are none of some language.
+    """
+    shared = stage_flags(flags, stage)
+    languages = select_languages(shared.languages)
+    rows = read_training(Path(shared.data_dir), TASK, stage, languages, shared.train_num)
+    dev, _ = hold_out(rows, shared.dev_size, seed)
+    found = {language.name: [row for row in dev if row.language == language] for language in languages}
+    if missing := [name for name, own in found.items() if not own]:
+        raise InputError(f"--dev_size {flags.dev_size} holds out no {stage} row of {missing[0]} with seed {seed}")
+    return found
+
+
 def train_stage(flags: MiniatureFlags, stage: str, start: str, seed: int, name: str, folder: Path) -> None:
-    """Train one stage; writes its curve, and what its best mapping makes of the held-out rows.
+    """Train one stage in outputs/`name`; writes its curve, and what its best mapping makes of the held-out rows.
 
     Before the first pair an aligned start is a mapping like any other, and measured like one.
     """
-    shared, words = stage_flags(flags, stage), dict(zip(STAGES, STARTS[start], strict=True))[stage]
-    words += f" --stage_name {stage} --max_prompt_len {shared.max_len}"
+    shared = stage_flags(flags, stage)
+    words = f"{STARTS[start][stage]} --max_prompt_len {shared.max_len}"
     if flags.encoder_layer is not None and stage == "mapping":
         words += f" --encoder_layer {flags.encoder_layer}"
-    if flags.overwrite:
-        words += " --overwrite"
-    trained = train(shared, name, words, seed)
+    trained = train(shared, stage, name, words, seed)
     found = {"curve": curve(trained / stage, flags.train_batch_size), "end": control(shared, trained / stage, seed)}
-    if stage == "mapping" and (trained / "aligned_start").exists():
-        found["start"] = control(shared, trained / "aligned_start", seed)
+    if stage == "mapping" and (trained / ALIGNED_START).exists():
+        found["start"] = control(shared, trained / ALIGNED_START, seed)
     write_json(folder / RESULT, found)
 
 
 def read_alone(flags: MiniatureFlags, seed: int, folder: Path) -> None:
-    """Write the perplexity, by language, of the augmentation stage's held-out rows to the LLM that reads the prompt."""
-    shared = stage_flags(flags, "augmentation")
-    examples = read_training(
-        Path(shared.data_dir),
-        TRAINING_TASKS["math"],
-        "augmentation",
-        select_languages(shared.languages),
-        shared.train_num,
-    )
-    dev, _ = hold_out(examples, shared.dev_size, seed)
-    llm = load_llm(shared.llm_path, None, torch.float32, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(shared.llm_path)
+    """Write the perplexity, by language, of the augmentation stage's held-out rows to the LLM that reads the prompt.
+
+    For an LLM that `token_scores` can ask.
+    """
+    llm_path = stage_flags(flags, "augmentation").llm_path
+    llm = load_llm(llm_path, None, torch.bfloat16, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(llm_path)
     found: dict[str, float] = {}
-    for language in sorted({row.language.name for row in dev}):
-        texts = [as_text(row, tokenizer) for row in dev if row.language.name == language]
+    for language, rows in held_out(flags, "augmentation", seed).items():
         # An eos closes every target of the stage, too.
-        scores = score_texts(llm, tokenizer, [Text(text.read, text.learned + tokenizer.eos_token) for text in texts])
+        problems = [Text(row.source.text, row.target + tokenizer.eos_token) for row in rows]
+        scores = score_texts(llm, tokenizer, [as_read(problem, tokenizer) for problem in problems])
         found[language] = math.exp(sum(scores["loss"]) / sum(scores["tokens"]))
     write_json(folder / RESULT, found)
-
-
-def as_text(row: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """A problem as the LLM reads it alone: bos, prompt, solution."""
-    return Text((tokenizer.bos_token or "") + row.prompt.text, row.target)
 
 
 def ask(flags: MiniatureFlags, name: str, words: str, folder: Path) -> None:
     """Answer both benchmarks; writes their scores, and of each language in turn which problems were answered right."""
     found = {}
-    for task, languages in (("mgsm", flags.languages), ("msvamp", flags.msvamp_languages or flags.languages)):
+    for task in TASKS:
+        languages = ",".join(language.code for language in flags.asked_in(task))
         launch(
             "run_evaluation.py",
-            f"--task {task} --save_name {name} --llm_path {stage_flags(flags, 'augmentation').llm_path} "
-            f"--data_dir {flags.data_dir} --languages {languages},{ENGLISH.code} --test_num {flags.test_num} "
-            f"--max_seq_len {MAX_TOKENS} --max_prompt_len {MAX_TOKENS} --max_gen_len {ANSWER_TOKENS} --dtype bfloat16 "
-            + words
-            + " --overwrite" * flags.overwrite,
+            f"--task {task} --save_name {name} --llm_path {quote(stage_flags(flags, 'augmentation').llm_path)} "
+            f"--data_dir {quote(flags.data_dir)} --languages {languages} --test_num {flags.test_num} "
+            f"--max_seq_len {MAX_TOKENS} --max_prompt_len {MAX_TOKENS} --max_gen_len {ANSWER_TOKENS} "
+            f"--dtype bfloat16 {words}",
         )
         results = Path("results") / (f"{name}-baseline" if "--baseline" in words else name) / task
         scores, right = read_json(results / SCORES), {}
@@ -276,33 +348,38 @@ def reproduce(flags: MiniatureFlags) -> dict[str, Any]:
         `gains` of each start by benchmark; and of each of the `steps` its `seconds` and its `cpu_seconds`.
 
     Raises:
-        InputError: no such model or data, or a `--work_dir` of other settings.
-        subprocess.CalledProcessError: a script has failed.
+        InputError: no such model or data, too little data, a `--work_dir` of other settings, or a script has failed.
     """
     quiet_libraries()
     work, settings = Path(flags.work_dir), flags.settings()
+    # Results lie outside of work_dir, too, and know the LLM by its path: other settings, other names.
+    run_name = f"{work.name}-{crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
     with locked(work):
         runs.is_finished(work, settings, flags.overwrite)
         runs.start(work, settings, flags.overwrite, start_process("cpu"))
         step(work / "data", functools.partial(write_data, flags))
+        for seed in range(flags.seeds):
+            for stage in STAGES:
+                held_out(flags, stage, seed)
         step(work / "llm", functools.partial(write_llm, flags, work / "data"))
-        step(work / "asked", functools.partial(ask, flags, work.name, "--baseline"))
+        step(work / "asked", functools.partial(ask, flags, run_name, "--baseline"))
         alone = read_json(work / "asked" / RESULT)
 
         starts: dict[str, list[dict[str, Any]]] = {start: [] for start in STARTS}
         perplexities = []
         for seed in range(flags.seeds):
-            home = work / f"seed{seed}"
-            step(home / "alone", functools.partial(read_alone, flags, seed))
-            perplexities.append(read_json(home / "alone" / RESULT))
+            step(work / f"alone_{seed}", functools.partial(read_alone, flags, seed))
+            perplexities.append(read_json(work / f"alone_{seed}" / RESULT))
             for start, of_seeds in starts.items():
-                name, found = f"{work.name}-{start}-{seed}", {}
-                for stage in STAGES:
-                    step(home / start / stage, functools.partial(train_stage, flags, stage, start, seed, name))
-                    found[stage] = read_json(home / start / stage / RESULT)
-                words = f"--mt_path {flags.mt_path} --init_checkpoint outputs/{name}/augmentation"
-                step(home / start / "asked", functools.partial(ask, flags, name, words))
-                of_seeds.append(found | {"asked": read_json(home / start / "asked" / RESULT)})
+                name, found = f"{run_name}-{start}-{seed}", {}
+                words = f"--mt_path {quote(flags.mt_path)} --init_checkpoint outputs/{name}/augmentation"
+                steps = {stage: functools.partial(train_stage, flags, stage, start, seed, name) for stage in STAGES}
+                steps["asked"] = functools.partial(ask, flags, name, words)
+                for kind, work_of_step in steps.items():
+                    done = work / f"{start}_{seed}_{kind}"
+                    step(done, work_of_step)
+                    found[kind] = read_json(done / RESULT)
+                of_seeds.append(found)
 
     result = {
         "benchmark": "reproduce_mindmerger",

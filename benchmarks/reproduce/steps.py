@@ -19,7 +19,10 @@ COST = "cost.json"
 
 
 def step(folder: Path, work: Callable[[Path], None]) -> None:
-    """Let `work` fill a folder, unless that is done; the seconds that it took, of clock and CPU, are kept in it."""
+    """Let `work` fill a folder, unless that is done.
+
+    The seconds that it took, of clock and of CPU, are kept in it; of work that was interrupted, those since then.
+    """
     if folder.exists():
         return
     print(f"== {folder}", flush=True)

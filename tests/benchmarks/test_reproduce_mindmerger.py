@@ -5,15 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 import benchmarks.aligned_start
 import benchmarks.reproduce.mindmerger as reproduce
 import tests.mindmerger.datas as datas
+from benchmarks.reproduce.texts import Text
 from common.errors import InputError
 from common.files import read_json
 from common.flags import parse_flags
 from mindmerger.evaluation import evaluate
 from mindmerger.flags import EvaluationFlags
+from mindmerger.tasks import math_prompt
 from tests.conftest import REPOSITORY
 from tests.mindmerger.scripts import forget_ranks, train_here
 
@@ -29,10 +32,11 @@ def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> reproduce.Miniatur
             evaluate(parse_flags(EvaluationFlags, words.split()))
             forget_ranks()
 
+    # Whatever training leaves in these is undone with the test.
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datas, "ROWS", 40)
+    monkeypatch.setattr(datas, "ROWS", 80)
     monkeypatch.setattr(reproduce, "launch", launch_here)
     monkeypatch.setattr(benchmarks.aligned_start, "launch", launch_here)
     monkeypatch.setattr(reproduce, "ANSWER_TOKENS", 4)
@@ -47,32 +51,42 @@ def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> reproduce.Miniatur
         msvamp_languages="sw",
         seeds=1,
         llm_steps=1,
-        mapping_num=12,
+        mapping_num=10,
         augmentation_num=5,
-        dev_size=7,
+        dev_size=8,
         train_batch_size=4,
         translations=1,
         test_num=2,
     )
 
 
-def test_every_problem_is_in_one_language(flags: reproduce.MiniatureFlags) -> None:
+def test_every_problem_is_in_one_place_and_one_language(flags: reproduce.MiniatureFlags) -> None:
     # The two files put blanks differently.
     english = Path("datas/bilingual_pairs/en-de/train_100k.en")
     english.write_text(english.read_text().replace(" ", "  "))
     reproduce.write_data(flags, Path("own"))
-    rows = read_json(Path("own/query_translation/math.json"))
-    numbers = {name: {r["response"].split()[2] for r in rows if r["lang"] == name} for name in ("German", "Swahili")}
-    for name, code in (("German", "de"), ("Swahili", "sw")):
-        lines = [
+    pairs = []
+    for code in ("de", "sw"):
+        sides = [
             Path(f"own/bilingual_pairs/en-{code}/train_100k.{side}").read_text().splitlines() for side in (code, "en")
         ]
-        assert {line.split()[1].rstrip(":") + "." for line in lines[0]} == numbers[name]
-        assert [line.split()[1] for line in lines[0]] == [line.split()[1] for line in lines[1]]
-    of_llm = {r["response"].split()[2] for r in rows if r["lang"] == "English"}
-    parts = [*numbers.values(), of_llm]
-    assert sum(map(len, parts)) == len(set.union(*parts)) == len(rows) == datas.ROWS
-    assert len(of_llm) > max(map(len, numbers.values())) > 0
+        numbers = [[int(line.split()[1].rstrip(":")) for line in side] for side in sides]
+        assert numbers[0] == numbers[1] and len(numbers[0]) == flags.mapping_num
+        pairs += numbers[0]
+    of_llm = [int(learned.split()[2].rstrip(".")) for _, learned in read_json(Path("own") / reproduce.LLM_PROBLEMS)]
+    assert len(of_llm) == 8
+    left = [int(row["response"].split()[2].rstrip(".")) for row in read_json(Path("own/query_translation/math.json"))]
+    assert sorted(pairs + of_llm + left) == list(range(datas.ROWS))
+
+
+@pytest.mark.parametrize("brings_bos", [False, True])
+def test_the_llm_learns_what_it_will_be_asked(brings_bos: bool) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "quickstart/models/llm", add_bos_token=brings_bos)
+    assert bool(tokenizer("").input_ids) == brings_bos
+    problem = reproduce.as_read(Text("How many?", "Two."), tokenizer)
+    ids = tokenizer(problem.read).input_ids
+    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+    assert problem.read.endswith(math_prompt("How many?").text) and problem.learned == "Two."
 
 
 def test_a_gain_is_of_problems_and_not_of_english() -> None:
@@ -97,7 +111,7 @@ def test_the_whole_is_done_once(
     held_out = aligned["augmentation"]["end"]["languages"]
     assert set(result["alone"]["perplexity"][0]) == set(held_out)
     assert read_json(reproduce.RESULTS) == json.loads(json.dumps(result))
-    assert {"data", "llm", "asked", "seed0/alone", "seed0/scaled/asked"} <= set(result["steps"])
+    assert {"data", "llm", "asked", "alone_0", "scaled_0_asked"} <= set(result["steps"])
 
     def stop(*_, **__):
         raise AssertionError("this was done before")
@@ -106,19 +120,34 @@ def test_the_whole_is_done_once(
         monkeypatch.setattr(reproduce, name, stop)
     words = [f"--{name}={value}" for name, value in vars(flags).items() if name not in ("overwrite", "encoder_layer")]
     monkeypatch.setattr("sys.argv", ["mindmerger", *words])
-    Path("docs").mkdir()
     capsys.readouterr()
     reproduce.main()
     output = capsys.readouterr().out
     assert json.loads(output.splitlines()[-1]) == json.loads(json.dumps(result))
     assert reproduce.PICTURE.stat().st_size > 10_000
     assert "| aligned start, no pair seen, seed 0 |" in output and "| the LLM alone |" in output
-    with pytest.raises(InputError, match="mapping_num was 12, now 13"):
-        reproduce.reproduce(replace(flags, mapping_num=13))
+    with pytest.raises(InputError, match="mapping_num was 10, now 9"):
+        reproduce.reproduce(replace(flags, mapping_num=9))
 
 
-def test_too_few_problems_and_english_twice(flags: reproduce.MiniatureFlags) -> None:
-    with pytest.raises(InputError, match="--llm_steps 9 want 72 English problems, and there are"):
-        reproduce.reproduce(replace(flags, llm_steps=9))
-    with pytest.raises(InputError, match="English is there in any case"):
-        replace(flags, languages="de,en")
+def test_what_is_wrong_is_told_before_the_llm_is_trained(
+    flags: reproduce.MiniatureFlags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(reproduce, "fine_tune")
+    for changed, message in (
+        ({"llm_steps": 9}, "--llm_steps asks for 72 English problems, and there are"),
+        ({"mapping_num": 30}, "--mapping_num asks for 30 pairs of German, and there are"),
+        ({"augmentation_num": 20}, "--augmentation_num asks for 20 problems of German, and there are"),
+        ({"dev_size": 1}, "--dev_size 1 holds out no mapping row of"),
+        ({"languages": "de,en"}, "English is there in any case"),
+        ({"msvamp_languages": "fr"}, "--msvamp_languages fr: French is not in --languages"),
+        ({"seeds": 0}, "--seeds 0 must be above 0"),
+        ({"train_batch_size": 5}, "--train_batch_size 5 cannot be divided among 2 ranks"),
+        ({"work_dir": "."}, "--work_dir . names no folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            reproduce.reproduce(replace(flags, overwrite=True, **changed))
+    german = Path("datas/evaluation/mgsm/mgsm_de.tsv")
+    german.write_text("".join(reversed(german.read_text().splitlines(keepends=True))))
+    with pytest.raises(InputError, match="mgsm_de.tsv, line 1: not the problems of the English file"):
+        reproduce.reproduce(flags)
