@@ -10,6 +10,7 @@ to results/aligned_start/{name}.json. The last line is one JSON object.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -136,6 +137,12 @@ def examples_to_reach(points: list[tuple[int, float]], perplexity: float) -> int
     return next((examples for examples, reached in points if reached <= perplexity), None)
 
 
+def pooled(languages: dict[str, dict[str, Any]], key: str) -> float:
+    """A perplexity that is known by language over the tokens of all, as curves have it."""
+    rows = languages.values()
+    return math.exp(sum(row["tokens"] * math.log(row[key]) for row in rows) / sum(row["tokens"] for row in rows))
+
+
 def draw_curves(axes: Axes, runs: dict[str, list[dict[str, Any]]]) -> None:
     """Every run's dev perplexity by examples seen, and at its end that of shuffled sources."""
     for colour, (name, of_seeds) in zip(COLOURS, runs.items(), strict=False):
@@ -143,7 +150,7 @@ def draw_curves(axes: Axes, runs: dict[str, list[dict[str, Any]]]) -> None:
             examples, perplexities = zip(*run["curve"], strict=True)
             label = name if number == 0 else None
             axes.plot(examples, perplexities, color=colour, linewidth=1.4, alpha=0.9, label=label)
-            last = run["end"]["mean"]["shuffled"]
+            last = pooled(run["end"]["languages"], "shuffled")
             label = f"{name}, sources shuffled, at the end" if number == 0 else None
             axes.plot(examples[-1], last, marker="x", linestyle="none", color=colour, label=label)
     axes.set_yscale("log")

@@ -106,7 +106,7 @@ def measure(flags: ControlFlags) -> dict[str, dict[str, Any]]:
     """Load the mapping and measure it on the dev rows of its training run; prints some of the translations.
 
     Returns:
-        By language: `rows`, `perplexity`, `shuffled` (the perplexity with another row's source), and of translations,
+        By language: `rows`, `tokens` of their targets, `perplexity`, `shuffled` (the perplexity with another row's source), and of translations,
         where any are asked for, `numbers_kept` (0 to 1), `chrf` (0 to 100) and the texts, `translations`.
     """
     quiet_libraries()
@@ -136,6 +136,7 @@ def measure(flags: ControlFlags) -> dict[str, dict[str, Any]]:
         rows = tokenizer(own)
         result[language] = {
             "rows": len(own),
+            "tokens": sum(len(row.target) for row in rows),
             "perplexity": round(perplexity(model, rows, size, pad_id), 3),
             "shuffled": round(perplexity(model, shuffled_sources(rows, flags.seed), size, pad_id), 3),
         }
