@@ -106,8 +106,9 @@ def measure(flags: ControlFlags) -> dict[str, dict[str, Any]]:
     """Load the mapping and measure it on the dev rows of its training run; prints some of the translations.
 
     Returns:
-        By language: `rows`, `tokens` of their targets, `perplexity`, `shuffled` (the perplexity with another row's source), and of translations,
-        where any are asked for, `numbers_kept` (0 to 1), `chrf` (0 to 100) and the texts, `translations`.
+        By language: `rows`, `tokens` of their targets, `perplexity`, `shuffled` (the perplexity with another row's
+        source), and of translations, where any are asked for, `numbers_kept` (0 to 1), `chrf` (0 to 100) and the texts,
+        `translations`.
     """
     quiet_libraries()
     set_seed(flags.seed)
