@@ -82,11 +82,12 @@ def with_own_english(data_dir: Path, languages: tuple[Language, ...], out: Path)
     return out
 
 
-def train(flags: StartFlags, stage: str, save_name: str, variant: str, seed: int) -> Path:
-    """Run a training stage with the variant's flags.
+def train(flags: StartFlags, stage: str, save_name: str, variant: str, seed: int) -> dict[str, Any]:
+    """Run a training stage with the variant's flags, and measure it.
 
     Returns:
-        The folder of `save_name`.
+        `curve`; `end`, what `control` finds of the best mapping; and of a mapping stage with an aligned start `start`,
+        the same before the first pair.
 
     Raises:
         InputError: it has failed.
@@ -101,7 +102,12 @@ def train(flags: StartFlags, stage: str, save_name: str, variant: str, seed: int
         f"--deepspeed_config configs/deepspeed/{DEEPSPEED_CONFIGS[flags.dtype]} {variant}"
     )
     launch("run_training.py", words, flags.ranks)
-    return Path("outputs") / save_name
+    folder = Path("outputs") / save_name
+    run = {"curve": curve(folder / stage, flags.train_batch_size), "end": control(flags, folder / stage, seed)}
+    if stage == "mapping" and (folder / ALIGNED_START).exists():
+        # The start is a mapping like any other: what does it say before the LLM has seen a pair?
+        run["start"] = control(flags, folder / ALIGNED_START, seed)
+    return run
 
 
 def curve(folder: Path, batch_size: int) -> list[tuple[int, float]]:
@@ -194,13 +200,7 @@ def main() -> None:
     for seed in range(flags.seeds):
         for name, of_seeds in runs.items():
             save_name = f"aligned_start-{flags.name}-{name.replace(' ', '_')}-{seed}"
-            folder = train(flags, "mapping", save_name, variants[name], seed)
-            run = {"seed": seed, "curve": curve(folder / "mapping", flags.train_batch_size)}
-            run["end"] = control(flags, folder / "mapping", seed)
-            if (folder / ALIGNED_START).exists():
-                # The start is a mapping like any other: what does it say before the LLM has seen a pair?
-                run["start"] = control(flags, folder / ALIGNED_START, seed)
-            of_seeds.append(run)
+            of_seeds.append({"seed": seed, **train(flags, "mapping", save_name, variants[name], seed)})
             write_json(Path("results/aligned_start") / f"{flags.name}.json", runs)
 
     print(f"\n{table(runs)}")

@@ -34,11 +34,12 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.aligned_start import StartFlags, control, curve, draw_curves, train
+from benchmarks.aligned_start import StartFlags, draw_curves, train
 from benchmarks.launch import launch
 from benchmarks.reproduce.bootstrap import ratio_interval
 from benchmarks.reproduce.scoring import score_texts
 from benchmarks.reproduce.steps import costs, fine_tune, step, training_order
+from benchmarks.reproduce.tables import cost_table, markdown
 from benchmarks.reproduce.texts import Text
 from benchmarks.side_by_side import machine
 from common import runs
@@ -55,7 +56,6 @@ from mindmerger.evaluation import read_answers
 from mindmerger.flags import require_positive
 from mindmerger.report import SCORES
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, Language, math_prompt, select_languages
-from mindmerger.trainer import ALIGNED_START
 from regmean.checkpoint import open_checkpoint
 
 RESULTS = Path("results/reproduce/mindmerger.json")
@@ -265,19 +265,12 @@ def held_out(flags: MiniatureFlags, stage: str, seed: int) -> dict[str, list[Exa
 
 
 def train_stage(flags: MiniatureFlags, stage: str, start: str, seed: int, name: str, folder: Path) -> None:
-    """Train one stage in outputs/`name`; writes its curve, and what its best mapping makes of the held-out rows.
-
-    Before the first pair an aligned start is a mapping like any other, and measured like one.
-    """
+    """Train one stage in outputs/`name`; writes what `train` returns."""
     shared = stage_flags(flags, stage)
     words = f"{STARTS[start][stage]} --max_prompt_len {shared.max_len}"
     if flags.encoder_layer is not None and stage == "mapping":
         words += f" --encoder_layer {flags.encoder_layer}"
-    trained = train(shared, stage, name, words, seed)
-    found = {"curve": curve(trained / stage, flags.train_batch_size), "end": control(shared, trained / stage, seed)}
-    if stage == "mapping" and (trained / ALIGNED_START).exists():
-        found["start"] = control(shared, trained / ALIGNED_START, seed)
-    write_json(folder / RESULT, found)
+    write_json(folder / RESULT, train(shared, stage, name, words, seed))
 
 
 def read_alone(flags: MiniatureFlags, seed: int, folder: Path) -> None:
@@ -343,8 +336,7 @@ def reproduce(flags: MiniatureFlags) -> dict[str, Any]:
     Returns:
         What `results/reproduce/mindmerger.json` holds: `settings`; of the LLM `alone` its scores by benchmark, `asked`,
         and for each seed its `perplexity` by language on the augmentation stage's held-out rows; `starts`: of each
-        start and seed `mapping` and `augmentation` (`curve`, and `end` and `start` as `mapping_control.measure` returns
-        them, with the mean over languages) and the scores by benchmark, `asked`;
+        start and seed `mapping` and `augmentation`, as `train` returns them, and the scores by benchmark, `asked`;
         `gains` of each start by benchmark; and of each of the `steps` its `seconds` and its `cpu_seconds`.
 
     Raises:
@@ -402,9 +394,6 @@ def reproduce(flags: MiniatureFlags) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Both stages and both benchmarks as Markdown."""
 
-    def rows(head: list[str], lines: list[list[str]]) -> str:
-        return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
-
     def share(entry: dict[str, float], key: str, sign: str = "") -> str:
         value, low, high = (100 * entry[name] for name in (key, "low", "high"))
         return f"{value:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
@@ -420,18 +409,17 @@ def table(result: dict[str, Any]) -> str:
         ]
         languages = list(measured[0][1]["languages"])
         head = [f"{stage} stage: dev perplexity (sources shuffled)", *languages]
-        told = stage == "mapping" and "chrf" in measured[0][1]["mean"]
         lines = []
         for name, found in measured:
             of_languages = [found["languages"][language] for language in languages]
             line = [name, *(f"{one['perplexity']:.2f} ({one['shuffled']:.2f})" for one in of_languages)]
-            if told:
+            if stage == "mapping":
                 line += [f"{100 * found['mean']['numbers_kept']:.0f}%", f"{found['mean']['chrf']:.0f}"]
             lines.append(line)
         if stage == "augmentation":
             for seed, alone in enumerate(result["alone"]["perplexity"]):
                 lines.append([f"the LLM alone, seed {seed}", *(f"{alone[language]:.2f}" for language in languages)])
-        parts.append(rows([*head, "numbers kept", "chrF"] if told else head, lines))
+        parts.append(markdown([*head, "numbers kept", "chrF"] if stage == "mapping" else head, lines))
 
     for task in TASKS:
         asked = {"the LLM alone": result["alone"]["asked"][task]}
@@ -442,9 +430,9 @@ def table(result: dict[str, Any]) -> str:
             [name, *(share(scores["languages"][language], "accuracy") for language in languages)]
             for name, scores in asked.items()
         ]
-        parts.append(rows([f"{task}, % right (95% interval)", *languages], lines))
+        parts.append(markdown([f"{task}, % right (95% interval)", *languages], lines))
     lines = [[start, *(share(gains[task], "value", "+") for task in TASKS)] for start, gains in result["gains"].items()]
-    parts.append(rows(["gain over the LLM alone, points, without English", *TASKS], lines))
+    parts.append(markdown(["gain over the LLM alone, points, without English", *TASKS], lines))
     return "\n\n".join(parts)
 
 
@@ -461,9 +449,7 @@ def draw(result: dict[str, Any]) -> None:
 def main() -> None:
     result = reproduce(parse_flags(MiniatureFlags))
     draw(result)
-    print("\nseconds  of CPU  step")
-    for name, cost in result["steps"].items():
-        print(f"{cost['seconds']:>7.1f}{cost['cpu_seconds']:>8.1f}  {name}")
+    print(f"\n{cost_table(result['steps'])}")
     print(f"\n{table(result)}\n\n{RESULTS}, {PICTURE}")
     print(json.dumps(result))
 

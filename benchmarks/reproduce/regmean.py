@@ -35,6 +35,7 @@ from benchmarks.regmean_inputs import read_texts
 from benchmarks.reproduce.bootstrap import ratio_interval
 from benchmarks.reproduce.scoring import score_texts
 from benchmarks.reproduce.steps import costs, fine_tune, step, training_order
+from benchmarks.reproduce.tables import cost_table, markdown
 from benchmarks.reproduce.texts import HELD_OUT_PACKAGES, TRAINING_PACKAGES, Text, choices, functions, problems
 from benchmarks.side_by_side import machine
 from common import runs
@@ -298,11 +299,10 @@ def table(result: dict[str, Any]) -> str:
         return " / ".join(cell(figure, one["value"]) for one in entry["seeds"])
 
     def rows(title: str, models: dict[str, Any], write: Callable[[str, dict[str, Any]], str]) -> str:
-        lines = ["| " + " | ".join([title, *(names[0] for names in FIGURES.values())]) + " |"]
-        lines.append("|" + " --- |" * (len(FIGURES) + 1))
-        for name, figures in models.items():
-            lines.append("| " + " | ".join([name, *(write(figure, figures[figure]) for figure in FIGURES)]) + " |")
-        return "\n".join(lines)
+        return markdown(
+            [title, *(names[0] for names in FIGURES.values())],
+            [[name, *(write(figure, own[figure]) for figure in FIGURES)] for name, own in models.items()],
+        )
 
     return "\n\n".join(
         [
@@ -348,9 +348,7 @@ def reproduce(flags: ReproduceFlags) -> dict[str, Any]:
 
 def main() -> None:
     result = reproduce(parse_flags(ReproduceFlags))
-    print("\nseconds  of CPU  step")
-    for name, cost in result["steps"].items():
-        print(f"{cost['seconds']:>7.1f}{cost['cpu_seconds']:>8.1f}  {name}")
+    print(f"\n{cost_table(result['steps'])}")
     print(f"\n{table(result)}\n\n{RESULTS}")
     print(json.dumps(result))
 

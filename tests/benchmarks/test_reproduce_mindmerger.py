@@ -22,27 +22,23 @@ from tests.mindmerger.scripts import forget_ranks, train_here
 
 
 @pytest.fixture
-def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> reproduce.MiniatureFlags:
+def flags(work: Path, monkeypatch: pytest.MonkeyPatch) -> reproduce.MiniatureFlags:
     """One step of everything, in a folder of its own, in this process."""
 
     def launch_here(script: str, words: str, ranks: int = 2) -> None:
         if script == "run_training.py":
-            train_here(tmp_path, *words.split())
+            train_here(work, *words.split())
         else:
             evaluate(parse_flags(EvaluationFlags, words.split()))
             forget_ranks()
 
-    # Whatever training leaves in these is undone with the test.
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.delenv("LOCAL_RANK")
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datas, "ROWS", 80)
     monkeypatch.setattr(reproduce, "launch", launch_here)
     monkeypatch.setattr(benchmarks.aligned_start, "launch", launch_here)
     monkeypatch.setattr(reproduce, "ANSWER_TOKENS", 4)
     # One start of the two: both go through the same steps.
     monkeypatch.delitem(reproduce.STARTS, "scaled")
-    datas.write_datas(tmp_path / "datas")
+    datas.write_datas(work / "datas")
     Path("configs").symlink_to(REPOSITORY / "configs")
     models = REPOSITORY / "quickstart/models"
     return reproduce.MiniatureFlags(

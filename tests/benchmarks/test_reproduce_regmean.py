@@ -218,12 +218,9 @@ def test_a_model_of_one_seed_is_compared_with_the_average_of_that_seed() -> None
 
 
 @pytest.fixture
-def flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> reproduce.ReproduceFlags:
+def flags(work: Path, monkeypatch: pytest.MonkeyPatch) -> reproduce.ReproduceFlags:
     """Two steps of fine-tuning on the small world's problems and on a small package, in a folder of its own."""
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.delenv("LOCAL_RANK")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets_cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(work / "datasets_cache"))
     monkeypatch.setattr(reproduce, "TRAINING_PACKAGES", ("tqdm",))
     monkeypatch.setattr(reproduce, "HELD_OUT_PACKAGES", ("psutil",))
     monkeypatch.setattr(reproduce, "HELD_OUT", 10)
