@@ -37,7 +37,7 @@ from regmean.layer_inputs import LinearInputs, aligned_with, input_width, linear
 SNAPSHOT_SECONDS = 600.0
 SUMS_NAME = "sums.safetensors"
 PLAN = "plan.json"
-PANEL = 512  # rows of a sum that a batch is added to at a time
+PANEL = 512  # rows of a sum that a batch is added to at a time, at most
 # Of the memory that is free beside the model, what the activations of a batch and fragmentation may take.
 RESERVED = 0.1
 
@@ -156,9 +156,11 @@ def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
     """
     if rows.device.type == "cpu":
         rows = rows.float()
-    for start in range(0, len(total), PANEL):
-        panel, below = rows[:, start : start + PANEL].T, rows[:, : start + PANEL]
-        part = total[start : start + PANEL, : start + PANEL]
+    # The fewer, the less is computed above the diagonal, until products grow too small to be fast.
+    step = min(PANEL, max(192, len(total) // 8))
+    for start in range(0, len(total), step):
+        panel, below = rows[:, start : start + step].T, rows[:, : start + step]
+        part = total[start : start + step, : start + step]
         if rows.dtype == torch.float32:
             part.addmm_(panel, below)
         else:

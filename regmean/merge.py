@@ -3,7 +3,9 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,8 @@ from regmean.tensor_file import FLOATS, encode
 if TYPE_CHECKING:
     import torch
 
-CHUNK_ELEMENTS = 1 << 18  # of an averaged tensor read at a time
+CHUNK_ELEMENTS = 1 << 17  # of an averaged tensor read at a time
+AHEAD = 2  # chunks that are read and averaged, a thread each, while one is written
 CACHED_ELEMENTS = 1 << 16  # of it averaged at a time: their float64 sums stay in the processor's cache
 BLOCK_ELEMENTS = 1 << 24  # of stacked layer outputs at a time, per model: 64 MB in float32
 
@@ -100,7 +103,7 @@ def array_bytes(models: int, systems: Iterable[tuple[int, int]]) -> int:
     solving = (
         4 * (3 * inputs**2 + (models + 8) * min(BLOCK_ELEMENTS, inputs * outputs)) for inputs, outputs in systems
     )
-    return max([32 * CHUNK_ELEMENTS, *solving])
+    return max([32 * (AHEAD + 1) * CHUNK_ELEMENTS, *solving])
 
 
 def _print_plan(flags: MergeFlags, plan: MergePlan, models: list[Checkpoint], grams: list[Grams]) -> None:
@@ -154,10 +157,7 @@ class _Merger:
     def run(self) -> None:
         total = sum(math.prod(shape) for _, shape in self._plan.layout.values())
         with tqdm(total=total, unit="el", unit_scale=True, desc="merging", dynamic_ncols=True) as bar:
-            for name in self._plan.copied:
-                self._average(name, self._models[:1], [1.0], bar)
-            for name in self._plan.averaged:
-                self._average(name, self._models, self._shares, bar)
+            self._average(bar)
             if not self._plan.groups:
                 return
             # An average needs neither torch nor the seconds that it takes to import.
@@ -167,25 +167,38 @@ class _Merger:
             for group in self._plan.groups:
                 self._solve(group, device, bar)
 
-    def _average(self, name: str, models: list[Checkpoint], shares: list[float], bar: tqdm) -> None:
-        infos = [model.tensors[name] for model in models]
-        dtype = self._plan.layout[name][0]
-        for start in range(0, infos[0].size, CHUNK_ELEMENTS):
-            stop = min(start + CHUNK_ELEMENTS, infos[0].size)
-            if dtype in FLOATS:
-                mean = weighted_mean([info.read_floats(start, stop) for info in infos], shares)
-                values = self._encode(mean, name)
-            else:
-                values = infos[0].read(start, stop)
-                for info in infos[1:]:
-                    if not np.array_equal(values, info.read(start, stop)):
-                        raise InputError(
-                            f"tensor {name} of {dtype} differs between {infos[0].path} and {info.path}, and cannot be "
-                            "averaged; --exclude takes the first model's"
-                        )
+    def _average(self, bar: tqdm) -> None:
+        """Write all tensors that are copied or averaged."""
+
+        def chunks() -> Iterator[tuple[str, list[Checkpoint], list[float], int, int]]:
+            tensors = [(name, self._models[:1], [1.0]) for name in self._plan.copied]
+            tensors += [(name, self._models, self._shares) for name in self._plan.averaged]
+            for name, models, shares in tensors:
+                size = models[0].tensors[name].size
+                for start in range(0, size, CHUNK_ELEMENTS):
+                    yield name, models, shares, start, min(start + CHUNK_ELEMENTS, size)
+
+        for (name, _, _, start, stop), values in _ahead(self._averaged_chunk, chunks()):
             for writer in self._writers.values():
                 writer.write(name, values, start)
             bar.update(stop - start)
+
+    def _averaged_chunk(
+        self, name: str, models: list[Checkpoint], shares: list[float], start: int, stop: int
+    ) -> np.ndarray:
+        """Elements `start` to `stop` of the models' mean, in the dtype that they are written in."""
+        infos = [model.tensors[name] for model in models]
+        dtype = self._plan.layout[name][0]
+        if dtype in FLOATS:
+            return self._encode(weighted_mean([info.read_floats(start, stop) for info in infos], shares), name)
+        values = infos[0].read(start, stop)
+        for info in infos[1:]:
+            if not np.array_equal(values, info.read(start, stop)):
+                raise InputError(
+                    f"tensor {name} of {dtype} differs between {infos[0].path} and {info.path}, and cannot be "
+                    "averaged; --exclude takes the first model's"
+                )
+        return values
 
     def _solve(self, group: LayerGroup, device: "torch.device", bar: tqdm) -> None:
         import torch
@@ -281,3 +294,16 @@ class _Merger:
             return encode(values, self._plan.layout[name][0])
         except OverflowError as error:
             raise InputError(f"tensor {name}: {error}; choose a wider --dtype") from error
+
+
+def _ahead(function: Callable[..., Any], calls: Iterable[tuple]) -> Iterator[tuple[tuple, Any]]:
+    """Each call's arguments and its result, in order, while threads work on the next AHEAD calls."""
+    waiting: deque[tuple[tuple, Future]] = deque()
+    with ThreadPoolExecutor(AHEAD) as threads:
+        for arguments in calls:
+            waiting.append((arguments, threads.submit(function, *arguments)))
+            if len(waiting) > AHEAD:
+                arguments, result = waiting.popleft()
+                yield arguments, result.result()
+        for arguments, result in waiting:
+            yield arguments, result.result()
