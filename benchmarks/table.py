@@ -91,11 +91,8 @@ def _size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def main() -> None:
-    flags = parse_flags(TableFlags)
-    found = [row for name in flags.only for row in run(flags.words(name))]
-    if flags.quick:
-        return
+def keep(found: list[dict[str, Any]]) -> None:
+    """Put new rows into the record, in the place of those of their names, and all rows into the page."""
     old = [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.exists() else []
     rows = {row["benchmark"]: row for row in old + found}
     with atomic_path(RECORD) as path:
@@ -104,6 +101,14 @@ def main() -> None:
     after = rest.partition(END)[2]
     with atomic_path(PAGE) as path:
         path.write_text(f"{before}{BEGIN}\n{table(list(rows.values()))}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    flags = parse_flags(TableFlags)
+    for name in flags.only:
+        found = run(flags.words(name))
+        if not flags.quick:
+            keep(found)
 
 
 if __name__ == "__main__":

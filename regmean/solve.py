@@ -109,9 +109,11 @@ class Cholesky:
 
     def solve(self, rhs: torch.Tensor) -> torch.Tensor:
         """D with D G = rhs, both (outputs, inputs)."""
-        # The transpose of a row-major matrix is the column-major one that LAPACK wants.
-        scaled = (rhs * self._scale).T
-        return (torch.cholesky_solve(scaled, self._factor).T * self._scale).to(rhs.dtype)
+        # The transpose of a row-major matrix is the column-major one that LAPACK wants; `cholesky_solve` would copy
+        # the factor.
+        half = torch.linalg.solve_triangular(self._factor, (rhs * self._scale).T, upper=False)
+        whole = torch.linalg.solve_triangular(self._factor.T, half, upper=True)
+        return (whole.T * self._scale).to(rhs.dtype)
 
 
 class Lstsq:
