@@ -91,25 +91,28 @@ def weighted_mean(arrays: list[np.ndarray], shares: list[float]) -> np.ndarray:
     return mean
 
 
-def array_bytes(models: int, systems: Iterable[tuple[int, int]]) -> int:
+def array_bytes(models: int, systems: Iterable[tuple[int, int]], alphas: int) -> int:
     """The most bytes of arrays that a merge holds at once.
 
     Args:
         models: how many there are.
         systems: (inputs, outputs) of each that RegMean solves; none for an average.
+        alphas: how many values of alpha it is solved for.
     """
-    # Three squares (the sum of Grams, its factor, one more Gram or the difference of two), and blocks: one per model,
-    # eight in the solver.
+    # Squares (the sum of Grams, one more Gram or the difference of two, a factor for each alpha), and blocks: one per
+    # model, eight in the solver.
     solving = (
-        4 * (3 * inputs**2 + (models + 8) * min(BLOCK_ELEMENTS, inputs * outputs)) for inputs, outputs in systems
+        4 * ((2 + alphas) * inputs**2 + (models + 8) * min(BLOCK_ELEMENTS, inputs * outputs))
+        for inputs, outputs in systems
     )
-    return max([32 * (AHEAD + 1) * CHUNK_ELEMENTS, *solving])
+    # Of each chunk the models' values, their mean as computed and as written, and float64 sums and terms.
+    return max([4 * (models + 6) * (AHEAD + 1) * CHUNK_ELEMENTS, *solving])
 
 
 def _print_plan(flags: MergeFlags, plan: MergePlan, models: list[Checkpoint], grams: list[Grams]) -> None:
     read, written = describe_size(plan, models)
     systems = [(g.width, sum(math.prod(plan.layout[name][1]) for name in g.tensors) // g.width) for g in plan.groups]
-    peak = array_bytes(len(models), systems)
+    peak = array_bytes(len(models), systems, len(flags.alpha))
     print(
         f"plan: {flags.method} of {len(models)} models, {read / 1e9:.2f} GB to read, {written / 1e9:.2f} GB to write "
         f"for each of {len(flags.output_dirs())}, at most about {peak / 1e9:.2f} GB of arrays in memory"

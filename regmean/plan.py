@@ -265,7 +265,7 @@ def merge_plan(flags: MergeFlags) -> MergeCost:
     read = float(sum(model.dtype.itemsize * total for model in models))
     written = float(len(flags.output_dirs()) * total * _dtype(flags.dtype, models[0].dtype).itemsize)
     if flags.method == "avg":
-        return MergeCost(total, 0, array_bytes(len(models), []), read, written, 0.0)
+        return MergeCost(total, 0, array_bytes(len(models), [], alphas=0), read, written, 0.0)
     inputs, count, alphas = layer_inputs(models[0]), len(models), len(flags.alpha)
     flops = 0.0
     for layer_input in inputs:
@@ -277,7 +277,7 @@ def merge_plan(flags: MergeFlags) -> MergeCost:
         # a product for the objective: of each model, but of two together.
         flops += alphas * (width**3 / 3 + 2 * layer_input.outputs * width**2)
         flops += 3 * layer_input.outputs * width**2 * (1 if count == 2 else count)
-    arrays = array_bytes(count, ((layer_input.width, layer_input.outputs) for layer_input in inputs))
+    arrays = array_bytes(count, ((layer_input.width, layer_input.outputs) for layer_input in inputs), alphas)
     return MergeCost(total, len(inputs), arrays, read, written, flops)
 
 

@@ -282,12 +282,14 @@ def test_passes_fit_and_keep_sharing_layers_together() -> None:
         plan_passes(inputs, widths, 1599)
 
 
-@pytest.mark.parametrize("panel", [1, 5, 512])
+@pytest.mark.parametrize(("panel", "width"), [(1, 13), (5, 13), (512, 13), (512, 400)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_are_added_below_the_diagonal(monkeypatch: pytest.MonkeyPatch, panel: int, dtype: torch.dtype) -> None:
+def test_products_are_added_below_the_diagonal(
+    monkeypatch: pytest.MonkeyPatch, panel: int, width: int, dtype: torch.dtype
+) -> None:
     monkeypatch.setattr(gram_module, "PANEL", panel)
-    rows = torch.randn(9, 13, generator=torch.Generator().manual_seed(0)).to(dtype)
-    total = torch.ones(13, 13)
+    rows = torch.randn(9, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    total = torch.ones(width, width)
     gram_module.add_products(total, rows)
     expected = 1 + rows.double().numpy().T @ rows.double().numpy()
     np.testing.assert_allclose(np.tril(total.numpy()), np.tril(expected), rtol=1e-5, atol=1e-5)
