@@ -109,11 +109,8 @@ class Cholesky:
 
     def solve(self, rhs: torch.Tensor) -> torch.Tensor:
         """D with D G = rhs, both (outputs, inputs)."""
-        # The transpose of a row-major matrix is the column-major one that LAPACK wants; `cholesky_solve` would copy
-        # the factor.
-        half = torch.linalg.solve_triangular(self._factor, (rhs * self._scale).T, upper=False)
-        whole = torch.linalg.solve_triangular(self._factor.T, half, upper=True)
-        return (whole.T * self._scale).to(rhs.dtype)
+        # The transpose of a row-major matrix is the column-major one that LAPACK wants.
+        return (_substitute(self._factor, (rhs * self._scale).T).T * self._scale).to(rhs.dtype)
 
 
 class Lstsq:
@@ -322,6 +319,12 @@ def _inner(a: torch.Tensor, b: torch.Tensor) -> float:
     return torch.linalg.vecdot(a, b).sum(dtype=torch.float64).item()
 
 
+def _substitute(factor: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """X with L L^T X = columns: `torch.cholesky_solve` would copy the factor, and is several times slower for one."""
+    half = torch.linalg.solve_triangular(factor, columns, upper=False)
+    return torch.linalg.solve_triangular(factor.T, half, upper=True)
+
+
 def _condition(factor: torch.Tensor, steps: int = 8) -> float:
     """Condition number of L L^T, estimated from below by power iteration on it and on its inverse."""
     generator = torch.Generator().manual_seed(0)
@@ -329,7 +332,5 @@ def _condition(factor: torch.Tensor, steps: int = 8) -> float:
     largest = smallest_inverse = start / start.norm()
     for _ in range(steps):
         largest = factor @ (factor.T @ (largest / largest.norm()))
-        # Several times faster for one vector than `cholesky_solve`.
-        half = torch.linalg.solve_triangular(factor, smallest_inverse / smallest_inverse.norm(), upper=False)
-        smallest_inverse = torch.linalg.solve_triangular(factor.T, half, upper=True)
+        smallest_inverse = _substitute(factor, smallest_inverse / smallest_inverse.norm())
     return (largest.norm() * smallest_inverse.norm()).item()
