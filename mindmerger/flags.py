@@ -64,6 +64,7 @@ class TrainingFlags(ModelFlags):
     train_micro_batch_size_per_gpu: int | None = flag(None, "rows of a forward pass; default at most 8, or derived")
     gradient_accumulation: int | None = flag(None, "forward passes per step on each rank; default: derived")
     lr: float = flag(2e-5, "peak learning rate of AdamW")
+    boundary_lr: float | None = flag(None, "the same for the boundary vector; default: --lr")
     lr_scheduler: Literal["constant", "cosine"] = flag("constant", "learning rate after warm-up")
     warmup_ratio: float = flag(0.0, "share of all steps in which the learning rate rises from 0")
     mapping_init: Literal["scaled", "random", "aligned"] = flag(
@@ -82,7 +83,9 @@ class TrainingFlags(ModelFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("train_num", "epoch_num", "lr", "eval_steps", "save_steps"):
+        if self.boundary_lr is None:
+            self.boundary_lr = self.lr
+        for name in ("train_num", "epoch_num", "lr", "boundary_lr", "eval_steps", "save_steps"):
             require_positive(self, name)
         if self.llm_path is None or self.mt_path is None:
             raise InputError("--llm_path and --mt_path are needed: the two models to join")

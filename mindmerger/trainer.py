@@ -169,10 +169,12 @@ class Stage:
         self.best_perplexity = math.inf
         self.skipped = self.skipped_in_a_row = 0
         self.signals = StopSignals()
+        groups = [
+            {"params": list(model.mapping.mlp.parameters()), "lr": flags.lr},
+            {"params": [model.mapping.end_boundary], "lr": flags.boundary_lr},
+        ]
         # Betas, eps and weight decay as published.
-        optimizer = torch.optim.AdamW(
-            model.mapping.parameters(), lr=flags.lr, betas=(0.8, 0.999), eps=1e-8, weight_decay=3e-7
-        )
+        optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.999), eps=1e-8, weight_decay=3e-7)
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=self._schedule, config=ds_config
         )

@@ -28,7 +28,7 @@ def words(models: dict[str, Path]) -> Words:
         *("--deepspeed", "--llm_path", models["llama"], "--mt_path", models["mt5"], "--languages", "de,sw"),
         *("--train_num", 10, "--dev_size", 4, "--train_batch_size", 8, "--train_micro_batch_size_per_gpu", 2),
         *("--epoch_num", 6, "--lr", "1e-3", "--lr_scheduler", "cosine", "--warmup_ratio", 0.2, "--max_seq_len", 64),
-        *("--eval_steps", 3, "--save_steps", 2, "--device", "cpu"),
+        *("--boundary_lr", "2e-3", "--eval_steps", 3, "--save_steps", 2, "--device", "cpu"),
     )
 
 

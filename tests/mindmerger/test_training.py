@@ -29,7 +29,8 @@ def small(pair: Words) -> Words:
     """Two languages, 20 training rows: steps of 8, 8 and 4 rows, so that the last one is not full."""
     return (
         *("--deepspeed", *pair, "--stage_name", "mapping", "--languages", "de,sw", "--train_num", 12),
-        *("--dev_size", 4, "--train_batch_size", 8, "--epoch_num", 2, "--lr", "1e-3", "--max_seq_len", 64),
+        *("--dev_size", 4, "--train_batch_size", 8, "--epoch_num", 2, "--max_seq_len", 64),
+        *("--lr", "1e-3", "--boundary_lr", "2e-3"),
     )
 
 
@@ -128,8 +129,11 @@ def test_only_the_mapping_has_gradients_and_optimizer_state(
     assert sum(state["exp_avg"].numel() for state in moments) == mapping
 
     # The published AdamW and its clipping.
-    (group,) = stage.engine.optimizer.param_groups
-    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.999), 1e-8, 3e-7)
+    groups = stage.engine.optimizer.param_groups
+    assert [group["lr"] for group in groups] == [1e-3, 2e-3]
+    assert sum(tensor.numel() for tensor in groups[1]["params"]) == stage.model.mapping.end_boundary.numel()
+    for group in groups:
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.999), 1e-8, 3e-7)
     assert stage.engine.gradient_clipping() == 1.0
 
 
@@ -138,7 +142,8 @@ def test_the_gpus_bf16_files_run_on_a_cpu_too(
     work: Path, small: Words, reference: dict[str, torch.Tensor], config: str
 ) -> None:
     path = REPOSITORY / "configs/deepspeed" / f"{config}.json"
-    words = (*small, "--deepspeed_config", path, "--init_checkpoint", "outputs/one/mapping", "--lr", "1e-12")
+    still = ("--lr", "1e-12", "--boundary_lr", "1e-12")
+    words = (*small, "--deepspeed_config", path, "--init_checkpoint", "outputs/one/mapping", *still)
     train_here(work, *words, "--save_name", config)
     ours, theirs = metrics(work, f"{config}/mapping", "dev_perplexity"), metrics(work, "one/mapping", "dev_perplexity")
     assert ours[0] == pytest.approx(theirs[-1], rel=0.05)
@@ -241,6 +246,7 @@ def test_slurms_signal_to_all_of_a_job_ends_it_with_a_state_and_an_exit_code(wor
         (("--deepspeed_config", "no_zero.json"), 'no_zero.json: set "zero_optimization"'),
         (("--deepspeed_config", "offends.json"), "offends.json: DeepSpeed refuses it"),
         (("--lr", "nan"), "--lr nan must be above 0"),
+        (("--boundary_lr", 0), "--boundary_lr 0.0 must be above 0"),
         (("--save_name", "a/b"), "must be a plain folder name"),
         (("--init_checkpoint", "nowhere"), "no mapping at nowhere"),
         (("--warmup_ratio", 2), "--warmup_ratio 2.0 must be from 0 to 1"),
