@@ -2,7 +2,7 @@
 
     python -m benchmarks.aligned_start                           # the small world, after `make quickstart`
     python -m benchmarks.aligned_start --name real --llm_path L --mt_path M --data_dir D --languages de,es,fr,ru,sw \\
-        --variants "aligned: --mapping_init aligned --lr 1e-4" "scaled: --mapping_init scaled --lr 1e-3"
+        --variants "aligned: --mapping_init aligned --lr 5e-5 --boundary_lr 5e-3" "scaled: --lr 5e-4"
 
 A variant is a name and flags of `run_training.py`. All are trained on the same rows in the same order, in outputs/
 under names of their own; what is done stays done. Curves go to docs/aligned_start_{name}.png, figures and translations

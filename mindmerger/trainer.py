@@ -242,7 +242,9 @@ class Stage:
         if not self.dev_tokens:
             self._save_mapping()
         elif math.isinf(self.best_perplexity):
-            raise InputError(f"no evaluation of {self.folder} gave a finite dev perplexity: lower --lr")
+            raise InputError(
+                f"no evaluation of {self.folder} gave a finite dev perplexity: lower --lr and --boundary_lr"
+            )
         else:
             result["best_dev_perplexity"] = round(self.best_perplexity, 4)
         return {**result, **self.process.peak_memory()}
@@ -299,8 +301,8 @@ class Stage:
         if self.skipped_in_a_row == MAX_SKIPPED:
             raise InputError(
                 f"{MAX_SKIPPED} steps in a row had no finite loss and gradient, the last one with rows "
-                f"{'; '.join(places[:MAX_LISTED])}{more}: the best mapping so far is in {self.folder}; lower --lr, or "
-                "mend the rows"
+                f"{'; '.join(places[:MAX_LISTED])}{more}: the best mapping so far is in {self.folder}; lower --lr "
+                "and --boundary_lr, or mend the rows"
             )
 
     def _too_large(self, step: int, step_rows: list[list[list[int]]]) -> str:
