@@ -108,6 +108,12 @@ def available_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def finish(device: torch.device) -> None:
+    """Wait until `device` has done all that it was told to: a GPU goes on after the call, and a clock must not."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a computation failed for want of memory, on a GPU or in PyTorch's allocator of host memory."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
@@ -119,7 +125,8 @@ def start_process(
     """Join the process group that the launcher announced in the environment, if any, and pick this rank's device.
 
     Args:
-        device: "auto" takes the GPU where there is one, else the CPU; any torch device name forces it.
+        device: "auto" takes this rank's GPU where there is one, else the CPU; "cuda" this rank's GPU; any other torch
+            device name that very device.
         timeout: how long a collective may wait for a peer before the run is given up.
         needs_group: without a launcher, form a group of one, as DeepSpeed asks for.
 
@@ -128,11 +135,14 @@ def start_process(
     """
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     if device == "auto":
-        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
         if chosen.type == "cuda":
+            chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
             torch.cuda.set_device(chosen)
+            # In torch 2.13 its attention, the default on an H100, has NaN gradients under some masks: pytorch#196678.
+            torch.backends.cuda.enable_cudnn_sdp(False)
     except (RuntimeError, AssertionError, AttributeError) as error:
         raise InputError(f"--device {device}: {error}") from error
 

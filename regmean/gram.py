@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.pytorch_utils import Conv1D
 
 from common import runs, snapshots
-from common.distributed import Process, available_memory
+from common.distributed import Process, available_memory, finish
 from common.errors import InputError, first_line
 from common.files import read_json, write_json
 from common.locks import locked
@@ -122,6 +122,8 @@ def _compute_grams(
         sums.add_ranks(process)
         if process.is_main:
             sums.write(part, layers, provenance)
+        # The next pass is planned to fill the memory.
+        del sums
         process.barrier()
 
     if process.is_main:
@@ -130,7 +132,7 @@ def _compute_grams(
         grams = GramFile(target).grams.values()
         covered = {module for gram in grams for module in gram.modules}
         size, seconds = target.stat().st_size / 1e9, time.monotonic() - started
-        say(process, f"{target}: {len(grams)} Grams of {len(covered)} layers, {size:.2f} GB, {seconds:.0f} s")
+        say(process, f"{target}: {len(grams)} Grams of {len(covered)} layers, {size:.2f} GB, {seconds:.1f} s")
         unseen = [name for name in layers if name not in covered]
         if unseen:
             say(process, f"no token reached {len(unseen)} layers, which a merge will average: {', '.join(unseen)}")
@@ -269,8 +271,10 @@ def probe(model: PreTrainedModel, layers: dict[str, nn.Module], ids: list[int], 
 
     with LinearInputs(layers, model.get_output_embeddings(), receive) as inputs:
         inputs.run(model, example, mask)  # the first pass also warms up; the second is timed
+        finish(device)
         started = time.monotonic()
         inputs.run(model, example, mask)
+        finish(device)
         seconds = time.monotonic() - started
     sharing: dict[str, list[str]] = {}
     for name in layers:
@@ -389,7 +393,8 @@ class _Run:
         def save(done: int) -> None:
             snapshots.save(root, done, lambda folder: sums.write(folder / SUMS_NAME, layers, {}))
 
-        inputs = LinearInputs(layers, self.model.get_output_embeddings(), receive)
+        # Where every layer reads every token, no forward pass calls other layers than the one before.
+        inputs = LinearInputs(layers, self.model.get_output_embeddings(), receive, same_calls=self.plan.padding)
         # A continued pass knows already which layers share an input.
         inputs.shared_name = sums.shared_name
         saved = time.monotonic()

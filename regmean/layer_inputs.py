@@ -49,15 +49,24 @@ class LinearInputs:
         layers: the layers to watch, by name.
         head: the output head, or None; a forward pass ends where the head would turn states into logits.
         receive: called with the name and the input, of shape (..., width), once for each distinct input.
+        same_calls: whether every forward pass calls the same layers in the same order; then all but the first end at
+            the last of these calls, before what no layer here reads is computed.
     """
 
     def __init__(
-        self, layers: dict[str, nn.Module], head: nn.Module | None, receive: Callable[[str, torch.Tensor], None]
+        self,
+        layers: dict[str, nn.Module],
+        head: nn.Module | None,
+        receive: Callable[[str, torch.Tensor], None],
+        same_calls: bool = False,
     ):
         self.shared_name: dict[str, str] = {}
         self._layers = layers
         self._head = head
         self._receive = receive
+        self._same_calls = same_calls
+        self._order: list[str] = []
+        self._called: list[str] = []
         self._handles: list[Any] = []
         self._received: dict[tuple, list[str]] = {}
 
@@ -82,40 +91,49 @@ class LinearInputs:
             mask: the same shape, 0 at padding.
         """
         self._received.clear()
+        self._called = []
         try:
             model(input_ids=ids, attention_mask=mask, use_cache=False)
-        except _HeadReached:
+        except _AllRead:
             pass
         finally:
             self._received.clear()
+        if self._same_calls:
+            self._order = self._order or self._called
 
     def _hook(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             if x.numel() == 0:
                 return
-            # A weak reference keeps the storage's identity from being used again, without keeping its data: another
-            # tensor that the allocator puts at the same address is never taken for this one.
-            storage = StorageWeakRef(x.untyped_storage())
-            key = (storage, x.storage_offset(), x.shape, x.stride(), x._version)
-            names = self._received.setdefault(key, [])
-            shared = self.shared_name.setdefault(name, names[0] if names else name)
-            if shared in names:
-                return
-            if shared != name:
-                raise InputError(
-                    f"layer {name} read the same tensor as {shared} until now and no longer does; "
-                    "models that rewire their layers from input to input are not supported"
-                )
-            names.append(name)
-            self._receive(name, x)
+            self._hand_over(name, x)
+            self._called.append(name)
+            if self._called == self._order:
+                raise _AllRead
 
         return hook
 
+    def _hand_over(self, name: str, x: torch.Tensor) -> None:
+        # A weak reference keeps the storage's identity from being used again, without keeping its data: another
+        # tensor that the allocator puts at the same address is never taken for this one.
+        storage = StorageWeakRef(x.untyped_storage())
+        key = (storage, x.storage_offset(), x.shape, x.stride(), x._version)
+        names = self._received.setdefault(key, [])
+        shared = self.shared_name.setdefault(name, names[0] if names else name)
+        if shared in names:
+            return
+        if shared != name:
+            raise InputError(
+                f"layer {name} read the same tensor as {shared} until now and no longer does; "
+                "models that rewire their layers from input to input are not supported"
+            )
+        names.append(name)
+        self._receive(name, x)
 
-class _HeadReached(Exception):
-    """Ends a forward pass before the output head computes logits."""
+
+class _AllRead(Exception):
+    """Ends a forward pass before something is computed that no layer reads, as logits."""
 
 
 def _end_forward(module: nn.Module, args: tuple) -> None:
-    raise _HeadReached
+    raise _AllRead

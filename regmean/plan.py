@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from common.devices import Device
@@ -171,6 +172,7 @@ def gram_plan(flags: GramFlags, model: PreTrainedModel, device: Device) -> GramP
     batch = batch_cost(model, max(1, batch_tokens // length), length, device)
     tokens = flags.num_examples * flags.max_length
     forward = batch.flops / (batch_tokens // length * length)
+    forwards = _forward_passes(inputs, passes, linear_layers(model), head) if passes else 1.0
     return GramPlan(
         parameters=parameters(model),
         inputs=len(inputs),
@@ -181,10 +183,23 @@ def gram_plan(flags: GramFlags, model: PreTrainedModel, device: Device) -> GramP
         activations=batch.peak_bytes,
         tokens=tokens,
         # Of a symmetric product one half is computed.
-        flops=tokens * (forward * (len(passes) if passes else 1) + sum(width**2 for width in widths)),
+        flops=tokens * (forward * forwards + sum(width**2 for width in widths)),
         snapshots=pass_sums,  # two, of half of it each
         file=sum(layer_input.file_bytes for layer_input in inputs),
     )
+
+
+def _forward_passes(
+    inputs: list[LayerInput], passes: list[list[str]], layers: dict[str, nn.Module], head: nn.Module | None
+) -> float:
+    """How many whole forward passes `passes` are worth, each of which ends at its last layer."""
+    before: dict[str, int] = {}
+    done = 0
+    for layer_input in inputs:
+        before |= dict.fromkeys(layer_input.layers, done)
+        if layers[layer_input.layers[0]] is not head:
+            done += layer_input.width * layer_input.outputs
+    return sum(before[names[-1]] for names in passes) / done
 
 
 def layer_inputs(model: PreTrainedModel) -> list[LayerInput]:

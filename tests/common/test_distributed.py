@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from common.distributed import available_memory
+from common.distributed import available_memory, start_process
 from tests.conftest import REPOSITORY
 from tests.mindmerger.scripts import free_port
 
@@ -18,6 +18,18 @@ def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) 
     assert 0.5 * free < available_memory(torch.device("cpu")) < 1.5 * free
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert 0.5 * free < 4 * available_memory(torch.device("cpu")) < 1.5 * free
+
+
+@pytest.mark.parametrize(("device", "expected"), [("auto", "cuda:2"), ("cuda", "cuda:2"), ("cuda:1", "cuda:1")])
+def test_a_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch, device: str, expected: str) -> None:
+    """Without one: what would be asked of it is recorded."""
+    asked: list[object] = []
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", asked.append)
+    assert start_process(device).device == torch.device(expected)
+    assert asked == [torch.device(expected), False]
 
 
 RANK = """

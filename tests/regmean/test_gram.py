@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -264,12 +266,45 @@ def test_layers_are_done_in_passes_where_memory_is_short(
     whole = compute("llama", tokens_per_batch=60)
     assert ": 1 pass," in capsys.readouterr().out
     monkeypatch.setattr(gram_module, "available_memory", lambda device: 5000)
+    alive: WeakSet[gram_module.GramSums] = WeakSet()
+
+    class OneAtATime(gram_module.GramSums):
+        def __init__(self) -> None:
+            assert not alive
+            super().__init__()
+            alive.add(self)
+
+    monkeypatch.setattr(gram_module, "GramSums", OneAtATime)
     parts = compute("llama", output="passes", tokens_per_batch=60)
     assert "passes," in capsys.readouterr().out
     assert same_bits(whole, parts)
     monkeypatch.setattr(gram_module, "available_memory", lambda device: 2000)
     with pytest.raises(InputError, match=r"widest layer \(24 features\) needs"):
         compute("llama", output="none")
+
+
+def test_a_forward_pass_ends_where_nothing_more_is_read(compute: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the probe's two and the first of each pass over the texts, whose end tells where."""
+    computed: Counter[str] = Counter()
+
+    def load(*args: Any, **options: Any) -> PreTrainedModel:
+        computed.clear()
+        model = make_llama(tied=True)
+        first, second = model.model.layers
+        for name, layer in {"first": first.self_attn.q_proj, "second": second.self_attn.q_proj,
+                            "last": second.mlp.down_proj}.items():  # fmt: skip
+            layer.register_forward_hook(lambda *_, name=name: computed.update([name]))
+        return model
+
+    monkeypatch.setattr(gram_module.AutoModelForCausalLM, "from_pretrained", load)
+    whole = compute("tied", tokens_per_batch=60)
+    batches = computed["first"] - 2
+    assert batches > 1
+    assert computed == {"first": 2 + batches, "second": 2 + batches, "last": 2 + 1}
+    # Three passes, which end at the first layer's MLP, the second's attention, and the second's MLP.
+    monkeypatch.setattr(gram_module, "available_memory", lambda device: 5000)
+    assert same_bits(whole, compute("tied", output="passes", tokens_per_batch=60))
+    assert computed == {"first": 2 + 3 * batches, "second": 2 + 1 + 2 * batches, "last": 2 + 3}
 
 
 def test_passes_fit_and_keep_sharing_layers_together() -> None:

@@ -58,8 +58,10 @@ def test_llama_3_8b_on_one_gpu(device: str, passes: int) -> None:
     assert planned.peak < known_device(device, 1).memory
     layers = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     attention = 32 * 4 * 256 * 4096 / 2
-    work = planned.tokens * (passes * (2 * layers + attention) + sum(width**2 for width in widths))
-    assert planned.flops == pytest.approx(work, rel=0.01)
+    # Four passes end after about one, two, three quarters of the layers, and all of them.
+    forwards = (passes + 1) / 2
+    work = planned.tokens * (forwards * (2 * layers + attention) + sum(width**2 for width in widths))
+    assert planned.flops == pytest.approx(work, rel=0.01 if passes == 1 else 0.05)
 
 
 def test_a_model_that_does_not_fit_is_told(capsys: pytest.CaptureFixture) -> None:
