@@ -96,6 +96,11 @@ class TrainingFlags(ModelFlags):
         if not 0 <= self.warmup_ratio <= 1:
             raise InputError(f"--warmup_ratio {self.warmup_ratio} must be from 0 to 1")
         require_board(self.report_to)
+        if self.device.startswith("cuda:"):
+            raise InputError(
+                f"--device {self.device}: DeepSpeed gives each rank its GPU; choose which by CUDA_VISIBLE_DEVICES, or "
+                "by deepspeed --include"
+            )
         planned = None if self.plan is None else parse_devices(self.plan)[1]
         self._derive_batch_sizes(planned or launched_world_size())
 

@@ -18,6 +18,8 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from safetensors.torch import load_file, save
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
@@ -188,15 +190,15 @@ class Stage:
         mapping = self.model.mapping
         if initial is not None:
             for name, parameter in mapping.named_parameters():
-                _change(parameter, lambda _, name=name: initial[name].to(self.process.device))
+                self._change(parameter, lambda _, name=name: initial[name].to(self.process.device))
             return
         batch = self._batch(list(range(min(32, len(self.train_tokens)))))
         mean, scale = embedding_scale(self.model, batch.input_ids, batch.attention_mask)
         if self.flags.boundary_init == "mean":
-            _change(mapping.end_boundary, lambda zero: zero + mean)
+            self._change(mapping.end_boundary, lambda zero: zero + mean)
         if self.flags.mapping_init == "scaled":
-            _change(mapping.mlp.linear2.weight, lambda weight: weight * scale)
-            _change(mapping.mlp.linear2.bias, lambda bias: bias * scale)
+            self._change(mapping.mlp.linear2.weight, lambda weight: weight * scale)
+            self._change(mapping.mlp.linear2.bias, lambda bias: bias * scale)
 
     def fit(self) -> dict[str, float]:
         """Run all steps that are left; the best mapping is in the stage's folder afterwards.
@@ -420,9 +422,9 @@ class Stage:
         step, record = snapshots.step_of(found), read_json(found / "state.json")
         tensors, device = load_file(found / "state.safetensors"), self.process.device
         for name, parameter in self.model.mapping.named_parameters():
-            _change(parameter, lambda _, name=name: tensors[f"mapping.{name}"].to(device))
+            self._change(parameter, lambda _, name=name: tensors[f"mapping.{name}"].to(device))
             for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, tensors[f"{moment}.{name}"].to(device), moment)
+                self._set_optimizer_value(parameter, tensors[f"{moment}.{name}"].to(device), moment)
         for state in self.engine.optimizer.optimizer.state.values():
             state["step"].fill_(record["optimizer_steps"])
         self.engine.lr_scheduler.load_state_dict(record["schedule"])
@@ -433,6 +435,30 @@ class Stage:
         self.skipped, self.skipped_in_a_row = record["skipped"], record["skipped_in_a_row"]
         say(self.process, f"continuing after step {step} of {self.total_steps}")
         return step, self._metrics(step, record["metrics_size"])
+
+    def _change(self, parameter: torch.nn.Parameter, to: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace a parameter's value, whole or partitioned, and the float32 copy that ZeRO's optimizer moves."""
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            value = to(parameter.data.float())
+            parameter.data.copy_(value)
+        self._set_optimizer_value(parameter, value)
+
+    def _set_optimizer_value(self, parameter: torch.nn.Parameter, value: torch.Tensor, moment: str = "") -> None:
+        """Replace what ZeRO's optimizer holds of a parameter: its float32 copy, or one of MOMENTS."""
+        if not hasattr(parameter, "ds_id"):
+            if moment:
+                safe_set_full_optimizer_state(parameter, value, moment)
+            else:
+                safe_set_full_fp32_param(parameter, value)
+            return
+        # Under ZeRO-3 the same call would read past the end where the ranks do not divide the parameter.
+        size, ranks = parameter.ds_tensor.numel(), self.process.world_size
+        padded = torch.nn.functional.pad(value.flatten(), (0, size * ranks - value.numel()))
+        part = padded.view(ranks, size)[self.process.rank]
+        if moment:
+            safe_set_local_optimizer_state(parameter, part, moment)
+        else:
+            safe_set_local_fp32_param(parameter, part)
 
     def _metrics(self, step: int = 0, size: int = 0) -> Metrics:
         settings = dataclasses.asdict(self.flags)
@@ -447,14 +473,6 @@ class Stage:
     def _batch(self, rows: list[int], tokens: list[Tokens] | None = None) -> Batch:
         chosen = [(self.train_tokens if tokens is None else tokens)[row] for row in rows]
         return collate(chosen, self.source_pad_id).to(self.process.device)
-
-
-def _change(parameter: torch.nn.Parameter, to: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Replace a parameter's value, whole or partitioned, and its float32 copy, which is what ZeRO's optimizer moves."""
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        value = to(parameter.data.float())
-        parameter.data.copy_(value)
-    safe_set_full_fp32_param(parameter, value)
 
 
 def deepspeed_config(flags: TrainingFlags, process: Process) -> dict[str, Any]:
