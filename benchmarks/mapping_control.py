@@ -18,18 +18,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import sacrebleu
 import torch
 from transformers import set_seed
 
+from common.distributed import start_process
 from common.errors import InputError, exit_with_message
 from common.flags import flag, parse_flags
 from common.logging import quiet_libraries
+from common.optional import require
 from mindmerger.base_models import base_config
 from mindmerger.batching import collate, plan_once
 from mindmerger.data import Example, hold_out, read_training
 from mindmerger.decoding import greedy
 from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM
+from mindmerger.subject import pick_dtype
 from mindmerger.tasks import TRAINING_TASKS, find_task, select_languages
 from mindmerger.tokenization import ExampleTokenizer, Tokens, load_tokenizer
 
@@ -46,26 +48,29 @@ class ControlFlags:
     train_num: int = flag(100_000, "rows per language, as in training")
     dev_size: int = flag(3000, "rows held out, as in training")
     seed: int = flag(0, "as in training")
-    max_seq_len: int = flag(256, "tokens of a source")
-    max_gen_len: int = flag(256, "tokens of a target")
+    max_seq_len: int = flag(512, "tokens of a source, as in training")
+    max_gen_len: int = flag(512, "tokens of a prompt or a target, as in training")
     eval_batch_size: int = flag(12, "rows of a batch")
     translations: int = flag(5, "dev rows of each language to translate greedily")
     shown: int = flag(2, "translations of each language to print")
-    dtype: Literal["float32", "bfloat16"] = flag("float32", "of all weights")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "of all weights; auto: bfloat16 on a GPU")
+    device: str = flag("auto", "auto takes the GPU where there is one")
 
     def __post_init__(self) -> None:
         if self.init_checkpoint is None:
             raise InputError("--init_checkpoint is needed: the mapping to measure")
+        if self.translations:
+            require("sacrebleu", "requirements-dev.txt")
 
 
 @torch.inference_mode()
 def perplexity(model: MindMergerForCausalLM, rows: list[Tokens], batch_size: int, source_pad_id: int) -> float:
     """exp of the mean loss over all target tokens."""
     (plan,) = plan_once([len(row) for row in rows], batch_size, ranks=1)
-    loss = sum(
-        float(model(**vars(collate([rows[i] for i in batch], source_pad_id)), num_items_in_batch=1.0).loss)
-        for batch in plan
-    )
+    loss = 0.0
+    for numbers in plan:
+        batch = collate([rows[number] for number in numbers], source_pad_id).to(model.llm.device)
+        loss += float(model(**vars(batch), num_items_in_batch=1.0).loss)
     return math.exp(loss / sum(len(row.target) for row in rows))
 
 
@@ -86,7 +91,8 @@ def translate(model: MindMergerForCausalLM, tokenizer: ExampleTokenizer, rows: l
     eos = {tokenizer.llm_tokenizer.eos_token_id}
     (plan,) = plan_once([len(row) for row in rows], size, ranks=1)
     for numbers in plan:
-        batch = replace(collate([rows[number] for number in numbers], tokenizer.source_pad_id), labels=None)
+        batch = collate([rows[number] for number in numbers], tokenizer.source_pad_id).to(model.llm.device)
+        batch = replace(batch, labels=None)
         for number, ids in zip(numbers, greedy(model.llm, model.embed(**vars(batch)), longest, eos), strict=True):
             texts[number] = tokenizer.llm_tokenizer.decode(ids, skip_special_tokens=True).strip()
     return texts
@@ -126,7 +132,9 @@ def measure(flags: ControlFlags) -> dict[str, dict[str, Any]]:
         max_prompt_len=flags.max_gen_len,
         max_gen_len=flags.max_gen_len,
     )
-    model = MindMergerForCausalLM.from_pretrained(flags.init_checkpoint, dtype=flags.dtype)
+    device = start_process(flags.device).device
+    dtype = pick_dtype(flags.dtype, device)
+    model = MindMergerForCausalLM.from_pretrained(flags.init_checkpoint, dtype=dtype).to(device)
     model.pack_rows()
 
     by_language: dict[str, list[Example]] = {}
@@ -142,6 +150,8 @@ def measure(flags: ControlFlags) -> dict[str, dict[str, Any]]:
             "shuffled": round(perplexity(model, shuffled_sources(rows, flags.seed), size, pad_id), 3),
         }
         if flags.translations:
+            import sacrebleu
+
             told = own[: flags.translations]
             written, meant = translate(model, tokenizer, rows[: len(told)], size), [row.target for row in told]
             result[language]["numbers_kept"] = round(numbers_kept(written, meant), 3)

@@ -33,7 +33,7 @@ from mindmerger.base_models import encoder_on_meta
 from mindmerger.flags import EvaluationFlags, ModelFlags, TrainingFlags
 from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM
 from mindmerger.subject import pick_dtype, take_from_checkpoint
-from mindmerger.tasks import EVALUATION_TASKS, TRAINING_TASKS, find_task, select_languages
+from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, find_task, select_languages
 
 # Rows of the published test sets, for each language.
 PROBLEMS = {"mgsm": 250, "msvamp": 1000, "x-csqa": 1000, "xnli": 5010}
@@ -407,8 +407,9 @@ def _evaluation_limits(flags: EvaluationFlags, name: str) -> Row:
 
 
 def _training_rows(flags: TrainingFlags) -> int:
-    """As many as the flags ask for; the mapping stage has no pairs from English."""
-    languages = select_languages(flags.languages) or find_task(flags.task, TRAINING_TASKS).languages
+    """As many as the flags ask for, in English too; the mapping stage has no pairs from English."""
+    task = find_task(flags.task, TRAINING_TASKS)
+    languages = select_languages(flags.languages) or (*task.languages, LANGUAGES["English"])
     if flags.stage_name == "mapping":
         languages = tuple(language for language in languages if language.code != "en")
     rows = len(languages) * flags.train_num
