@@ -68,9 +68,12 @@ RANKS = 2
 ENGLISH = LANGUAGES["English"]
 # Each start wants its own learning rate: docs/aligned_start.md.
 STARTS = {
-    "aligned": {"mapping": "--mapping_init aligned --lr 1e-4", "augmentation": "--lr 1e-4"},
+    "aligned": {"mapping": "--mapping_init aligned --lr 5e-5", "augmentation": "--lr 1e-4"},
     "scaled": {"mapping": "--mapping_init scaled --lr 5e-4", "augmentation": "--lr 5e-4"},
 }
+BOTH_STARTS = {"mapping": "--boundary_lr 5e-3 --warmup_ratio 0.025", "augmentation": "--warmup_ratio 0.1"}
+BATCH_SIZES = {"mapping": 4, "augmentation": 8}
+ROWS_BETWEEN_EVALUATIONS = 160
 LLM_PROBLEMS = "llm_problems.json"
 ALL_ROWS = 10**9
 LLM_BATCH_SIZE = 8
@@ -96,7 +99,6 @@ class MiniatureFlags:
     mapping_num: int = flag(170, "pairs of each language, the held-out ones among them")
     augmentation_num: int = flag(90, "problems of each language and of English, the held-out ones among them")
     dev_size: int = flag(50, "rows held out in each stage")
-    train_batch_size: int = flag(16, "rows of a step")
     translations: int = flag(6, "held-out pairs of each language to translate")
     test_num: int = flag(50, "problems of each benchmark and language to answer")
     overwrite: bool = flag(False, "start anew where --work_dir holds a run of other settings")
@@ -107,8 +109,6 @@ class MiniatureFlags:
                 raise InputError(f"--{name} is missing")
         for name in ("seeds", "llm_steps", "mapping_num", "augmentation_num", "dev_size", "translations", "test_num"):
             require_positive(self, name)
-        if self.train_batch_size < 1 or self.train_batch_size % RANKS:
-            raise InputError(f"--train_batch_size {self.train_batch_size} cannot be divided among {RANKS} ranks")
         if not Path(self.work_dir).name:
             raise InputError(f"--work_dir {self.work_dir} names no folder")
         languages = select_languages(self.languages)
@@ -238,9 +238,9 @@ def stage_flags(flags: MiniatureFlags, stage: str) -> StartFlags:
         languages=flags.languages if of_mapping else f"{flags.languages},{ENGLISH.code}",
         train_num=flags.mapping_num if of_mapping else flags.augmentation_num,
         dev_size=flags.dev_size,
-        train_batch_size=flags.train_batch_size,
+        train_batch_size=BATCH_SIZES[stage],
         dtype="bfloat16",
-        eval_steps=10,
+        eval_steps=ROWS_BETWEEN_EVALUATIONS // BATCH_SIZES[stage],
         max_len=QUESTION_TOKENS if of_mapping else MAX_TOKENS,
         eval_batch_size=12,
         ranks=RANKS,
@@ -267,7 +267,7 @@ def held_out(flags: MiniatureFlags, stage: str, seed: int) -> dict[str, list[Exa
 def train_stage(flags: MiniatureFlags, stage: str, start: str, seed: int, name: str, folder: Path) -> None:
     """Train one stage in outputs/`name`; writes what `train` returns."""
     shared = stage_flags(flags, stage)
-    words = f"{STARTS[start][stage]} --max_prompt_len {shared.max_len}"
+    words = f"{STARTS[start][stage]} {BOTH_STARTS[stage]} --max_prompt_len {shared.max_len}"
     if flags.encoder_layer is not None and stage == "mapping":
         words += f" --encoder_layer {flags.encoder_layer}"
     write_json(folder / RESULT, train(shared, stage, name, words, seed))

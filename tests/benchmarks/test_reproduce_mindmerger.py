@@ -52,7 +52,6 @@ def flags(work: Path, monkeypatch: pytest.MonkeyPatch) -> reproduce.MiniatureFla
         mapping_num=10,
         augmentation_num=5,
         dev_size=8,
-        train_batch_size=4,
         translations=1,
         test_num=2,
     )
@@ -140,7 +139,6 @@ def test_what_is_wrong_is_told_before_the_llm_is_trained(
         ({"languages": "de,en"}, "English is there in any case"),
         ({"msvamp_languages": "fr"}, "--msvamp_languages fr: French is not in --languages"),
         ({"seeds": 0}, "--seeds 0 must be above 0"),
-        ({"train_batch_size": 5}, "--train_batch_size 5 cannot be divided among 2 ranks"),
         ({"work_dir": "."}, "--work_dir . names no folder"),
     ):
         with pytest.raises(InputError, match=message):
