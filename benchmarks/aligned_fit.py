@@ -121,7 +121,7 @@ def by_descent(inputs: torch.Tensor, targets: torch.Tensor, steps: int) -> State
 
 
 def choices(flags: FitFlags, texts: Texts, of_first_layer: bool) -> Iterator[tuple[str, State]]:
-    """Every mapping to judge at one layer, under its name."""
+    """Every mapping to judge at one layer, under its name; without a boundary it is to have the mean embedding."""
 
     def fitted(sentences: int) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.cat(texts.inputs[HELD_OUT:][:sentences]).float(), torch.cat(texts.targets[HELD_OUT:][:sentences])
@@ -138,6 +138,8 @@ def choices(flags: FitFlags, texts: Texts, of_first_layer: bool) -> Iterator[tup
         yield f"ridge {other:g}", as_mlp(ridge(inputs, targets, other))
     for steps in flags.descents:
         yield f"both layers by AdamW, {steps} steps", by_descent(inputs, targets, steps)
+    zero = torch.zeros(1, 1, targets.shape[1])
+    yield "boundary zero", as_mlp(ridge(inputs, targets, penalty)) | {"end_boundary": zero}
     for pairs in flags.pairs:
         means = torch.stack([states.float().mean(dim=0) for states in texts.foreign[:pairs]])
         with_pairs = torch.cat([inputs, means]), torch.cat([targets, texts.meant[:pairs]])
@@ -146,11 +148,10 @@ def choices(flags: FitFlags, texts: Texts, of_first_layer: bool) -> Iterator[tup
 
 def judge(model: MindMergerForCausalLM, texts: Texts, dev: list, state: State, size: int, pad_id: int) -> dict:
     """The figures of one mapping."""
-    mlp = model.mapping.mlp
-    mlp.load_state_dict({name.removeprefix("mlp."): tensor for name, tensor in state.items()})
+    model.mapping.load_state_dict(state)
 
     def as_map(states: torch.Tensor) -> torch.Tensor:
-        return mlp(states.float()).double()
+        return model.mapping.mlp(states.float()).double()
 
     with torch.inference_mode():
         held_out, targets = torch.cat(texts.inputs[:HELD_OUT]), torch.cat(texts.targets[:HELD_OUT])
@@ -181,9 +182,10 @@ def main() -> None:
         with torch.no_grad():
             model.mapping.end_boundary.add_(mean_embedding(model.llm.get_input_embeddings(), torch.device("cpu"))[0])
         texts = read_texts(flags, model, tokenizer, train, flags.sentences[0] if number else max(flags.sentences))
+        boundary = {"end_boundary": model.mapping.end_boundary.detach().clone()}
         for name, state in choices(flags, texts, number == 0):
             where = "" if layer is None else f"layer {layer}, "
-            row = judge(model, texts, dev_tokens, state, flags.batch_size, tokenizer.source_pad_id)
+            row = judge(model, texts, dev_tokens, boundary | state, flags.batch_size, tokenizer.source_pad_id)
             table[where + name] = row
             print(f"{where}{name}: {row}", flush=True)
 
