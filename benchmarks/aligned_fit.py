@@ -121,7 +121,7 @@ def by_descent(inputs: torch.Tensor, targets: torch.Tensor, steps: int) -> State
 
 
 def choices(flags: FitFlags, texts: Texts, of_first_layer: bool) -> Iterator[tuple[str, State]]:
-    """Every mapping to judge at one layer, under its name; without a boundary it is to have the mean embedding."""
+    """Every mapping to judge at one layer, under its name; a state without `end_boundary` gets the mean embedding."""
 
     def fitted(sentences: int) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.cat(texts.inputs[HELD_OUT:][:sentences]).float(), torch.cat(texts.targets[HELD_OUT:][:sentences])

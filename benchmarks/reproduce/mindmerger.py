@@ -66,7 +66,7 @@ TASKS = ("mgsm", "msvamp")
 TASK = TRAINING_TASKS["math"]
 RANKS = 2
 ENGLISH = LANGUAGES["English"]
-# Each start wants its own learning rate: docs/aligned_start.md.
+# Each start wants its own learning rate, in the mapping stage: docs/aligned_start.md.
 STARTS = {
     "aligned": {"mapping": "--mapping_init aligned --lr 5e-5", "augmentation": "--lr 1e-4"},
     "scaled": {"mapping": "--mapping_init scaled --lr 5e-4", "augmentation": "--lr 5e-4"},
@@ -142,6 +142,7 @@ class MiniatureFlags:
             "llm": open_checkpoint(self.llm_path).fingerprint(),
             "mt": open_checkpoint(self.mt_path).fingerprint(),
             "data": sha256(json.dumps([asked, rows]).encode()).hexdigest(),
+            "training": {"starts": STARTS, "both": BOTH_STARTS, "batch_sizes": BATCH_SIZES},
             **{name: value for name, value in vars(self).items() if name not in own},
         }
 
