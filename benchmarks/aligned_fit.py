@@ -128,7 +128,8 @@ def choices(flags: FitFlags, texts: Texts, of_first_layer: bool) -> Iterator[tup
 
     count, penalty = flags.sentences[0], flags.penalties[0]
     inputs, targets = fitted(count)
-    yield f"ridge {penalty:g}, {count} sentences", as_mlp(ridge(inputs, targets, penalty))
+    first = as_mlp(ridge(inputs, targets, penalty))
+    yield f"ridge {penalty:g}, {count} sentences", first
     if not of_first_layer:
         return
     for sentences in flags.sentences[1:]:
@@ -138,8 +139,7 @@ def choices(flags: FitFlags, texts: Texts, of_first_layer: bool) -> Iterator[tup
         yield f"ridge {other:g}", as_mlp(ridge(inputs, targets, other))
     for steps in flags.descents:
         yield f"both layers by AdamW, {steps} steps", by_descent(inputs, targets, steps)
-    zero = torch.zeros(1, 1, targets.shape[1])
-    yield "boundary zero", as_mlp(ridge(inputs, targets, penalty)) | {"end_boundary": zero}
+    yield "boundary zero", first | {"end_boundary": torch.zeros(1, 1, targets.shape[1])}
     for pairs in flags.pairs:
         means = torch.stack([states.float().mean(dim=0) for states in texts.foreign[:pairs]])
         with_pairs = torch.cat([inputs, means]), torch.cat([targets, texts.meant[:pairs]])
