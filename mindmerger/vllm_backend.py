@@ -17,6 +17,8 @@ from mindmerger.tokenization import Tokens
 
 # Of the GPU memory that the encoder leaves.
 _SHARE_OF_MEMORY = 0.9
+# Rows that encoder and mapping read at once: they have the memory that vLLM leaves.
+_ROWS_READ = 8
 
 
 def check_vllm(flags: EvaluationFlags, process: Process, rows: list[Tokens]) -> int:
@@ -72,6 +74,8 @@ class VllmSubject(Subject):
 
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        # Of a CPU vLLM would keep a core for its scheduler, half of two, though it has nothing to schedule meanwhile.
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         from vllm import LLM, SamplingParams
 
         self._sampling_params = SamplingParams
@@ -105,12 +109,19 @@ class VllmSubject(Subject):
             temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=sorted(self.eos_token_ids), detokenize=False
         )
         for start in range(0, len(rows), slots):
-            sequence = self.read(rows[start : start + slots])
-            masks = sequence.mask.bool()
-            prompts = [{"prompt_embeds": row[mask].cpu()} for row, mask in zip(sequence.embeds, masks, strict=True)]
+            prompts = self._prompts(rows[start : start + slots])
             outputs = self._engine.generate(prompts, greedily, use_tqdm=False)
             answers = enumerate((list(output.outputs[0].token_ids) for output in outputs), start)
             yield [(place, self.text(ids), ids[-1] in self.eos_token_ids) for place, ids in answers]
+
+    def _prompts(self, rows: list[Tokens]) -> list[dict[str, torch.Tensor]]:
+        """vLLM's input for each row, {"prompt_embeds": [length, hidden] on the CPU}."""
+        prompts = []
+        for start in range(0, len(rows), _ROWS_READ):
+            sequence = self.read(rows[start : start + _ROWS_READ])
+            masks = sequence.mask.bool()
+            prompts += [{"prompt_embeds": row[mask].cpu()} for row, mask in zip(sequence.embeds, masks, strict=True)]
+        return prompts
 
 
 class _EmbeddingTable(nn.Module):

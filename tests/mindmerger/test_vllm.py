@@ -1,14 +1,17 @@
 """`run_evaluation.py --backend vllm`: what it refuses everywhere, and its answers where vLLM is installed."""
 
 import json
-from collections.abc import Callable
+import sys
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from common.errors import InputError
 from common.flags import parse_flags
@@ -37,7 +40,7 @@ def answers(save_name: str) -> dict[str, list[tuple[str, bool]]]:
 
 
 def test_what_vllm_does_not_do_is_refused(
-    tmp_path: Path, models: dict[str, Path], build: Callable, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_datas(Path("datas"))
@@ -82,6 +85,43 @@ def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model.config.augmentation = True
     model.save_pretrained(tmp_path / "checkpoint")
     return tmp_path
+
+
+class _Engine:
+    """What is asked of vLLM's `LLM`, row by row, by transformers."""
+
+    def __init__(self, model: str, *, dtype: str, **_: Any):
+        self._llm = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+
+    def generate(self, prompts: list[dict[str, torch.Tensor]], params: SimpleNamespace, use_tqdm: bool) -> list:
+        return [self._answer(prompt["prompt_embeds"], params) for prompt in prompts]
+
+    def _answer(self, embeds: torch.Tensor, params: SimpleNamespace) -> SimpleNamespace:
+        ids = self._llm.generate(
+            inputs_embeds=embeds.unsqueeze(0),
+            attention_mask=torch.ones(1, len(embeds), dtype=torch.int64),
+            do_sample=params.temperature > 0,
+            max_new_tokens=params.max_tokens,
+            eos_token_id=params.stop_token_ids,
+        )
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids[0].tolist())])
+
+
+def test_an_engine_that_is_sent_every_row_alone_gives_the_same_answers(
+    small_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = SimpleNamespace(LLM=_Engine, SamplingParams=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    monkeypatch.setattr(vllm_backend, "require", lambda *_: None)
+    for name in ("VLLM_NO_USAGE_STATS", "VLLM_LOGGING_LEVEL", "VLLM_CPU_NUM_OF_RESERVED_CPU"):
+        monkeypatch.setenv(name, "0")
+    words = ("--init_checkpoint", "checkpoint", "--languages", "de,en", "--max_gen_len", 24, "--dtype", "float32")
+    evaluate_words(*words, "--save_name", "transformers")
+    evaluate_words(*words, "--save_name", "vllm", "--backend", "vllm", "--eval_batch_size", 12)
+    expected = answers("transformers")
+    assert sum(map(len, expected.values())) == 20
+    assert len({answer for rows in expected.values() for answer in rows}) > 5
+    assert answers("vllm") == expected
 
 
 @pytest.mark.slow
