@@ -81,7 +81,7 @@ def read_texts(
     """Both models' vectors of HELD_OUT English sentences, at most so many others, and the translation pairs."""
     process = start_process("cpu")
     english = list(dict.fromkeys(row.target for row in rows))[: sentences + HELD_OUT]
-    if len(english) <= min(flags.sentences) + HELD_OUT:
+    if len(english) < min(flags.sentences) + HELD_OUT:
         raise InputError(f"--data_dir {flags.data_dir} has {len(english)} English sentences: {HELD_OUT} are held out")
     ids_and_spans = tokenizer.sources_with_spans(english, LANGUAGES["English"])
     embedding, mean = model.llm.get_input_embeddings(), model.mapping.end_boundary.detach().flatten()

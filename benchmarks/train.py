@@ -7,7 +7,9 @@ of like length in micro batches of like tokens (`plan_epoch`), packed for the LL
 Both are plain PyTorch, forward, backward and AdamW, from one mapping at the embeddings' scale; DeepSpeed adds the same
 to both. Seconds are of the steps, peak memory is what they add to the loaded models. The difference reported is of the
 first step's loss and mapping gradient (norm of the difference over norm), and in bfloat16 of the dev perplexity after
-two steps, which is not that of a whole training.
+`--steps`: two by default, which are no training. One that ends:
+
+    python -m benchmarks.train ... --rows bf16 --steps 36 --batch_size 16 --lr 5e-4 --rounds 1
 """
 
 import tempfile
@@ -44,11 +46,14 @@ class TrainBenchmarkFlags(PairFlags):
     languages: str = flag("de,es,fr", "comma-separated")
     rows: list[str] = flag(list(ROWS), f"which rows of the table, of: {', '.join(ROWS)}")
     batch_size: int = flag(32, "training rows of a step")
+    steps: int = flag(2, "of the bf16 rows; one epoch at most")
+    # AdamW's first steps move each weight by the whole rate: where that is a tenth of a weight's size, as 1e-4 is, the
+    # signs that bfloat16 gets wrong decide where they lead.
+    lr: float = flag(1e-5, "learning rate")
     quick: bool = flag(False, "16 rows a step, one round: a minute or two, and noisy")
     stage: Literal["mapping", "augmentation"] = flag("mapping", "of one side's own process")
     side: Literal["", "baseline", "ours"] = flag("", "the side that this process is; its result goes to --out")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "of one side's own process")
-    steps: int = flag(1, "of one side's own process")
     out: str = flag("", "of one side's own process")
 
     def __post_init__(self) -> None:
@@ -102,9 +107,7 @@ def one_side(flags: TrainBenchmarkFlags) -> None:
     first = collate(tokens[:32], pad_id)
     bos_token_id, dtype = tokenizer.llm_tokenizer.bos_token_id, getattr(torch, flags.dtype)
     model = unlearned_model(flags, bos_token_id, first.input_ids, first.attention_mask, dtype)
-    # AdamW's first steps move each weight by the whole rate: where that is a tenth of a weight's size, as 1e-4 is, the
-    # signs that bfloat16 gets wrong decide where they lead.
-    optimizer = torch.optim.AdamW(model.mapping.parameters(), lr=1e-5)
+    optimizer = torch.optim.AdamW(model.mapping.parameters(), lr=flags.lr)
     if flags.side == "ours":
         model.pack_rows()
 
@@ -149,7 +152,7 @@ def compare(flags: TrainBenchmarkFlags, name: str, stage: str, dtype: str, steps
         out = {side: Path(folder) / side for side in ("baseline", "ours")}
         words = ["-m", "benchmarks.train", "--llm_path", flags.llm_path, "--mt_path", flags.mt_path]
         words += ["--data_dir", flags.data_dir, "--languages", flags.languages, "--batch_size", str(flags.batch_size)]
-        words += ["--stage", stage, "--dtype", dtype, "--steps", str(steps)]
+        words += ["--stage", stage, "--dtype", dtype, "--steps", str(steps), "--lr", str(flags.lr)]
         baseline, ours = in_turn(
             *(lambda side=side: run([*words, "--side", side, "--out", str(out[side])]) for side in out), flags.rounds
         )
@@ -172,7 +175,7 @@ def main() -> None:
             compare(flags, f"train {stage}", stage, "float32", 1)
     if "bf16" in flags.rows:
         for stage in MICRO:
-            compare(flags, f"train {stage} bf16", stage, "bfloat16", 2)
+            compare(flags, f"train {stage} bf16", stage, "bfloat16", flags.steps)
 
 
 if __name__ == "__main__":

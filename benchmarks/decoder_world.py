@@ -1,0 +1,60 @@
+"""A decoder-only model of the small world's six languages, to read for the mapping where the quickstart's mT5 does.
+
+    python -m benchmarks.decoder_world FOLDER
+    python -m benchmarks.aligned_fit --mt_path FOLDER --layers 1 2 3 4 5
+    python -m benchmarks.aligned_start --name decoder --mt_path FOLDER
+
+It has the mT5's tokenizer, width and number of layers, and learns from the same rows in as many steps: to write the
+English question after the same one in any language. What differs is that no state knows what comes after its token.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from quickstart.fit import Lessons, causal_batches, fit, save
+from quickstart.pretrain import MT_BATCH, MT_ROUND, by_length, mt_tokenizer
+from quickstart.world import WORLD_LANGUAGES, problems
+
+
+def translations(seed: int) -> Lessons:
+    """(question in one of the six languages, the same in English)."""
+    rng = random.Random(seed)
+    for problem in problems("train", seed):
+        yield problem.question(rng.choice(WORLD_LANGUAGES).code), problem.question("en")
+
+
+def train_decoder(tokenizer: PreTrainedTokenizerFast, steps: int) -> LlamaForCausalLM:
+    """A LLaMA of 1.4M parameters that translates any of the six languages into English."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    lessons = by_length(translations(0), tokenizer, MT_BATCH)
+    batches = causal_batches(lessons, tokenizer, MT_BATCH)
+    return fit(LlamaForCausalLM(config), batches, MT_ROUND[0], steps, "decoder")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=MT_ROUND[1])
+    flags = parser.parse_args()
+    tokenizer = mt_tokenizer()
+    save(train_decoder(tokenizer, flags.steps), tokenizer, flags.folder)
+
+
+if __name__ == "__main__":
+    main()
