@@ -124,9 +124,9 @@ def measure(flags: ControlFlags) -> dict[str, dict[str, Any]]:
     examples = read_training(Path(flags.data_dir), task, config.stage, languages, flags.train_num)
     dev, _ = hold_out(examples, flags.dev_size, flags.seed)
     tokenizer = ExampleTokenizer(
-        load_tokenizer(config.mt_path),
-        base_config(config.mt_path),
-        load_tokenizer(config.llm_path),
+        load_tokenizer(config.mt_path, config.mt_revision),
+        base_config(config.mt_path, config.mt_revision),
+        load_tokenizer(config.llm_path, config.llm_revision),
         augmentation=config.augmentation,
         max_seq_len=flags.max_seq_len,
         max_prompt_len=flags.max_gen_len,

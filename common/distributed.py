@@ -7,6 +7,7 @@ import sys
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -104,6 +105,8 @@ def launched_world_size() -> int:
 def available_memory(device: torch.device) -> int:
     """Bytes that this process may still take on `device`; ranks that share a machine's memory share what is free."""
     if device.type == "cuda":
+        # What PyTorch keeps of freed tensors would not count as free.
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
@@ -160,8 +163,8 @@ def start_process(
 
 def _leave_with_peers(process: Process) -> None:
     """From now until `Process.close`, end this process when another rank on this machine has died."""
-    here = socket.gethostname()
-    pids = [pid for host, pid in process.gather((here, os.getpid())) if host == here and pid != os.getpid()]
+    here = _where_pids_count()
+    pids = [pid for where, pid in process.gather((here, os.getpid())) if where == here and pid != os.getpid()]
     peers = [psutil.Process(pid) for pid in pids]
 
     def look() -> None:
@@ -177,6 +180,13 @@ def _leave_with_peers(process: Process) -> None:
     _closed.clear()
     if peers:
         threading.Thread(target=look, daemon=True).start()
+
+
+def _where_pids_count() -> tuple[str, ...]:
+    """What processes that see each other's ids have in common: machines and containers may share a host name."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    linux = (boot.read_text(), str(Path("/proc/self/ns/pid").readlink())) if boot.exists() else ()
+    return socket.gethostname(), *linux
 
 
 def _is_alive(peer: psutil.Process) -> bool:

@@ -1,15 +1,20 @@
 """One run at a time on one output folder."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import InputError
 from common.files import writing
+
+# What file systems without locks answer: Lustre mounted without them, some that run in user space.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextlib.contextmanager
@@ -18,6 +23,8 @@ def locked(folder: Path) -> Iterator[None]:
 
     The lock is the kernel's, on a file beside the folder: it ends with the process, however that ends, and emptying
     the folder does not lift it. What an earlier holder was killed while writing is removed.
+
+    On a file system without locks there is a warning, and no lock.
 
     Raises:
         InputError: another process holds it; where it runs is told.
@@ -51,7 +58,13 @@ def _lock(path: Path, folder: Path) -> int:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), path.stat()):
                     return descriptor
-        except BlockingIOError as error:
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                print(f"warning: no locks here: see that no other run writes to {folder}", file=sys.stderr)
+                return descriptor
+            if not isinstance(error, BlockingIOError):
+                os.close(descriptor)
+                raise
             holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
             os.close(descriptor)
             raise InputError(

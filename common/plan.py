@@ -239,12 +239,12 @@ def plan_device(text: str, device: str) -> Device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = torch.device(device)
+    memory = available_memory(chosen)
     half, single = (_measured_flops(chosen, dtype) for dtype in (torch.bfloat16, torch.float32))
     bandwidth = _measured_bandwidth(chosen)
     basis = (
         f"measured: {half / 1e12:.2g} TFLOP/s in bfloat16, {single / 1e12:.2g} in float32, {bandwidth / 1e9:.0f} GB/s"
     )
-    memory = available_memory(chosen)
     return Device(f"{HERE}'s {chosen.type}", chosen.type, count, memory, half, single, bandwidth, basis)
 
 

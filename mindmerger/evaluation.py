@@ -88,6 +88,12 @@ def _evaluate(flags: EvaluationFlags, process: Process, locks: contextlib.ExitSt
             answer_all(subject, task, problems[task.name], tokens[task.name], flags, folder, process)
             if process.is_main:
                 records = sorted(read_answers(folder), key=lambda record: record["problem"])
+                asked = len(problems[task.name])
+                if len(records) < asked:
+                    raise InputError(
+                        f"{folder} shows {len(records)} of {asked} answers: a shared file system may be behind with "
+                        "what another machine has written; the same command goes on from what is there"
+                    )
                 scores = score(task.name, records)
                 write_report(folder, scores, records)
                 seconds = round(time.monotonic() - started, 1)

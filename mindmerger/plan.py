@@ -188,7 +188,9 @@ def training_plan(flags: TrainingFlags, device: Device, ds_config: dict, dtype: 
 
     zero = ds_config["zero_optimization"]
     weights = weight_bytes(model.llm, model.encoder)
-    optimizer = mapping * (2 * dtype.itemsize + 12 / device.count)
+    # Divided by ZeRO: float32 weights and two moments, and in half precision the float32 sum of the gradients.
+    divided = 12 if dtype.itemsize == 4 else 16
+    optimizer = mapping * (2 * dtype.itemsize + divided / device.count)
     if device.type == "cuda":
         # On a CPU its pages are never touched.
         optimizer += zero.get("reduce_bucket_size", REDUCE_BUCKET) * dtype.itemsize
@@ -207,6 +209,10 @@ def training_plan(flags: TrainingFlags, device: Device, ds_config: dict, dtype: 
     mean_encoding, mean_step = encoder_cost(model, micro, mean), step_cost(model, micro, mean)
     with torch.no_grad():
         mean_reading = step_cost(model, micro, mean, backward=False)
+        if flags.dev_size:
+            batch = flags.eval_batch_size
+            validation = step_cost(model, batch, limits, backward=False)
+            peak = max(peak, encoder_cost(model, batch, limits).peak_bytes, validation.peak_bytes)
     evaluations = 1 + steps // flags.eval_steps + flags.epoch_num if flags.dev_size else 0
     learned, validated = steps * flags.train_batch_size, evaluations * flags.dev_size  # rows
     flops = learned / micro * (mean_encoding.flops + mean_step.flops)

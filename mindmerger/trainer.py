@@ -267,7 +267,15 @@ class Stage:
             for rows in progress(self.process, plan[self.process.rank], desc="dev", leave=False):
                 # A rank without rows left runs along, since under ZeRO-3 its peers need its share of the weights.
                 batch = self._batch(rows or [0], self.dev_tokens)
-                summed = float(self.engine(**vars(batch), num_items_in_batch=1.0).loss)
+                try:
+                    summed = float(self.engine(**vars(batch), num_items_in_batch=1.0).loss)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise InputError(
+                        f"out of memory in the evaluation before step {step + 1}, with {len(rows)} dev rows at once; "
+                        f"what is saved stays. Take an --eval_batch_size below {self.flags.eval_batch_size}"
+                    ) from error
                 if rows:
                     loss += summed
                     tokens += sum(len(self.dev_tokens[row].target) for row in rows)

@@ -92,7 +92,7 @@ def _compute_grams(
     model = model or _load(AutoModelForCausalLM, flags, checkpoint, dtype=flags.dtype)
     model = model.to(process.device).eval()
     layers = linear_layers(model)
-    _drop_head(model, process.device)
+    _drop_head(model)
     work = target.with_suffix(".partial")
     identity = {
         "model": flags.model,
@@ -320,13 +320,10 @@ def _load(auto_class: Any, flags: GramFlags, checkpoint: Checkpoint, **options: 
         raise InputError(f"--model {flags.model}: {first_line(error)}") from error
 
 
-def _drop_head(model: PreTrainedModel, device: torch.device) -> None:
+def _drop_head(model: PreTrainedModel) -> None:
     """Free the output head, at which a forward pass ends; that of Llama-3-8B takes as much as a layer's sums."""
     if head := untied_head(model):
         head.to("meta")
-        if device.type == "cuda":
-            # What PyTorch keeps for itself would not count as free.
-            torch.cuda.empty_cache()
 
 
 def _continued_plan(work: Path) -> Plan | None:

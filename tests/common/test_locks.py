@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -33,6 +35,19 @@ def test_a_lock_does_not_outlive_a_killed_run(tmp_path: Path, monkeypatch: pytes
     # The kernel has closed the file of a process that is waited for.
     with locked(Path("run")):
         assert list(Path("run").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_file_system_without_locks_is_written_to_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locked(tmp_path / "run"):
+        (tmp_path / "run").mkdir()
+    assert capsys.readouterr().err.startswith("warning: no locks here: see that no other run writes to ")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

@@ -14,7 +14,7 @@ from common.errors import InputError
 from common.flags import parse_flags
 from common.locks import locked
 from common.signals import Stopped
-from mindmerger import decoding
+from mindmerger import decoding, evaluation
 from mindmerger.batching import collate
 from mindmerger.data import Example
 from mindmerger.decoding import greedy, label_log_likelihoods
@@ -173,6 +173,18 @@ def test_a_second_evaluation_of_the_same_results_is_refused(words: Words) -> Non
     with locked(Path("results/held/mgsm")), pytest.raises(InputError, match="results/held/mgsm is in use by process"):
         evaluate_words(*words, "--save_name", "held")
     evaluate_words(*words, "--save_name", "held", "--languages", "de")
+
+
+def test_answers_that_have_not_arrived_are_not_left_out_of_the_score(
+    words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "read_answers", lambda folder: read_answers(folder)[:-1])
+        with pytest.raises(InputError, match="results/late/mgsm shows 21 of 22 answers: .* the same command goes on"):
+            evaluate_words(*words, "--save_name", "late")
+    assert not Path("results/late/mgsm/scores.json").exists()
+    evaluate_words(*words, "--save_name", "late")
+    assert sum(map(len, predictions(Path("results/late/mgsm")).values())) == 22
 
 
 def test_every_form_of_a_checkpoint_answers_alike(words: Words) -> None:

@@ -246,6 +246,18 @@ def test_too_little_memory_names_the_flags_to_change(work: Path, words: Words, m
         assert part in str(error.value)
 
 
+def test_too_little_memory_for_dev_rows_names_their_flag(
+    work: Path, words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(trainer.MindMergerForCausalLM, "forward", too_large)
+    message = r"evaluation before step 1, with \d+ dev rows at once; .* Take an --eval_batch_size below \d+"
+    with pytest.raises(InputError, match=message):
+        train_here(work, *words, "--save_name", "large_dev")
+
+
 def test_a_second_run_on_the_same_folder_is_refused(
     work: Path, words: Words, whole: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,11 @@ def test_the_gpus_bf16_files_run_on_a_cpu_too(
     # What was read is what is written: the optimizer's float32 copy, which no bf16 has rounded.
     assert_same(work, config, reference, tolerance=1e-7)
 
+    learned = f"{config}_accumulated"
+    train_here(work, *small, "--deepspeed_config", path, "--train_micro_batch_size_per_gpu", 1, "--save_name", learned)
+    before, *_, after = metrics(work, f"{learned}/mapping", "dev_perplexity")
+    assert before - after == pytest.approx(theirs[0] - theirs[-1], rel=0.05)
+
 
 @pytest.mark.parametrize(("mt", "config"), [("nllb", "zero3.json"), ("llama_without_padding", None)])
 def test_other_encoders_train(work: Path, small: Words, models: dict[str, Path], mt: str, config: str | None) -> None:
