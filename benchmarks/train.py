@@ -7,9 +7,9 @@ of like length in micro batches of like tokens (`plan_epoch`), packed for the LL
 Both are plain PyTorch, forward, backward and AdamW, from one mapping at the embeddings' scale; DeepSpeed adds the same
 to both. Seconds are of the steps, peak memory is what they add to the loaded models. The difference reported is of the
 first step's loss and mapping gradient (norm of the difference over norm), and in bfloat16 of the dev perplexity after
-`--steps`: two by default, which are no training. One that ends:
+`--steps`: two by default, which are no training. A longer one:
 
-    python -m benchmarks.train ... --rows bf16 --steps 36 --batch_size 16 --lr 5e-4 --rounds 1
+    python -m benchmarks.train ... --rows bf16 --steps 60 --batch_size 8 --lr 5e-4 --rounds 1
 """
 
 import tempfile
