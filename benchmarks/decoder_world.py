@@ -4,8 +4,9 @@
     python -m benchmarks.aligned_fit --mt_path FOLDER --layers 1 2 3 4 5
     python -m benchmarks.aligned_start --name decoder --mt_path FOLDER
 
-It has the mT5's tokenizer, width and number of layers, and learns from the same rows in as many steps: to write the
-English question after the same one in any language. What differs is that no state knows what comes after its token.
+It has the mT5's tokenizer and width, as many layers as its encoder and decoder together, and learns from the same rows
+in as many steps: to write the English question after the same one in any language. What differs is that no state knows
+what comes after its token.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def translations(seed: int) -> Lessons:
 
 
 def train_decoder(tokenizer: PreTrainedTokenizerFast, steps: int) -> LlamaForCausalLM:
-    """A LLaMA of 1.4M parameters that translates any of the six languages into English."""
+    """A LLaMA of 1.2M parameters that translates any of the six languages into English."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

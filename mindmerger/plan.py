@@ -161,7 +161,9 @@ def plan_training(flags: TrainingFlags) -> None:
         ("mapping, AdamW", f"{gb(plan.optimizer)}, with DeepSpeed's buffer for gradients"),
         (
             "activations",
-            f"at most {gb(plan.activations)}: micro batch of {micro}, {_describe(limits)}"
+            f"at most {gb(plan.activations)}: micro batch of {micro}"
+            + (f" or {flags.eval_batch_size} dev rows" if flags.dev_size else "")
+            + f", {_describe(limits)}"
             + (", with recomputation" if flags.gradient_checkpointing else ""),
         ),
         ("", f"{gb(plan.mean_activations)} for rows of mean length: {_describe(mean)} (assumed)"),
