@@ -274,8 +274,8 @@ class Stage:
                         raise
                     raise InputError(
                         f"out of memory in the evaluation before step {step + 1}, with {len(rows or [0])} dev rows at "
-                        f"once; what is saved stays. Take an --eval_batch_size below {self.flags.eval_batch_size}, or lower "
-                        "--max_seq_len, --max_prompt_len or --max_gen_len"
+                        f"once; what is saved stays. Take an --eval_batch_size below {self.flags.eval_batch_size}, or "
+                        "lower --max_seq_len, --max_prompt_len or --max_gen_len"
                     ) from error
                 if rows:
                     loss += summed
