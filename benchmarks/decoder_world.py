@@ -14,9 +14,9 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from quickstart.fit import Lessons, causal_batches, fit, save
+from quickstart.fit import Lessons, causal_batches, fit, save, small_llama
 from quickstart.pretrain import MT_BATCH, MT_ROUND, by_length, mt_tokenizer
 from quickstart.world import WORLD_LANGUAGES, problems
 
@@ -31,21 +31,10 @@ def translations(seed: int) -> Lessons:
 def train_decoder(tokenizer: PreTrainedTokenizerFast, steps: int) -> LlamaForCausalLM:
     """A LLaMA of 1.2M parameters that translates any of the six languages into English."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    model = small_llama(tokenizer, hidden=128, intermediate=256, layers=5, positions=512)
     lessons = by_length(translations(0), tokenizer, MT_BATCH)
     batches = causal_batches(lessons, tokenizer, MT_BATCH)
-    return fit(LlamaForCausalLM(config), batches, MT_ROUND[0], steps, "decoder")
+    return fit(model, batches, MT_ROUND[0], steps, "decoder")
 
 
 def main() -> None:

@@ -1,11 +1,17 @@
-"""The training loop that all of the quickstart's small models went through."""
+"""The training loop that all of the quickstart's small models went through, and the LLaMAs among them."""
 
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    get_cosine_schedule_with_warmup,
+)
 
 from common.distributed import Process
 from common.logging import progress
@@ -16,6 +22,25 @@ Lessons = Iterator[tuple[str, str]]
 
 WARMUP_SHARE = 0.1
 LARGEST_GRADIENT = 1.0
+
+
+def small_llama(
+    tokenizer: PreTrainedTokenizerBase, hidden: int, intermediate: int, layers: int, positions: int
+) -> LlamaForCausalLM:
+    """A LLaMA of four heads for `tokenizer`, its weights drawn from torch's generator as it stands."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=positions,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
 
 
 def fit(

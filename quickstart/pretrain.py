@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    LlamaConfig,
     LlamaForCausalLM,
     MT5Config,
     MT5ForConditionalGeneration,
@@ -23,7 +22,7 @@ from transformers import (
 
 from mindmerger.batching import IGNORED
 from mindmerger.tasks import math_prompt
-from quickstart.fit import Lessons, causal_batches, fit, padded, save
+from quickstart.fit import Lessons, causal_batches, fit, padded, save, small_llama
 from quickstart.world import WORLD_LANGUAGES, Problem, problems
 
 # Texts that a tokenizer is made from; every word of the world is among them many times.
@@ -89,19 +88,7 @@ def _tokenizer(texts: Iterable[str], opening: list[str], closing: list[str]) -> 
 def train_llm(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """A LLaMA of 0.9M parameters that solves English problems, repeats them, and reads broken English as well."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config)
+    model = small_llama(tokenizer, hidden=128, intermediate=384, layers=4, positions=512)
     for number, (lr, steps, mix) in enumerate(LLM_ROUNDS):
         lessons = by_length(english_lessons(seed + number, mix), tokenizer, LLM_BATCH)
         fit(model, causal_batches(lessons, tokenizer, LLM_BATCH), lr, steps, f"LLaMA, round {number + 1}")

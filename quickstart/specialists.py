@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from common.logging import quiet_libraries
 from quickstart.exercises import LARGEST_NUMBER, TASKS, texts
-from quickstart.fit import Lessons, causal_batches, fit, save
+from quickstart.fit import Lessons, causal_batches, fit, save, small_llama
 from quickstart.programs import programs
 from quickstart.world import problems
 
@@ -84,19 +84,7 @@ def base_lessons(problem_share: float, program_share: float, seed: int) -> Lesso
 def train_base(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """The model that both specialists start from, 0.45M parameters; the same for every seed of theirs."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config)
+    model = small_llama(tokenizer, hidden=96, intermediate=256, layers=3, positions=256)
     for seed, steps, lr, *shares in PHASES:
         fit(model, causal_batches(base_lessons(*shares, seed), tokenizer, BATCH_SIZE), lr, steps, "base")
     return model
