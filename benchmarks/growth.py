@@ -147,14 +147,17 @@ def draw(curves: dict[str, tuple[list[int], list[float]]]) -> None:
     # The same figure, the same file.
     matplotlib.rcParams["svg.hashsalt"] = "growth"
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, panels = plt.subplots(3, math.ceil(len(curves) / 3), figsize=(9, 7.5), constrained_layout=True)
     for panel, (name, (sizes, costs)) in zip(panels.flat, curves.items(), strict=False):
         slope, offset = np.polyfit(np.log(sizes), np.log(costs), 1)
-        panel.loglog(sizes, np.exp(offset) * np.array(sizes, float) ** slope, color="0.7", base=2)
-        panel.loglog(sizes, costs, "o", color="#0b6e4f", base=2)
+        panel.loglog(sizes, np.exp(offset) * np.array(sizes, float) ** slope, color="0.7")
+        panel.loglog(sizes, costs, "o", color="#0b6e4f")
         panel.set_title(f"{name}: {slope:.2f}", fontsize=9)
         panel.set_xticks(sizes, [f"{size:,}" if size < 10**6 else f"{size / 2**20:.0f}M" for size in sizes], fontsize=7)
+        # Close enough for two in a panel that spans a factor of two.
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         panel.tick_params(axis="y", labelsize=7)
         panel.minorticks_off()

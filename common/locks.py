@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import socket
@@ -24,7 +25,7 @@ def locked(folder: Path) -> Iterator[None]:
     The lock is the kernel's, on a file beside the folder: it ends with the process, however that ends, and emptying
     the folder does not lift it. What an earlier holder was killed while writing is removed.
 
-    On a file system without locks there is a warning, and no lock.
+    On a file system without locks there is a warning, no lock, and nothing is removed: it may be a live run's.
 
     Raises:
         InputError: another process holds it; where it runs is told.
@@ -33,11 +34,13 @@ def locked(folder: Path) -> Iterator[None]:
     made = not path.parent.exists()
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(path, folder)
+        descriptor, is_locked = _lock(path, folder)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     try:
-        for partial in (*folder.parent.glob(f".{folder.name}.*.partial"), *folder.glob(".*.partial")):
+        name = glob.escape(folder.name)
+        partials = (*folder.parent.glob(f".{name}.*.partial"), *folder.glob(".*.partial"))
+        for partial in partials if is_locked else ():
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         yield
     finally:
@@ -49,7 +52,8 @@ def locked(folder: Path) -> Iterator[None]:
                 path.parent.rmdir()
 
 
-def _lock(path: Path, folder: Path) -> int:
+def _lock(path: Path, folder: Path) -> tuple[int, bool]:
+    """The descriptor of `path`, and whether it holds a lock."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -57,11 +61,11 @@ def _lock(path: Path, folder: Path) -> int:
             # Its holder may have removed the file between these two lines; the next one would make a new file.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), path.stat()):
-                    return descriptor
+                    return descriptor, True
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 print(f"warning: no locks here: see that no other run writes to {folder}", file=sys.stderr)
-                return descriptor
+                return descriptor, False
             if not isinstance(error, BlockingIOError):
                 os.close(descriptor)
                 raise

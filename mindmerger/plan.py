@@ -152,7 +152,7 @@ def plan_training(flags: TrainingFlags) -> None:
     plan = training_plan(flags, device, config, dtype)
     stage = config["zero_optimization"]["stage"]
     limits, mean = _limits(flags), _mean_row(flags)
-    micro = flags.train_micro_batch_size_per_gpu
+    micro, dev_batch = flags.train_micro_batch_size_per_gpu, min(flags.eval_batch_size, flags.dev_size)
     half = dtype.itemsize < 4
     seconds = plan.flops / device.flops(dtype.itemsize) / device.count
     lines = [
@@ -162,7 +162,7 @@ def plan_training(flags: TrainingFlags) -> None:
         (
             "activations",
             f"at most {gb(plan.activations)}: micro batch of {micro}"
-            + (f" or {flags.eval_batch_size} dev rows" if flags.dev_size else "")
+            + (f" or {dev_batch} dev rows" if dev_batch else "")
             + f", {_describe(limits)}"
             + (", with recomputation" if flags.gradient_checkpointing else ""),
         ),
@@ -211,8 +211,7 @@ def training_plan(flags: TrainingFlags, device: Device, ds_config: dict, dtype: 
     mean_encoding, mean_step = encoder_cost(model, micro, mean), step_cost(model, micro, mean)
     with torch.no_grad():
         mean_reading = step_cost(model, micro, mean, backward=False)
-        if flags.dev_size:
-            batch = flags.eval_batch_size
+        if batch := min(flags.eval_batch_size, flags.dev_size):
             validation = step_cost(model, batch, limits, backward=False)
             peak = max(peak, encoder_cost(model, batch, limits).peak_bytes, validation.peak_bytes)
     evaluations = 1 + steps // flags.eval_steps + flags.epoch_num if flags.dev_size else 0

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from common.errors import InputError, exit_with_message
 from common.files import read_json, sha256, write_json, write_text
@@ -38,12 +38,19 @@ class PrepareDataFlags:
     output_dir: str = flag("./datas", "folder to build; what its manifest.json lists, unchanged, is kept")
     task: str = flag(",".join(TRAINING_TASKS), "comma-separated: math, x-csqa, xnli")
     languages: str | None = flag(None, "comma-separated English names or ISO codes; default: all of the tasks'")
+    pairs: Literal["corpora", "questions"] = flag(
+        "corpora",
+        "sentence pairs from OPUS-100 and NLLB, or GSM8K's questions and their translations, as the small runs on real "
+        "models take",
+    )
     train_num: int = flag(100_000, "sentence pairs per language")
     source_dir: str | None = flag(None, "local copies, {source_dir}/{dataset id}/...; default: the Hugging Face Hub")
     check_counts: bool = flag(True, "refuse a source that has not as many rows as are published")
 
     def __post_init__(self) -> None:
         require_positive(self, "train_num")
+        if self.pairs == "questions" and self.task != "math":
+            raise InputError(f"--pairs questions are GSM8K's: take --task math, not {self.task}")
 
 
 class Layout:
@@ -130,8 +137,8 @@ def prepare(flags: PrepareDataFlags) -> None:
     source_dir = None if flags.source_dir is None else Path(flags.source_dir)
     tasks = [find_task(name, TRAINING_TASKS) for name in flags.task.split(",")]
     chosen = select_languages(flags.languages)
-    settings = {"task": flags.task, "languages": flags.languages, "train_num": flags.train_num}
-    layout = Layout(Path(flags.output_dir), settings | {"source_dir": flags.source_dir})
+    settings = {name: getattr(flags, name) for name in ("task", "languages", "pairs", "train_num", "source_dir")}
+    layout = Layout(Path(flags.output_dir), settings)
     read = functools.partial(Reading, source_dir=source_dir, check_count=flags.check_counts)
 
     def wanted(*languages: Language) -> tuple[Language, ...]:
@@ -163,7 +170,7 @@ def prepare(flags: PrepareDataFlags) -> None:
     for task in tasks:
         languages = wanted(*task.languages)
         for language in languages:
-            build_pairs(layout, read, language, questions, flags.train_num)
+            build_pairs(layout, read, language, flags.pairs, questions, flags.train_num)
         if languages:
             read_training(layout.folder, task, "mapping", languages, 1)
 
@@ -230,15 +237,21 @@ def build_xnli_dev(
 
 
 def build_pairs(
-    layout: Layout, read: Callable[..., Reading], language: Language, questions: set[str], limit: int
+    layout: Layout, read: Callable[..., Reading], language: Language, kind: str, questions: set[str], limit: int
 ) -> None:
-    """Sentence pairs of one language, line n of one file translating line n of the other."""
+    """Sentence pairs of one language, line n of one file translating line n of the other; `kind` as in `--pairs`."""
     folder = f"bilingual_pairs/en-{language.code}"
     names = f"{folder}/train_100k.{language.code}", f"{folder}/train_100k.en"
     if layout.has(*names):
         return
-    reading = read(pairs_source(language), language)
-    pairs, dropped = clean_pairs(converted(reading, lambda row: sources.sentence_pair(row, language)), questions, limit)
+    if kind == "questions":
+        reading = read(SOURCES["gsm8k_instruct"], None)
+        rows, _ = translated_questions(converted(reading, sources.gsm8k_instruct), reading.place)
+        found = question_pairs(rows, language)
+    else:
+        reading = read(pairs_source(language), language)
+        found = converted(reading, lambda row: sources.sentence_pair(row, language))
+    pairs, dropped = clean_pairs(found, questions, limit)
     if not pairs:
         raise InputError(f"{reading.place}: no sentence pair in {language.name} is left after cleaning")
     texts = {name: _lines(side) for name, side in zip(names, zip(*pairs, strict=True), strict=True)}
@@ -297,6 +310,16 @@ def translated_questions(rows: Iterable[tuple[str, str, str]], place: str) -> tu
             "before them: the rows are not in the published order"
         )
     return kept, dropped
+
+
+def question_pairs(rows: Iterable[dict[str, str]], language: Language) -> Iterator[tuple[str, str]]:
+    """(question in `language`, English question) of `translated_questions`' rows, each question on one line."""
+    english = ""
+    for row in rows:
+        if row["lang"] == "English":
+            english = sources.one_line(row["query"])
+        elif row["lang"] == language.name:
+            yield sources.one_line(row["query"]), english
 
 
 class _LettersOnly(dict[int, int | None]):

@@ -172,7 +172,7 @@ def _repository(
 def mgsm(row: dict[str, Any]) -> str:
     """MGSM, as a line of the published TSV or a row of the converted set, to `question<TAB>answer`."""
     question, answer = row["text"].split("\t") if "text" in row else (row["question"], row["answer_number"])
-    return f"{_one_line(question)}\t{str(answer).strip()}"
+    return f"{one_line(question)}\t{str(answer).strip()}"
 
 
 def msvamp(row: dict[str, Any]) -> dict[str, str]:
@@ -227,8 +227,9 @@ def sentence_pair(row: dict[str, Any], language: Language) -> tuple[str, str]:
     else:
         first, second, *_ = row["text"].split("\t")
         source, target = (second, first) if LANGUAGES["English"].nllb < language.nllb else (first, second)
-    return _one_line(source), _one_line(target)
+    return one_line(source), one_line(target)
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """`text` without tabs and line breaks, which separate the fields and rows of a file."""
     return re.sub(r"[\t\r\n]+", " ", text).strip()

@@ -38,17 +38,19 @@ def test_a_lock_does_not_outlive_a_killed_run(tmp_path: Path, monkeypatch: pytes
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_file_system_without_locks_is_written_to_with_a_warning(
+def test_a_file_system_without_locks_is_written_to_with_a_warning_and_nothing_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
+    live = tmp_path / ".run.abc.partial"
+    live.mkdir()
     with locked(tmp_path / "run"):
         (tmp_path / "run").mkdir()
     assert capsys.readouterr().err.startswith("warning: no locks here: see that no other run writes to ")
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert sorted(tmp_path.iterdir()) == [live, tmp_path / "run"]
 
 
 def test_a_lock_is_taken_again_and_leaves_nothing(tmp_path: Path) -> None:

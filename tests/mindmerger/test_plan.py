@@ -86,6 +86,7 @@ def test_dev_rows_are_part_of_the_peak() -> None:
     few, many = (plan("h100", eval_batch_size=rows, gradient_checkpointing=True) for rows in (1, 64))
     assert many.activations > 2 * few.activations
     assert plan("h100", eval_batch_size=64, gradient_checkpointing=True, dev_size=0).activations == few.activations
+    assert plan("h100", eval_batch_size=64, gradient_checkpointing=True, dev_size=1).activations == few.activations
 
 
 def test_recomputation_and_zero3_take_less() -> None:

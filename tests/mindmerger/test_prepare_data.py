@@ -182,6 +182,20 @@ def test_what_is_built_is_what_training_and_evaluation_read(built: Path) -> None
     assert len(rows) == 3 * 2
 
 
+def test_questions_and_their_translations_are_pairs_too(local_copies: Path, tmp_path: Path) -> None:
+    words = ("--source_dir", local_copies, "--languages", "de,sw", "--check_counts", "False", "--pairs", "questions")
+    run("--output_dir", tmp_path / "datas", "--task", "math", *words)
+    languages = (LANGUAGES["German"], LANGUAGES["Swahili"])
+    pairs = read_training(tmp_path / "datas", TRAINING_TASKS["math"], "mapping", languages, 100)
+    assert [(row.source.text, row.target) for row in pairs if row.language.code == "de"] == [
+        (f"German question {n}?", f"How many of {n}?") for n in range(20) if n != 7
+    ]
+    # The one more in Swahili is an evaluation question.
+    assert sum(row.language.code == "sw" for row in pairs) == 20
+    with pytest.raises(InputError, match="--pairs questions are GSM8K's: take --task math, not xnli"):
+        run("--output_dir", tmp_path / "other", "--task", "xnli", *words)
+
+
 def test_the_manifest_counts_what_was_left_out(built: Path) -> None:
     files = read_json(built / "manifest.json")["files"]
     on_disk = {path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file()} - {"manifest.json"}

@@ -7,12 +7,14 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import InputError
+from mindmerger.modeling import MindMergerForCausalLM
 from tests.conftest import REPOSITORY
 from tests.mindmerger.scripts import deepspeed_command, python_command, run, started, train_here, wait_for
 
@@ -51,6 +53,15 @@ def assert_same(work: Path, save_name: str, reference: dict[str, torch.Tensor], 
     assert mapping.keys() == reference.keys()
     for name, tensor in reference.items():
         torch.testing.assert_close(mapping[name], tensor, rtol=tolerance, atol=tolerance)
+
+
+def keep_stages(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Where every `Stage` that is fitted from now on, in this process, will be found."""
+    from mindmerger.trainer import Stage
+
+    stages, fit = [], Stage.fit
+    monkeypatch.setattr(Stage, "fit", lambda stage: (stages.append(stage), fit(stage))[1])
+    return stages
 
 
 def test_published_commands_verbatim(work: Path, pair: Words) -> None:
@@ -111,15 +122,11 @@ def test_only_the_mapping_has_gradients_and_optimizer_state(
     work: Path, small: Words, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under DeepSpeed, too, frozen weights are bit for bit what they were, and the optimizer knows none of them."""
-    from mindmerger import trainer
-
-    stages = []
-    fit = trainer.Stage.fit
-    monkeypatch.setattr(trainer.Stage, "fit", lambda stage: (stages.append(stage), fit(stage))[1])
+    stages = keep_stages(monkeypatch)
     train_here(work, *small, "--save_name", "in_process")
 
     (stage,) = stages
-    fresh = trainer.MindMergerForCausalLM.from_base_models(stage.model.config)
+    fresh = MindMergerForCausalLM.from_base_models(stage.model.config)
     for part in ("encoder", "llm"):
         trained = dict(getattr(stage.model, part).named_parameters())
         for name, parameter in getattr(fresh, part).named_parameters():
@@ -139,7 +146,7 @@ def test_only_the_mapping_has_gradients_and_optimizer_state(
 
 @pytest.mark.parametrize("config", ["zero2_bf16", "zero3_bf16"])
 def test_the_gpus_bf16_files_run_on_a_cpu_too(
-    work: Path, small: Words, reference: dict[str, torch.Tensor], config: str
+    work: Path, small: Words, reference: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, config: str
 ) -> None:
     path = REPOSITORY / "configs/deepspeed" / f"{config}.json"
     still = ("--lr", "1e-12", "--boundary_lr", "1e-12")
@@ -151,7 +158,9 @@ def test_the_gpus_bf16_files_run_on_a_cpu_too(
     assert_same(work, config, reference, tolerance=1e-7)
 
     learned = f"{config}_accumulated"
+    stages = keep_stages(monkeypatch)
     train_here(work, *small, "--deepspeed_config", path, "--train_micro_batch_size_per_gpu", 1, "--save_name", learned)
+    assert stages[0].engine.optimizer.gradient_accumulation_dtype == torch.float32
     before, *_, after = metrics(work, f"{learned}/mapping", "dev_perplexity")
     assert before - after == pytest.approx(theirs[0] - theirs[-1], rel=0.05)
 
