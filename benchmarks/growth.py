@@ -154,7 +154,7 @@ def draw(curves: dict[str, tuple[list[int], list[float]]]) -> None:
         slope, offset = np.polyfit(np.log(sizes), np.log(costs), 1)
         panel.loglog(sizes, np.exp(offset) * np.array(sizes, float) ** slope, color="0.7")
         panel.loglog(sizes, costs, "o", color="#0b6e4f")
-        panel.set_title(f"{name}: {slope:.2f}", fontsize=9)
+        panel.set_title(f"{name}: $n^{{{slope:.2f}}}$", fontsize=9)
         panel.set_xticks(sizes, [f"{size:,}" if size < 10**6 else f"{size / 2**20:.0f}M" for size in sizes], fontsize=7)
         # Close enough for two in a panel that spans a factor of two.
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))

@@ -146,6 +146,9 @@ def check(words: list[str], world_size: int = 1) -> None:
         for word in rest:
             name, is_variable, _ = word.partition("=")
             assert (f"$({name})" if is_variable else f"\n{name}:") in targets, f"{line}: no such target or variable"
+    elif program == "python3":
+        # Before there is an environment, whose own is `python`.
+        assert rest[:2] == ["-m", "venv"], f"{line}: python3 is for making the environment"
     elif program == "pip":
         files = [file for option, file in itertools.pairwise(rest) if option == "-r"]
         assert all((REPOSITORY / file).exists() for file in files), f"{line}: no such file"
