@@ -32,13 +32,14 @@ from common.errors import InputError, exit_with_message
 from common.files import read_json, write_json
 from common.flags import flag, parse_flags
 from common.logging import quiet_libraries
+from common.models import load_tokenizer
 from mindmerger.data import Example, read_evaluation
 from mindmerger.evaluation import answer_all, read_answers
 from mindmerger.flags import EvaluationFlags
 from mindmerger.modeling import Sequence
 from mindmerger.subject import load_subject, prepare
 from mindmerger.tasks import EVALUATION_TASKS, select_languages
-from mindmerger.tokenization import ExampleTokenizer, Tokens, load_tokenizer
+from mindmerger.tokenization import ExampleTokenizer, Tokens
 from mindmerger.vllm_backend import VllmSubject, check_vllm
 
 TASK = EVALUATION_TASKS["mgsm"]

@@ -62,7 +62,7 @@ def merge_seconds(width: int, models: int) -> float:
         regression = Regression([weight.clone() for weight in weights], weights.mean(0), shares)
         for index, gram in enumerate(grams):
             total.add(gram, shares[index])
-            regression.add_gram(index, gram)
+            regression.add(gram, index)
         regression.solve(total, Cholesky(total, 0.9), 0.9)
 
     return seconds(work)

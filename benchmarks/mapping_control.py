@@ -25,15 +25,15 @@ from common.distributed import start_process
 from common.errors import InputError, exit_with_message
 from common.flags import flag, parse_flags
 from common.logging import quiet_libraries
+from common.models import base_config, load_tokenizer
 from common.optional import require
-from mindmerger.base_models import base_config
 from mindmerger.batching import collate, plan_once
 from mindmerger.data import Example, hold_out, read_training
 from mindmerger.decoding import greedy
 from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM
 from mindmerger.subject import pick_dtype
 from mindmerger.tasks import TRAINING_TASKS, find_task, select_languages
-from mindmerger.tokenization import ExampleTokenizer, Tokens, load_tokenizer
+from mindmerger.tokenization import ExampleTokenizer, Tokens
 
 Row = TypeVar("Row", Tokens, Example)
 

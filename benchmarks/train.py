@@ -25,12 +25,12 @@ from benchmarks.side_by_side import in_turn, measured, report, run
 from common.errors import exit_with_message
 from common.flags import flag, parse_flags
 from common.logging import quiet_libraries
-from mindmerger.base_models import base_config
+from common.models import base_config, load_tokenizer
 from mindmerger.batching import IGNORED, Batch, collate, plan_epoch
 from mindmerger.data import hold_out, read_training
 from mindmerger.modeling import MindMergerForCausalLM
 from mindmerger.tasks import TRAINING_TASKS, find_task, select_languages
-from mindmerger.tokenization import ExampleTokenizer, Tokens, load_tokenizer
+from mindmerger.tokenization import ExampleTokenizer, Tokens
 
 # Rows of a micro batch, as published.
 MICRO = {"mapping": 8, "augmentation": 2}

@@ -18,8 +18,8 @@ class InputError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, without the page of advice that may follow."""
-    return str(error).strip().split("\n", 1)[0][:500]
+    """What a library's error says, without the page of advice that may follow; its kind, where it says nothing."""
+    return str(error).strip().split("\n", 1)[0][:500] or type(error).__name__
 
 
 def exit_with_message(main: Callable[[], None]) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from common.errors import InputError
 from common.files import writing
 
+# A pattern for the random letters of `tempfile`: `.a.*.partial` would be that of a folder `a.5`, too.
+UNIQUE = "[a-z0-9_]" * 8
 # What file systems without locks answer: Lustre mounted without them, some that run in user space.
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -39,7 +41,7 @@ def locked(folder: Path) -> Iterator[None]:
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     try:
         name = glob.escape(folder.name)
-        partials = (*folder.parent.glob(f".{name}.*.partial"), *folder.glob(".*.partial"))
+        partials = (*folder.parent.glob(f".{name}.{UNIQUE}.partial"), *folder.glob(".*.partial"))
         for partial in partials if is_locked else ():
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         yield

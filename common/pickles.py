@@ -38,8 +38,7 @@ def read_pickled(path: Path) -> Any:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # unpickling a damaged or hostile file can raise anything
-        reason = first_line(error) or type(error).__name__
-        raise InputError(f"{path}: not a whole pickled file of plain tensors: {reason}") from error
+        raise InputError(f"{path}: not a whole pickled file of plain tensors: {first_line(error)}") from error
     return content
 
 

@@ -24,8 +24,9 @@ from common.errors import InputError
 from common.files import read_json, write_json
 from common.locks import locked
 from common.logging import progress, say
+from common.models import base_config
 from mindmerger.alignment import Span, as_mlp, correlation, covering, relative_error, ridge
-from mindmerger.base_models import base_config, is_decoder_only, load_encoder, load_llm
+from mindmerger.base_models import is_decoder_only, load_encoder, load_llm
 from mindmerger.batching import pad, plan_once
 from mindmerger.checkpoint import read_mapping, write_mapping
 from mindmerger.data import Example

@@ -1,11 +1,9 @@
 """The two frozen models, loaded from a hub id or a local folder and told apart by their configs."""
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -16,9 +14,8 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from common.configs import base_config
-from common.errors import InputError, first_line
-from common.files import read_shard_index
+from common.errors import InputError
+from common.models import base_config, load_model
 from common.plan import on_meta
 
 
@@ -28,7 +25,7 @@ def load_llm(path: str, revision: str | None, dtype: torch.dtype, trust_remote_c
     Raises:
         InputError: `path` holds none, or not all of its weights.
     """
-    return _load(AutoModelForCausalLM, path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    return load_model(AutoModelForCausalLM, path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def is_decoder_only(config: PretrainedConfig) -> bool:
@@ -77,16 +74,16 @@ def load_encoder(
         options["config"] = config
     if not config.is_encoder_decoder:
         options |= _without_pooling(config)
-        return _load(AutoModel, path, trust_remote_code=trust_remote_code, **options)
+        return load_model(AutoModel, path, trust_remote_code=trust_remote_code, **options)
     if type(config) in AutoModelForTextEncoding._model_mapping:
-        return _load(AutoModelForTextEncoding, path, trust_remote_code=trust_remote_code, **options)
+        return load_model(AutoModelForTextEncoding, path, trust_remote_code=trust_remote_code, **options)
 
     # No auto class reads the encoder half of the other families; their encoders are models of their own.
     # The class alone is wanted: no memory, no random weights, and no ZeRO-3 to hand them to.
     with torch.device("meta"), no_init_weights():
         encoder_class = type(AutoModel._model_mapping[type(config)](config).get_encoder())
     renamed = {r"^(model\.)?encoder\.": "", r"^(model\.)?shared\.": "embed_tokens."}
-    return _load(encoder_class, path, config=config, key_mapping=renamed, **options)
+    return load_model(encoder_class, path, config=config, key_mapping=renamed, **options)
 
 
 def encoder_on_meta(
@@ -119,21 +116,3 @@ def _without_pooling(config: PretrainedConfig) -> dict[str, bool]:
     known = AutoModel._model_mapping.get(type(config), None)
     has_pooling = known is not None and "add_pooling_layer" in inspect.signature(known).parameters
     return {"add_pooling_layer": False} if has_pooling else {}
-
-
-def _load(model_class: Any, path: str, **options: Any) -> PreTrainedModel:
-    for index in Path(path).glob("*.index.json"):
-        # transformers itself would follow an index out of the model's folder.
-        read_shard_index(index)
-    try:
-        model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"no model could be loaded from {path} as {model_class.__name__}: {first_line(error)}"
-        ) from error
-    if info["missing_keys"]:
-        raise InputError(
-            f"{path} lacks weights of {type(model).__name__}, which would start at random: "
-            + ", ".join(sorted(info["missing_keys"])[:5])
-        )
-    return model.eval()

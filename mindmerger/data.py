@@ -212,10 +212,10 @@ def _xnli_example(row: dict[str, Any], language: Language, place: str) -> Exampl
     prompt = xnli_prompt(_string(row, "sentence1", place), _string(row, "sentence2", place))
     label = _string(row, "label", place)
     labels = EVALUATION_TASKS["xnli"].labels
-    if label.lower() not in labels:
-        raise InputError(f"{place}: label {reprlib.repr(label)} is not one of {', '.join(labels)}")
     # The words are scored as the file spells them: a model was trained on Entailment or on entailment.
-    spelled = tuple(word.capitalize() for word in labels) if label[0].isupper() else labels
+    spelled = tuple(word.capitalize() for word in labels) if label[:1].isupper() else labels
+    if label not in spelled:
+        raise InputError(f"{place}: label {reprlib.repr(label)} is not one of {', '.join(spelled)}")
     return Example(prompt, prompt, label, language, spelled, place)
 
 

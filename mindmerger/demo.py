@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from common.distributed import start_process
 from common.errors import InputError
 from common.logging import quiet_libraries
+from common.models import load_tokenizer
 from mindmerger.base_models import load_llm
 from mindmerger.checkpoint import read_record
 from mindmerger.data import Example
@@ -19,7 +20,7 @@ from mindmerger.flags import DemoFlags, EvaluationFlags
 from mindmerger.modeling import join, token_segment
 from mindmerger.subject import Subject, load_subject, pick_dtype, prepare
 from mindmerger.tasks import LANGUAGES, Prompt, math_prompt
-from mindmerger.tokenization import ExampleTokenizer, load_tokenizer
+from mindmerger.tokenization import ExampleTokenizer
 
 # Before gradio is imported, which reads it once.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

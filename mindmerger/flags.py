@@ -156,6 +156,7 @@ class EvaluationFlags(ModelFlags):
     backend: Literal["transformers", "vllm"] = flag(
         "transformers", "what generates; vllm (requirements-vllm.txt) batches continuously, on one GPU"
     )
+    init_checkpoint: str | None = flag(None, "mapping to evaluate: folder, .safetensors or pytorch_model.bin")
     eval_batch_size: int | None = flag(None, "problems at once, per device; default 16, or 256 with --backend vllm")
 
     def __post_init__(self) -> None:

@@ -19,7 +19,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import cached_file
 
 from common.errors import InputError, first_line
-from mindmerger.base_models import base_config, check_encoder_layer, load_encoder, load_llm
+from common.models import base_config
+from mindmerger.base_models import check_encoder_layer, load_encoder, load_llm
 from mindmerger.batching import IGNORED
 from mindmerger.card import write_card
 from mindmerger.checkpoint import SAFETENSORS, read_mapping, write_mapping
@@ -221,8 +222,12 @@ class MindMergerForCausalLM(PreTrainedModel):
         unknown = hub_options.keys() - _HUB_OPTIONS
         if unknown:
             raise TypeError(f"from_pretrained() takes no {', '.join(sorted(unknown))}")
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        path = Path(checkpoint)
+        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not isinstance(dtype, torch.dtype):
+            raise InputError(
+                "dtype is a torch dtype or its name, as bfloat16: the models may have several of their own"
+            )
+        path = Path(checkpoint, hub_options.get("subfolder") or "")
         try:
             config = config or MindMergerConfig.from_pretrained(checkpoint, **hub_options)
             if not path.exists():
@@ -285,10 +290,15 @@ class MindMergerForCausalLM(PreTrainedModel):
         """Recompute the LLM's layers in the backward pass instead of keeping their activations.
 
         Hugging Face's own switch does nothing in eval mode, in which the LLM stays.
+
+        Raises:
+            InputError: the LLM's layers are not transformers' own kind.
         """
-        for layer in self.llm.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.forward = _checkpointed(layer.forward)
+        layers = [layer for layer in self.llm.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        if not layers:
+            raise InputError(f"--gradient_checkpointing: {type(self.llm).__name__} has no layers that can recompute")
+        for layer in layers:
+            layer.forward = _checkpointed(layer.forward)
 
     def pack_rows(self) -> bool:
         """Have `forward` read the rows of a batch with targets packed instead of padded, if the LLM allows it.

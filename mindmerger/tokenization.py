@@ -5,11 +5,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from common.errors import InputError, first_line
+from common.errors import InputError
+from common.models import base_config, load_tokenizer
 from mindmerger.alignment import Span
-from mindmerger.base_models import base_config
 from mindmerger.data import Example
 from mindmerger.flags import ModelFlags
 from mindmerger.tasks import LANGUAGES, Language, Prompt
@@ -47,19 +47,6 @@ class Tokens:
     def __len__(self) -> int:
         """Length of the LLM's sequence: bos, source, boundary, prompt, target."""
         return len(self.source) + len(self.prompt) + len(self.target) + 2
-
-
-def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub id or local folder.
-
-    Raises:
-        InputError: there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a damaged tokenizer raises whatever its readers stumble over
-        reason = first_line(error) or type(error).__name__
-        raise InputError(f"no tokenizer could be loaded from {path}: {reason}") from error
 
 
 class ExampleTokenizer:

@@ -96,6 +96,8 @@ def _train(flags: TrainingFlags, process: Process) -> None:
     checkpoint = initial_checkpoint(flags)
     if checkpoint is not None:
         take_encoder_layer(flags, checkpoint)
+        if flags.mapping_init == "aligned":
+            say(process, f"warning: --mapping_init aligned does nothing, the mapping starts from {checkpoint}")
     config = mapping_config(flags, tokenizer.llm_tokenizer.bos_token_id)
     config.task, config.stage, config.augmentation = flags.task, flags.stage_name, flags.uses_prompt
     config.prompt = prompt_template(flags.task, flags.stage_name) if flags.uses_prompt else None
@@ -283,7 +285,8 @@ class Stage:
                 (stop,) = self.process.sum(self.signals.received is not None)
                 self._leave_if(stop, step, metrics)
         loss, tokens = self.process.sum(loss, tokens)
-        perplexity = math.exp(min(loss / tokens, 700.0))
+        # exp of more than 709 is more than a float holds.
+        perplexity = math.exp(loss / tokens) if loss / tokens < 700 else math.inf
         metrics.write(step, dev_perplexity=perplexity)
         say(self.process, f"step {step}: dev perplexity {perplexity:.4f}")
         if perplexity < self.best_perplexity:
@@ -520,7 +523,9 @@ def run_settings(
 ) -> dict[str, Any]:
     """What makes two runs the same run: flags, ranks, and what the files hold that the flags name."""
     settings = {k: v for k, v in dataclasses.asdict(flags).items() if k not in _FREE_FLAGS}
-    if flags.mapping_init != "aligned":
+    if checkpoint is not None:
+        del settings["mapping_init"], settings["boundary_init"]
+    if checkpoint is not None or flags.mapping_init != "aligned":
         del settings["aligned_sentences"]
     texts = "\n".join(f"{row.language.code}\t{row.source.text}\t{row.target}" for row in rows)
     return settings | {

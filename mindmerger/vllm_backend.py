@@ -9,8 +9,8 @@ from torch import nn
 
 from common.distributed import Process
 from common.errors import InputError, first_line
+from common.models import base_config
 from common.optional import require
-from mindmerger.base_models import base_config
 from mindmerger.flags import EvaluationFlags
 from mindmerger.subject import Subject
 from mindmerger.tokenization import Tokens

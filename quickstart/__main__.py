@@ -20,15 +20,17 @@ from common.files import read_json, write_json
 HOME = Path(__file__).parent
 BUILD = HOME / "build"
 RECORD = BUILD / "steps.json"
+CODE = [HOME.parent / package for package in ("common", "mindmerger", "regmean")]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command and the folder that it fills."""
+    """One command and the folder that it fills; what `resumes` goes on with a folder that it has begun."""
 
     name: str
     command: str
     output: Path
+    resumes: bool = False
 
 
 STEPS = (
@@ -37,22 +39,26 @@ STEPS = (
         "mapping stage",
         "deepspeed --num_accelerators 2 run_training.py --deepspeed --config quickstart/mapping.yaml",
         Path("outputs/quickstart/mapping"),
+        resumes=True,
     ),
     Step(
         "augmentation stage",
         "deepspeed --num_accelerators 2 run_training.py --deepspeed --config quickstart/augmentation.yaml",
         Path("outputs/quickstart/augmentation"),
+        resumes=True,
     ),
     Step(
         "evaluation with the mapping",
         "torchrun --nproc_per_node 2 run_evaluation.py --config quickstart/evaluation.yaml"
         " --init_checkpoint outputs/quickstart/augmentation",
         Path("results/quickstart"),
+        resumes=True,
     ),
     Step(
         "evaluation of the LLM alone",
         "torchrun --nproc_per_node 2 run_evaluation.py --config quickstart/evaluation.yaml --baseline",
         Path("results/quickstart-baseline"),
+        resumes=True,
     ),
     Step("texts for the Grams", "python -m quickstart.exercises quickstart/build/texts", BUILD / "texts"),
     Step(
@@ -73,14 +79,14 @@ STEPS = (
 
 def main() -> None:
     record = read_json(RECORD) if RECORD.exists() else {}
-    # A step is known by its command, by every file of the quickstart, and by all steps before it.
+    # A step is known by its command, by every file of the quickstart and of the method, and by all steps before it.
     key = _fingerprint()
     for step in STEPS:
         key = sha256(f"{key}\n{step.command}".encode()).hexdigest()
         done = record.get(step.name, {})
         if done.get("key") == key and "seconds" in done:
             continue
-        if done.get("key") != key:
+        if done.get("key") != key or not step.resumes:
             shutil.rmtree(step.output, ignore_errors=True)
             record[step.name] = {"key": key}
             write_json(RECORD, record)
@@ -114,9 +120,11 @@ def _run(step: Step) -> None:
 
 def _fingerprint() -> str:
     made = (BUILD, HOME / "results.html", HOME / "results.json")
+    # The method's code, too: figures are those of the code that is here.
+    code = [path for folder in CODE for path in folder.rglob("*.py")]
     files = [
         path
-        for path in sorted(HOME.rglob("*"))
+        for path in sorted([*HOME.rglob("*"), *code, *HOME.parent.glob("*.py")])
         if path.is_file() and "__pycache__" not in path.parts and not any(path.is_relative_to(other) for other in made)
     ]
     return sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

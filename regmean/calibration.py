@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import InputError, first_line
@@ -61,7 +62,15 @@ def load_calibration(flags: GramFlags, tokenizer: PreTrainedTokenizerBase) -> Ca
         for column in columns:
             if row[column] is not None and not isinstance(row[column], str):
                 raise InputError(f"--dataset {flags.dataset}: row {number}, column {column!r} is no text")
-        ids = _plain_ids(tokenizer, row[columns[0]] or "") if flags.text_column else _chat_ids(tokenizer, flags, row)
+        try:
+            ids = (
+                _plain_ids(tokenizer, row[columns[0]] or "") if flags.text_column else _chat_ids(tokenizer, flags, row)
+            )
+        except TemplateError as error:
+            raise InputError(
+                f"--dataset {flags.dataset}: row {number}: the chat template of --model {flags.model} refuses it: "
+                f"{first_line(error)}; leave a column out, as --system_column, or give --text_column for plain text"
+            ) from error
         truncated += len(ids) > flags.max_length
         if ids:
             examples.append(ids[: flags.max_length])
@@ -125,8 +134,9 @@ def _load_rows(flags: GramFlags) -> Any:
     except InputError:
         raise
     except Exception as error:  # `datasets` raises errors of many libraries for one unreadable source
-        reason = first_line(error) or type(error).__name__
-        raise InputError(f"--dataset {flags.dataset} --split {flags.split}: cannot be loaded: {reason}") from error
+        raise InputError(
+            f"--dataset {flags.dataset} --split {flags.split}: cannot be loaded: {first_line(error)}"
+        ) from error
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -14,11 +14,14 @@ from common.errors import InputError, first_line
 from common.files import inside, read_json, read_shard_index, write_json
 from regmean.tensor_file import FLOATS, STORAGE, TensorFile, TensorInfo, TensorWriter, encode
 
+SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 FINGERPRINT_ELEMENTS = 256
 # Everything a model folder needs beside its weights: settings, tokenizer, templates, code of its own, terms of use.
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*", "NOTICE*")
-NOT_COMPANIONS = (INDEX_NAME, "config.json", "merge_report.json")
+NOT_COMPANIONS = ("*.index.json", "config.json", "merge_report.json", "trainer_state.json")
+# A second copy of the weights in some repositories, and folders beside the model's own files.
+NOT_DOWNLOADED = ("consolidated*", "*/*")
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,10 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Hex digest of the first elements of every tensor, in bfloat16: which weights these are.
 
-        The same for a copy in other shards or in another dtype; another for any fine-tuned sibling.
+        The same for a copy in other shards or in another dtype; another for a sibling that was fine-tuned as a whole.
+
+        Raises:
+            InputError: a tensor cannot be read.
         """
         digest = hashlib.sha256()
         for name, info in sorted(self.tensors.items()):
@@ -67,7 +73,14 @@ def locate_model(name: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*COMPANIONS, "*.safetensors"]))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=[*COMPANIONS, "*.safetensors"],
+                ignore_patterns=[*NOT_DOWNLOADED],
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(f"model {name}: no such folder here, and the hub gives none: {first_line(error)}") from error
 
@@ -85,17 +98,18 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     if config.get("quantization_config"):
         raise InputError(f"model {name} is quantised; take the unquantised weights")
     tensors: dict[str, TensorInfo] = {}
-    if (folder / INDEX_NAME).exists():
+    # One file goes before an index, as in transformers, from whose reading the Grams are.
+    if (folder / SINGLE_NAME).exists():
+        tensors = TensorFile(inside(folder, SINGLE_NAME)).tensors
+    elif (folder / INDEX_NAME).exists():
         weight_map = read_shard_index(folder / INDEX_NAME)
         for shard in sorted(set(weight_map.values())):
             tensors |= TensorFile(inside(folder, shard)).tensors
         missing = sorted(set(weight_map) - set(tensors))
         if missing:
             raise InputError(f"{folder / INDEX_NAME}: tensor {missing[0]} is in none of the files")
-    elif (folder / "model.safetensors").exists():
-        tensors = TensorFile(inside(folder, "model.safetensors")).tensors
     else:
-        raise InputError(f"model {name}: {folder} holds no model.safetensors; save it in that form first")
+        raise InputError(f"model {name}: {folder} holds no {SINGLE_NAME}; save it in that form first")
     return Checkpoint(name, folder, config, tensors)
 
 
@@ -131,7 +145,7 @@ class CheckpointWriter:
         write_json(folder / "config.json", config)
         for pattern in COMPANIONS:
             for path in source.folder.glob(pattern):
-                if path.is_file() and path.name not in NOT_COMPANIONS:
+                if path.is_file() and not any(path.match(other) for other in NOT_COMPANIONS):
                     shutil.copyfile(inside(source.folder, path.name), folder / path.name)
 
     def write(self, name: str, values: np.ndarray, start: int = 0) -> None:

@@ -18,15 +18,16 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from common import runs, snapshots
 from common.distributed import Process, available_memory, finish
-from common.errors import InputError, first_line
+from common.errors import InputError
 from common.files import read_json, write_json
 from common.locks import locked
 from common.logging import progress, quiet_libraries, say
+from common.models import load_model, load_tokenizer
 from common.signals import Stopped, StopSignals
 from regmean.calibration import Calibration, collate, load_calibration, make_batches
 from regmean.checkpoint import Checkpoint, open_checkpoint
@@ -68,7 +69,7 @@ def compute_grams(
         raise InputError(f"{target} exists already: --overwrite it, or choose another --output_dir")
     checkpoint = open_checkpoint(flags.model, flags.revision)
     quiet_libraries()
-    tokenizer = _load(AutoTokenizer, flags, checkpoint)
+    tokenizer = load_tokenizer(str(checkpoint.folder), trust_remote_code=flags.trust_remote_code)
     calibration = load_calibration(flags, tokenizer)
     say(
         process,
@@ -89,7 +90,8 @@ def _compute_grams(
     calibration: Calibration,
     model: PreTrainedModel | None,
 ) -> None:
-    model = model or _load(AutoModelForCausalLM, flags, checkpoint, dtype=flags.dtype)
+    options = {"dtype": flags.dtype, "trust_remote_code": flags.trust_remote_code}
+    model = model or load_model(AutoModelForCausalLM, str(checkpoint.folder), **options)
     model = model.to(process.device).eval()
     layers = linear_layers(model)
     _drop_head(model)
@@ -125,6 +127,7 @@ def _compute_grams(
         # The next pass is planned to fill the memory.
         del sums
         process.barrier()
+        run.forget_snapshots(number)
 
     if process.is_main:
         _assemble(parts, target, provenance)
@@ -276,11 +279,7 @@ def probe(model: PreTrainedModel, layers: dict[str, nn.Module], ids: list[int], 
         inputs.run(model, example, mask)
         finish(device)
         seconds = time.monotonic() - started
-    sharing: dict[str, list[str]] = {}
-    for name in layers:
-        # A layer that no token reached yet is on its own until it is seen to share.
-        sharing.setdefault(inputs.shared_name.get(name, name), []).append(name)
-    return Probe(list(sharing.values()), all(aligned) and len(inputs.shared_name) == len(layers), seconds)
+    return Probe(inputs.groups(), all(aligned) and len(inputs.shared_name) == len(layers), seconds)
 
 
 def plan_passes(inputs: list[list[str]], widths: list[int], memory: int) -> list[list[str]]:
@@ -309,15 +308,6 @@ def plan_passes(inputs: list[list[str]], widths: list[int], memory: int) -> list
         passes[-1] += names
         free -= 4 * width**2
     return passes
-
-
-def _load(auto_class: Any, flags: GramFlags, checkpoint: Checkpoint, **options: Any) -> Any:
-    try:
-        return auto_class.from_pretrained(
-            checkpoint.folder, trust_remote_code=flags.trust_remote_code, local_files_only=True, **options
-        )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(f"--model {flags.model}: {first_line(error)}") from error
 
 
 def _drop_head(model: PreTrainedModel) -> None:
@@ -363,13 +353,20 @@ class _Run:
     process: Process
     snapshot_seconds: float
 
+    def _snapshots(self, number: int) -> Path:
+        return self.work / f"pass{number}-rank{self.process.rank}"
+
+    def forget_snapshots(self, number: int) -> None:
+        """Remove this rank's snapshots of pass `number`, whose sums are in a file of their own."""
+        shutil.rmtree(self._snapshots(number), ignore_errors=True)
+
     def sums_of_pass(self, number: int) -> GramSums:
         """This rank's sums for the layers of pass `number`, from its snapshot on where there is one."""
         examples, process = self.calibration.examples, self.process
         lengths = [len(example) for example in examples]
         batches = make_batches(lengths, self.tokens_per_batch, self.plan.padding)[process.rank :: process.world_size]
         tokens = [sum(lengths[index] for index in batch) for batch in batches]
-        root = self.work / f"pass{number}-rank{process.rank}"
+        root = self._snapshots(number)
         done, sums = 0, GramSums()
         if snapshot := snapshots.newest(root, tqdm.write):
             done, sums = snapshots.step_of(snapshot), GramSums.read(snapshot / SUMS_NAME, process.device)

@@ -81,6 +81,14 @@ class LinearInputs:
         for handle in self._handles:
             handle.remove()
 
+    def groups(self) -> list[list[str]]:
+        """The layers that share an input, for each distinct input, in the model's order."""
+        sharing: dict[str, list[str]] = {}
+        for name in self._layers:
+            # A layer that no token reached yet is on its own until it is seen to share.
+            sharing.setdefault(self.shared_name.get(name, name), []).append(name)
+        return list(sharing.values())
+
     @torch.no_grad()
     def run(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> None:
         """One forward pass over token ids, without logits, cache or gradient.

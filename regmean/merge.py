@@ -160,13 +160,13 @@ class _Merger:
     def run(self) -> None:
         total = sum(math.prod(shape) for _, shape in self._plan.layout.values())
         with tqdm(total=total, unit="el", unit_scale=True, desc="merging", dynamic_ncols=True) as bar:
-            self._average(bar)
-            if not self._plan.groups:
-                return
-            # An average needs neither torch nor the seconds that it takes to import.
-            from common.distributed import start_process
+            device = None
+            if self._plan.groups:
+                # An average needs neither torch nor the seconds that it takes to import.
+                from common.distributed import start_process
 
-            device = start_process(self._flags.device).device
+                device = start_process(self._flags.device).device
+            self._average(bar)
             for group in self._plan.groups:
                 self._solve(group, device, bar)
 
@@ -228,7 +228,7 @@ class _Merger:
             if len(self._models) == 2:
                 if total is None:
                     total, difference = GramSum.of_two(gram_per_token(0), gram_per_token(1), self._shares)
-                regression.add_difference(difference)
+                regression.add(difference)
             else:
                 # Read again for each block: keeping every model's Gram would take more memory than all else.
                 for index, share in enumerate(self._shares):
@@ -236,7 +236,7 @@ class _Merger:
                     if number == 0:
                         total = total or GramSum(torch.zeros_like(gram))
                         total.add(gram, share)
-                    regression.add_gram(index, gram)
+                    regression.add(gram, index)
                     del gram
             for alpha in self._flags.alpha:
                 try:

@@ -216,16 +216,13 @@ def layer_inputs(model: PreTrainedModel) -> list[LayerInput]:
             cost_of(lambda: inputs.run(model, ids, torch.ones_like(ids)), model)
     except (RuntimeError, NotImplementedError) as error:
         raise InputError(f"what the layers of a {model.config.model_type} read depends on the data: no plan") from error
-    sharing: dict[str, list[str]] = {}
-    for name in layers:
-        sharing.setdefault(inputs.shared_name.get(name, name), []).append(name)
     return [
         LayerInput(
             names,
             input_width(layers[names[0]]),
             sum(layers[name].weight.numel() // input_width(layers[name]) for name in names),
         )
-        for names in sharing.values()
+        for names in inputs.groups()
     ]
 
 

@@ -10,6 +10,12 @@ from regmean.gram_file import Grams
 from regmean.tensor_file import FLOATS, STORAGE
 
 MAX_LISTED = 20
+# Settings that must be the same for weights to mean the same, and those that a merge can only take from one model.
+SAME = (
+    *("model_type", "tie_word_embeddings", "vocab_size", "hidden_act"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
+ALIKE = ("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "rms_norm_eps")
 STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -62,7 +68,7 @@ def plan_merge(flags: MergeFlags, models: list[Checkpoint], grams: list[Grams]) 
         if path.exists():
             problems.append(f"{path} exists already: remove it, or choose another --output_dir")
     for model in models[1:]:
-        _compare_configs(first, model, problems)
+        _compare_configs(first, model, problems, notes)
         _compare_vocabularies(first, model, problems, notes)
     # Where embeddings are tied, a stored head is a copy of them that loading ignores.
     tied = all(model.ties_embeddings for model in models)
@@ -94,11 +100,12 @@ def plan_merge(flags: MergeFlags, models: list[Checkpoint], grams: list[Grams]) 
     return plan
 
 
-def _compare_configs(first: Checkpoint, other: Checkpoint, problems: list[str]) -> None:
-    for key in ("model_type", "tie_word_embeddings", "vocab_size"):
-        a, b = first.config.get(key), other.config.get(key)
-        if a is not None and b is not None and a != b:
-            problems.append(f"{key} is {a!r} in {first.name} and {b!r} in {other.name}")
+def _compare_configs(first: Checkpoint, other: Checkpoint, problems: list[str], notes: list[str]) -> None:
+    for keys, findings, so in ((SAME, problems, ""), (ALIKE, notes, f": the merge has that of {first.name}")):
+        for key in keys:
+            a, b = first.config.get(key), other.config.get(key)
+            if a is not None and b is not None and a != b:
+                findings.append(f"{key} is {a!r} in {first.name} and {b!r} in {other.name}{so}")
 
 
 def _compare_vocabularies(first: Checkpoint, other: Checkpoint, problems: list[str], notes: list[str]) -> None:

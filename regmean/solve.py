@@ -198,15 +198,8 @@ class Regression:
         # The same with G for A.
         self._under_total: list[tuple[float, float]] = []
 
-    def add_difference(self, difference: torch.Tensor) -> None:
-        """Take in G_1 - G_2, both per token, of two models: float32 (inputs, inputs)."""
-        self._add(0, difference)
-
-    def add_gram(self, index: int, gram: torch.Tensor) -> None:
-        """Take in the Gram per token of model `index` of three or more, float32 (inputs, inputs)."""
-        self._add(index, gram)
-
-    def _add(self, index: int, matrix: torch.Tensor) -> None:
+    def add(self, matrix: torch.Tensor, index: int = 0) -> None:
+        """Take in, per token, of two models G_1 - G_2, of more the Gram of model `index`: float32 (inputs, inputs)."""
         delta, share = self._deltas[index], self._shares[index]
         product, diagonal_product = delta @ matrix, delta * matrix.diagonal()
         self._own.append((_inner(delta, product), _inner(delta, diagonal_product)))

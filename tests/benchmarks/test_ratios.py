@@ -69,7 +69,7 @@ def test_layers_of_one_input_are_solved_in_less_time_than_as_published() -> None
         copies = [weight.clone() for weight in weights]
         regression = Regression(copies, (weights[0] + weights[1]) / 2, [0.5, 0.5])
         total, difference = GramSum.of_two(grams[0].clone(), grams[1].clone(), [0.5, 0.5])
-        regression.add_difference(difference)
+        regression.add(difference)
         return regression.solve(total, Cholesky(total, 0.1), 0.1)[0]
 
     def published() -> torch.Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import InputError
+from common.files import atomic_folder
 from common.locks import locked
 from tests.conftest import REPOSITORY
 
@@ -51,6 +52,16 @@ def test_a_file_system_without_locks_is_written_to_with_a_warning_and_nothing_re
         (tmp_path / "run").mkdir()
     assert capsys.readouterr().err.startswith("warning: no locks here: see that no other run writes to ")
     assert sorted(tmp_path.iterdir()) == [live, tmp_path / "run"]
+
+
+def test_what_a_neighbour_of_a_longer_name_is_writing_stays(tmp_path: Path) -> None:
+    with locked(tmp_path / "merged_0.5"), atomic_folder(tmp_path / "merged_0.5") as partial:
+        with locked(tmp_path / "merged_0"):
+            assert partial.exists()
+        (tmp_path / ".merged_0.x7_zq0ab.partial").mkdir()
+        with locked(tmp_path / "merged_0"):
+            assert not (tmp_path / ".merged_0.x7_zq0ab.partial").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["merged_0.5"]
 
 
 def test_a_lock_is_taken_again_and_leaves_nothing(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from common.logging import quiet_libraries
-from mindmerger.base_models import base_config
+from common.models import base_config, load_tokenizer
 from mindmerger.data import Example
 from mindmerger.flags import ModelFlags
 from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 from mindmerger.tasks import LANGUAGES, Prompt, math_prompt
-from mindmerger.tokenization import ExampleTokenizer, load_tokenizer
+from mindmerger.tokenization import ExampleTokenizer
 from tests import tiny_models
 from tests.mindmerger.datas import write_datas
 

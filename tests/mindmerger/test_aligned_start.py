@@ -15,16 +15,17 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer, GPT2Config, OPTCon
 from common.distributed import Process
 from common.errors import InputError
 from common.flags import parse_flags
+from common.models import base_config, load_tokenizer
 from mindmerger.aligned_start import aligned_start, choose_texts, layer_scores, read_states
 from mindmerger.alignment import AffineMap
-from mindmerger.base_models import base_config, load_encoder, load_llm
+from mindmerger.base_models import load_encoder, load_llm
 from mindmerger.batching import pad
 from mindmerger.data import Example
 from mindmerger.evaluation import evaluate
 from mindmerger.flags import EvaluationFlags, TrainingFlags
 from mindmerger.modeling import mapping_config
 from mindmerger.tasks import LANGUAGES, Prompt
-from mindmerger.tokenization import ids_with_spans, load_example_tokenizer, load_tokenizer
+from mindmerger.tokenization import ids_with_spans, load_example_tokenizer
 from quickstart.world import problems
 from tests.conftest import REPOSITORY
 from tests.mindmerger.datas import ROWS, write_datas

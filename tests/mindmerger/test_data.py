@@ -125,6 +125,8 @@ MSVAMP, XNLI = "evaluation/msvamp/test_German.jsonl", "evaluation/xnli/test.json
         (MGSM, "q\tmany\n", "line 1: the answer 'many' is not a number"),
         (MSVAMP, '{"m_query": "q"}\n', "line 1: 'response' must be a text"),
         (XNLI, '[{"sentence1": "a", "sentence2": "b", "label": "no", "language": "German"}]', "row 1: label 'no'"),
+        (XNLI, '[{"sentence1": "a", "sentence2": "b", "label": "NEUTRAL", "language": "German"}]',
+         "row 1: label 'NEUTRAL' is not one of Entailment, Neutral, Contradiction"),
     ],
 )  # fmt: skip
 def test_bad_rows_are_named(datas: Path, file: str, content: str | bytes | None, message: str) -> None:

@@ -12,12 +12,13 @@ import torch
 
 from common.errors import InputError
 from common.flags import parse_flags
+from common.models import load_tokenizer
 from mindmerger.base_models import load_llm
 from mindmerger.data import Example
 from mindmerger.flags import DemoFlags
 from mindmerger.subject import Subject
 from mindmerger.tasks import LANGUAGES, Prompt, math_prompt
-from mindmerger.tokenization import ExampleTokenizer, load_tokenizer
+from mindmerger.tokenization import ExampleTokenizer
 from tests.mindmerger.scripts import free_port, python_command, run, started, wait_for
 
 QUESTION = "Wie viele Äpfel hat Anna?"

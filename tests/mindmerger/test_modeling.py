@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from common.errors import InputError
+from mindmerger import modeling
 from mindmerger.base_models import load_llm
 from mindmerger.batching import IGNORED, Batch, collate
 from mindmerger.data import Example
@@ -289,6 +290,13 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(build: Build, exa
         torch.testing.assert_close(plain, recomputed)
 
 
+def test_an_llm_that_cannot_recompute_says_so(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = build()
+    monkeypatch.setattr(modeling, "GradientCheckpointingLayer", type(None))
+    with pytest.raises(InputError, match="--gradient_checkpointing: LlamaForCausalLM has no layers that can recompute"):
+        model.checkpoint_gradients()
+
+
 def test_an_llm_without_bos_gets_none(build: Build, examples: list[Example]) -> None:
     model, tokenizer = build(llm="qwen")
     rows = tokenizer(examples[:1])
@@ -353,8 +361,19 @@ def test_what_from_pretrained_refuses(build: Build, models: dict[str, Path], tmp
         MindMergerForCausalLM.from_pretrained(tmp_path, device_map="auto")
     with pytest.raises(InputError, match="no mapping could be loaded from nowhere"):
         MindMergerForCausalLM.from_pretrained("nowhere")
+    with pytest.raises(InputError, match="dtype is a torch dtype or its name"):
+        MindMergerForCausalLM.from_pretrained(tmp_path, dtype="auto")
     with pytest.raises(InputError, match="not a mapping's"):
         MindMergerForCausalLM.from_pretrained(models["llama"])
+
+
+def test_a_subfolder_is_read_whole(build: Build, tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "mapping"):
+        model, _ = build()
+        torch.nn.init.normal_(model.mapping.end_boundary)
+        model.save_pretrained(place)
+    loaded = MindMergerForCausalLM.from_pretrained(tmp_path, subfolder="mapping")
+    assert torch.equal(loaded.mapping.end_boundary, model.mapping.end_boundary)
 
 
 def test_a_base_model_that_is_not_whole_is_refused(models: dict[str, Path], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import InputError
-from mindmerger.base_models import base_config
+from common.models import base_config
 from mindmerger.data import Example
 from mindmerger.tasks import LANGUAGES, Prompt, math_prompt, x_csqa_prompt, xnli_prompt
 from mindmerger.tokenization import ExampleTokenizer, count_cuts

@@ -190,6 +190,10 @@ def test_what_a_run_reads_is_part_of_what_it_is(
     train_here(work, *augment)
     train_here(work, *augment)
     assert "finished: nothing to do" in capsys.readouterr().out
+    # A mapping that starts from a checkpoint has no other start.
+    train_here(work, *augment, "--mapping_init", "aligned")
+    said = capsys.readouterr().out
+    assert "finished: nothing to do" in said and "--mapping_init aligned does nothing" in said
     state = load_file(start / "model.safetensors")
     save_file({name: tensor * 2 for name, tensor in state.items()}, start / "model.safetensors")
     with pytest.raises(InputError, match="initial_mapping_sha256 was"):

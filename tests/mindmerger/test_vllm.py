@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from common.errors import InputError
 from common.flags import parse_flags
+from common.models import load_tokenizer
 from mindmerger import vllm_backend
 from mindmerger.evaluation import evaluate
 from mindmerger.flags import EvaluationFlags, ModelFlags
 from mindmerger.modeling import MindMergerForCausalLM, embedding_scale, mapping_config
-from mindmerger.tokenization import load_tokenizer
 from quickstart.world import WORLD_LANGUAGES, problems
 from tests.conftest import REPOSITORY
 from tests.mindmerger.datas import write_datas, write_lines

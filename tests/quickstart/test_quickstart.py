@@ -92,7 +92,7 @@ def test_another_command_starts_that_step_and_all_after_it_anew(
 
 
 def test_an_interrupted_step_keeps_what_it_has(steps: list[runner.Step], monkeypatch: pytest.MonkeyPatch) -> None:
-    failing = runner.Step("two", 'python -c "import sys; sys.exit(3)"', steps[1].output)
+    failing = runner.Step("two", 'python -c "import sys; sys.exit(3)"', steps[1].output, resumes=True)
     monkeypatch.setattr(runner, "STEPS", [steps[0], failing])
     with pytest.raises(InputError, match="'two' ended with exit code 3"):
         runner.main()
@@ -102,3 +102,13 @@ def test_an_interrupted_step_keeps_what_it_has(steps: list[runner.Step], monkeyp
         runner.main()
     assert (failing.output / "state").read_text() == "half"
     assert Path("one/log").read_text() == "ran "
+
+
+def test_a_step_that_cannot_go_on_begins_anew(steps: list[runner.Step]) -> None:
+    """As after a kill between its last line and the record of it."""
+    runner.main()
+    record = json.loads(runner.RECORD.read_text())
+    del record["two"]["seconds"]
+    runner.RECORD.write_text(json.dumps(record))
+    runner.main()
+    assert [Path(step.output, "log").read_text() for step in steps] == ["ran ", "ran "]

@@ -89,6 +89,14 @@ def test_bad_rows_are_named(tmp_path: Path, rows: list[dict], options: dict, mes
         load_calibration(flags(path, **options), make_tokenizer())
 
 
+def test_a_row_that_the_chat_template_refuses_is_named(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    chat = flags(rows_file(tmp_path, ROWS), system_column="answer", user_column="question")
+    with pytest.raises(InputError, match="row 0: the chat template of --model .* refuses it: no system role; leave"):
+        load_calibration(chat, tokenizer)
+
+
 def test_bad_sources_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ')
     (tmp_path / "a.csv").write_text("text\nw1\n")

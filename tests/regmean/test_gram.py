@@ -14,6 +14,7 @@ from weakref import WeakSet
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -108,7 +109,7 @@ def compute(save: Callable, texts: Path, tmp_path: Path, monkeypatch: pytest.Mon
             save(make_llama() if name == "experts" else MODELS[name](), name)
         if name == "experts":
             loaded = make_experts()
-            monkeypatch.setattr(gram_module.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: loaded)
+            monkeypatch.setattr(gram_module, "load_model", lambda *a, **k: loaded)
         settings = {"dataset": str(texts), "text_column": "text", "device": "cpu"} | options
         flags = GramFlags(model=str(folder), output_dir=str(tmp_path / output), **settings)
         compute_grams(flags, start_process("cpu"), snapshot_seconds)
@@ -225,6 +226,16 @@ def test_order_and_padding_side_do_not_matter(compute: Callable, texts: Path, tm
                          for name in [gram.name]} | oracle(make_llama(), texts))  # fmt: skip
 
 
+def test_a_model_that_is_not_whole_is_refused(save: Callable, texts: Path, tmp_path: Path) -> None:
+    folder = save(make_llama(), "halved")
+    state = load_file(folder / "model.safetensors")
+    del state["model.norm.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    options = {"dataset": str(texts), "text_column": "text", "output_dir": str(tmp_path / "gram"), "device": "cpu"}
+    with pytest.raises(InputError, match=r"lacks weights of LlamaForCausalLM.*model\.norm\.weight"):
+        compute_grams(GramFlags(model=str(folder), **options), start_process("cpu"))
+
+
 def test_sums_of_two_data_sets_add(compute: Callable, texts: Path, tmp_path: Path) -> None:
     lines = texts.read_text().splitlines(keepends=True)
     files = []
@@ -239,7 +250,7 @@ def test_sums_of_two_data_sets_add(compute: Callable, texts: Path, tmp_path: Pat
 
 def test_no_logits_are_computed(compute: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama()
-    monkeypatch.setattr(gram_module.AutoModelForCausalLM, "from_pretrained", lambda *args, **options: model)
+    monkeypatch.setattr(gram_module, "load_model", lambda *args, **options: model)
     products: list[tuple] = []
     model.lm_head.register_forward_hook(lambda module, args, output: products.append(output.shape))
     file = compute("llama")
@@ -296,7 +307,7 @@ def test_a_forward_pass_ends_where_nothing_more_is_read(compute: Callable, monke
             layer.register_forward_hook(lambda *_, name=name: computed.update([name]))
         return model
 
-    monkeypatch.setattr(gram_module.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(gram_module, "load_model", load)
     whole = compute("tied", tokens_per_batch=60)
     batches = computed["first"] - 2
     assert batches > 1
@@ -391,6 +402,8 @@ def test_a_run_that_was_cut_short_ends_with_the_same_gram(
     for _ in range(4):
         with pytest.raises(Killed):
             compute("experts", tokens_per_batch=30, snapshot_seconds=0)
+        partial = tmp_path / "gram/gram.partial"
+        assert not any((partial / f"{part.stem}-rank0").exists() for part in partial.glob("pass*.safetensors"))
         assert not (tmp_path / "gram" / "gram.safetensors").exists()
     with pytest.raises(InputError, match="another run .tokens_per_batch was 30, now 31.: .*--overwrite"):
         compute("experts", tokens_per_batch=31)
@@ -477,7 +490,7 @@ def test_activations_that_are_not_finite_are_named(
     model = make_llama()
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight[3] = torch.inf
-    monkeypatch.setattr(gram_module.AutoModelForCausalLM, "from_pretrained", lambda *args, **options: model)
+    monkeypatch.setattr(gram_module, "load_model", lambda *args, **options: model)
     with pytest.raises(InputError, match=r"input of model\.layers\.1\.self_attn\.q_proj is NaN or infinite in row"):
         compute("llama")
     assert not (tmp_path / "gram" / "gram.safetensors").exists()
@@ -493,7 +506,7 @@ def test_the_example_of_a_non_finite_activation_is_named(
     texts.write_text("\n".join(lines))
     with torch.no_grad():
         model.model.embed_tokens.weight[make_tokenizer().unk_token_id] = torch.nan
-    monkeypatch.setattr(gram_module.AutoModelForCausalLM, "from_pretrained", lambda *args, **options: model)
+    monkeypatch.setattr(gram_module, "load_model", lambda *args, **options: model)
     named = r"(7|30|30, 7|7, 30)" if tokens_per_batch < 10_000 else r"(30, 7|7, 30)"
     message = rf"input of model\.layers\.0\.self_attn\.q_proj is NaN or infinite in row\(s\) {named} of the data set"
     with pytest.raises(InputError, match=message):

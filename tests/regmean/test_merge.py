@@ -1,6 +1,7 @@
 """Merged model folders against plain implementations written here, and every refusal."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.distributed import start_process
 from common.errors import InputError
 from regmean import merge as merge_module
-from regmean.checkpoint import CheckpointWriter
+from regmean.checkpoint import CheckpointWriter, open_checkpoint
 from regmean.flags import GramFlags, MergeFlags
 from regmean.gram import compute_grams
 from regmean.gram_file import FILE_NAME, GramFile, write_grams
@@ -344,6 +345,7 @@ MISMATCHES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "vocabulary size": (lambda f: edit_json(f / "config.json", vocab_size=99), r"vocab_size is 32 in .* 99 in .*B"),
     "architecture": (lambda f: edit_json(f / "config.json", model_type="gpt2"), r"model_type is 'llama' .*'gpt2' in"),
     "tying": (lambda f: edit_json(f / "config.json", tie_word_embeddings=True), r"tie_word_embeddings is False in"),
+    "heads": (lambda f: edit_json(f / "config.json", num_attention_heads=1), r"num_attention_heads is \d in .* 1 in"),
     "quantised": (lambda f: edit_json(f / "config.json", quantization_config={"bits": 4}), "B is quantised"),
     "truncated model": (lambda f: truncate(f / "model.safetensors"), r"B/model\.safetensors: .*download it again"),
     "truncated Gram": (lambda f: truncate(f / "gram" / FILE_NAME), r"B/gram/gram\.safetensors: .*download it again"),
@@ -351,7 +353,10 @@ MISMATCHES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no Gram": (lambda f: (f / "gram" / FILE_NAME).unlink(), r"B/gram: holds neither"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"B.* holds no model\.safetensors"),
     "outside": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.safetensors"}}'),
+        lambda f: (
+            (f / "model.safetensors").unlink(),
+            (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.safetensors"}}'),
+        ),
         r"index\.json: '\.\./a\.safetensors' is not a file of ",
     ),
 }  # fmt: skip
@@ -408,6 +413,26 @@ def test_renamed_added_tokens_are_noted(library: Callable, tmp_path: Path, capsy
     (copy / "tokenizer.json").write_text(content.replace('"content": "<|user|>"', '"content": "<|human|>"'))
     run([a, copy], tmp_path / "out", "avg")
     assert "name 1 added tokens differently (4: '<|user|>', '<|human|>')" in capsys.readouterr().out
+
+
+def test_other_positions_are_noted(library: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    a, b = library("llama")
+    shutil.copytree(b, tmp_path / "B")
+    edit_json(tmp_path / "B/config.json", rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
+    run([a, tmp_path / "B"], tmp_path / "out", "avg")
+    assert re.search(r"note: rope_parameters is .* in .*B: the merge has that of ", capsys.readouterr().out)
+
+
+def test_of_two_forms_of_the_weights_the_one_that_transformers_reads(library: Callable, tmp_path: Path) -> None:
+    a, _ = library("llama")
+    copy = shutil.copytree(a, tmp_path / "A")
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in load_file(copy / "model.safetensors").items()}
+    save_file(tensors, copy / "stale.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "stale.safetensors")}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert open_checkpoint(str(copy)).fingerprint() == open_checkpoint(str(a)).fingerprint()
+    loaded = AutoModelForCausalLM.from_pretrained(copy)
+    assert torch.equal(loaded.state_dict()[DOWN], load_file(a / "model.safetensors")[DOWN])
 
 
 def test_a_value_that_the_output_cannot_hold_is_refused(library: Callable, tmp_path: Path) -> None:

@@ -56,12 +56,12 @@ def merge(weights, grams, shares, alpha: float, solver: str = "cholesky"):
     copies = [torch.from_numpy(gram.copy()) for gram in grams]
     if len(copies) == 2:
         total, difference = GramSum.of_two(*copies, shares)
-        regression.add_difference(difference)
+        regression.add(difference)
     else:
         total = GramSum(torch.zeros_like(copies[0]))
         for index, (gram, share) in enumerate(zip(copies, shares, strict=True)):
             total.add(gram, share)
-            regression.add_gram(index, gram)
+            regression.add(gram, index)
     used = SOLVERS[solver](total, alpha)
     merged, values = regression.solve(total, used, alpha)
     return merged.numpy().astype(np.float64), values, used
