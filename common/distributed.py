@@ -1,5 +1,6 @@
 """Ranks and devices: the only file that knows which process this is and where its tensors live."""
 
+import math
 import os
 import resource
 import socket
@@ -108,7 +109,33 @@ def available_memory(device: torch.device) -> int:
         # What PyTorch keeps of freed tensors would not count as free.
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = min(psutil.virtual_memory().available, free_in_groups())
+    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def free_in_groups(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that this process's control groups, those of a container or a job, may still take; infinite without limits.
+
+    Args:
+        root: where the kernel shows control groups, version 2.
+    """
+    try:
+        own = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+    except OSError:
+        return math.inf
+    free = math.inf
+    # A container may be told the host's path, of which it sees the last part alone, at the root.
+    for group in (root / own, *(root / own).parents):
+        try:
+            limit, taken = (float((group / name).read_text()) for name in ("memory.max", "memory.current"))
+            kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            # Of what is taken, cached files may go.
+            free = min(free, limit - taken + float(kept["inactive_file"]))
+        except (OSError, ValueError, KeyError):  # no group, or "max": no limit
+            pass
+        if group == root:
+            break
+    return free
 
 
 def finish(device: torch.device) -> None:

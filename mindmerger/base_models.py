@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 from common.errors import InputError
 from common.models import base_config, load_model
 from common.plan import on_meta
+from mindmerger.flags import ModelFlags
 
 
 def load_llm(path: str, revision: str | None, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -26,6 +27,23 @@ def load_llm(path: str, revision: str | None, dtype: torch.dtype, trust_remote_c
         InputError: `path` holds none, or not all of its weights.
     """
     return load_model(AutoModelForCausalLM, path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def check_context(flags: ModelFlags, tokens: int) -> None:
+    """Refuse sequences of `tokens` to an LLM that has learned a vector for each of fewer positions, as GPT-2.
+
+    Rotary positions go on beyond what was trained, for what that is worth.
+
+    Raises:
+        InputError: it has fewer; the message names the flags that shorten rows.
+    """
+    config = base_config(flags.llm_path, flags.llm_revision, flags.trust_remote_code).get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and not getattr(config, "rope_parameters", None) and tokens > limit:
+        raise InputError(
+            f"the longest row takes {tokens} tokens, and {flags.llm_path} knows {limit} positions: lower "
+            "--max_seq_len, --max_prompt_len or --max_gen_len"
+        )
 
 
 def is_decoder_only(config: PretrainedConfig) -> bool:
@@ -75,7 +93,8 @@ def load_encoder(
     if not config.is_encoder_decoder:
         options |= _without_pooling(config)
         return load_model(AutoModel, path, trust_remote_code=trust_remote_code, **options)
-    if type(config) in AutoModelForTextEncoding._model_mapping:
+    own_config = encoder_config(config)
+    if own_config is config and type(config) in AutoModelForTextEncoding._model_mapping:
         return load_model(AutoModelForTextEncoding, path, trust_remote_code=trust_remote_code, **options)
 
     # No auto class reads the encoder half of the other families; their encoders are models of their own.
@@ -83,7 +102,12 @@ def load_encoder(
     with torch.device("meta"), no_init_weights():
         encoder_class = type(AutoModel._model_mapping[type(config)](config).get_encoder())
     renamed = {r"^(model\.)?encoder\.": "", r"^(model\.)?shared\.": "embed_tokens."}
-    return load_model(encoder_class, path, config=config, key_mapping=renamed, **options)
+    return load_model(encoder_class, path, config=own_config, key_mapping=renamed, **options)
+
+
+def encoder_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of a multilingual model's encoder: in some families (T5Gemma) a part of the model's."""
+    return (getattr(config, "encoder", None) or config) if config.is_encoder_decoder else config
 
 
 def encoder_on_meta(

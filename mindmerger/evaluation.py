@@ -18,6 +18,7 @@ from common.locks import locked
 from common.logging import progress, quiet_libraries, say
 from common.signals import Stopped, StopSignals
 from mindmerger.answers import PARSERS, is_same_number, parse_answer
+from mindmerger.base_models import check_context
 from mindmerger.batching import plan_once
 from mindmerger.checkpoint import mapping_file
 from mindmerger.data import Example, read_evaluation
@@ -72,8 +73,11 @@ def _evaluate(flags: EvaluationFlags, process: Process, locks: contextlib.ExitSt
     tokens = {
         name: tokenizer(examples, with_targets=False) for name, examples in problems.items() if not finished[name]
     }
+    rows = [row for those in tokens.values() for row in those]
     if flags.backend == "vllm":
-        max_model_len = check_vllm(flags, process, [row for rows in tokens.values() for row in rows])
+        max_model_len = check_vllm(flags, process, rows)
+    else:
+        check_context(flags, max(map(len, rows), default=0) + flags.max_gen_len)
     subject = None
     for task in tasks:
         folder = root / task.name

@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 
 from common.errors import InputError, first_line
 from common.models import base_config
-from mindmerger.base_models import check_encoder_layer, load_encoder, load_llm
+from mindmerger.base_models import check_encoder_layer, encoder_config, load_encoder, load_llm
 from mindmerger.batching import IGNORED
 from mindmerger.card import write_card
 from mindmerger.checkpoint import SAFETENSORS, read_mapping, write_mapping
@@ -496,7 +496,7 @@ def mapping_config(flags: ModelFlags, llm_bos_token_id: int | None) -> MindMerge
         llm_revision=flags.llm_revision,
         mt_revision=flags.mt_revision,
         llm_hidden_size=llm.get_text_config().hidden_size,
-        mt_hidden_size=mt.get_text_config().hidden_size,
+        mt_hidden_size=encoder_config(mt).get_text_config().hidden_size,
         llm_bos_token_id=llm_bos_token_id,
         encoder_layer=flags.encoder_layer,
     )

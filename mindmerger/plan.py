@@ -382,13 +382,13 @@ def cache_bytes(llm: torch.nn.Module, rows: int, tokens: int) -> float:
 def _deepspeed(flags: TrainingFlags, device: Device) -> tuple[dict, torch.dtype]:
     """The stage's DeepSpeed config, and the dtype of its weights."""
     # DeepSpeed takes seconds to import.
-    from mindmerger.trainer import deepspeed_config
+    from mindmerger.trainer import deepspeed_config, weights_dtype
 
     # It multiplies the batch sizes up for the ranks that there are: this process.
     one = copy(flags)
     one.train_batch_size = flags.train_micro_batch_size_per_gpu * flags.gradient_accumulation
     config = deepspeed_config(one, Process(0, 1, torch.device(device.type)))
-    return config, torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+    return config, weights_dtype(config)
 
 
 def _limits(flags: TrainingFlags) -> Row:

@@ -33,6 +33,7 @@ from common.locks import locked
 from common.logging import Metrics, progress, quiet_libraries, say
 from common.signals import Stopped, StopSignals
 from mindmerger.aligned_start import aligned_start
+from mindmerger.base_models import check_context
 from mindmerger.batching import Batch, collate, plan_epoch, plan_once
 from mindmerger.card import source_datasets
 from mindmerger.checkpoint import (
@@ -112,13 +113,14 @@ def _train(flags: TrainingFlags, process: Process) -> None:
             say(process, f"{folder} holds this very run, finished: nothing to do (--overwrite trains anew)")
             return
         train_tokens, dev_tokens = tokenizer(train_rows), tokenizer(dev_rows)
+        check_context(flags, max(map(len, train_tokens + dev_tokens)))
         say(process, f"{len(train_tokens)} training rows, {len(dev_tokens)} dev rows, {process.world_size} rank(s)")
         if shared := shared_targets(dev_rows, train_rows):
             say(process, f"targets of {shared} dev row(s) are training rows' too: dev perplexity will flatter")
         for language, cuts in count_cuts(train_tokens + dev_tokens).items():
             say(process, f"cut to the limits in {language}: {', '.join(f'{n} {kind}(s)' for kind, n in cuts.items())}")
 
-        dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
+        dtype = weights_dtype(ds_config)
         if checkpoint is None and flags.mapping_init == "aligned":
             place = folder.parent / ALIGNED_START
             initial, config.encoder_layer = aligned_start(flags, config, tokenizer, train_rows, place, dtype, process)
@@ -516,6 +518,11 @@ def deepspeed_config(flags: TrainingFlags, process: Process) -> dict[str, Any]:
     if stage == 0:
         raise InputError(f'{path}: set "zero_optimization": {{"stage": 2}}, or 1, or 3')
     return config
+
+
+def weights_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """The dtype of the frozen weights under a DeepSpeed config."""
+    return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
 
 
 def run_settings(

@@ -115,7 +115,9 @@ def _compare_vocabularies(first: Checkpoint, other: Checkpoint, problems: list[s
     if a is None or b is None:
         notes.append(f"the vocabularies of {first.name} and {other.name} were not compared: no tokenizer.json")
         return
-    if a[0] != b[0]:
+    if len(a[0]) != len(b[0]):
+        problems.append(f"the tokenizers have {len(a[0])} texts in {first.name} and {len(b[0])} in {other.name}")
+    elif a[0] != b[0]:
         problems.append(f"the tokenizers of {first.name} and {other.name} give the same ids to different text")
     renamed = [id for id in sorted(a[1].keys() & b[1].keys()) if a[1][id] != b[1][id]]
     if renamed:

@@ -1,14 +1,16 @@
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from common.distributed import available_memory, start_process
+from common.distributed import available_memory, free_in_groups, start_process
 from tests.conftest import REPOSITORY
 from tests.mindmerger.scripts import free_port
 
@@ -18,6 +20,15 @@ def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) 
     assert 0.5 * free < available_memory(torch.device("cpu")) < 1.5 * free
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert 0.5 * free < 4 * available_memory(torch.device("cpu")) < 1.5 * free
+
+
+def test_a_container_or_a_job_has_less_than_its_machine(tmp_path: Path) -> None:
+    assert free_in_groups(tmp_path) == math.inf
+    for name, content in {"max": "max", "current": "400", "stat": "anon 200\ninactive_file 100"}.items():
+        (tmp_path / f"memory.{name}").write_text(content + "\n")
+    assert free_in_groups(tmp_path) == math.inf
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert free_in_groups(tmp_path) == 1000 - 400 + 100
 
 
 @pytest.mark.parametrize(("device", "expected"), [("auto", "cuda:2"), ("cuda", "cuda:2"), ("cuda:1", "cuda:1")])

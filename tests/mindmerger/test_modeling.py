@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -20,11 +21,12 @@ from transformers import (
 
 from common.errors import InputError
 from mindmerger import modeling
-from mindmerger.base_models import load_llm
+from mindmerger.base_models import check_context, load_encoder, load_llm
 from mindmerger.batching import IGNORED, Batch, collate
 from mindmerger.data import Example
 from mindmerger.decoding import greedy
-from mindmerger.modeling import MindMergerForCausalLM, embedding_scale, squeeze_padding
+from mindmerger.flags import ModelFlags
+from mindmerger.modeling import MindMergerForCausalLM, embedding_scale, mapping_config, squeeze_padding
 from mindmerger.tokenization import ExampleTokenizer
 from tests.mindmerger.conftest import ENCODERS
 
@@ -273,6 +275,29 @@ def test_of_an_encoder_decoder_only_the_encoder_is_in_memory(build: Build, model
     assert sum(p.numel() for p in model.encoder.parameters()) == sum(p.numel() for p in whole.parameters())
 
 
+@pytest.mark.parametrize("family", ["t5gemma", "t5gemma2"])
+@torch.no_grad()
+def test_an_encoder_with_a_config_of_its_own_is_read(family: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """As T5Gemma's, which may have another width than the decoder."""
+    size = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    size |= {"vocab_size": 64, "head_dim": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = size | {"hidden_size": 16}
+    if family == "t5gemma2":
+        encoder = {"text_config": encoder, "vision_config": vision | {"image_size": 28, "patch_size": 14}}
+    decoder = size | {"hidden_size": 24, "cross_attention_hidden_size": 16}
+    if family == "t5gemma2":
+        decoder = size | {"hidden_size": 16}
+    config = AutoConfig.for_model(family, encoder=encoder, decoder=decoder, vocab_size=64)
+    whole = AutoModelForSeq2SeqLM.from_config(config).eval()
+    whole.save_pretrained(tmp_path)
+    inputs = {"input_ids": torch.arange(3, 8)[None], "attention_mask": torch.ones(1, 5, dtype=torch.int64)}
+    loaded = load_encoder(str(tmp_path), None, torch.float32, False)
+    assert torch.equal(loaded(**inputs).last_hidden_state, whole.get_encoder()(**inputs).last_hidden_state)
+    joined = mapping_config(ModelFlags(llm_path=str(models["llama"]), mt_path=str(tmp_path)), 1)
+    assert joined.mt_hidden_size == 16
+
+
 def test_gradient_checkpointing_recomputes_and_changes_nothing(build: Build, examples: list[Example]) -> None:
     gradients, forwards = [], []
     for checkpointed in (False, True):
@@ -288,6 +313,15 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(build: Build, exa
     assert forwards == [1, 2]
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)
+
+
+def test_learned_positions_end(models: dict[str, Path], tmp_path: Path) -> None:
+    GPT2Config(n_positions=64).save_pretrained(tmp_path)
+    learned, rotary = ModelFlags(llm_path=str(tmp_path)), ModelFlags(llm_path=str(models["llama"]))
+    check_context(learned, 64)
+    check_context(rotary, 1_000_000)
+    with pytest.raises(InputError, match="the longest row takes 65 tokens, and .* knows 64 positions: lower --max_seq"):
+        check_context(learned, 65)
 
 
 def test_an_llm_that_cannot_recompute_says_so(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

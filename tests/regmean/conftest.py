@@ -24,12 +24,12 @@ CHAT_TEMPLATE = (
 
 
 @pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No hub, no shared cache, and no rank left behind: `start_process` sets LOCAL_RANK, which the harness obeys."""
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets_cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
