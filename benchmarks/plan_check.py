@@ -54,7 +54,7 @@ def predictions(llm_path: str, mt_path: str, wide: str) -> dict[str, float]:
     from mindmerger.flags import ModelFlags
     from mindmerger.plan import Row, encoder_cost, model_on_meta, step_cost
     from regmean.flags import GramFlags, MergeFlags
-    from regmean.plan import gram_plan, merge_plan
+    from regmean.plan import gram_plan, merge_cost
 
     model = model_on_meta(ModelFlags(llm_path=llm_path, mt_path=mt_path), torch.float32)
     row = Row(STEP["source"], STEP["prompt"], STEP["target"])
@@ -63,7 +63,7 @@ def predictions(llm_path: str, mt_path: str, wide: str) -> dict[str, float]:
     here = Device(HERE, "cpu", 1, 2**50, 1, 1, 1, "")
     flags = GramFlags(model=llm_path, dtype="float32", plan=HERE, **options)
     grams = gram_plan(flags, causal_lm_on_meta(llm_path, dtype=torch.float32), here)
-    merge = merge_plan(MergeFlags(method="regmean", models=[wide] * 2, plan=HERE))
+    merge = merge_cost(MergeFlags(method="regmean", models=[wide] * 2, plan=HERE))
     return {"train": step, "gram": grams.peak, "merge": merge.arrays}
 
 

@@ -251,7 +251,7 @@ def plan_merging(flags: MergeFlags) -> None:
     """
     quiet_libraries()
     device = plan_device(flags.plan, flags.device)
-    plan = merge_plan(flags)
+    plan = merge_cost(flags)
     seconds = plan.flops / device.single_flops
     lines = [
         ("parameters", f"{amount(plan.parameters)} each"),
@@ -263,7 +263,7 @@ def plan_merging(flags: MergeFlags) -> None:
     show(f"{flags.method} of {len(flags.models)} models", replace(device, count=1), lines)
 
 
-def merge_plan(flags: MergeFlags) -> MergeCost:
+def merge_cost(flags: MergeFlags) -> MergeCost:
     """What a merge takes, by RegMean with Grams of all inputs."""
     models = [
         _model(name, revision, "auto")

@@ -13,7 +13,7 @@ from regmean.flags import GramFlags, MergeFlags
 from regmean.gram import probe
 from regmean.layer_inputs import LinearInputs, linear_layers
 from regmean.merge import AHEAD, CHUNK_ELEMENTS
-from regmean.plan import batch_cost, gram_plan, layer_inputs, merge_plan
+from regmean.plan import batch_cost, gram_plan, layer_inputs, merge_cost
 from tests.commands import run
 from tests.conftest import REPOSITORY
 from tests.regmean.conftest import make_gpt2, make_llama
@@ -72,13 +72,13 @@ def test_a_model_that_does_not_fit_is_told(capsys: pytest.CaptureFixture) -> Non
 
 
 def test_llama_3_8b_merges_in_four_gigabytes() -> None:
-    planned = merge_plan(MergeFlags(method="regmean", models=[LLAMA_3_8B] * 2, plan="h100"))
+    planned = merge_cost(MergeFlags(method="regmean", models=[LLAMA_3_8B] * 2, plan="h100"))
     assert planned.systems == 129
     assert 3e9 < planned.arrays < 4e9
     widths = 32 * [4096, 4096, 4096, 14336] + [4096]
     assert planned.read == 2 * (2 * planned.parameters + sum(2 * width * (width + 1) for width in widths))
     assert planned.written == 2 * planned.parameters
-    average = merge_plan(MergeFlags(method="avg", models=[LLAMA_3_8B] * 3, plan="h100"))
+    average = merge_cost(MergeFlags(method="avg", models=[LLAMA_3_8B] * 3, plan="h100"))
     assert average.arrays == 36 * (AHEAD + 1) * CHUNK_ELEMENTS
     assert (average.flops, average.read) == (0, 6 * planned.parameters)
 
@@ -98,6 +98,6 @@ def test_the_plan_of_a_merge_is_the_one_that_it_prints(
     plan = capsys.readouterr().out
     run([*merge, "--grams", *(f"{model}-grams" for model in models)])
     printed = capsys.readouterr().out
-    planned = merge_plan(MergeFlags(method="regmean", models=models, plan="h100"))
+    planned = merge_cost(MergeFlags(method="regmean", models=models, plan="h100"))
     assert f"at most about {planned.arrays / 1e9:.2f} GB of arrays" in printed
     assert f"in {planned.systems} systems" in printed and f"{planned.systems} systems" in plan
