@@ -54,7 +54,10 @@ class Process:
         return total.tolist()
 
     def sum_(self, tensor: torch.Tensor) -> None:
-        """Replace `tensor` in place by its sum over all processes."""
+        """Replace `tensor`, of one shape and dtype everywhere, in place by its sum over all processes.
+
+        This and the two beside it wait for all processes; where one has died, each of the others ends itself.
+        """
         if self.world_size > 1:
             dist.all_reduce(tensor)
 

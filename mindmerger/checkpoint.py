@@ -107,7 +107,16 @@ def take_encoder_layer(flags: ModelFlags, checkpoint: Path) -> None:
 
 
 def write_mapping(folder: Path, config: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
-    """Write `model.safetensors`, `pytorch_model.bin` in the published form, and `config.json`, each whole."""
+    """Write `model.safetensors`, `pytorch_model.bin` in the published form, and `config.json`, each whole.
+
+    Args:
+        folder: made if need be.
+        config: of `MindMergerConfig`.
+        state: a mapping's, names and shapes as in `mapping_shapes`, in any dtype and on any device.
+
+    Raises:
+        InputError: the disk is full, or the folder cannot be written.
+    """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     # Not save_file and torch.save to a path: they report a full disk each in words of its own.
     write_bytes(folder / SAFETENSORS, save(state, metadata={"format": "pt"}))
@@ -116,7 +125,7 @@ def write_mapping(folder: Path, config: dict[str, Any], state: dict[str, torch.T
 
 
 def write_published(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Write the published form, `{"model_state_dict": {...}}`."""
+    """Write the published form, `{"model_state_dict": {...}}`, whole or not at all; `state` as in `write_mapping`."""
     content = io.BytesIO()
     torch.save({"model_state_dict": state}, content)
     write_bytes(path, content.getvalue())

@@ -34,6 +34,7 @@ class Calibration:
 
     @property
     def tokens(self) -> int:
+        """How many all examples have together."""
         return sum(map(len, self.examples))
 
     def digest(self) -> str:

@@ -42,6 +42,7 @@ class Checkpoint:
 
     @property
     def ties_embeddings(self) -> bool:
+        """Whether the output head is the embedding table."""
         return self.config.get("tie_word_embeddings") is True
 
     def fingerprint(self) -> str:

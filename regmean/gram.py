@@ -183,7 +183,7 @@ class GramSums:
         self.shared_name: dict[str, str] = {}
 
     def add(self, name: str, rows: torch.Tensor) -> None:
-        """Add the products of `rows`, of shape (tokens, width), to the sum called `name`."""
+        """Add the products of `rows`, of shape (tokens, width) and any float dtype, to the sum called `name`."""
         if name not in self.totals:
             width = rows.shape[1]
             self.totals[name] = zeros(width, rows.device)

@@ -196,7 +196,11 @@ def write_grams(
 
 
 def convert(source: Path, target: Path) -> None:
-    """Write the published Gram file `source` as `target` in this repository's form."""
+    """Write the published Gram file `source` as `target` in this repository's form.
+
+    Raises:
+        InputError: `target` exists, or `source` is no whole pickle of square float matrices by name.
+    """
     if target.exists():
         raise InputError(f"{target} exists already: remove it, or choose another --output_dir")
     published = PublishedGrams(source)

@@ -145,7 +145,8 @@ def plan_grams(flags: GramFlags) -> None:
             ("work", f"{amount(plan.flops)}FLOP: at most {plan.tokens:,} tokens"),
             ("time", f"{duration(seconds)}, loading and writing not counted"),
         ]
-    lines.append(("disk", f"{gb(plan.file)}, and while it runs {gb(plan.snapshots)} for each device"))
+    joined = f", then {gb(plan.file)} to join the passes" if plan.passes and plan.passes > 1 else ""
+    lines.append(("disk", f"{gb(plan.file)}, and while it runs {gb(plan.snapshots)} for each device{joined}"))
     show(f"Grams of {flags.model}", device, lines)
 
 

@@ -52,6 +52,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """What it takes on disk."""
         return self.size * STORAGE[self.dtype].itemsize
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
