@@ -56,7 +56,7 @@ class Process:
     def sum_(self, tensor: torch.Tensor) -> None:
         """Replace `tensor`, of one shape and dtype everywhere, in place by its sum over all processes.
 
-        This and the two beside it wait for all processes; where one has died, each of the others ends itself.
+        This and the two beside it wait for all processes; where one of a machine has died, its others end themselves.
         """
         if self.world_size > 1:
             dist.all_reduce(tensor)
