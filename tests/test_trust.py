@@ -76,7 +76,7 @@ def weights(folder: Path, name: str) -> Path:
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "..", "sub/x.safetensors", ""])
 def test_an_index_leads_nowhere_else(tmp_path: Path, name: str) -> None:
-    weights(tmp_path / "model", "model.safetensors")
+    weights(tmp_path / "model", "model-00001-of-00001.safetensors")
     weights(tmp_path, "secret.safetensors")
     (tmp_path / "model/model.safetensors.index.json").write_text(f'{{"weight_map": {{"a": "{name}"}}}}')
     for read in (open_checkpoint, lambda path: load_llm(path, None, torch.float32, False)):
