@@ -11,7 +11,7 @@ from common.files import read_json, sha256, write_text
 from common.flags import flag, parse_flags
 from common.runs import RUN
 from mindmerger.checkpoint import CONFIG, PUBLISHED, SAFETENSORS
-from mindmerger.report import SCORES
+from mindmerger.scores import SCORES
 from mindmerger.sources import MANIFEST
 from mindmerger.tasks import LANGUAGES
 

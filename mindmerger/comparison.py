@@ -20,7 +20,7 @@ from common.errors import InputError
 from common.files import read_json, write_text
 from common.flags import flag, parse_flags
 from common.runs import RUN
-from mindmerger.report import score
+from mindmerger.scores import score
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES
 
 # Okabe and Ito's palette, told apart by colour-blind readers as well.

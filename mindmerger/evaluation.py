@@ -23,7 +23,8 @@ from mindmerger.batching import plan_once
 from mindmerger.checkpoint import mapping_file
 from mindmerger.data import Example, read_evaluation
 from mindmerger.flags import EvaluationFlags
-from mindmerger.report import SCORES, score, table, write_report
+from mindmerger.report import write_report
+from mindmerger.scores import SCORES, score, table
 from mindmerger.subject import Subject, load_subject, pick_dtype, prepare
 from mindmerger.tasks import EVALUATION_TASKS, Task, find_task, select_languages
 from mindmerger.tokenization import Tokens

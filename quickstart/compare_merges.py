@@ -24,7 +24,7 @@ from mindmerger.base_models import load_llm
 from mindmerger.batching import plan_once
 from mindmerger.decoding import greedy
 from mindmerger.modeling import join, token_segment
-from mindmerger.report import SCORES, wilson_interval
+from mindmerger.scores import SCORES, wilson_interval
 from quickstart.exercises import TASKS, Exercise
 
 BATCH_SIZE = 128

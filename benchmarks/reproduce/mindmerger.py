@@ -54,7 +54,7 @@ from mindmerger.base_models import load_llm
 from mindmerger.data import Example, hold_out, read_evaluation, read_training
 from mindmerger.evaluation import read_answers
 from mindmerger.flags import require_positive
-from mindmerger.report import SCORES
+from mindmerger.scores import SCORES
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, Language, math_prompt, select_languages
 from regmean.checkpoint import open_checkpoint
 

@@ -13,7 +13,7 @@ from common.files import sha256, write_json
 from mindmerger.card import model_card, source_datasets, write_card
 from mindmerger.checkpoint import write_mapping
 from mindmerger.data import Example
-from mindmerger.report import score
+from mindmerger.scores import score
 from mindmerger.tasks import LANGUAGES, Prompt
 
 CONFIG = {

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from scipy.stats import binomtest
 
-from mindmerger.report import score, table, wilson_interval, write_report
+from mindmerger.report import write_report
+from mindmerger.scores import score, table, wilson_interval
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 6), (3, 250), (125, 250), (250, 250), (1, 1)])
