@@ -5,6 +5,7 @@ The models are built from their configs on the meta device, and a micro batch is
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, fields
 
@@ -180,7 +181,7 @@ def plan_training(flags: TrainingFlags) -> None:
 
 
 def training_plan(flags: TrainingFlags, device: Device, ds_config: dict, dtype: torch.dtype) -> TrainingPlan:
-    """What a stage takes, with a DeepSpeed config as `trainer.deepspeed_config` gives it and weights of `dtype`."""
+    """What a stage takes, with a DeepSpeed config as `engine.deepspeed_config` gives it and weights of `dtype`."""
     model = model_on_meta(flags, dtype)
     if flags.gradient_checkpointing:
         model.checkpoint_gradients()
@@ -206,9 +207,10 @@ def training_plan(flags: TrainingFlags, device: Device, ds_config: dict, dtype: 
         live = min(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS), llm + encoder)
         weights = weights / device.count + live * dtype.itemsize
 
-    encoding = encoder_cost(model, micro, limits)
-    peak = max(encoding.peak_bytes, step_cost(model, micro, limits).peak_bytes)
-    mean_encoding, mean_step = encoder_cost(model, micro, mean), step_cost(model, micro, mean)
+    encoding, mean_encoding = encoder_cost(model, micro, limits), encoder_cost(model, micro, mean)
+    with _linear_layers(zero):
+        step, mean_step = step_cost(model, micro, limits), step_cost(model, micro, mean)
+    peak = max(encoding.peak_bytes, step.peak_bytes)
     with torch.no_grad():
         mean_reading = step_cost(model, micro, mean, backward=False)
         if batch := min(flags.eval_batch_size, flags.dev_size):
@@ -382,13 +384,22 @@ def cache_bytes(llm: torch.nn.Module, rows: int, tokens: int) -> float:
 def _deepspeed(flags: TrainingFlags, device: Device) -> tuple[dict, torch.dtype]:
     """The stage's DeepSpeed config, and the dtype of its weights."""
     # DeepSpeed takes seconds to import.
-    from mindmerger.trainer import deepspeed_config, weights_dtype
+    from mindmerger.engine import deepspeed_config, weights_dtype
 
     # It multiplies the batch sizes up for the ranks that there are: this process.
     one = copy(flags)
     one.train_batch_size = flags.train_micro_batch_size_per_gpu * flags.gradient_accumulation
     config = deepspeed_config(one, Process(0, 1, torch.device(device.type)))
     return config, weights_dtype(config)
+
+
+def _linear_layers(zero: dict) -> AbstractContextManager:
+    """As DeepSpeed makes them under this part of its config."""
+    if zero["stage"] < 3:
+        return nullcontext()
+    from mindmerger.engine import zero3_linear
+
+    return zero3_linear()
 
 
 def _limits(flags: TrainingFlags) -> Row:

@@ -6,21 +6,12 @@ import hashlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from safetensors.torch import load_file, save
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 from transformers.integrations import HfDeepSpeedConfig
@@ -46,16 +37,14 @@ from mindmerger.checkpoint import (
     write_published,
 )
 from mindmerger.data import Example, hold_out, read_training, shared_targets
+from mindmerger.engine import MappingState, deepspeed_config, weights_dtype
 from mindmerger.flags import TrainingFlags
 from mindmerger.modeling import MindMergerForCausalLM, embedding_scale, mapping_config
 from mindmerger.tasks import TRAINING_TASKS, find_task, prompt_template, select_languages
 from mindmerger.tokenization import Tokens, count_cuts, load_example_tokenizer
 
-DEEPSPEED_CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
 STATE = "state"
 ALIGNED_START = "aligned_start"
-# Of AdamW, for every parameter.
-MOMENTS = ("exp_avg", "exp_avg_sq")
 # Steps without a finite loss and gradient: one is passed over, so many in a row are no accident of a batch.
 MAX_SKIPPED = 5
 MAX_LISTED = 10
@@ -184,25 +173,24 @@ class Stage:
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=self._schedule, config=ds_config
         )
-        self._make_moments()
+        self.mapping_state = MappingState(self.engine, model.mapping, process)
         # Under ZeRO-3 a model runs only once the engine is there.
         if not model.pack_rows():
             say(process, f"{flags.llm_path} reads padded rows: packed ones would come out otherwise")
 
     def initialise_mapping(self, initial: dict[str, torch.Tensor] | None) -> None:
         """Give a mapping at PyTorch's own start the `initial` values, or the start that the flags ask for."""
-        mapping = self.model.mapping
         if initial is not None:
-            for name, parameter in mapping.named_parameters():
-                self._change(parameter, lambda _, name=name: initial[name].to(self.process.device))
+            self.mapping_state.set(initial)
             return
+        mapping = self.model.mapping
         batch = self._batch(list(range(min(32, len(self.train_tokens)))))
         mean, scale = embedding_scale(self.model, batch.input_ids, batch.attention_mask)
         if self.flags.boundary_init == "mean":
-            self._change(mapping.end_boundary, lambda zero: zero + mean)
+            self.mapping_state.change(mapping.end_boundary, lambda zero: zero + mean)
         if self.flags.mapping_init == "scaled":
-            self._change(mapping.mlp.linear2.weight, lambda weight: weight * scale)
-            self._change(mapping.mlp.linear2.bias, lambda bias: bias * scale)
+            self.mapping_state.change(mapping.mlp.linear2.weight, lambda weight: weight * scale)
+            self.mapping_state.change(mapping.mlp.linear2.bias, lambda bias: bias * scale)
 
     def fit(self) -> dict[str, float]:
         """Run all steps that are left; the best mapping is in the stage's folder afterwards.
@@ -380,39 +368,21 @@ class Stage:
         return loss / target_tokens, sum(len(self.train_tokens[row]) for row in rows), stop, suspects
 
     def _save_mapping(self) -> None:
-        parameters = self.model.mapping.named_parameters()
-        state = {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in parameters}
+        values = self.mapping_state.values()
         if self.process.is_main:
-            write_mapping(self.folder, self.model.config.to_dict(), state)
+            write_mapping(self.folder, self.model.config.to_dict(), values)
         self.process.barrier()
-
-    def _make_moments(self) -> None:
-        """Give AdamW the state that it else makes at its first step, so that it can be read and set before."""
-        wrapper, adam = self.engine.optimizer, self.engine.optimizer.optimizer
-        partitions = [partition for group in adam.param_groups for partition in group["params"]]
-        # ZeRO-3 hands its partitions to the optimizer only while that steps.
-        for partition in partitions or wrapper.fp32_partitioned_groups_flat:
-            moments = {name: torch.zeros_like(partition) for name in MOMENTS}
-            adam.state[partition] = {"step": torch.zeros(()), **moments}
-        if partitions:
-            # From here on DeepSpeed's own functions find a parameter's part of it.
-            wrapper._lazy_init_hp_params_optimizer_state()
 
     def _save_state(self, step: int, metrics: Metrics) -> None:
         """Keep all that the rest of the run depends on, unless that of this very step is kept already."""
-        adam = self.engine.optimizer.optimizer
-        tensors = {}
-        for name, parameter in self.model.mapping.named_parameters():
-            tensors[f"mapping.{name}"] = safe_get_full_fp32_param(parameter).cpu()
-            for moment in MOMENTS:
-                tensors[f"{moment}.{name}"] = safe_get_full_optimizer_state(parameter, moment).cpu()
+        tensors = self.mapping_state.tensors()
         for rank, state in enumerate(self.process.gather(self.process.rng_state())):
             tensors[f"rng.{rank}"] = state
         record = {
             "best_perplexity": self.best_perplexity,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "optimizer_steps": float(next(iter(adam.state.values()))["step"]),
+            "optimizer_steps": self.mapping_state.steps,
             "schedule": self.engine.lr_scheduler.state_dict(),
             "metrics_size": metrics.size,
         }
@@ -434,13 +404,8 @@ class Stage:
         if found is None:
             return 0, self._metrics()
         step, record = snapshots.step_of(found), read_json(found / "state.json")
-        tensors, device = load_file(found / "state.safetensors"), self.process.device
-        for name, parameter in self.model.mapping.named_parameters():
-            self._change(parameter, lambda _, name=name: tensors[f"mapping.{name}"].to(device))
-            for moment in MOMENTS:
-                self._set_optimizer_value(parameter, tensors[f"{moment}.{name}"].to(device), moment)
-        for state in self.engine.optimizer.optimizer.state.values():
-            state["step"].fill_(record["optimizer_steps"])
+        tensors = load_file(found / "state.safetensors")
+        self.mapping_state.restore(tensors, record["optimizer_steps"])
         self.engine.lr_scheduler.load_state_dict(record["schedule"])
         for group, lr in zip(self.engine.optimizer.param_groups, self.engine.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
@@ -449,30 +414,6 @@ class Stage:
         self.skipped, self.skipped_in_a_row = record["skipped"], record["skipped_in_a_row"]
         say(self.process, f"continuing after step {step} of {self.total_steps}")
         return step, self._metrics(step, record["metrics_size"])
-
-    def _change(self, parameter: torch.nn.Parameter, to: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace a parameter's value, whole or partitioned, and the float32 copy that ZeRO's optimizer moves."""
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            value = to(parameter.data.float())
-            parameter.data.copy_(value)
-        self._set_optimizer_value(parameter, value)
-
-    def _set_optimizer_value(self, parameter: torch.nn.Parameter, value: torch.Tensor, moment: str = "") -> None:
-        """Replace what ZeRO's optimizer holds of a parameter: its float32 copy, or one of MOMENTS."""
-        if not hasattr(parameter, "ds_id"):
-            if moment:
-                safe_set_full_optimizer_state(parameter, value, moment)
-            else:
-                safe_set_full_fp32_param(parameter, value)
-            return
-        # Under ZeRO-3 the same call would read past the end where the ranks do not divide the parameter.
-        size, ranks = parameter.ds_tensor.numel(), self.process.world_size
-        padded = torch.nn.functional.pad(value.flatten(), (0, size * ranks - value.numel()))
-        part = padded.view(ranks, size)[self.process.rank]
-        if moment:
-            safe_set_local_optimizer_state(parameter, part, moment)
-        else:
-            safe_set_local_fp32_param(parameter, part)
 
     def _metrics(self, step: int = 0, size: int = 0) -> Metrics:
         settings = dataclasses.asdict(self.flags)
@@ -487,42 +428,6 @@ class Stage:
     def _batch(self, rows: list[int], tokens: list[Tokens] | None = None) -> Batch:
         chosen = [(self.train_tokens if tokens is None else tokens)[row] for row in rows]
         return collate(chosen, self.source_pad_id).to(self.process.device)
-
-
-def deepspeed_config(flags: TrainingFlags, process: Process) -> dict[str, Any]:
-    """The DeepSpeed JSON that `--deepspeed_config` names, or the machine's default, with the batch sizes filled in.
-
-    Raises:
-        InputError: an unreadable file, or one that sets what flags set.
-    """
-    default = "zero2_bf16.json" if process.device.type == "cuda" else "cpu.json"
-    path = Path(flags.deepspeed_config or DEEPSPEED_CONFIGS / default)
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    for key, instead in {"optimizer": "--lr", "scheduler": "--lr_scheduler", "fp16": "bf16"}.items():
-        if key in config:
-            raise InputError(f"{path}: take {key!r} out, {instead} stands for it")
-    config |= {
-        "train_batch_size": flags.train_batch_size,
-        "train_micro_batch_size_per_gpu": flags.train_micro_batch_size_per_gpu,
-        "gradient_accumulation_steps": flags.gradient_accumulation,
-        # AdamW is PyTorch's own, wherever its state is kept.
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    config.setdefault("gradient_clipping", 1.0)
-    try:
-        stage = DeepSpeedConfig(config).zero_optimization_stage
-    except (ValueError, TypeError, AssertionError) as error:
-        raise InputError(f"{path}: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
-    if stage == 0:
-        raise InputError(f'{path}: set "zero_optimization": {{"stage": 2}}, or 1, or 3')
-    return config
-
-
-def weights_dtype(ds_config: dict[str, Any]) -> torch.dtype:
-    """The dtype of the frozen weights under a DeepSpeed config."""
-    return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
 
 
 def run_settings(

@@ -97,7 +97,8 @@ def train_here(work: Path, *words: object) -> None:
 
 
 def forget_ranks() -> None:
-    """Undo what a run in this process leaves: DeepSpeed would go on with its process groups in the next one."""
+    """Undo what a run in this process leaves: DeepSpeed's process groups, and linear layers as under ZeRO-3."""
+    import torch
     import torch.distributed as dist
     from deepspeed.comm import comm
     from deepspeed.utils import groups
@@ -105,6 +106,7 @@ def forget_ranks() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     comm.cdb = None
+    torch.nn.functional.linear = torch._C._nn.linear
     for name, value in vars(groups).items():
         if isinstance(value, dist.ProcessGroup):
             setattr(groups, name, None)

@@ -99,6 +99,14 @@ def test_recomputation_and_zero3_take_less() -> None:
     assert plan("a100-80gb", 8, gradient_checkpointing=True).activations < whole.activations / 4
 
 
+def test_under_zero3_linear_layers_keep_their_inputs() -> None:
+    """A frozen one keeps nothing by itself. These are, of a layer, both norms' outputs, and what o and down read."""
+    plain, divided = plan("a100-80gb", 8), plan("a100-80gb", 8, ZERO3)
+    inputs = 32 * 8 * 1026 * 2 * (3 * 4096 + 11008)
+    assert inputs < divided.activations - plain.activations < 1.25 * inputs
+    assert torch.nn.functional.linear is torch._C._nn.linear
+
+
 def test_a_planned_number_of_devices_stands_for_the_ranks() -> None:
     assert flags("8xh100").gradient_accumulation == 2
     assert flags("h100").gradient_accumulation == 16

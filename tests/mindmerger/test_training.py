@@ -166,7 +166,14 @@ def test_the_gpus_bf16_files_run_on_a_cpu_too(
 
 
 @pytest.mark.parametrize(("mt", "config"), [("nllb", "zero3.json"), ("llama_without_padding", None)])
-def test_other_encoders_train(work: Path, small: Words, models: dict[str, Path], mt: str, config: str | None) -> None:
+def test_other_encoders_train(
+    work: Path,
+    small: Words,
+    models: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    mt: str,
+    config: str | None,
+) -> None:
     if mt == "llama_without_padding":
         shutil.copytree(models["llama"], work / mt)
         settings = json.loads((work / mt / "tokenizer_config.json").read_text())
@@ -174,7 +181,15 @@ def test_other_encoders_train(work: Path, small: Words, models: dict[str, Path],
         (work / mt / "tokenizer_config.json").write_text(json.dumps(settings))
     words = (*small, "--mt_path", models.get(mt, work / mt), "--save_name", mt, "--epoch_num", 1, "--report_to", "none")
     (work / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    from mindmerger.trainer import Stage
+
+    linear, fit = [], Stage.fit
+    monkeypatch.setattr(Stage, "fit", lambda stage: (linear.append(torch.nn.functional.linear), fit(stage))[1])
     train_here(work, *words, *(("--deepspeed_config", config) if config else ()))
+    # As the plan has it.
+    assert linear == [zero3_linear_wrap if config else torch._C._nn.linear]
     before, after = metrics(work, f"{mt}/mapping", "dev_perplexity")
     assert math.isfinite(before) and math.isfinite(after)
     assert not (work / "outputs" / mt / "mapping/tensorboard").exists()
