@@ -133,7 +133,7 @@ def free_in_groups(root: Path = Path("/sys/fs/cgroup")) -> float:
             limit, taken = (float((group / name).read_text()) for name in ("memory.max", "memory.current"))
             kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             # Of what is taken, cached files may go.
-            free = min(free, limit - taken + float(kept["inactive_file"]))
+            free = min(free, limit - taken + float(kept["inactive_file"]) + float(kept["active_file"]))
         except (OSError, ValueError, KeyError):  # no group, or "max": no limit
             pass
         if group == root:

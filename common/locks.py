@@ -25,7 +25,8 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold `folder`, which need not exist yet, for this process alone.
 
     The lock is the kernel's, on a file beside the folder: it ends with the process, however that ends, and emptying
-    the folder does not lift it. What an earlier holder was killed while writing is removed.
+    the folder does not lift it. What an earlier holder was killed while writing is removed, but for what has a lock
+    of its own.
 
     On a file system without locks there is a warning, no lock, and nothing is removed: it may be a live run's.
 
@@ -40,9 +41,7 @@ def locked(folder: Path) -> Iterator[None]:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     try:
-        name = glob.escape(folder.name)
-        partials = (*folder.parent.glob(f".{name}.{UNIQUE}.partial"), *folder.glob(".*.partial"))
-        for partial in partials if is_locked else ():
+        for partial in _left_behind(folder) if is_locked else ():
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         yield
     finally:
@@ -52,6 +51,16 @@ def locked(folder: Path) -> Iterator[None]:
         if made:
             with contextlib.suppress(OSError):
                 path.parent.rmdir()
+
+
+def _left_behind(folder: Path) -> list[Path]:
+    """What was to become `folder`, and what was to become something in it that no other run has a lock on."""
+    inside = []
+    for partial in folder.glob(f".*.{UNIQUE}.partial"):
+        name = partial.name.removesuffix(".partial").rpartition(".")[0]
+        if not (folder / f"{name}.lock").exists():
+            inside.append(partial)
+    return [*folder.parent.glob(f".{glob.escape(folder.name)}.{UNIQUE}.partial"), *inside]
 
 
 def _lock(path: Path, folder: Path) -> tuple[int, bool]:

@@ -34,12 +34,13 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
         raise InputError(f"no tokenizer could be loaded from {path}: {first_line(error)}") from error
 
 
-def load_model(model_class: Any, path: str, **options: Any) -> PreTrainedModel:
+def load_model(model_class: Any, path: str, needs_head: bool = True, **options: Any) -> PreTrainedModel:
     """A model in eval mode, all of whose weights were found.
 
     Args:
         model_class: a class of transformers, or an auto class.
         path: hub id or local folder.
+        needs_head: whether an output head of its own must have been found, too.
         options: of `from_pretrained`.
 
     Raises:
@@ -54,9 +55,13 @@ def load_model(model_class: Any, path: str, **options: Any) -> PreTrainedModel:
         raise InputError(
             f"no model could be loaded from {path} as {model_class.__name__}: {first_line(error)}"
         ) from error
-    if info["missing_keys"]:
+    missing = set(info["missing_keys"])
+    if not needs_head:
+        head = model.get_output_embeddings()
+        missing -= {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    if missing:
         raise InputError(
             f"{path} lacks weights of {type(model).__name__}, which would start at random: "
-            + ", ".join(sorted(info["missing_keys"])[:5])
+            + ", ".join(sorted(missing)[:5])
         )
     return model.eval()

@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 
 from common.errors import InputError
 from common.models import base_config, load_model
-from common.plan import on_meta
+from common.plan import causal_lm_on_meta, on_meta
 from mindmerger.flags import ModelFlags
 
 
@@ -32,14 +32,20 @@ def load_llm(path: str, revision: str | None, dtype: torch.dtype, trust_remote_c
 def check_context(flags: ModelFlags, tokens: int) -> None:
     """Refuse sequences of `tokens` to an LLM that has learned a vector for each of fewer positions, as GPT-2.
 
-    Rotary positions go on beyond what was trained, for what that is worth.
+    Positions of other kinds go on beyond what was trained, for what that is worth.
 
     Raises:
         InputError: it has fewer; the message names the flags that shorten rows.
     """
     config = base_config(flags.llm_path, flags.llm_revision, flags.trust_remote_code).get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
-    if limit and not getattr(config, "rope_parameters", None) and tokens > limit:
+    if not limit or tokens <= limit:
+        return
+    llm = causal_lm_on_meta(flags.llm_path, flags.llm_revision, None, flags.trust_remote_code)
+    words = llm.get_input_embeddings()
+    tables = [module for module in llm.modules() if isinstance(module, torch.nn.Embedding) and module is not words]
+    # Some keep a few positions for themselves.
+    if any(limit <= table.num_embeddings <= limit + 8 for table in tables):
         raise InputError(
             f"the longest row takes {tokens} tokens, and {flags.llm_path} knows {limit} positions: lower "
             "--max_seq_len, --max_prompt_len or --max_gen_len"
@@ -97,6 +103,8 @@ def load_encoder(
     if own_config is config and type(config) in AutoModelForTextEncoding._model_mapping:
         return load_model(AutoModelForTextEncoding, path, trust_remote_code=trust_remote_code, **options)
 
+    if type(config) not in AutoModel._model_mapping:
+        raise InputError(f"{path}: an encoder of the type {config.model_type!r} is not known here")
     # No auto class reads the encoder half of the other families; their encoders are models of their own.
     # The class alone is wanted: no memory, no random weights, and no ZeRO-3 to hand them to.
     with torch.device("meta"), no_init_weights():

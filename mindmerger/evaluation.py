@@ -27,7 +27,7 @@ from mindmerger.report import write_report
 from mindmerger.scores import SCORES, score, table
 from mindmerger.subject import Subject, load_subject, pick_dtype, prepare
 from mindmerger.tasks import EVALUATION_TASKS, Task, find_task, select_languages
-from mindmerger.tokenization import Tokens
+from mindmerger.tokenization import ExampleTokenizer, Tokens
 from mindmerger.vllm_backend import VllmSubject, check_vllm
 
 ANSWERS = "answers"
@@ -78,7 +78,11 @@ def _evaluate(flags: EvaluationFlags, process: Process, locks: contextlib.ExitSt
     if flags.backend == "vllm":
         max_model_len = check_vllm(flags, process, rows)
     else:
-        check_context(flags, max(map(len, rows), default=0) + flags.max_gen_len)
+        for task in tasks:
+            if task.name in tokens:
+                answer = _longest_answer(flags, task, problems[task.name], tokenizer)
+                # Nothing is read after an answer's last token.
+                check_context(flags, max(map(len, tokens[task.name])) + answer - 1)
     subject = None
     for task in tasks:
         folder = root / task.name
@@ -164,7 +168,7 @@ def _ask(
 
     Where memory is too little, what was begun is asked again, half as many problems at once.
     """
-    by_likelihood = task.labels and flags.classification == "likelihood"
+    by_likelihood = _is_by_likelihood(flags, task)
     slots = flags.eval_batch_size
     while left:
         rows = [tokens[number] for number in left]
@@ -187,6 +191,17 @@ def _ask(
             slots = tried // 2
             say(process, f"out of memory with {tried} problems at once: going on with {slots}")
         left = [number for place, number in enumerate(left) if place not in answered]
+
+
+def _is_by_likelihood(flags: EvaluationFlags, task: Task) -> bool:
+    return bool(task.labels) and flags.classification == "likelihood"
+
+
+def _longest_answer(flags: EvaluationFlags, task: Task, examples: list[Example], tokenizer: ExampleTokenizer) -> int:
+    """Tokens that an answer may have."""
+    if _is_by_likelihood(flags, task):
+        return max(len(tokenizer.label_ids(word)) for word in {word for example in examples for word in example.labels})
+    return flags.max_gen_len
 
 
 def _too_large(flags: EvaluationFlags, problem: Example, read: Tokens) -> str:

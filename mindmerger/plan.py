@@ -395,7 +395,7 @@ def _deepspeed(flags: TrainingFlags, device: Device) -> tuple[dict, torch.dtype]
 
 def _linear_layers(zero: dict) -> AbstractContextManager:
     """As DeepSpeed makes them under this part of its config."""
-    if zero["stage"] < 3:
+    if zero["stage"] < 3 or not zero.get("memory_efficient_linear", True):
         return nullcontext()
     from mindmerger.engine import zero3_linear
 

@@ -62,7 +62,9 @@ class Layout:
         self.files: dict[str, dict[str, Any]] = {}
         if (folder / MANIFEST).exists():
             manifest = read_json(folder / MANIFEST)
-            if not isinstance(manifest, dict) or manifest.get("settings") != settings:
+            known = manifest.get("settings") if isinstance(manifest, dict) else None
+            # Folders from before there was --pairs have those of the corpora.
+            if not isinstance(known, dict) or {"pairs": "corpora"} | known != settings:
                 raise InputError(f"{folder} was built with other settings: choose another --output_dir, or remove it")
             self.files = manifest["files"]
         elif folder.exists() and any(folder.iterdir()):

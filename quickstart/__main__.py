@@ -1,7 +1,7 @@
 """Both methods on a small world, in minutes on a laptop: `python -m quickstart` (or `make quickstart`).
 
 The steps below are commands as a user would type them, run in this order. What is done stays done: a second run only
-reports, an interrupted one goes on where it stopped.
+reports; a step that was stopped goes on, or begins anew where it cannot.
 """
 
 import os
@@ -38,7 +38,8 @@ STEPS = (
     Step(
         "mapping stage",
         "deepspeed --num_accelerators 2 run_training.py --deepspeed --config quickstart/mapping.yaml",
-        Path("outputs/quickstart/mapping"),
+        # With the aligned start beside it.
+        Path("outputs/quickstart"),
         resumes=True,
     ),
     Step(

@@ -91,9 +91,15 @@ def _compute_grams(
     model: PreTrainedModel | None,
 ) -> None:
     options = {"dtype": flags.dtype, "trust_remote_code": flags.trust_remote_code}
-    model = model or load_model(AutoModelForCausalLM, str(checkpoint.folder), **options)
+    model = model or load_model(AutoModelForCausalLM, str(checkpoint.folder), needs_head=False, **options)
     model = model.to(process.device).eval()
-    layers = linear_layers(model)
+    head = untied_head(model)
+    # A base model's checkpoint has no head: the one here is random, and no merge has a use for its Gram.
+    layers = {
+        name: layer
+        for name, layer in linear_layers(model).items()
+        if layer is not head or f"{name}.weight" in checkpoint.tensors
+    }
     _drop_head(model)
     work = target.with_suffix(".partial")
     identity = {
@@ -119,6 +125,8 @@ def _compute_grams(
     parts = [work / f"pass{number}.safetensors" for number in range(len(plan.passes))]
     for number, part in enumerate(parts):
         if process.gather(part.exists())[0]:
+            # Where an earlier run was killed between the two.
+            run.forget_snapshots(number)
             continue
         sums = run.sums_of_pass(number)
         sums.add_ranks(process)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from common.errors import InputError
 from regmean.checkpoint import Checkpoint, base_vocabulary, same_tokenizer_file
@@ -12,7 +13,7 @@ from regmean.tensor_file import FLOATS, STORAGE
 MAX_LISTED = 20
 # Settings that must be the same for weights to mean the same, and those that a merge can only take from one model.
 SAME = (
-    *("model_type", "tie_word_embeddings", "vocab_size", "hidden_act"),
+    *("model_type", "tie_word_embeddings", "vocab_size", "hidden_act", "hidden_activation"),
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
 )
 ALIKE = ("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "rms_norm_eps")
@@ -101,11 +102,32 @@ def plan_merge(flags: MergeFlags, models: list[Checkpoint], grams: list[Grams]) 
 
 
 def _compare_configs(first: Checkpoint, other: Checkpoint, problems: list[str], notes: list[str]) -> None:
-    for keys, findings, so in ((SAME, problems, ""), (ALIKE, notes, f": the merge has that of {first.name}")):
-        for key in keys:
-            a, b = first.config.get(key), other.config.get(key)
-            if a is not None and b is not None and a != b:
-                findings.append(f"{key} is {a!r} in {first.name} and {b!r} in {other.name}{so}")
+    keys = (*SAME, *ALIKE)
+    a, b = ({key: model.config.get(key) for key in keys} for model in (first, other))
+    if first.config != other.config:
+        # Files of several years say the same in several ways; transformers, which takes a second to import, knows.
+        a, b = _as_transformers_has_it(first, a), _as_transformers_has_it(other, b)
+    for key in SAME:
+        if a[key] is not None and b[key] is not None and a[key] != b[key]:
+            problems.append(f"{key} is {a[key]!r} in {first.name} and {b[key]!r} in {other.name}")
+    for key in ALIKE:
+        if a[key] != b[key]:
+            values = f"{key} is {a[key]!r} in {first.name} and {b[key]!r} in {other.name}"
+            notes.append(f"{values}: the merge has that of {first.name}")
+
+
+def _as_transformers_has_it(model: Checkpoint, written: dict[str, Any]) -> dict[str, Any]:
+    """The settings that `written` has the keys of, with defaults; as written where transformers cannot read them."""
+    from common.models import base_config
+
+    try:
+        config = base_config(str(model.folder))
+    except InputError:
+        return written
+    text = config.get_text_config()
+    known = {key: getattr(config, key, getattr(text, key, None)) for key in written}
+    # Both are in rope_parameters, too.
+    return known | {"rope_theta": None, "rope_scaling": None}
 
 
 def _compare_vocabularies(first: Checkpoint, other: Checkpoint, problems: list[str], notes: list[str]) -> None:

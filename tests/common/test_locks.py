@@ -18,8 +18,8 @@ import sys, time
 from pathlib import Path
 from common.locks import locked
 with locked(Path("run")):
-    (Path("run") / ".model.bin.x.partial").parent.mkdir()
-    (Path("run") / ".model.bin.x.partial").write_text("half")
+    (Path("run") / ".model.bin.abcdefgh.partial").parent.mkdir()
+    (Path("run") / ".model.bin.abcdefgh.partial").write_text("half")
     print("held", flush=True)
     time.sleep(60)
 """
@@ -62,6 +62,13 @@ def test_what_a_neighbour_of_a_longer_name_is_writing_stays(tmp_path: Path) -> N
         with locked(tmp_path / "merged_0"):
             assert not (tmp_path / ".merged_0.x7_zq0ab.partial").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["merged_0.5"]
+
+
+def test_what_another_run_is_writing_inside_stays(tmp_path: Path) -> None:
+    merged = tmp_path / "out/merged"
+    with locked(merged), atomic_folder(merged) as partial, locked(tmp_path / "out"):
+        assert partial.exists()
+    assert (tmp_path / "out/merged").exists()
 
 
 def test_a_lock_is_taken_again_and_leaves_nothing(tmp_path: Path) -> None:

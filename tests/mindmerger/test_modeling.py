@@ -17,6 +17,7 @@ from transformers import (
     GPT2Config,
     MistralConfig,
     Qwen3Config,
+    XGLMConfig,
 )
 
 from common.errors import InputError
@@ -322,6 +323,9 @@ def test_learned_positions_end(models: dict[str, Path], tmp_path: Path) -> None:
     check_context(rotary, 1_000_000)
     with pytest.raises(InputError, match="the longest row takes 65 tokens, and .* knows 64 positions: lower --max_seq"):
         check_context(learned, 65)
+    # Sinusoids, which have no last one.
+    XGLMConfig(max_position_embeddings=64).save_pretrained(tmp_path)
+    check_context(learned, 65)
 
 
 def test_an_llm_that_cannot_recompute_says_so(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

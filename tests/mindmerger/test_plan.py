@@ -104,6 +104,8 @@ def test_under_zero3_linear_layers_keep_their_inputs() -> None:
     plain, divided = plan("a100-80gb", 8), plan("a100-80gb", 8, ZERO3)
     inputs = 32 * 8 * 1026 * 2 * (3 * 4096 + 11008)
     assert inputs < divided.activations - plain.activations < 1.25 * inputs
+    usual = {"zero_optimization": {"stage": 3, "memory_efficient_linear": False}}
+    assert plan("a100-80gb", 8, usual).activations == plain.activations
     assert torch.nn.functional.linear is torch._C._nn.linear
 
 

@@ -13,7 +13,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Sequence, Translation, Value
 
 from common.errors import InputError
-from common.files import read_json, sha256
+from common.files import read_json, sha256, write_json
 from common.flags import parse_flags
 from mindmerger import sources
 from mindmerger.data import read_evaluation, read_training
@@ -259,6 +259,12 @@ def test_what_is_done_stays_and_other_folders_are_refused(
     run("--output_dir", folder, *words)
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed == {"xnli_dev.json", "manifest.json"}
+
+    # As it was before there was a choice of pairs.
+    manifest = read_json(folder / "manifest.json")
+    del manifest["settings"]["pairs"]
+    write_json(folder / "manifest.json", manifest)
+    run("--output_dir", folder, *words)
 
     with pytest.raises(InputError, match="other settings"):
         run("--output_dir", folder, *words, "--train_num", 3)

@@ -24,10 +24,11 @@ from common.distributed import start_process
 from common.errors import InputError
 from common.signals import Stopped
 from regmean import gram as gram_module
-from regmean.flags import GramFlags
+from regmean.flags import GramFlags, MergeFlags
 from regmean.gram import compute_grams, plan_passes
-from regmean.gram_file import GramFile
+from regmean.gram_file import FILE_NAME, GramFile
 from regmean.layer_inputs import LinearInputs, linear_layers
+from regmean.merge import merge
 from tests.regmean.conftest import make_gpt2, make_llama, make_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -234,6 +235,25 @@ def test_a_model_that_is_not_whole_is_refused(save: Callable, texts: Path, tmp_p
     options = {"dataset": str(texts), "text_column": "text", "output_dir": str(tmp_path / "gram"), "device": "cpu"}
     with pytest.raises(InputError, match=r"lacks weights of LlamaForCausalLM.*model\.norm\.weight"):
         compute_grams(GramFlags(model=str(folder), **options), start_process("cpu"))
+
+
+def test_a_model_without_a_head_has_grams_of_all_that_it_has(
+    save: Callable, texts: Path, tmp_path: Path, compute: Callable
+) -> None:
+    """They merge, too: a random head has no part in it."""
+    folder = save(make_llama().model, "base")
+    options = {"dataset": str(texts), "text_column": "text", "output_dir": str(folder), "device": "cpu"}
+    compute_grams(GramFlags(model=str(folder), **options), start_process("cpu"))
+    file, whole = GramFile(folder / FILE_NAME), compute("llama")
+    assert file.grams.keys() == whole.grams.keys() - {"lm_head"}
+    for name in file.grams:
+        np.testing.assert_array_equal(file.read(name), whole.read(name))
+    models, out = [str(folder)] * 2, str(tmp_path / "merged")
+    merge(MergeFlags(method="regmean", models=models, grams=models, device="cpu", output_dir=out), "")
+    merged, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "merged", folder))
+    assert merged.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(merged[name], tensor)
 
 
 def test_sums_of_two_data_sets_add(compute: Callable, texts: Path, tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.distributed import start_process
 from common.errors import InputError
+from common.files import read_json
 from regmean import merge as merge_module
-from regmean.checkpoint import CheckpointWriter, open_checkpoint
+from regmean.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from regmean.flags import GramFlags, MergeFlags
 from regmean.gram import compute_grams
 from regmean.gram_file import FILE_NAME, GramFile, write_grams
 from regmean.merge import merge
+from regmean.preflight import _compare_configs
 from tests.regmean.conftest import make_gpt2, make_llama, make_tokenizer
 
 MODELS = {"llama": make_llama, "tied": lambda seed: make_llama(seed, tied=True), "gpt2": make_gpt2}
@@ -421,6 +423,35 @@ def test_other_positions_are_noted(library: Callable, tmp_path: Path, capsys: py
     edit_json(tmp_path / "B/config.json", rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
     run([a, tmp_path / "B"], tmp_path / "out", "avg")
     assert re.search(r"note: rope_parameters is .* in .*B: the merge has that of ", capsys.readouterr().out)
+
+
+def test_configs_of_several_years_are_compared_by_what_they_mean(tmp_path: Path) -> None:
+    def compare(kind: str, first: dict[str, Any], second: dict[str, Any]) -> tuple[list[str], list[str]]:
+        models = []
+        for name, values in (("A", first), ("B", second)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind} | values))
+            models.append(Checkpoint(name, tmp_path / name, read_json(tmp_path / name / "config.json"), {}))
+        problems: list[str] = []
+        notes: list[str] = []
+        _compare_configs(*models, problems, notes)
+        return problems, notes
+
+    theta = {"rope_theta": 5e5}
+    assert compare("llama", theta, {"rope_parameters": theta | {"rope_type": "default"}}) == ([], [])
+    assert compare("llama", {}, {"rms_norm_eps": 1e-6, "hidden_act": "silu"}) == ([], [])
+    # The official releases of Gemma 1 call their activation by a name that stands for another one there.
+    assert compare("gemma", {"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}) == ([], [])
+    _, notes = compare("mistral", {"sliding_window": 4096}, {"sliding_window": None})
+    assert notes == ["sliding_window is 4096 in A and None in B: the merge has that of A"]
+    _, notes = compare("llama", {}, theta)
+    assert len(notes) == 1 and "500000.0" in notes[0]
+    problems, _ = compare("gpt2", {"n_head": 12}, {"n_head": 8})
+    assert problems == ["num_attention_heads is 12 in A and 8 in B"]
+    problems, _ = compare("gemma2", {}, {"hidden_activation": "silu"})
+    assert problems == ["hidden_activation is 'gelu_pytorch_tanh' in A and 'silu' in B"]
+    problems, _ = compare("of-its-own-code", {"hidden_act": "silu"}, {"hidden_act": "relu"})
+    assert problems == ["hidden_act is 'silu' in A and 'relu' in B"]
 
 
 def test_of_two_forms_of_the_weights_the_one_that_transformers_reads(library: Callable, tmp_path: Path) -> None:
