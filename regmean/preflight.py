@@ -17,6 +17,11 @@ SAME = (
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
 )
 ALIKE = ("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "rms_norm_eps")
+# Settings that fine-tuned models often have of their own, and that say nothing of their weights.
+UNRELATED = {
+    *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "max_position_embeddings"),
+}
 STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -102,10 +107,9 @@ def plan_merge(flags: MergeFlags, models: list[Checkpoint], grams: list[Grams]) 
 
 
 def _compare_configs(first: Checkpoint, other: Checkpoint, problems: list[str], notes: list[str]) -> None:
-    keys = (*SAME, *ALIKE)
-    a, b = ({key: model.config.get(key) for key in keys} for model in (first, other))
-    if first.config != other.config:
-        # Files of several years say the same in several ways; transformers, which takes a second to import, knows.
+    a, b = ({key: model.config.get(key) for key in (*SAME, *ALIKE)} for model in (first, other))
+    if any(first.config.get(key) != other.config.get(key) for key in {*first.config, *other.config} - UNRELATED):
+        # Files of several years say the same in several ways. transformers knows, but takes seconds to import.
         a, b = _as_transformers_has_it(first, a), _as_transformers_has_it(other, b)
     for key in SAME:
         if a[key] is not None and b[key] is not None and a[key] != b[key]:

@@ -17,12 +17,12 @@ from common.distributed import start_process
 from common.errors import InputError
 from common.files import read_json
 from regmean import merge as merge_module
+from regmean import preflight
 from regmean.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from regmean.flags import GramFlags, MergeFlags
 from regmean.gram import compute_grams
 from regmean.gram_file import FILE_NAME, GramFile, write_grams
 from regmean.merge import merge
-from regmean.preflight import _compare_configs
 from tests.regmean.conftest import make_gpt2, make_llama, make_tokenizer
 
 MODELS = {"llama": make_llama, "tied": lambda seed: make_llama(seed, tied=True), "gpt2": make_gpt2}
@@ -434,9 +434,13 @@ def test_configs_of_several_years_are_compared_by_what_they_mean(tmp_path: Path)
             models.append(Checkpoint(name, tmp_path / name, read_json(tmp_path / name / "config.json"), {}))
         problems: list[str] = []
         notes: list[str] = []
-        _compare_configs(*models, problems, notes)
+        preflight._compare_configs(*models, problems, notes)
         return problems, notes
 
+    # These say nothing of the weights, and nothing has to be read to know it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "_as_transformers_has_it", None)
+        assert compare("llama", {"_name_or_path": "a", "eos_token_id": 2}, {"dtype": "bfloat16"}) == ([], [])
     theta = {"rope_theta": 5e5}
     assert compare("llama", theta, {"rope_parameters": theta | {"rope_type": "default"}}) == ([], [])
     assert compare("llama", {}, {"rms_norm_eps": 1e-6, "hidden_act": "silu"}) == ([], [])
