@@ -58,7 +58,8 @@ def load_model(model_class: Any, path: str, needs_head: bool = True, **options: 
     missing = set(info["missing_keys"])
     if not needs_head:
         head = model.get_output_embeddings()
-        missing -= {f"{name}.weight" for name, module in model.named_modules() if module is head}
+        names = [name for name, module in model.named_modules() if module is head]
+        missing -= {f"{name}.{own}" for name in names for own, _ in head.named_parameters()}
     if missing:
         raise InputError(
             f"{path} lacks weights of {type(model).__name__}, which would start at random: "

@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 
 from common.errors import InputError
 from common.models import base_config, load_model
-from common.plan import causal_lm_on_meta, on_meta
+from common.plan import on_meta
 from mindmerger.flags import ModelFlags
 
 
@@ -30,22 +30,17 @@ def load_llm(path: str, revision: str | None, dtype: torch.dtype, trust_remote_c
 
 
 def check_context(flags: ModelFlags, tokens: int) -> None:
-    """Refuse sequences of `tokens` to an LLM that has learned a vector for each of fewer positions, as GPT-2.
+    """Refuse sequences of `tokens` to an LLM with a table of fewer positions, as GPT-2.
 
-    Positions of other kinds go on beyond what was trained, for what that is worth.
+    Rotary positions go on beyond what was trained, for what that is worth; any others are taken to end at the config's
+    limit, since most do, and would fail in the middle of a run.
 
     Raises:
         InputError: it has fewer; the message names the flags that shorten rows.
     """
     config = base_config(flags.llm_path, flags.llm_revision, flags.trust_remote_code).get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
-    if not limit or tokens <= limit:
-        return
-    llm = causal_lm_on_meta(flags.llm_path, flags.llm_revision, None, flags.trust_remote_code)
-    words = llm.get_input_embeddings()
-    tables = [module for module in llm.modules() if isinstance(module, torch.nn.Embedding) and module is not words]
-    # Some keep a few positions for themselves.
-    if any(limit <= table.num_embeddings <= limit + 8 for table in tables):
+    if limit and 0 < limit < tokens and not getattr(config, "rope_parameters", None):
         raise InputError(
             f"the longest row takes {tokens} tokens, and {flags.llm_path} knows {limit} positions: lower "
             "--max_seq_len, --max_prompt_len or --max_gen_len"

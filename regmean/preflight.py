@@ -20,7 +20,7 @@ ALIKE = ("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "rms
 # Settings that fine-tuned models often have of their own, and that say nothing of their weights.
 UNRELATED = {
     *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "max_position_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout"),
 }
 STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -110,7 +110,9 @@ def _compare_configs(first: Checkpoint, other: Checkpoint, problems: list[str], 
     a, b = ({key: model.config.get(key) for key in (*SAME, *ALIKE)} for model in (first, other))
     if any(first.config.get(key) != other.config.get(key) for key in {*first.config, *other.config} - UNRELATED):
         # Files of several years say the same in several ways. transformers knows, but takes seconds to import.
-        a, b = _as_transformers_has_it(first, a), _as_transformers_has_it(other, b)
+        known = [_as_transformers_has_it(model) for model in (first, other)]
+        if None not in known:
+            a, b = known
     for key in SAME:
         if a[key] is not None and b[key] is not None and a[key] != b[key]:
             problems.append(f"{key} is {a[key]!r} in {first.name} and {b[key]!r} in {other.name}")
@@ -120,18 +122,21 @@ def _compare_configs(first: Checkpoint, other: Checkpoint, problems: list[str], 
             notes.append(f"{values}: the merge has that of {first.name}")
 
 
-def _as_transformers_has_it(model: Checkpoint, written: dict[str, Any]) -> dict[str, Any]:
-    """The settings that `written` has the keys of, with defaults; as written where transformers cannot read them."""
+def _as_transformers_has_it(model: Checkpoint) -> dict[str, Any] | None:
+    """The settings to compare, with defaults; None where transformers cannot read the config."""
     from common.models import base_config
 
     try:
         config = base_config(str(model.folder))
     except InputError:
-        return written
+        return None
     text = config.get_text_config()
-    known = {key: getattr(config, key, getattr(text, key, None)) for key in written}
-    # Both are in rope_parameters, too.
-    return known | {"rope_theta": None, "rope_scaling": None}
+    known = {key: getattr(config, key, getattr(text, key, None)) for key in (*SAME, *ALIKE)}
+    # Both are in rope_parameters, too, and there its kind may stand under an older name as well.
+    known |= {"rope_theta": None, "rope_scaling": None}
+    if isinstance(known["rope_parameters"], dict):
+        known["rope_parameters"] = {key: value for key, value in known["rope_parameters"].items() if key != "type"}
+    return known
 
 
 def _compare_vocabularies(first: Checkpoint, other: Checkpoint, problems: list[str], notes: list[str]) -> None:

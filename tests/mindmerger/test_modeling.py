@@ -12,12 +12,13 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    CodeGenConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     MistralConfig,
     Qwen3Config,
-    XGLMConfig,
 )
 
 from common.errors import InputError
@@ -323,8 +324,11 @@ def test_learned_positions_end(models: dict[str, Path], tmp_path: Path) -> None:
     check_context(rotary, 1_000_000)
     with pytest.raises(InputError, match="the longest row takes 65 tokens, and .* knows 64 positions: lower --max_seq"):
         check_context(learned, 65)
-    # Sinusoids, which have no last one.
-    XGLMConfig(max_position_embeddings=64).save_pretrained(tmp_path)
+    # A table of sinusoids ends as well; what is rotated does not.
+    CodeGenConfig(n_positions=64).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="knows 64 positions"):
+        check_context(learned, 65)
+    FalconConfig(max_position_embeddings=64).save_pretrained(tmp_path)
     check_context(learned, 65)
 
 

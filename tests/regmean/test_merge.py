@@ -443,6 +443,8 @@ def test_configs_of_several_years_are_compared_by_what_they_mean(tmp_path: Path)
         assert compare("llama", {"_name_or_path": "a", "eos_token_id": 2}, {"dtype": "bfloat16"}) == ([], [])
     theta = {"rope_theta": 5e5}
     assert compare("llama", theta, {"rope_parameters": theta | {"rope_type": "default"}}) == ([], [])
+    linear = [{"rope_scaling": {kind: "linear", "factor": 2.0}} for kind in ("type", "rope_type")]
+    assert compare("llama", *linear) == ([], [])
     assert compare("llama", {}, {"rms_norm_eps": 1e-6, "hidden_act": "silu"}) == ([], [])
     # The official releases of Gemma 1 call their activation by a name that stands for another one there.
     assert compare("gemma", {"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}) == ([], [])
