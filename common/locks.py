@@ -26,7 +26,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     The lock is the kernel's, on a file beside the folder: it ends with the process, however that ends, and emptying
     the folder does not lift it. What an earlier holder was killed while writing is removed, but for what has a lock
-    of its own.
+    file of its own.
 
     On a file system without locks there is a warning, no lock, and nothing is removed: it may be a live run's.
 
@@ -54,7 +54,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _left_behind(folder: Path) -> list[Path]:
-    """What was to become `folder`, and what was to become something in it that no other run has a lock on."""
+    """What was to become `folder`, and what was to become something in it that has no lock file of its own."""
     inside = []
     for partial in folder.glob(f".*.{UNIQUE}.partial"):
         name = partial.name.removesuffix(".partial").rpartition(".")[0]

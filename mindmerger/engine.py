@@ -65,9 +65,14 @@ def weights_dtype(ds_config: dict[str, Any]) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def zero3_linear() -> Iterator[None]:
-    """Linear layers as they are under ZeRO-3: they keep their inputs for the backward pass, frozen or not."""
-    plain, torch.nn.functional.linear = torch.nn.functional.linear, zero3_linear_wrap
+def linear_layers(zero: dict[str, Any]) -> Iterator[None]:
+    """Linear layers as they are under this part of a DeepSpeed config.
+
+    ZeRO-3's keep their inputs for the backward pass, frozen or not.
+    """
+    plain = torch.nn.functional.linear
+    if zero["stage"] == 3 and zero.get("memory_efficient_linear", True):
+        torch.nn.functional.linear = zero3_linear_wrap
     try:
         yield
     finally:

@@ -78,11 +78,13 @@ def _evaluate(flags: EvaluationFlags, process: Process, locks: contextlib.ExitSt
     if flags.backend == "vllm":
         max_model_len = check_vllm(flags, process, rows)
     else:
-        for task in tasks:
-            if task.name in tokens:
-                answer = _longest_answer(flags, task, problems[task.name], tokenizer)
-                # Nothing is read after an answer's last token.
-                check_context(flags, max(map(len, tokens[task.name])) + answer - 1)
+        # Nothing is read after an answer's last token.
+        longest = [
+            max(map(len, tokens[task.name])) + _longest_answer(flags, task, problems[task.name], tokenizer) - 1
+            for task in tasks
+            if task.name in tokens
+        ]
+        check_context(flags, max(longest, default=0))
     subject = None
     for task in tasks:
         folder = root / task.name
@@ -168,7 +170,7 @@ def _ask(
 
     Where memory is too little, what was begun is asked again, half as many problems at once.
     """
-    by_likelihood = _is_by_likelihood(flags, task)
+    by_likelihood = flags.by_likelihood(task)
     slots = flags.eval_batch_size
     while left:
         rows = [tokens[number] for number in left]
@@ -193,13 +195,9 @@ def _ask(
         left = [number for place, number in enumerate(left) if place not in answered]
 
 
-def _is_by_likelihood(flags: EvaluationFlags, task: Task) -> bool:
-    return bool(task.labels) and flags.classification == "likelihood"
-
-
 def _longest_answer(flags: EvaluationFlags, task: Task, examples: list[Example], tokenizer: ExampleTokenizer) -> int:
     """Tokens that an answer may have."""
-    if _is_by_likelihood(flags, task):
+    if flags.by_likelihood(task):
         return max(len(tokenizer.label_ids(word)) for word in {word for example in examples for word in example.labels})
     return flags.max_gen_len
 

@@ -9,7 +9,7 @@ from common.distributed import launched_world_size
 from common.errors import InputError
 from common.flags import flag
 from common.logging import ReportTo, require_board
-from mindmerger.tasks import EVALUATION_TASKS, TRAINING_TASKS
+from mindmerger.tasks import EVALUATION_TASKS, TRAINING_TASKS, Task
 
 
 @dataclass
@@ -173,14 +173,18 @@ class EvaluationFlags(ModelFlags):
             raise InputError("--baseline reads nothing but the prompt: leave --augmentation False out")
         if self.baseline and self.llm_path is None:
             raise InputError("--llm_path is needed: the LLM to evaluate")
-        if self.backend == "vllm" and self.classification == "likelihood":
+        if self.backend == "vllm":
             chosen = [name for name in self.task.split(",") if name in EVALUATION_TASKS]
-            scored = [name for name in chosen if EVALUATION_TASKS[name].labels]
+            scored = [name for name in chosen if self.by_likelihood(EVALUATION_TASKS[name])]
             if scored:
                 raise InputError(
                     f"--backend vllm generates, and {', '.join(scored)} is scored by likelihood: add --classification "
                     "generation, or leave --backend out"
                 )
+
+    def by_likelihood(self, task: Task) -> bool:
+        """Whether `task` is judged by the likelihood of its labels, with no text generated."""
+        return bool(task.labels) and self.classification == "likelihood"
 
 
 @dataclass

@@ -5,7 +5,6 @@ The models are built from their configs on the meta device, and a micro batch is
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, fields
 
@@ -182,6 +181,9 @@ def plan_training(flags: TrainingFlags) -> None:
 
 def training_plan(flags: TrainingFlags, device: Device, ds_config: dict, dtype: torch.dtype) -> TrainingPlan:
     """What a stage takes, with a DeepSpeed config as `engine.deepspeed_config` gives it and weights of `dtype`."""
+    # DeepSpeed takes seconds to import.
+    from mindmerger.engine import linear_layers
+
     model = model_on_meta(flags, dtype)
     if flags.gradient_checkpointing:
         model.checkpoint_gradients()
@@ -208,7 +210,7 @@ def training_plan(flags: TrainingFlags, device: Device, ds_config: dict, dtype: 
         weights = weights / device.count + live * dtype.itemsize
 
     encoding, mean_encoding = encoder_cost(model, micro, limits), encoder_cost(model, micro, mean)
-    with _linear_layers(zero):
+    with linear_layers(zero):
         step, mean_step = step_cost(model, micro, limits), step_cost(model, micro, mean)
     peak = max(encoding.peak_bytes, step.peak_bytes)
     with torch.no_grad():
@@ -286,7 +288,7 @@ def evaluation_plan(flags: EvaluationFlags, name: str, device: Device, dtype: to
     with torch.no_grad():
         reading = reading_cost(llm, batch, limits.prefix)
         cache = cache_bytes(llm, batch, limits.prefix + limits.target)
-        if task.labels and flags.classification == "likelihood":
+        if flags.by_likelihood(task):
             # Once as read, and a copy for each label.
             cache *= 1 + len(task.labels)
         mean_reading, mean_cache = reading_cost(llm, batch, mean.prefix), cache_bytes(llm, batch, mean.prefix)
@@ -393,15 +395,6 @@ def _deepspeed(flags: TrainingFlags, device: Device) -> tuple[dict, torch.dtype]
     return config, weights_dtype(config)
 
 
-def _linear_layers(zero: dict) -> AbstractContextManager:
-    """As DeepSpeed makes them under this part of its config."""
-    if zero["stage"] < 3 or not zero.get("memory_efficient_linear", True):
-        return nullcontext()
-    from mindmerger.engine import zero3_linear
-
-    return zero3_linear()
-
-
 def _limits(flags: TrainingFlags) -> Row:
     return Row(flags.max_seq_len, flags.max_prompt_len if flags.uses_prompt else 0, flags.max_gen_len)
 
@@ -415,7 +408,7 @@ def _mean_row(flags: TrainingFlags) -> Row:
 
 
 def _evaluation_limits(flags: EvaluationFlags, name: str) -> Row:
-    likelihood = EVALUATION_TASKS[name].labels and flags.classification == "likelihood"
+    likelihood = flags.by_likelihood(EVALUATION_TASKS[name])
     uses_prompt = flags.baseline or flags.augmentation is not False
     return Row(
         0 if flags.baseline else flags.max_seq_len,

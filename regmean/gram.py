@@ -100,7 +100,9 @@ def _compute_grams(
         for name, layer in linear_layers(model).items()
         if layer is not head or f"{name}.weight" in checkpoint.tensors
     }
-    _drop_head(model)
+    if head is not None:
+        # A forward pass ends before it, and that of Llama-3-8B takes as much as a layer's sums.
+        head.to("meta")
     work = target.with_suffix(".partial")
     identity = {
         "model": flags.model,
@@ -316,12 +318,6 @@ def plan_passes(inputs: list[list[str]], widths: list[int], memory: int) -> list
         passes[-1] += names
         free -= 4 * width**2
     return passes
-
-
-def _drop_head(model: PreTrainedModel) -> None:
-    """Free the output head, at which a forward pass ends; that of Llama-3-8B takes as much as a layer's sums."""
-    if head := untied_head(model):
-        head.to("meta")
 
 
 def _continued_plan(work: Path) -> Plan | None:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,13 @@ def assert_same(work: Path, save_name: str, reference: dict[str, torch.Tensor], 
         torch.testing.assert_close(mapping[name], tensor, rtol=tolerance, atol=tolerance)
 
 
-def keep_stages(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Where every `Stage` that is fitted from now on, in this process, will be found."""
+def keep_stages(monkeypatch: pytest.MonkeyPatch, see: Callable[[Any], Any] = lambda stage: stage) -> list[Any]:
+    """Where what `see` makes of every `Stage` that is fitted from now on, in this process, will be found."""
     from mindmerger.trainer import Stage
 
-    stages, fit = [], Stage.fit
-    monkeypatch.setattr(Stage, "fit", lambda stage: (stages.append(stage), fit(stage))[1])
-    return stages
+    seen, fit = [], Stage.fit
+    monkeypatch.setattr(Stage, "fit", lambda stage: (seen.append(see(stage)), fit(stage))[1])
+    return seen
 
 
 def test_published_commands_verbatim(work: Path, pair: Words) -> None:
@@ -183,10 +184,7 @@ def test_other_encoders_train(
     (work / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
-    from mindmerger.trainer import Stage
-
-    linear, fit = [], Stage.fit
-    monkeypatch.setattr(Stage, "fit", lambda stage: (linear.append(torch.nn.functional.linear), fit(stage))[1])
+    linear = keep_stages(monkeypatch, lambda _: torch.nn.functional.linear)
     train_here(work, *words, *(("--deepspeed_config", config) if config else ()))
     # As the plan has it.
     assert linear == [zero3_linear_wrap if config else torch._C._nn.linear]
