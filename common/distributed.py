@@ -56,10 +56,18 @@ class Process:
     def sum_(self, tensor: torch.Tensor) -> None:
         """Replace `tensor`, of one shape and dtype everywhere, in place by its sum over all processes.
 
-        This and the two beside it wait for all processes; where one of a machine has died, its others end themselves.
+        This and those beside it wait for all processes; where one of a machine has died, its others end themselves.
         """
         if self.world_size > 1:
             dist.all_reduce(tensor)
+
+    def concatenate(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensors of all processes, of one shape [n, ...] and on their devices, in rank order: [ranks * n, ...]."""
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every process, in rank order, on every process. Values must pickle."""

@@ -22,9 +22,11 @@ from common.distributed import Process
 from common.errors import InputError
 from common.files import read_json
 from mindmerger.flags import TrainingFlags
+from mindmerger.modeling import Mapping
+from mindmerger.muon import Muon
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
-# Of AdamW, for every parameter.
+# Of AdamW, for every parameter; Muon leaves the second of a matrix at zero.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -46,8 +48,9 @@ def deepspeed_config(flags: TrainingFlags, process: Process) -> dict[str, Any]:
         "train_batch_size": flags.train_batch_size,
         "train_micro_batch_size_per_gpu": flags.train_micro_batch_size_per_gpu,
         "gradient_accumulation_steps": flags.gradient_accumulation,
-        # AdamW is PyTorch's own, wherever its state is kept.
+        # The optimizer is this repository's or PyTorch's own, wherever its state is kept.
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
     }
     config.setdefault("gradient_clipping", 1.0)
     try:
@@ -77,6 +80,21 @@ def linear_layers(zero: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         torch.nn.functional.linear = plain
+
+
+def make_optimizer(flags: TrainingFlags, mapping: Mapping, process: Process) -> torch.optim.AdamW:
+    """What moves the mapping, with the boundary vector's own learning rate."""
+    # Betas, eps and weight decay as published.
+    defaults = {"betas": (0.8, 0.999), "eps": 1e-8, "weight_decay": 3e-7}
+    boundary = {"params": [mapping.end_boundary], "lr": flags.boundary_lr}
+    if flags.optimizer == "adamw":
+        return torch.optim.AdamW([{"params": list(mapping.mlp.parameters()), "lr": flags.lr}, boundary], **defaults)
+    layers = (mapping.mlp.linear1, mapping.mlp.linear2)
+    matrices = [
+        {"params": [layer.weight], "lr": flags.lr, "shape": (layer.out_features, layer.in_features)} for layer in layers
+    ]
+    biases = {"params": [layer.bias for layer in layers], "lr": flags.lr}
+    return Muon([*matrices, biases, boundary], process, **defaults)
 
 
 class MappingState:

@@ -63,7 +63,10 @@ class TrainingFlags(ModelFlags):
     train_batch_size: int | None = flag(None, "rows of an optimizer step, over all ranks; default 128")
     train_micro_batch_size_per_gpu: int | None = flag(None, "rows of a forward pass; default at most 8, or derived")
     gradient_accumulation: int | None = flag(None, "forward passes per step on each rank; default: derived")
-    lr: float = flag(2e-5, "peak learning rate of AdamW")
+    optimizer: Literal["adamw", "muon"] = flag(
+        "adamw", "adamw: published; muon moves the two matrices by orthogonal steps of the same size"
+    )
+    lr: float = flag(2e-5, "peak learning rate")
     boundary_lr: float | None = flag(None, "the same for the boundary vector; default: --lr")
     lr_scheduler: Literal["constant", "cosine"] = flag("constant", "learning rate after warm-up")
     warmup_ratio: float = flag(0.0, "share of all steps in which the learning rate rises from 0")

@@ -37,7 +37,7 @@ from mindmerger.checkpoint import (
     write_published,
 )
 from mindmerger.data import Example, hold_out, read_training, shared_targets
-from mindmerger.engine import MappingState, deepspeed_config, weights_dtype
+from mindmerger.engine import MappingState, deepspeed_config, make_optimizer, weights_dtype
 from mindmerger.flags import TrainingFlags
 from mindmerger.modeling import MindMergerForCausalLM, embedding_scale, mapping_config
 from mindmerger.tasks import TRAINING_TASKS, find_task, prompt_template, select_languages
@@ -164,12 +164,7 @@ class Stage:
         self.best_perplexity = math.inf
         self.skipped = self.skipped_in_a_row = 0
         self.signals = StopSignals()
-        groups = [
-            {"params": list(model.mapping.mlp.parameters()), "lr": flags.lr},
-            {"params": [model.mapping.end_boundary], "lr": flags.boundary_lr},
-        ]
-        # Betas, eps and weight decay as published.
-        optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.999), eps=1e-8, weight_decay=3e-7)
+        optimizer = make_optimizer(flags, model.mapping, process)
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=self._schedule, config=ds_config
         )

@@ -264,23 +264,27 @@ def test_slurms_signal_to_all_of_a_job_ends_it_with_a_state_and_an_exit_code(wor
     assert re.search(r"stopped: .* after step \d+ of 300, whose state is in", printed) and "Traceback" not in printed
 
 
-def test_ranks_that_do_not_divide_a_parameter_stop_and_continue_under_zero3(work: Path, small: Words) -> None:
-    words = (*small, "--train_batch_size", 6, "--epoch_num", 10, "--save_steps", 5)
-    run(python_command("run_training.py", *words, "--train_micro_batch_size_per_gpu", 6, "--save_name", "six"), work)
-    reference = load_file(work / "outputs/six/mapping/model.safetensors")
+@pytest.mark.parametrize(("optimizer", "zero_stage"), [("adamw", 3), ("muon", 3), ("muon", 2)])
+def test_ranks_that_do_not_divide_a_parameter_stop_and_continue(
+    work: Path, small: Words, optimizer: str, zero_stage: int
+) -> None:
+    words = (*small, "--optimizer", optimizer, "--train_batch_size", 6, "--epoch_num", 10, "--save_steps", 5)
+    whole, parts = f"whole_{optimizer}", f"parts_{optimizer}_{zero_stage}"
+    run(python_command("run_training.py", *words, "--train_micro_batch_size_per_gpu", 6, "--save_name", whole), work)
+    reference = load_file(work / "outputs" / whole / "mapping/model.safetensors")
     assert any(tensor.numel() % 3 for tensor in reference.values())
 
-    zero3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
-    (work / "zero3.json").write_text(json.dumps({"zero_optimization": zero3}))
-    words = (*words, "--deepspeed_config", "zero3.json", "--gradient_accumulation", 1, "--save_name", "three")
+    config = {"stage": zero_stage, **({"stage3_param_persistence_threshold": 0} if zero_stage == 3 else {})}
+    (work / f"{parts}.json").write_text(json.dumps({"zero_optimization": config}))
+    words = (*words, "--deepspeed_config", f"{parts}.json", "--gradient_accumulation", 1, "--save_name", parts)
     command = deepspeed_command(3, "run_training.py", *words)
-    state = work / "outputs/three/mapping/state"
+    state = work / "outputs" / parts / "mapping/state"
     with started(["bash", "-c", 'trap "" USR1; "$@"', "job", *command], work) as process:
         wait_for((state / "step_5").exists, process)
         os.killpg(process.pid, signal.SIGUSR1)
         assert process.wait(timeout=60) == 75
     assert re.search(r"continuing after step \d+ of 40", run(command, work))
-    assert_same(work, "three", reference, tolerance=1e-4)
+    assert_same(work, parts, reference, tolerance=1e-4)
 
 
 @pytest.mark.parametrize(
