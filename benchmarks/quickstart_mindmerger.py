@@ -52,13 +52,18 @@ class Variant:
 
 
 _FIRST = "outputs/ablation-seed-0/mapping"
+_ADAMW = "--optimizer adamw"
 ABLATIONS = {
     "without the mapping stage": Variant(None, "--init_checkpoint none"),
     "without the augmentation stage": Variant(None, None, f"--init_checkpoint {_FIRST} --augmentation True"),
     "without the prompt": Variant(None, f"--init_checkpoint {_FIRST} --augmentation False", "--augmentation False"),
     "boundary starts at zero": Variant("--boundary_init zero", "--boundary_init zero"),
-    "scaled start": Variant("--mapping_init scaled --lr 3e-3"),
-    "scaled start, all rows": Variant("--mapping_init scaled --lr 3e-3 --train_num 1200", "--train_num 2000"),
+    "AdamW": Variant(f"{_ADAMW} --lr 1e-3", f"{_ADAMW} --lr 3e-3"),
+    "scaled start": Variant("--mapping_init scaled"),
+    "scaled start, all rows": Variant("--mapping_init scaled --train_num 1200", "--train_num 2000"),
+    "scaled start, all rows, AdamW": Variant(
+        f"--mapping_init scaled --train_num 1200 {_ADAMW} --lr 3e-3", f"--train_num 2000 {_ADAMW} --lr 3e-3"
+    ),
     "aligned start, no mapping stage": Variant(None, "--init_checkpoint none --mapping_init aligned"),
     "random encoder": Variant(*[f"--mt_path {RANDOM_MT}"] * 3),
 }
