@@ -50,13 +50,17 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One step of all parameters that have a gradient; for all ranks together."""
-        for group in self.param_groups:
-            if "shape" in group:
-                for part in group["params"]:
-                    self._move(part, group)
-                    # AdamW passes over what has no gradient.
-                    part.grad = None
-        return super().step(closure)
+        moved = [(part, group) for group in self.param_groups if "shape" in group for part in group["params"]]
+        gradients = [part.grad for part, _ in moved]
+        for part, group in moved:
+            self._move(part, group)
+            # AdamW passes over what has no gradient.
+            part.grad = None
+        result = super().step(closure)
+        # With its optimizer offloaded ZeRO fills the same gradients again.
+        for (part, _), gradient in zip(moved, gradients, strict=True):
+            part.grad = gradient
+        return result
 
     def _move(self, part: torch.Tensor, group: dict[str, Any]) -> None:
         state, beta = self.state[part], group["betas"][0]

@@ -264,18 +264,26 @@ def test_slurms_signal_to_all_of_a_job_ends_it_with_a_state_and_an_exit_code(wor
     assert re.search(r"stopped: .* after step \d+ of 300, whose state is in", printed) and "Traceback" not in printed
 
 
-@pytest.mark.parametrize(("optimizer", "zero_stage"), [("adamw", 3), ("muon", 3), ("muon", 2)])
+@pytest.mark.parametrize(
+    ("optimizer", "zero"),
+    [
+        ("adamw", {"stage": 3, "stage3_param_persistence_threshold": 0}),
+        ("muon", {"stage": 3, "stage3_param_persistence_threshold": 0}),
+        ("muon", {"stage": 2}),
+        ("muon", {"stage": 1, "offload_optimizer": {"device": "cpu"}}),
+    ],
+    ids=["adamw", "muon, ZeRO-3", "muon, ZeRO-2", "muon, offloaded"],
+)
 def test_ranks_that_do_not_divide_a_parameter_stop_and_continue(
-    work: Path, small: Words, optimizer: str, zero_stage: int
+    work: Path, small: Words, optimizer: str, zero: dict[str, Any]
 ) -> None:
     words = (*small, "--optimizer", optimizer, "--train_batch_size", 6, "--epoch_num", 10, "--save_steps", 5)
-    whole, parts = f"whole_{optimizer}", f"parts_{optimizer}_{zero_stage}"
+    whole, parts = f"whole_{optimizer}", f"parts_{optimizer}_{zero['stage']}"
     run(python_command("run_training.py", *words, "--train_micro_batch_size_per_gpu", 6, "--save_name", whole), work)
     reference = load_file(work / "outputs" / whole / "mapping/model.safetensors")
     assert any(tensor.numel() % 3 for tensor in reference.values())
 
-    config = {"stage": zero_stage, **({"stage3_param_persistence_threshold": 0} if zero_stage == 3 else {})}
-    (work / f"{parts}.json").write_text(json.dumps({"zero_optimization": config}))
+    (work / f"{parts}.json").write_text(json.dumps({"zero_optimization": zero}))
     words = (*words, "--deepspeed_config", f"{parts}.json", "--gradient_accumulation", 1, "--save_name", parts)
     command = deepspeed_command(3, "run_training.py", *words)
     state = work / "outputs" / parts / "mapping/state"
