@@ -98,26 +98,26 @@ def make_optimizer(flags: TrainingFlags, mapping: Mapping, process: Process) -> 
 
 
 class MappingState:
-    """Values and AdamW's moments of the mapping, read and set whole, however ZeRO has divided them.
+    """Values of the mapping and its optimizer's moments, read and set whole, however ZeRO has divided them.
 
     Every method is for all ranks together, and every tensor float32, of the parameter's shape.
 
     Args:
-        engine: DeepSpeed's, before its first step, with an AdamW for the mapping alone.
+        engine: DeepSpeed's, before its first step, with the optimizer that `make_optimizer` gives.
         mapping: the module that the engine trains.
         process: this rank.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, mapping: torch.nn.Module, process: Process):
         self._parameters = dict(mapping.named_parameters())
-        self._adam = engine.optimizer.optimizer
+        self._optimizer = engine.optimizer.optimizer
         self._process = process
         self._make_moments(engine.optimizer)
 
     @property
     def steps(self) -> float:
-        """How many AdamW has made."""
-        return float(next(iter(self._adam.state.values()))["step"])
+        """How many the optimizer has made."""
+        return float(next(iter(self._optimizer.state.values()))["step"])
 
     def values(self) -> dict[str, torch.Tensor]:
         """The parameters by name, on the CPU."""
@@ -142,7 +142,7 @@ class MappingState:
         for name, parameter in self._parameters.items():
             for moment in MOMENTS:
                 self._set_optimizer_value(parameter, tensors[f"{moment}.{name}"].to(self._process.device), moment)
-        for state in self._adam.state.values():
+        for state in self._optimizer.state.values():
             state["step"].fill_(steps)
 
     def change(self, parameter: torch.nn.Parameter, to: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -153,12 +153,12 @@ class MappingState:
         self._set_optimizer_value(parameter, value)
 
     def _make_moments(self, wrapper: Any) -> None:
-        """Give AdamW the state that it else makes at its first step, so that it can be read and set before."""
-        partitions = [partition for group in self._adam.param_groups for partition in group["params"]]
+        """Give the optimizer the state that it else makes at its first step, so that it can be read and set before."""
+        partitions = [partition for group in self._optimizer.param_groups for partition in group["params"]]
         # ZeRO-3 hands its partitions to the optimizer only while that steps.
         for partition in partitions or wrapper.fp32_partitioned_groups_flat:
             moments = {name: torch.zeros_like(partition) for name in MOMENTS}
-            self._adam.state[partition] = {"step": torch.zeros(()), **moments}
+            self._optimizer.state[partition] = {"step": torch.zeros(()), **moments}
         if partitions:
             # From here on DeepSpeed's own functions find a parameter's part of it.
             wrapper._lazy_init_hp_params_optimizer_state()

@@ -72,8 +72,8 @@ class Muon(torch.optim.AdamW):
         direction = part.grad.lerp(state["exp_avg"], beta).flatten()
         whole = self._process.concatenate(direction.to(self._process.device))
         rows, columns = group["shape"]
-        update = orthogonalised(whole[: rows * columns].view(rows, columns)).flatten()
-        update = torch.nn.functional.pad(update, (0, len(whole) - len(update)))
-        own = update[self._process.rank * len(direction) :][: len(direction)].view_as(part).to(part.device)
+        matrix = whole[: rows * columns].view(rows, columns)
+        matrix.copy_(orthogonalised(matrix))
+        own = whole[self._process.rank * len(direction) :][: len(direction)].view_as(part).to(part.device)
         part.mul_(1 - group["lr"] * group["weight_decay"])
         part.add_(own, alpha=-group["lr"] * ADAMW_RMS * max(rows, columns) ** 0.5)
