@@ -277,6 +277,15 @@ def test_of_an_encoder_decoder_only_the_encoder_is_in_memory(build: Build, model
     assert sum(p.numel() for p in model.encoder.parameters()) == sum(p.numel() for p in whole.parameters())
 
 
+def test_an_encoder_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
+    """Two models that transformers has tied together: no auto class tells what their encoder is."""
+    bert = AutoConfig.for_model("bert", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    config = AutoConfig.for_model("encoder-decoder", encoder=bert.to_dict(), decoder=bert.to_dict())
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="'encoder-decoder' is not known here"):
+        load_encoder(str(tmp_path), None, torch.float32, False)
+
+
 @pytest.mark.parametrize("family", ["t5gemma", "t5gemma2"])
 @torch.no_grad()
 def test_an_encoder_with_a_config_of_its_own_is_read(family: str, models: dict[str, Path], tmp_path: Path) -> None:
