@@ -26,6 +26,7 @@ from common.errors import exit_with_message
 from common.flags import flag, parse_flags
 from common.logging import quiet_libraries
 from common.models import base_config, load_tokenizer
+from common.onednn import use_onednn
 from mindmerger.batching import IGNORED, Batch, collate, plan_epoch
 from mindmerger.data import hold_out, read_training
 from mindmerger.modeling import MindMergerForCausalLM
@@ -110,6 +111,7 @@ def one_side(flags: TrainBenchmarkFlags) -> None:
     optimizer = torch.optim.AdamW(model.mapping.parameters(), lr=flags.lr)
     if flags.side == "ours":
         model.pack_rows()
+        use_onednn(model)
 
     micro = MICRO[flags.stage]
     plan = plan_epoch([len(row) for row in tokens], flags.batch_size, flags.batch_size // micro, 1, seed=0, epoch=0)

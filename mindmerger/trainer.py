@@ -22,6 +22,7 @@ from common.errors import InputError
 from common.files import read_json, sha256, write_bytes, write_json
 from common.locks import locked
 from common.logging import Metrics, progress, quiet_libraries, say
+from common.onednn import use_onednn
 from common.signals import Stopped, StopSignals
 from mindmerger.aligned_start import aligned_start
 from mindmerger.base_models import check_context
@@ -169,6 +170,7 @@ class Stage:
             model=model, optimizer=optimizer, lr_scheduler=self._schedule, config=ds_config
         )
         self.mapping_state = MappingState(self.engine, model.mapping, process)
+        use_onednn(model)
         # Under ZeRO-3 a model runs only once the engine is there.
         if not model.pack_rows():
             say(process, f"{flags.llm_path} reads padded rows: packed ones would come out otherwise")

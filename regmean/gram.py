@@ -28,6 +28,7 @@ from common.files import read_json, write_json
 from common.locks import locked
 from common.logging import progress, quiet_libraries, say
 from common.models import load_model, load_tokenizer
+from common.onednn import use_onednn
 from common.signals import Stopped, StopSignals
 from regmean.calibration import Calibration, collate, load_calibration, make_batches
 from regmean.checkpoint import Checkpoint, open_checkpoint
@@ -93,6 +94,7 @@ def _compute_grams(
     options = {"dtype": flags.dtype, "trust_remote_code": flags.trust_remote_code}
     model = model or load_model(AutoModelForCausalLM, str(checkpoint.folder), needs_head=False, **options)
     model = model.to(process.device).eval()
+    use_onednn(model)
     head = untied_head(model)
     # A base model's checkpoint has no head: the one here is random, and no merge has a use for its Gram.
     layers = {

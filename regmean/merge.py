@@ -27,9 +27,12 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK_ELEMENTS = 1 << 17  # of an averaged tensor read at a time
+READERS = 2  # threads that read weights and Grams for a system
 AHEAD = 2  # chunks that are read and averaged, a thread each, while one is written
 CACHED_ELEMENTS = 1 << 16  # of it averaged at a time: their float64 sums stay in the processor's cache
-BLOCK_ELEMENTS = 1 << 24  # of stacked layer outputs at a time, per model: 64 MB in float32
+# Of stacked layer outputs at a time, per model: 28 MB in float32. From 32 MB on the C library takes the memory of every
+# array anew from the system, page by page.
+BLOCK_ELEMENTS = 7 << 20
 
 
 def merge(flags: MergeFlags, command: str) -> None:
@@ -167,8 +170,9 @@ class _Merger:
 
                 device = start_process(self._flags.device).device
             self._average(bar)
-            for group in self._plan.groups:
-                self._solve(group, device, bar)
+            with ThreadPoolExecutor(READERS) as threads:
+                for group in self._plan.groups:
+                    self._solve(group, device, bar, threads)
 
     def _average(self, bar: tqdm) -> None:
         """Write all tensors that are copied or averaged."""
@@ -203,22 +207,24 @@ class _Merger:
                 )
         return values
 
-    def _solve(self, group: LayerGroup, device: "torch.device", bar: tqdm) -> None:
+    def _solve(self, group: LayerGroup, device: "torch.device", bar: tqdm, threads: ThreadPoolExecutor) -> None:
         import torch
 
         from regmean.solve import SOLVERS, GramSum, Objective, Regression, SolveError
 
         files = [file.grams[name] for file, name in zip(self._grams, group.grams, strict=True)]
 
-        def gram_per_token(index: int) -> torch.Tensor:
-            total = torch.from_numpy(self._grams[index].read(group.grams[index])).to(device)
-            return total.div_(files[index].tokens)
+        def read(index: int) -> np.ndarray:
+            return self._grams[index].read(group.grams[index])
+
+        def per_token(gram: np.ndarray, index: int) -> torch.Tensor:
+            return torch.from_numpy(gram).to(device).div_(files[index].tokens)
 
         total = difference = None
         solvers: dict[float, Any] = {}
         objectives = {alpha: Objective() for alpha in self._flags.alpha}
         for number, block in enumerate(self._blocks(group)):
-            weights = [self._read_rows(model, block, group) for model in self._models]
+            weights = list(threads.map(lambda model, block=block: self._read_rows(model, block, group), self._models))
             mean = weighted_mean([weight.reshape(-1) for weight in weights], self._shares).reshape(weights[0].shape)
             regression = Regression(
                 [torch.from_numpy(weight).to(device) for weight in weights],
@@ -227,12 +233,14 @@ class _Merger:
             )
             if len(self._models) == 2:
                 if total is None:
-                    total, difference = GramSum.of_two(gram_per_token(0), gram_per_token(1), self._shares)
+                    first, second = map(per_token, threads.map(read, range(2)), range(2))
+                    total, difference = GramSum.of_two(first, second, self._shares)
+                    del first, second
                 regression.add(difference)
             else:
                 # Read again for each block: keeping every model's Gram would take more memory than all else.
                 for index, share in enumerate(self._shares):
-                    gram = gram_per_token(index)
+                    gram = per_token(read(index), index)
                     if number == 0:
                         total = total or GramSum(torch.zeros_like(gram))
                         total.add(gram, share)

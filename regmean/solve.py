@@ -16,10 +16,14 @@ and where G says nothing (an input that is always zero) the mean stays.
 Weights here are as nn.Linear keeps them, (outputs, inputs): rows are independent problems of one matrix G.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
+
+from common.onednn import linear
+from regmean.triangular import Factor
 
 # Tried in turn until the factorisation succeeds; the jitter is relative to the equilibrated diagonal of ones.
 ATTEMPTS = tuple((dtype, jitter) for dtype in (torch.float32, torch.float64) for jitter in (0.0, 1e-5, 1e-4, 1e-3))
@@ -91,13 +95,13 @@ class Cholesky:
             scale = system.diagonal().rsqrt()
             system.mul_(scale).mul_(scale[:, None])
             system.diagonal().fill_(1 + jitter)
-            # The transpose, which is the same matrix, is what LAPACK factors in place.
-            factor, failed = system.T, torch.empty((), dtype=torch.int32, device=system.device)
-            torch.linalg.cholesky_ex(factor, out=(factor, failed))
-            del system
-            if failed:
+            largest = _largest_eigenvalue(lambda vector, system=system: system @ vector, scale)
+            try:
+                factor = Factor(system)
+            except ArithmeticError:
+                del system
                 continue
-            condition = _condition(factor)
+            condition = largest * _largest_eigenvalue(factor.solve, scale)
             # As LAPACK's posvx: a factor of a matrix that is singular to working precision is no use.
             if jitter == 0 and not condition < 1 / torch.finfo(dtype).eps:
                 continue
@@ -109,8 +113,8 @@ class Cholesky:
 
     def solve(self, rhs: torch.Tensor) -> torch.Tensor:
         """D with D G = rhs, both (outputs, inputs)."""
-        # The transpose of a row-major matrix is the column-major one that LAPACK wants.
-        return (_substitute(self._factor, (rhs * self._scale).T).T * self._scale).to(rhs.dtype)
+        columns = (rhs * self._scale).T.contiguous()
+        return self._factor.solve(columns).T.contiguous().mul_(self._scale).to(rhs.dtype)
 
 
 class Lstsq:
@@ -201,7 +205,7 @@ class Regression:
     def add(self, matrix: torch.Tensor, index: int = 0) -> None:
         """Take in, per token, of two models G_1 - G_2, of more the Gram of model `index`: float32 (inputs, inputs)."""
         delta, share = self._deltas[index], self._shares[index]
-        product, diagonal_product = delta @ matrix, delta * matrix.diagonal()
+        product, diagonal_product = linear(delta, matrix), delta * matrix.diagonal()
         self._own.append((_inner(delta, product), _inner(delta, diagonal_product)))
         if self._rhs is None:
             self._rhs, self._diagonal_rhs = product.mul_(share), diagonal_product.mul_(share)
@@ -278,8 +282,8 @@ class Regression:
 
 
 def _times(delta: torch.Tensor, total: GramSum, alpha: float) -> torch.Tensor:
-    """delta times G with its off-diagonals scaled, without a scaled copy of G."""
-    return torch.lerp(delta * total.matrix.diagonal(), delta @ total.matrix, alpha)
+    """delta times G, which is symmetric, with its off-diagonals scaled, without a scaled copy of G."""
+    return torch.lerp(delta * total.matrix.diagonal(), linear(delta, total.matrix), alpha)
 
 
 def _probed_residual(rhs: torch.Tensor, delta: torch.Tensor, total: GramSum, alpha: float) -> tuple[float, float]:
@@ -297,13 +301,13 @@ def _probed_residual(rhs: torch.Tensor, delta: torch.Tensor, total: GramSum, alp
 
 def _quadratic_form(delta: torch.Tensor, matrix: torch.Tensor) -> tuple[float, float]:
     """tr(D A D^T), for a symmetric A and for its diagonal alone, as <D^T D, A>: half the work of the product D A."""
-    whole = 0.0
+    whole, columns = 0.0, delta.T.contiguous()
     for start in range(0, len(matrix), PANEL):
         stop = min(start + PANEL, len(matrix))
-        panel = delta[:, start:stop].T
+        panel = columns[start:stop]
         if start:
-            whole += 2 * _inner(panel @ delta[:, :start], matrix[start:stop, :start])
-        whole += _inner(panel @ panel.T, matrix[start:stop, start:stop])
+            whole += 2 * _inner(linear(panel, columns[:start]), matrix[start:stop, :start])
+        whole += _inner(linear(panel, panel), matrix[start:stop, start:stop])
     return whole, _inner(delta.square().sum(0), matrix.diagonal())
 
 
@@ -312,18 +316,16 @@ def _inner(a: torch.Tensor, b: torch.Tensor) -> float:
     return torch.linalg.vecdot(a, b).sum(dtype=torch.float64).item()
 
 
-def _substitute(factor: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """X with L L^T X = columns: `torch.cholesky_solve` would copy the factor, and is several times slower for one."""
-    half = torch.linalg.solve_triangular(factor, columns, upper=False)
-    return torch.linalg.solve_triangular(factor.T, half, upper=True)
+def _largest_eigenvalue(times: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor, steps: int = 8) -> float:
+    """Of a positive definite matrix, estimated from below by power iteration.
 
-
-def _condition(factor: torch.Tensor, steps: int = 8) -> float:
-    """Condition number of L L^T, estimated from below by power iteration on it and on its inverse."""
+    Args:
+        times: the matrix times a vector, (n, 1).
+        like: of size n, and the matrix's dtype and device.
+        steps: of the iteration.
+    """
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(len(factor), 1, generator=generator, dtype=torch.float64).to(factor)
-    largest = smallest_inverse = start / start.norm()
+    vector = torch.randn(len(like), 1, generator=generator, dtype=torch.float64).to(like)
     for _ in range(steps):
-        largest = factor @ (factor.T @ (largest / largest.norm()))
-        smallest_inverse = _substitute(factor, smallest_inverse / smallest_inverse.norm())
-    return (largest.norm() * smallest_inverse.norm()).item()
+        vector = times(vector / vector.norm())
+    return vector.norm().item()

@@ -1,0 +1,49 @@
+"""Factors in blocks against NumPy's in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from common import onednn
+from regmean import triangular
+from regmean.triangular import Factor
+
+
+def system(size: int) -> np.ndarray:
+    """Symmetric and positive definite, with a condition number of about 100."""
+    rows = np.random.default_rng(size).normal(size=(2 * size, size))
+    return rows.T @ rows / size + 0.1 * np.eye(size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("size", "block"), [(1, 4), (4, 4), (5, 4), (61, 16), (64, 16), (30, 256)])
+def test_a_factor_in_blocks_solves_the_system(
+    monkeypatch: pytest.MonkeyPatch, size: int, block: int, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(triangular, "BLOCK", block)
+    matrix, columns = system(size), np.random.default_rng(0).normal(size=(size, 3))
+    given = torch.tensor(columns, dtype=dtype)
+    solution = Factor(torch.tensor(matrix, dtype=dtype)).solve(given)
+    expected = np.linalg.solve(matrix, columns)
+    assert solution is given
+    assert np.linalg.norm(solution.double().numpy() - expected) < (
+        1e-5 if dtype == torch.float32 else 1e-12
+    ) * np.linalg.norm(expected)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_so_does_one_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "is_faster", lambda: True)
+    matrix, columns = system(1100), np.random.default_rng(0).normal(size=(1100, 300))
+    solution = Factor(torch.tensor(matrix, dtype=torch.float32)).solve(torch.tensor(columns, dtype=torch.float32))
+    expected = np.linalg.solve(matrix, columns)
+    assert np.linalg.norm(solution.double().numpy() - expected) < 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("bad", [0, 37])
+def test_a_matrix_that_is_not_positive_definite_has_none(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
+    monkeypatch.setattr(triangular, "BLOCK", 16)
+    matrix = torch.eye(40)
+    matrix[bad, bad] = -1.0
+    with pytest.raises(ArithmeticError):
+        Factor(matrix)
