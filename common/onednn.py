@@ -17,10 +17,10 @@ LARGE = 1 << 18
 
 
 def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """rows W^T + bias as `F.linear`, by oneDNN where that is faster; its gradient reaches `rows` alone.
+    """rows W^T + bias as `F.linear`, by oneDNN where that is faster, for weights that are not trained.
 
     Args:
-        rows: (..., inputs).
+        rows: (..., inputs); the gradient reaches them alone.
         weight: (outputs, inputs).
         bias: (outputs,), or None.
 
@@ -48,7 +48,7 @@ def add_product(total: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, f
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Have the model's nn.Linear layers with frozen weights compute by `linear`."""
+    """Have the model's nn.Linear layers compute by `linear` wherever their weights are not trained."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = FrozenLinear

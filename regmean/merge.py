@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -224,7 +225,7 @@ class _Merger:
         solvers: dict[float, Any] = {}
         objectives = {alpha: Objective() for alpha in self._flags.alpha}
         for number, block in enumerate(self._blocks(group)):
-            weights = list(threads.map(lambda model, block=block: self._read_rows(model, block, group), self._models))
+            weights = list(threads.map(self._read_rows, self._models, repeat(block), repeat(group)))
             mean = weighted_mean([weight.reshape(-1) for weight in weights], self._shares).reshape(weights[0].shape)
             regression = Regression(
                 [torch.from_numpy(weight).to(device) for weight in weights],
@@ -233,9 +234,9 @@ class _Merger:
             )
             if len(self._models) == 2:
                 if total is None:
-                    first, second = map(per_token, threads.map(read, range(2)), range(2))
-                    total, difference = GramSum.of_two(first, second, self._shares)
-                    del first, second
+                    # Threads read and no more: PyTorch would start a pool of its own in each.
+                    pair = map(per_token, threads.map(read, range(2)), range(2))
+                    total, difference = GramSum.of_two(*pair, self._shares)
                 regression.add(difference)
             else:
                 # Read again for each block: keeping every model's Gram would take more memory than all else.

@@ -95,7 +95,7 @@ class Cholesky:
             scale = system.diagonal().rsqrt()
             system.mul_(scale).mul_(scale[:, None])
             system.diagonal().fill_(1 + jitter)
-            largest = _largest_eigenvalue(lambda vector, system=system: system @ vector, scale)
+            largest = _largest_eigenvalue(system.matmul, scale)
             try:
                 factor = Factor(system)
             except ArithmeticError:

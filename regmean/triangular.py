@@ -9,7 +9,7 @@ import torch
 
 from common.onednn import add_product, linear
 
-BLOCK = 256
+BLOCK = 256  # rows of a diagonal block: of more, more work is LAPACK's; of fewer, products are slower
 
 
 class Factor:

@@ -74,7 +74,7 @@ def test_a_model_that_does_not_fit_is_told(capsys: pytest.CaptureFixture) -> Non
 def test_llama_3_8b_merges_in_four_gigabytes() -> None:
     planned = merge_cost(MergeFlags(method="regmean", models=[LLAMA_3_8B] * 2, plan="h100"))
     assert planned.systems == 129
-    assert 2.5e9 < planned.arrays < 4e9
+    assert 2.7e9 < planned.arrays < 2.8e9
     widths = 32 * [4096, 4096, 4096, 14336] + [4096]
     assert planned.read == 2 * (2 * planned.parameters + sum(2 * width * (width + 1) for width in widths))
     assert planned.written == 2 * planned.parameters
