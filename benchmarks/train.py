@@ -111,7 +111,7 @@ def one_side(flags: TrainBenchmarkFlags) -> None:
     optimizer = torch.optim.AdamW(model.mapping.parameters(), lr=flags.lr)
     if flags.side == "ours":
         model.pack_rows()
-        use_onednn(model)
+        use_onednn(model.llm)
 
     micro = MICRO[flags.stage]
     plan = plan_epoch([len(row) for row in tokens], flags.batch_size, flags.batch_size // micro, 1, seed=0, epoch=0)

@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 # Elements of the smallest weight that is worth it: oneDNN generates code for each new shape, in up to 3 ms.
 LARGE = 1 << 18
+# Rows of a weight, as they lie in memory, that a product is added by at a time: so its temporary arrays stay in the
+# cache, and few shapes come up where sizes vary. Of many, code and arrays leave the C library's heap full of holes.
+TILE = 2048
 
 
 def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -41,10 +44,17 @@ def add_product(total: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, f
         weight: (outputs, inputs).
         factor: of the product.
     """
-    if _suits(rows, weight):
-        total.add_(_product(rows, weight, None), alpha=factor)
-    else:
+    if not _suits(rows, weight):
         total.addmm_(rows, weight.T, alpha=factor)
+        return
+    # Cut where the pieces of a weight have no gaps between their rows either.
+    across_outputs = weight.is_contiguous()
+    for start in range(0, weight.shape[0 if across_outputs else 1], TILE):
+        part = slice(start, start + TILE)
+        if across_outputs:
+            total[:, part].add_(_product(rows, weight[part], None), alpha=factor)
+        else:
+            total.add_(_product(rows[:, part], weight[:, part], None), alpha=factor)
 
 
 def use_onednn(model: nn.Module) -> None:

@@ -47,13 +47,23 @@ def test_products_are_those_of_float64(
     assert chosen.call_count == 1
 
 
-def test_a_product_is_added_to_a_part_of_a_matrix(rows: torch.Tensor, weight: torch.Tensor, chosen: Mock) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("tile", [200, onednn.TILE])
+def test_a_product_is_added_to_a_part_of_a_matrix(
+    rows: torch.Tensor, weight: torch.Tensor, tile: int, transposed: bool, chosen: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "TILE", tile)
+    if transposed:
+        weight = weight.T.contiguous().T
     total = torch.ones(9, OUTPUTS + 3)
     add_product(total[1:8, 2:-1], rows[0], weight, -2.0)
     expected = torch.ones(9, OUTPUTS + 3, dtype=torch.float64)
     expected[1:8, 2:-1] -= 2 * rows[0].double() @ weight.double().T
     torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-3)
-    assert chosen.call_count == 1
+    # No piece may have gaps between its rows.
+    pieces = [call.args[1] for call in chosen.call_args_list]
+    assert all((piece.T if transposed else piece).is_contiguous() for piece in pieces)
+    assert len(pieces) == -(-(INPUTS if transposed else OUTPUTS) // tile)
 
 
 def test_a_frozen_layer_passes_the_gradient_on(rows: torch.Tensor, chosen: Mock) -> None:
