@@ -47,14 +47,13 @@ def add_product(total: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, f
     if not _suits(rows, weight):
         total.addmm_(rows, weight.T, alpha=factor)
         return
-    # Cut where the pieces of a weight have no gaps between their rows either.
-    across_outputs = weight.is_contiguous()
-    for start in range(0, weight.shape[0 if across_outputs else 1], TILE):
-        part = slice(start, start + TILE)
-        if across_outputs:
-            total[:, part].add_(_product(rows, weight[part], None), alpha=factor)
-        else:
-            total.add_(_product(rows[:, part], weight[:, part], None), alpha=factor)
+    # Cut so that the pieces of the weight have no gaps between their rows either.
+    if weight.is_contiguous():
+        for part, piece in zip(total.split(TILE, dim=1), weight.split(TILE), strict=True):
+            part.add_(_product(rows, piece, None), alpha=factor)
+    else:
+        for part, piece in zip(rows.split(TILE, dim=1), weight.split(TILE, dim=1), strict=True):
+            total.add_(_product(part, piece, None), alpha=factor)
 
 
 def use_onednn(model: nn.Module) -> None:
