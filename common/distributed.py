@@ -1,5 +1,6 @@
 """Ranks and devices: the only file that knows which process this is and where its tensors live."""
 
+import atexit
 import math
 import os
 import resource
@@ -20,7 +21,7 @@ from common.errors import InputError
 # A rank that waits on a GPU for a dead one may not notice, and DeepSpeed's launcher ends such ranks one by one, with
 # half a minute for each. So each rank looks itself, this often.
 LOOK_SECONDS = 5.0
-_closed = threading.Event()
+_joined, _closed = threading.Event(), threading.Event()
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,20 @@ def leave_together() -> None:
         dist.barrier()
         _closed.set()
         dist.destroy_process_group()
+
+
+def end_rank(code: int) -> None:
+    """End a process that has been in a process group as `sys.exit(code)` would, but for the interpreter's own end.
+
+    A thread of Gloo's lets go of a collective's tensors when it next runs, and asks the interpreter to free them: one
+    that is ending aborts the process, and the launcher calls a run failed that is complete. DeepSpeed keeps groups, and
+    with them their threads, beyond `Process.close`. `multiprocessing` ends its processes this way.
+    """
+    if _joined.is_set():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def launched_world_size() -> int:
@@ -215,6 +230,7 @@ def _leave_with_peers(process: Process) -> None:
                 )
                 os._exit(1)
 
+    _joined.set()
     _closed.clear()
     if peers:
         threading.Thread(target=look, daemon=True).start()

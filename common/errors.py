@@ -23,10 +23,11 @@ def first_line(error: Exception) -> str:
 
 
 def exit_with_message(main: Callable[[], None]) -> None:
-    """Run a script's `main` and end the process in one line on stderr, without a traceback, where that says all.
+    """Run a script's `main` and end the process; in one line on stderr, without a traceback, where that says all.
 
-    Exit codes: 2 for an `InputError`, `EXIT_STOPPED` for a run that a signal has stopped.
+    Exit codes: 0, 2 for an `InputError`, `EXIT_STOPPED` for a run that a signal has stopped.
     """
+    code = 0
     try:
         main()
     except (InputError, Stopped, OSError) as error:
@@ -37,4 +38,10 @@ def exit_with_message(main: Callable[[], None]) -> None:
         stopped = isinstance(error, Stopped)
         kind = ("stopped" if stopped else "error") + ("" if rank == "0" else f" (rank {rank})")
         print(f"{kind}: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_STOPPED if stopped else 2)
+        code = EXIT_STOPPED if stopped else 2
+    # Loaded, with torch, by those scripts only that may have been ranks.
+    if "common.distributed" in sys.modules:
+        from common.distributed import end_rank
+
+        end_rank(code)
+    sys.exit(code)

@@ -95,3 +95,41 @@ def test_no_rank_outlives_another(doing: str, fault: signal.Signals, message: st
         for process in processes:
             process.kill()
             process.communicate()
+
+
+LAST_COLLECTIVE = """
+import atexit, sys, time
+import torch
+import torch.distributed as dist
+from common.distributed import start_process
+from common.errors import InputError, exit_with_message
+from common.signals import Stopped
+
+def main():
+    process = start_process("cpu", needs_group=True)
+    # As DeepSpeed does: the group's threads live on.
+    sys.kept = dist.group.WORLD
+    # Gloo's thread, which here wants the interpreter late, as one that another process keeps from running.
+    dist.all_reduce(torch.ones(1), async_op=True).get_future().then(lambda future: time.sleep(1))
+    process.close()
+    atexit.register(print, "done")
+    print("buffered", end=" ")
+    if sys.argv[1] == "stopped":
+        raise Stopped("by a signal")
+    if sys.argv[1] == "wrong":
+        raise InputError("a flag")
+
+exit_with_message(main)
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("complete", 0), ("stopped", 75), ("wrong", 2)])
+def test_a_rank_ends_with_its_code_whatever_gloo_still_does(how: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LAST_COLLECTIVE, how],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (code, "buffered done\n"), done.stderr
