@@ -170,7 +170,9 @@ def run(words: list[str]) -> None:
         words = ["python", launcher.user_script, *launcher.user_args]
     assert words[0] == "python", f"{shlex.join(words)}: cannot be run here; say before the block what it needs"
     try:
-        _start(words[1:])
+        # Which would end the tests.
+        with patch("common.distributed.end_rank"):
+            _start(words[1:])
     except SystemExit as error:
         if error.code:
             raise

@@ -4,6 +4,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -25,6 +26,20 @@ settings.register_profile("thorough", max_examples=3600, **_FUZZ)
 settings.load_profile("quick")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tests_go_on() -> Iterator[None]:
+    """What ends this very process would end all further tests with it, and with the code of success."""
+    process, end = os.getpid(), os._exit
+
+    def refuse(code: int) -> None:
+        if os.getpid() == process:
+            raise AssertionError(f"os._exit({code}) in the tests' own process")
+        end(code)
+
+    with patch.object(os, "_exit", refuse):
+        yield
 
 
 @pytest.fixture(scope="session")
