@@ -170,9 +170,7 @@ def run(words: list[str]) -> None:
         words = ["python", launcher.user_script, *launcher.user_args]
     assert words[0] == "python", f"{shlex.join(words)}: cannot be run here; say before the block what it needs"
     try:
-        # Which would end the tests.
-        with patch("common.distributed.end_rank"):
-            _start(words[1:])
+        _start(words[1:])
     except SystemExit as error:
         if error.code:
             raise
@@ -197,11 +195,11 @@ def _check_python(words: list[str]) -> None:
 
 
 def _start(words: list[str]) -> None:
-    if words[0] == "-m":
-        with patch.object(sys, "argv", words[1:]):
+    # end_rank would end the tests.
+    with patch.object(sys, "argv", words[1:] if words[0] == "-m" else words), patch("common.distributed.end_rank"):
+        if words[0] == "-m":
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        with patch.object(sys, "argv", words):
+        else:
             runpy.run_path(words[0], run_name="__main__")
 
 

@@ -35,7 +35,7 @@ def _tests_go_on() -> Iterator[None]:
 
     def refuse(code: int) -> None:
         if os.getpid() == process:
-            raise AssertionError(f"os._exit({code}) in the tests' own process")
+            pytest.fail(f"os._exit({code}) in the tests' own process")
         end(code)
 
     with patch.object(os, "_exit", refuse):
