@@ -26,6 +26,7 @@ VERSION = "1"
 FILE_NAME = "gram.safetensors"
 PUBLISHED_NAME = "gram.pkl"
 BLOCK_ROWS = 128  # of a Gram, packed or unpacked at a time
+ABOVE = np.triu(np.ones((BLOCK_ROWS, BLOCK_ROWS), bool), 1)  # the diagonal of such a block
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class GramFile:
                 start += length
             square[:first, first:last] = square[first:last, :first].T
             corner = square[first:last, first:last]
-            corner[...] = np.tril(corner) + np.tril(corner, -1).T
+            np.copyto(corner, corner.T.copy(), where=ABOVE[: len(corner), : len(corner)])
         return _checked(square, name, self.path)
 
 

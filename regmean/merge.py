@@ -2,10 +2,11 @@
 
 import contextlib
 import math
+import os
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -28,12 +29,17 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK_ELEMENTS = 1 << 17  # of an averaged tensor read at a time
+AVERAGERS = 2  # threads that read, average and write chunks
 READERS = 2  # threads that read weights and Grams for a system
-AHEAD = 2  # chunks that are read and averaged, a thread each, while one is written
 CACHED_ELEMENTS = 1 << 16  # of it averaged at a time: their float64 sums stay in the processor's cache
 # Of stacked layer outputs at a time, per model: 28 MB in float32. From 32 MB on the C library takes the memory of every
 # array anew from the system, page by page.
 BLOCK_ELEMENTS = 7 << 20
+# Small systems are solved side by side on a CPU, since their products do not divide well among threads: as many as hold
+# so many bytes of arrays together. Of two models they are solved in blocks of fewer outputs; more have their Grams read
+# again for each block.
+SIDE_BY_SIDE_BYTES = 256 << 20
+SIDE_BY_SIDE_BLOCK_ELEMENTS = 1 << 19
 
 
 def merge(flags: MergeFlags, command: str) -> None:
@@ -95,7 +101,13 @@ def weighted_mean(arrays: list[np.ndarray], shares: list[float]) -> np.ndarray:
     return mean
 
 
-def array_bytes(models: int, systems: Iterable[tuple[int, int]], alphas: int) -> int:
+def systems_at_once(models: int, systems: list[tuple[int, int]], alphas: int) -> int:
+    """How many systems a CPU solves side by side at most; the arguments are those of `array_bytes`."""
+    largest = _system_bytes(models, systems, alphas, _block_elements(models, at_once=2))
+    return max(1, min(os.cpu_count() or 1, SIDE_BY_SIDE_BYTES // max(largest, 1)))
+
+
+def array_bytes(models: int, systems: list[tuple[int, int]], alphas: int) -> int:
     """The most bytes of arrays that a merge holds at once.
 
     Args:
@@ -103,20 +115,29 @@ def array_bytes(models: int, systems: Iterable[tuple[int, int]], alphas: int) ->
         systems: (inputs, outputs) of each that RegMean solves; none for an average.
         alphas: how many values of alpha it is solved for.
     """
+    at_once = systems_at_once(models, systems, alphas)
+    # Of each chunk the models' values, their mean as computed and as written, and float64 sums and terms.
+    averaging = 4 * (models + 6) * AVERAGERS * CHUNK_ELEMENTS
+    return max(averaging, at_once * _system_bytes(models, systems, alphas, _block_elements(models, at_once)))
+
+
+def _block_elements(models: int, at_once: int) -> int:
+    return SIDE_BY_SIDE_BLOCK_ELEMENTS if at_once > 1 and models == 2 else BLOCK_ELEMENTS
+
+
+def _system_bytes(models: int, systems: list[tuple[int, int]], alphas: int, block: int) -> int:
+    """Of the largest system's arrays, with blocks of at most `block` elements."""
     # Squares (the sum of Grams, one more Gram or the difference of two, a factor for each alpha), and blocks: one per
     # model, eight in the solver.
-    solving = (
-        4 * ((2 + alphas) * inputs**2 + (models + 8) * min(BLOCK_ELEMENTS, inputs * outputs))
-        for inputs, outputs in systems
+    sizes = (
+        4 * ((2 + alphas) * inputs**2 + (models + 8) * min(block, inputs * outputs)) for inputs, outputs in systems
     )
-    # Of each chunk the models' values, their mean as computed and as written, and float64 sums and terms.
-    return max([4 * (models + 6) * (AHEAD + 1) * CHUNK_ELEMENTS, *solving])
+    return max(sizes, default=0)
 
 
 def _print_plan(flags: MergeFlags, plan: MergePlan, models: list[Checkpoint], grams: list[Grams]) -> None:
     read, written = describe_size(plan, models)
-    systems = [(g.width, sum(math.prod(plan.layout[name][1]) for name in g.tensors) // g.width) for g in plan.groups]
-    peak = array_bytes(len(models), systems, len(flags.alpha))
+    peak = array_bytes(len(models), _sizes(plan), len(flags.alpha))
     print(
         f"plan: {flags.method} of {len(models)} models, {read / 1e9:.2f} GB to read, {written / 1e9:.2f} GB to write "
         f"for each of {len(flags.output_dirs())}, at most about {peak / 1e9:.2f} GB of arrays in memory"
@@ -131,6 +152,11 @@ def _print_plan(flags: MergeFlags, plan: MergePlan, models: list[Checkpoint], gr
     matrices = [name for name in plan.averaged if len(plan.layout[name][1]) > 1] if grams else []
     if matrices:
         print(f"note: averaged for want of a Gram: {', '.join(matrices)}")
+
+
+def _sizes(plan: MergePlan) -> list[tuple[int, int]]:
+    """(inputs, outputs) of each system."""
+    return [(g.width, sum(math.prod(plan.layout[name][1]) for name in g.tensors) // g.width) for g in plan.groups]
 
 
 @dataclass(frozen=True)
@@ -160,36 +186,46 @@ class _Merger:
         self._models = models
         self._grams = grams
         self._writers = writers
+        self._lock = threading.Lock()
 
     def run(self) -> None:
         total = sum(math.prod(shape) for _, shape in self._plan.layout.values())
-        with tqdm(total=total, unit="el", unit_scale=True, desc="merging", dynamic_ncols=True) as bar:
-            device = None
+        with tqdm(total=total, unit="el", unit_scale=True, desc="merging", dynamic_ncols=True) as self._bar:
             if self._plan.groups:
                 # An average needs neither torch nor the seconds that it takes to import.
                 from common.distributed import start_process
 
                 device = start_process(self._flags.device).device
-            self._average(bar)
-            with ThreadPoolExecutor(READERS) as threads:
-                for group in self._plan.groups:
-                    self._solve(group, device, bar, threads)
+            self._average()
+            if self._plan.groups:
+                self._solve_all(device)
 
-    def _average(self, bar: tqdm) -> None:
+    def _advance(self, elements: int) -> None:
+        with self._lock:
+            self._bar.update(elements)
+
+    def _average(self) -> None:
         """Write all tensors that are copied or averaged."""
+        tensors = [(name, self._models[:1], [1.0]) for name in self._plan.copied]
+        tensors += [(name, self._models, self._shares) for name in self._plan.averaged]
+        # One iterator of a list, which all threads draw from.
+        chunks = iter(
+            [
+                (name, models, shares, start, min(start + CHUNK_ELEMENTS, models[0].tensors[name].size))
+                for name, models, shares in tensors
+                for start in range(0, models[0].tensors[name].size, CHUNK_ELEMENTS)
+            ]
+        )
 
-        def chunks() -> Iterator[tuple[str, list[Checkpoint], list[float], int, int]]:
-            tensors = [(name, self._models[:1], [1.0]) for name in self._plan.copied]
-            tensors += [(name, self._models, self._shares) for name in self._plan.averaged]
-            for name, models, shares in tensors:
-                size = models[0].tensors[name].size
-                for start in range(0, size, CHUNK_ELEMENTS):
-                    yield name, models, shares, start, min(start + CHUNK_ELEMENTS, size)
+        def work(_: int) -> None:
+            for name, models, shares, start, stop in chunks:
+                values = self._averaged_chunk(name, models, shares, start, stop)
+                for writer in self._writers.values():
+                    writer.write(name, values, start)
+                self._advance(stop - start)
 
-        for (name, _, _, start, stop), values in _ahead(self._averaged_chunk, chunks()):
-            for writer in self._writers.values():
-                writer.write(name, values, start)
-            bar.update(stop - start)
+        with ThreadPoolExecutor(AVERAGERS) as threads:
+            list(threads.map(work, range(AVERAGERS)))
 
     def _averaged_chunk(
         self, name: str, models: list[Checkpoint], shares: list[float], start: int, stop: int
@@ -208,7 +244,36 @@ class _Merger:
                 )
         return values
 
-    def _solve(self, group: LayerGroup, device: "torch.device", bar: tqdm, threads: ThreadPoolExecutor) -> None:
+    def _solve_all(self, device: "torch.device") -> None:
+        """Write all weights that have a Gram."""
+        import torch
+
+        threads = torch.get_num_threads()
+        at_once = systems_at_once(len(self._models), _sizes(self._plan), len(self._flags.alpha))
+        at_once = 1 if device.type == "cuda" else min(at_once, threads)
+        block = _block_elements(len(self._models), at_once)
+        if at_once == 1:
+            with ThreadPoolExecutor(READERS) as readers:
+                for group in self._plan.groups:
+                    self._report(self._solve(group, device, block, readers.map))
+            return
+        try:
+            # Each thread has PyTorch's number of threads of its own.
+            with ThreadPoolExecutor(at_once, "solver", torch.set_num_threads, (threads // at_once,)) as solvers:
+                calls = (self._plan.groups, repeat(device), repeat(block), repeat(map))
+                for reports in solvers.map(self._solve, *calls):
+                    self._report(reports)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _report(self, reports: dict[float, LayerReport]) -> None:
+        for alpha, report in reports.items():
+            self.reports[alpha].append(report)
+
+    def _solve(
+        self, group: LayerGroup, device: "torch.device", block_elements: int, mapped: Callable[..., Iterator]
+    ) -> dict[float, LayerReport]:
+        """Write the weights of one group, in blocks of so many elements; each model is read by way of `mapped`."""
         import torch
 
         from regmean.solve import SOLVERS, GramSum, Objective, Regression, SolveError
@@ -224,8 +289,8 @@ class _Merger:
         total = difference = None
         solvers: dict[float, Any] = {}
         objectives = {alpha: Objective() for alpha in self._flags.alpha}
-        for number, block in enumerate(self._blocks(group)):
-            weights = list(threads.map(self._read_rows, self._models, repeat(block), repeat(group)))
+        for number, block in enumerate(self._blocks(group, block_elements)):
+            weights = list(mapped(self._read_rows, self._models, repeat(block), repeat(group)))
             mean = weighted_mean([weight.reshape(-1) for weight in weights], self._shares).reshape(weights[0].shape)
             regression = Regression(
                 [torch.from_numpy(weight).to(device) for weight in weights],
@@ -235,7 +300,7 @@ class _Merger:
             if len(self._models) == 2:
                 if total is None:
                     # Threads read and no more: PyTorch would start a pool of its own in each.
-                    pair = map(per_token, threads.map(read, range(2)), range(2))
+                    pair = map(per_token, mapped(read, range(2)), range(2))
                     total, difference = GramSum.of_two(*pair, self._shares)
                 regression.add(difference)
             else:
@@ -258,15 +323,16 @@ class _Merger:
                     raise InputError(f"alpha {alpha:g}, layers {layers}, Grams {paths}: {error}") from error
                 objectives[alpha].add(objective)
                 self._write_rows(self._writers[alpha], block, group, merged.cpu().numpy())
-            bar.update(sum(piece.last - piece.first for piece in block) * group.width)
+            self._advance(sum(piece.last - piece.first for piece in block) * group.width)
         tokens = [gram.tokens for gram in files]
-        for alpha, solver in solvers.items():
-            report = LayerReport(group.tensors, tokens, solver.label, solver.condition, objectives[alpha])
-            self.reports[alpha].append(report)
+        return {
+            alpha: LayerReport(group.tensors, tokens, solver.label, solver.condition, objectives[alpha])
+            for alpha, solver in solvers.items()
+        }
 
-    def _blocks(self, group: LayerGroup) -> Iterator[list[_Piece]]:
-        """The group's outputs in blocks of bounded size. A Conv1D weight, whose outputs are columns, stays whole."""
-        limit = max(1, BLOCK_ELEMENTS // group.width)
+    def _blocks(self, group: LayerGroup, elements: int) -> Iterator[list[_Piece]]:
+        """The group's outputs in blocks of so many. A Conv1D weight, whose outputs are columns, stays whole."""
+        limit = max(1, elements // group.width)
         block: list[_Piece] = []
         room = limit
         for name in group.tensors:
@@ -306,16 +372,3 @@ class _Merger:
             return encode(values, self._plan.layout[name][0])
         except OverflowError as error:
             raise InputError(f"tensor {name}: {error}; choose a wider --dtype") from error
-
-
-def _ahead(function: Callable[..., Any], calls: Iterable[tuple]) -> Iterator[tuple[tuple, Any]]:
-    """Each call's arguments and its result, in order, while threads work on the next AHEAD calls."""
-    waiting: deque[tuple[tuple, Future]] = deque()
-    with ThreadPoolExecutor(AHEAD) as threads:
-        for arguments in calls:
-            waiting.append((arguments, threads.submit(function, *arguments)))
-            if len(waiting) > AHEAD:
-                arguments, result = waiting.popleft()
-                yield arguments, result.result()
-        for arguments, result in waiting:
-            yield arguments, result.result()

@@ -290,7 +290,7 @@ def merge_cost(flags: MergeFlags) -> MergeCost:
         # a product for the objective: of each model, but of two together.
         flops += alphas * (width**3 / 3 + 2 * layer_input.outputs * width**2)
         flops += 3 * layer_input.outputs * width**2 * (1 if count == 2 else count)
-    arrays = array_bytes(count, ((layer_input.width, layer_input.outputs) for layer_input in inputs), alphas)
+    arrays = array_bytes(count, [(layer_input.width, layer_input.outputs) for layer_input in inputs], alphas)
     return MergeCost(total, len(inputs), arrays, read, written, flops)
 
 

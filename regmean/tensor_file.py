@@ -7,7 +7,9 @@ in any order. The format: https://huggingface.co/docs/safetensors/index#format
 
 import json
 import math
+import os
 import struct
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -157,7 +159,8 @@ class TensorFile:
 
 
 class TensorWriter:
-    """Writes one safetensors file of a layout known beforehand, tensor by tensor or piece by piece, in any order.
+    """Writes one safetensors file of a layout known beforehand, tensor by tensor or piece by piece, in any order, from
+    any thread.
 
     Args:
         path: the file; it must not be looked at before `close`.
@@ -181,6 +184,7 @@ class TensorWriter:
             for name in ordered
         }
         self._missing = {name: info.size for name, info in self._infos.items()}
+        self._lock = threading.Lock()
         self._file = path.open("wb", buffering=0)
         self._write_at(0, struct.pack("<Q", len(text)) + text)
 
@@ -190,7 +194,8 @@ class TensorWriter:
         if values.dtype != STORAGE[info.dtype] or start + values.size > info.size:
             raise ValueError(f"{values.size} elements of {values.dtype} from {start} on do not fit tensor {info}")
         self._write_at(info.offset + start * values.itemsize, np.ascontiguousarray(values).reshape(-1).view(np.uint8))
-        self._missing[name] -= values.size
+        with self._lock:
+            self._missing[name] -= values.size
 
     def close(self) -> None:
         """Finish the file.
@@ -213,7 +218,7 @@ class TensorWriter:
             self._file.close()
 
     def _write_at(self, offset: int, data: bytes | np.ndarray) -> None:
-        self._file.seek(offset)
         view = memoryview(data)
         while view:
-            view = view[self._file.write(view) :]
+            count = os.pwrite(self._file.fileno(), view, offset)
+            view, offset = view[count:], offset + count

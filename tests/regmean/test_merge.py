@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,12 +113,42 @@ def test_avg_of_three_weighted_models(library: Callable, tmp_path: Path, monkeyp
         assert torch.equal(merged[name], plain), name
 
 
-@pytest.mark.parametrize("block", [1, 200, 1 << 24])
+def test_small_systems_are_solved_side_by_side(
+    library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders, threads, inside = library("llama"), torch.get_num_threads(), []
+    written = CheckpointWriter.write
+
+    def write(self: CheckpointWriter, name: str, *values: Any) -> None:
+        inside.append((threading.current_thread().name.partition("_")[0], torch.get_num_threads()))
+        written(self, name, *values)
+
+    torch.set_num_threads(4)
+    try:
+        monkeypatch.setattr(merge_module, "systems_at_once", lambda *sizes: 1)
+        run(folders, tmp_path / "alone")
+        monkeypatch.setattr(merge_module, "systems_at_once", lambda *sizes: 2)
+        monkeypatch.setattr(CheckpointWriter, "write", write)
+        run(folders, tmp_path / "two")
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(threads)
+    assert ("solver", 2) in inside
+    reports = [read_json(tmp_path / name / "merge_report.json")["layers"] for name in ("alone", "two")]
+    assert [layer["tensors"] for layer in reports[0]] == [layer["tensors"] for layer in reports[1]]
+    one, other = (tensors(tmp_path / name) for name in ("alone", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("block", "at_once"), [(1, 3), (200, 1), (200, 3), (1 << 24, 1)])
 @pytest.mark.parametrize("kind", MODELS)
 def test_regmean_is_the_plain_implementation(
-    library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, block: int
+    library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, block: int, at_once: int
 ) -> None:
     monkeypatch.setattr(merge_module, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(merge_module, "SIDE_BY_SIDE_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(merge_module, "systems_at_once", lambda *sizes: at_once)
     folders = library(kind, 3)
     run(folders, tmp_path / "out", alpha=[0.1, 0.9], model_weights=[1.0, 1.0, 2.0])
     for alpha in (0.1, 0.9):

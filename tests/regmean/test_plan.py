@@ -12,7 +12,7 @@ from common.plan import causal_lm_on_meta, cost_of
 from regmean.flags import GramFlags, MergeFlags
 from regmean.gram import probe
 from regmean.layer_inputs import LinearInputs, linear_layers
-from regmean.merge import AHEAD, CHUNK_ELEMENTS
+from regmean.merge import AVERAGERS, CHUNK_ELEMENTS
 from regmean.plan import batch_cost, gram_plan, layer_inputs, merge_cost
 from tests.commands import run
 from tests.conftest import REPOSITORY
@@ -79,7 +79,7 @@ def test_llama_3_8b_merges_in_four_gigabytes() -> None:
     assert planned.read == 2 * (2 * planned.parameters + sum(2 * width * (width + 1) for width in widths))
     assert planned.written == 2 * planned.parameters
     average = merge_cost(MergeFlags(method="avg", models=[LLAMA_3_8B] * 3, plan="h100"))
-    assert average.arrays == 36 * (AHEAD + 1) * CHUNK_ELEMENTS
+    assert average.arrays == 36 * AVERAGERS * CHUNK_ELEMENTS
     assert (average.flops, average.read) == (0, 6 * planned.parameters)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,15 @@ def test_the_library_reads_what_we_wrote_in_any_order(tmp_path: Path) -> None:
         assert torch.equal(loaded[name], tensor), name
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_a_tensor_is_written_by_several_threads(tmp_path: Path) -> None:
+    values = np.arange(20_000, dtype=np.float32)
+    path = tmp_path / "a.safetensors"
+    with TensorWriter(path, {"a": ("F32", values.shape)}, {}) as writer, ThreadPoolExecutor(8) as threads:
+        pieces = range(0, len(values), 10)
+        list(threads.map(lambda start: writer.write("a", values[start : start + 10], start), pieces))
+    np.testing.assert_array_equal(load_file(path)["a"], values)
 
 
 def test_a_file_with_a_gap_is_an_error(tmp_path: Path) -> None:
