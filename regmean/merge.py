@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -101,10 +101,11 @@ def weighted_mean(arrays: list[np.ndarray], shares: list[float]) -> np.ndarray:
     return mean
 
 
-def systems_at_once(models: int, systems: list[tuple[int, int]], alphas: int) -> int:
-    """How many systems a CPU solves side by side at most; the arguments are those of `array_bytes`."""
-    largest = _system_bytes(models, systems, alphas, _block_elements(models, at_once=2))
-    return max(1, min(os.cpu_count() or 1, SIDE_BY_SIDE_BYTES // max(largest, 1)))
+def systems_at_once(models: int, systems: list[tuple[int, int]], alphas: int, threads: int) -> int:
+    """How many systems a CPU solves side by side, sharing `threads` evenly; the rest is as of `array_bytes`."""
+    largest = _system_bytes(models, systems, alphas, _block_elements(models, side_by_side=True))
+    fitting = min(threads, len(systems), SIDE_BY_SIDE_BYTES // max(largest, 1))
+    return max((count for count in range(1, fitting + 1) if threads % count == 0), default=1)
 
 
 def array_bytes(models: int, systems: list[tuple[int, int]], alphas: int) -> int:
@@ -115,14 +116,17 @@ def array_bytes(models: int, systems: list[tuple[int, int]], alphas: int) -> int
         systems: (inputs, outputs) of each that RegMean solves; none for an average.
         alphas: how many values of alpha it is solved for.
     """
-    at_once = systems_at_once(models, systems, alphas)
+    at_once = systems_at_once(models, systems, alphas, os.cpu_count() or 1)
     # Of each chunk the models' values, their mean as computed and as written, and float64 sums and terms.
     averaging = 4 * (models + 6) * AVERAGERS * CHUNK_ELEMENTS
-    return max(averaging, at_once * _system_bytes(models, systems, alphas, _block_elements(models, at_once)))
+    alone, beside = (
+        _system_bytes(models, systems, alphas, _block_elements(models, side_by_side)) for side_by_side in (False, True)
+    )
+    return max(averaging, alone, at_once * beside)
 
 
-def _block_elements(models: int, at_once: int) -> int:
-    return SIDE_BY_SIDE_BLOCK_ELEMENTS if at_once > 1 and models == 2 else BLOCK_ELEMENTS
+def _block_elements(models: int, side_by_side: bool) -> int:
+    return SIDE_BY_SIDE_BLOCK_ELEMENTS if side_by_side and models == 2 else BLOCK_ELEMENTS
 
 
 def _system_bytes(models: int, systems: list[tuple[int, int]], alphas: int, block: int) -> int:
@@ -186,18 +190,20 @@ class _Merger:
         self._models = models
         self._grams = grams
         self._writers = writers
-        self._lock = threading.Lock()
+        total = sum(math.prod(shape) for _, shape in plan.layout.values())
+        self._bar = tqdm(total=total, unit="el", unit_scale=True, desc="merging", dynamic_ncols=True)
+        self._lock = threading.Lock()  # of the progress bar, and of the chunks that are left
 
     def run(self) -> None:
-        total = sum(math.prod(shape) for _, shape in self._plan.layout.values())
-        with tqdm(total=total, unit="el", unit_scale=True, desc="merging", dynamic_ncols=True) as self._bar:
+        with self._bar:
+            device = None
             if self._plan.groups:
                 # An average needs neither torch nor the seconds that it takes to import.
                 from common.distributed import start_process
 
                 device = start_process(self._flags.device).device
             self._average()
-            if self._plan.groups:
+            if device is not None:
                 self._solve_all(device)
 
     def _advance(self, elements: int) -> None:
@@ -208,24 +214,34 @@ class _Merger:
         """Write all tensors that are copied or averaged."""
         tensors = [(name, self._models[:1], [1.0]) for name in self._plan.copied]
         tensors += [(name, self._models, self._shares) for name in self._plan.averaged]
-        # One iterator of a list, which all threads draw from.
-        chunks = iter(
-            [
-                (name, models, shares, start, min(start + CHUNK_ELEMENTS, models[0].tensors[name].size))
-                for name, models, shares in tensors
-                for start in range(0, models[0].tensors[name].size, CHUNK_ELEMENTS)
-            ]
+        chunks = (
+            (name, models, shares, start, min(start + CHUNK_ELEMENTS, models[0].tensors[name].size))
+            for name, models, shares in tensors
+            for start in range(0, models[0].tensors[name].size, CHUNK_ELEMENTS)
         )
 
-        def work(_: int) -> None:
-            for name, models, shares, start, stop in chunks:
+        def work() -> None:
+            while True:
+                with self._lock:
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                name, models, shares, start, stop = chunk
                 values = self._averaged_chunk(name, models, shares, start, stop)
                 for writer in self._writers.values():
                     writer.write(name, values, start)
                 self._advance(stop - start)
 
         with ThreadPoolExecutor(AVERAGERS) as threads:
-            list(threads.map(work, range(AVERAGERS)))
+            workers = [threads.submit(work) for _ in range(AVERAGERS)]
+            try:
+                wait(workers, return_when=FIRST_EXCEPTION)
+            finally:
+                # After an error, or a signal, nobody has another chunk to begin.
+                with self._lock:
+                    chunks.close()
+        for worker in workers:
+            worker.result()
 
     def _averaged_chunk(
         self, name: str, models: list[Checkpoint], shares: list[float], start: int, stop: int
@@ -249,9 +265,11 @@ class _Merger:
         import torch
 
         threads = torch.get_num_threads()
-        at_once = systems_at_once(len(self._models), _sizes(self._plan), len(self._flags.alpha))
-        at_once = 1 if device.type == "cuda" else min(at_once, threads)
-        block = _block_elements(len(self._models), at_once)
+        at_once = systems_at_once(len(self._models), _sizes(self._plan), len(self._flags.alpha), threads)
+        # A Conv1D's block is the whole weight, however large.
+        if device.type == "cuda" or any(group.conv1d for group in self._plan.groups):
+            at_once = 1
+        block = _block_elements(len(self._models), at_once > 1)
         if at_once == 1:
             with ThreadPoolExecutor(READERS) as readers:
                 for group in self._plan.groups:
@@ -271,9 +289,9 @@ class _Merger:
             self.reports[alpha].append(report)
 
     def _solve(
-        self, group: LayerGroup, device: "torch.device", block_elements: int, mapped: Callable[..., Iterator]
+        self, group: LayerGroup, device: "torch.device", block_elements: int, for_each: Callable[..., Iterator]
     ) -> dict[float, LayerReport]:
-        """Write the weights of one group, in blocks of so many elements; each model is read by way of `mapped`."""
+        """Write the weights of one group, in blocks of so many elements; `for_each` is the `map` to read models by."""
         import torch
 
         from regmean.solve import SOLVERS, GramSum, Objective, Regression, SolveError
@@ -290,7 +308,7 @@ class _Merger:
         solvers: dict[float, Any] = {}
         objectives = {alpha: Objective() for alpha in self._flags.alpha}
         for number, block in enumerate(self._blocks(group, block_elements)):
-            weights = list(mapped(self._read_rows, self._models, repeat(block), repeat(group)))
+            weights = list(for_each(self._read_rows, self._models, repeat(block), repeat(group)))
             mean = weighted_mean([weight.reshape(-1) for weight in weights], self._shares).reshape(weights[0].shape)
             regression = Regression(
                 [torch.from_numpy(weight).to(device) for weight in weights],
@@ -300,7 +318,7 @@ class _Merger:
             if len(self._models) == 2:
                 if total is None:
                     # Threads read and no more: PyTorch would start a pool of its own in each.
-                    pair = map(per_token, mapped(read, range(2)), range(2))
+                    pair = map(per_token, for_each(read, range(2)), range(2))
                     total, difference = GramSum.of_two(*pair, self._shares)
                 regression.add(difference)
             else:

@@ -104,6 +104,7 @@ class Cholesky:
             condition = largest * _largest_eigenvalue(factor.solve, scale)
             # As LAPACK's posvx: a factor of a matrix that is singular to working precision is no use.
             if jitter == 0 and not condition < 1 / torch.finfo(dtype).eps:
+                del system, factor
                 continue
             self.label = f"cholesky {str(dtype).removeprefix('torch.')}" + (f" jitter {jitter:g}" if jitter else "")
             self.condition: float | None = condition
@@ -203,7 +204,12 @@ class Regression:
         self._under_total: list[tuple[float, float]] = []
 
     def add(self, matrix: torch.Tensor, index: int = 0) -> None:
-        """Take in, per token, of two models G_1 - G_2, of more the Gram of model `index`: float32 (inputs, inputs)."""
+        """Take in, per token, of two models G_1 - G_2, of more the Gram of model `index`.
+
+        Args:
+            matrix: float32 (inputs, inputs), symmetric.
+            index: of the model; 0 for two.
+        """
         delta, share = self._deltas[index], self._shares[index]
         product, diagonal_product = linear(delta, matrix), delta * matrix.diagonal()
         self._own.append((_inner(delta, product), _inner(delta, diagonal_product)))

@@ -4,7 +4,9 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,43 @@ def test_avg_of_three_weighted_models(library: Callable, tmp_path: Path, monkeyp
         assert torch.equal(merged[name], plain), name
 
 
+@pytest.mark.parametrize("models", [2, 3])
+def test_systems_side_by_side_are_small_and_share_all_threads(models: int) -> None:
+    some = 200 * [(576, 3072), (1536, 576)]
+    assert merge_module.systems_at_once(models, some, 1, threads=1) == 1
+    assert merge_module.systems_at_once(models, some, 1, threads=2) == 2
+    assert merge_module.systems_at_once(models, some[:1], 1, threads=64) == 1
+    assert merge_module.systems_at_once(models, [*some, (4096, 4096)], 1, threads=64) == 1
+    assert merge_module.systems_at_once(models, [], 1, threads=64) == 1
+    for threads in (7, 12, 64):
+        at_once = merge_module.systems_at_once(models, some, 1, threads)
+        assert threads % at_once == 0
+        squares = 3 * 1536**2 * 4
+        assert at_once * squares < merge_module.SIDE_BY_SIDE_BYTES
+    assert merge_module.systems_at_once(models, 9 * [(64, 64)], 1, threads=8) == 8
+
+
+def test_an_average_ends_soon_after_an_error(
+    library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge_module, "CHUNK_ELEMENTS", 4)
+    folders, mean, read = library("llama"), merge_module.weighted_mean, []
+
+    def spoilt(arrays: list[np.ndarray], shares: list[float]) -> np.ndarray:
+        read.append(arrays)
+        if len(read) == 1:
+            raise InputError("a tensor of nonsense")
+        time.sleep(0.01)
+        return mean(arrays, shares)
+
+    monkeypatch.setattr(merge_module, "weighted_mean", spoilt)
+    with pytest.raises(InputError, match="a tensor of nonsense"):
+        run(folders, tmp_path / "out", "avg")
+    # Of thousands.
+    assert len(read) < 50
+    assert not (tmp_path / "out").exists()
+
+
 def test_small_systems_are_solved_side_by_side(
     library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,7 +169,9 @@ def test_small_systems_are_solved_side_by_side(
         monkeypatch.setattr(merge_module, "systems_at_once", lambda *sizes: 2)
         monkeypatch.setattr(CheckpointWriter, "write", write)
         run(folders, tmp_path / "two")
-        assert torch.get_num_threads() == 4
+        # PyTorch's number for threads to come is one for the whole process.
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 4
     finally:
         torch.set_num_threads(threads)
     assert ("solver", 2) in inside
@@ -142,18 +183,19 @@ def test_small_systems_are_solved_side_by_side(
 
 
 @pytest.mark.parametrize(("block", "at_once"), [(1, 3), (200, 1), (200, 3), (1 << 24, 1)])
+@pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("kind", MODELS)
 def test_regmean_is_the_plain_implementation(
-    library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, block: int, at_once: int
+    library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, count: int, block: int, at_once: int
 ) -> None:
     monkeypatch.setattr(merge_module, "BLOCK_ELEMENTS", block)
     monkeypatch.setattr(merge_module, "SIDE_BY_SIDE_BLOCK_ELEMENTS", block)
-    monkeypatch.setattr(merge_module, "systems_at_once", lambda *sizes: at_once)
-    folders = library(kind, 3)
-    run(folders, tmp_path / "out", alpha=[0.1, 0.9], model_weights=[1.0, 1.0, 2.0])
+    monkeypatch.setattr(merge_module, "systems_at_once", lambda *sizes: min(at_once, torch.get_num_threads()))
+    folders, shares = library(kind, count), {2: [0.25, 0.75], 3: [0.25, 0.25, 0.5]}[count]
+    run(folders, tmp_path / "out", alpha=[0.1, 0.9], model_weights=[4 * share for share in shares])
     for alpha in (0.1, 0.9):
         merged = tensors(tmp_path / f"out_{alpha}")
-        plain = plain_regmean(folders, alpha, [0.25, 0.25, 0.5])
+        plain = plain_regmean(folders, alpha, shares)
         assert merged.keys() == plain.keys()
         for name, tensor in merged.items():
             np.testing.assert_allclose(tensor.numpy(), plain[name], atol=2e-5, err_msg=name)
