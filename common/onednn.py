@@ -2,7 +2,7 @@
 
 On the CPU, PyTorch has MKL multiply float32 matrices, and MKL uses AVX-512 on Intel's processors only. oneDNN, which
 is part of PyTorch too, uses it on others: on two cores of an AMD Zen 5 it does nn.Linear's products at 400 to 500
-GFLOP/s, and MKL at 220.
+GFLOP/s, and MKL at 220; on a Zen 4, which takes two steps for 512 bits, at 220 and 186.
 """
 
 import functools

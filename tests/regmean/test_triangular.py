@@ -33,23 +33,21 @@ def test_a_factor_in_blocks_solves_the_system(
     ) * np.linalg.norm(expected)
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 @pytest.mark.parametrize("size", [16, 61, 64])
-def test_so_does_one_by_onednn(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    product = Mock(side_effect=onednn._product)
-    for name, value in {"is_faster": lambda: True, "LARGE": 1, "TILE": 24, "_product": product}.items():
-        monkeypatch.setattr(onednn, name, value)
+def test_so_does_one_by_onednn(monkeypatch: pytest.MonkeyPatch, onednn_products: Mock, size: int) -> None:
+    monkeypatch.setattr(onednn, "LARGE", 1)
+    monkeypatch.setattr(onednn, "TILE", 24)
     monkeypatch.setattr(triangular, "BLOCK", 16)
     matrix, columns = system(size), np.random.default_rng(0).normal(size=(size, 30))
     factor = Factor(torch.tensor(matrix, dtype=torch.float32))
-    factored = product.call_count
+    factored = onednn_products.call_count
     solution = factor.solve(torch.tensor(columns, dtype=torch.float32))
     expected = np.linalg.solve(matrix, columns)
     assert np.linalg.norm(solution.double().numpy() - expected) < 1e-5 * np.linalg.norm(expected)
     blocks = -(-size // 16)
     # Below each block a product and further ones where it is taken off the rest; there and back twice as many at least.
     assert factored >= (blocks - 1) * blocks / 2
-    assert product.call_count - factored >= 2 * (2 * blocks - 1)
+    assert onednn_products.call_count - factored >= 2 * (2 * blocks - 1)
 
 
 @pytest.mark.parametrize("bad", [0, 37])
