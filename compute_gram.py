@@ -1,4 +1,4 @@
-"""Compute RegMean's Grams of one model; the flags are in regmean/flags.py.
+"""Compute RegMean's Grams of one model; the flags are in regmean/config.py.
 
 python compute_gram.py code                      a preset of configs/regmean
 python compute_gram.py --model M --dataset D ...
@@ -8,9 +8,9 @@ python compute_gram.py convert gram.pkl          a published file, in this repos
 import sys
 from pathlib import Path
 
+from common.cli import parse_flags
 from common.errors import exit_with_message
-from common.flags import parse_flags
-from regmean.flags import ConvertFlags, GramFlags
+from regmean.config import ConvertFlags, GramFlags
 
 PRESETS = Path(__file__).parent / "configs" / "regmean"
 
@@ -28,11 +28,11 @@ def main() -> None:
 
     flags = parse_flags(GramFlags, words, presets=PRESETS)
     if flags.plan is not None:
-        from regmean.plan import plan_grams
+        from tools.estimate_regmean import plan_grams
 
         plan_grams(flags)
         return
-    from common.distributed import start_process  # imported late: bad flags are told before torch loads
+    from common.ranks import start_process  # imported late: bad flags are told before torch loads
     from regmean.gram import compute_grams
 
     process = start_process(flags.device)

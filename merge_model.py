@@ -1,4 +1,4 @@
-"""Merge models into one; the flags are in regmean/flags.py.
+"""Merge models into one; the flags are in regmean/config.py.
 
 python merge_model.py avg                        presets of configs/regmean
 python merge_model.py regmean
@@ -9,9 +9,9 @@ import shlex
 import sys
 from pathlib import Path
 
+from common.cli import parse_flags
 from common.errors import exit_with_message
-from common.flags import parse_flags
-from regmean.flags import MergeFlags
+from regmean.config import MergeFlags
 from regmean.merge import merge
 
 PRESETS = Path(__file__).parent / "configs" / "regmean"
@@ -20,7 +20,7 @@ PRESETS = Path(__file__).parent / "configs" / "regmean"
 def main() -> None:
     flags = parse_flags(MergeFlags, presets=PRESETS)
     if flags.plan is not None:
-        from regmean.plan import plan_merging
+        from tools.estimate_regmean import plan_merging
 
         plan_merging(flags)
         return

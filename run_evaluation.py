@@ -1,20 +1,20 @@
 """Evaluate an LLM with a mapping, or alone: `python run_evaluation.py --llm_path L --mt_path M --init_checkpoint C`"""
 
+from common.cli import parse_flags
 from common.errors import exit_with_message
-from common.flags import parse_flags
 
 
 def main() -> None:
-    from mindmerger.flags import EvaluationFlags
+    from mindmerger.config import EvaluationFlags
 
     flags = parse_flags(EvaluationFlags)
     if flags.plan is not None:
-        from mindmerger.plan import plan_evaluation
+        from tools.estimate_mindmerger import plan_evaluation
 
         plan_evaluation(flags)
         return
     # torch and transformers take seconds to import: wrong flags are told before.
-    from mindmerger.evaluation import evaluate
+    from mindmerger.evaluation.run import evaluate
 
     evaluate(flags)
 

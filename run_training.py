@@ -2,19 +2,19 @@
 
 import os
 
+from common.cli import parse_flags
 from common.errors import exit_with_message
-from common.flags import parse_flags
 
 
 def main() -> None:
-    from mindmerger.flags import TrainingFlags
+    from mindmerger.config import TrainingFlags
 
     flags = parse_flags(TrainingFlags)
     if flags.device == "cpu":
         # DeepSpeed picks its device when it is imported.
         os.environ["DS_ACCELERATOR"] = "cpu"
     if flags.plan is not None:
-        from mindmerger.plan import plan_training
+        from tools.estimate_mindmerger import plan_training
 
         plan_training(flags)
         return

@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.mapping_control import perplexity, shuffled_sources
-from common.distributed import start_process
+from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
-from common.files import write_json
-from common.flags import flag, parse_flags
+from common.io import write_json
 from common.logging import quiet_libraries
-from mindmerger.aligned_start import PENALTY, layer_scores, pair_vectors, read_states, token_targets
-from mindmerger.alignment import as_mlp, relative_error, ridge
+from common.ranks import start_process
+from mindmerger.config import ModelFlags
 from mindmerger.data import Example, hold_out, read_training
-from mindmerger.flags import ModelFlags
+from mindmerger.init.aligned import PENALTY, layer_scores, pair_vectors, read_states, token_targets
+from mindmerger.init.ridge import as_mlp, relative_error, ridge
 from mindmerger.modeling import MLP, MindMergerForCausalLM, mapping_config, mean_embedding
 from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, find_task, select_languages
 from mindmerger.tokenization import ExampleTokenizer, ids_with_spans, load_example_tokenizer

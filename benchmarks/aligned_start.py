@@ -23,9 +23,9 @@ from matplotlib.ticker import StrMethodFormatter
 
 from benchmarks.launch import launch
 from benchmarks.mapping_control import ControlFlags, measure
+from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
-from common.files import atomic_path, write_json, write_text
-from common.flags import flag, parse_flags
+from common.io import atomic_path, write_json, write_text
 from mindmerger.tasks import Language, select_languages
 from mindmerger.trainer import ALIGNED_START
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks import regmean_inputs, side_by_side
-from regmean.checkpoint import locate_model, open_checkpoint
+from regmean.model_folder import locate_model, open_checkpoint
 
 # A program of another environment, in place of this process.
 EXECUTE = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"

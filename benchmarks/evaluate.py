@@ -27,20 +27,20 @@ from transformers import PreTrainedModel
 
 from benchmarks.pair_inputs import PairFlags, unlearned_model
 from benchmarks.side_by_side import in_turn, measured, report, run
-from common.distributed import Process
+from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
-from common.files import read_json, write_json
-from common.flags import flag, parse_flags
+from common.io import read_json, write_json
 from common.logging import quiet_libraries
 from common.models import load_tokenizer
+from common.ranks import Process
+from mindmerger.config import EvaluationFlags
 from mindmerger.data import Example, read_evaluation
-from mindmerger.evaluation import answer_all, read_answers
-from mindmerger.flags import EvaluationFlags
+from mindmerger.evaluation.answerer import load_subject, prepare
+from mindmerger.evaluation.run import answer_all, read_answers
+from mindmerger.evaluation.vllm_answerer import VllmSubject, check_vllm
 from mindmerger.modeling import Sequence
-from mindmerger.subject import load_subject, prepare
 from mindmerger.tasks import EVALUATION_TASKS, select_languages
 from mindmerger.tokenization import ExampleTokenizer, Tokens
-from mindmerger.vllm_backend import VllmSubject, check_vllm
 
 TASK = EVALUATION_TASKS["mgsm"]
 # Rows of a batch, as published.

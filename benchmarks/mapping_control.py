@@ -21,17 +21,17 @@ from typing import Any, Literal, TypeVar
 import torch
 from transformers import set_seed
 
-from common.distributed import start_process
+from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
-from common.flags import flag, parse_flags
 from common.logging import quiet_libraries
 from common.models import base_config, load_tokenizer
 from common.optional import require
+from common.ranks import start_process
 from mindmerger.batching import collate, plan_once
 from mindmerger.data import Example, hold_out, read_training
-from mindmerger.decoding import greedy
+from mindmerger.evaluation.answerer import pick_dtype
+from mindmerger.evaluation.decoding import greedy
 from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM
-from mindmerger.subject import pick_dtype
 from mindmerger.tasks import TRAINING_TASKS, find_task, select_languages
 from mindmerger.tokenization import ExampleTokenizer, Tokens
 
@@ -162,7 +162,7 @@ def measure(flags: ControlFlags) -> dict[str, dict[str, Any]]:
             ]
             for shown in result[language]["translations"][: flags.shown]:
                 print("\n" + "\n".join([language, *(f"{name}: {text}" for name, text in shown.items())]))
-        print(f"\n{language} {({key: value for key, value in result[language].items() if key != 'translations'})}")
+        print(f"\n{language} { ({key: value for key, value in result[language].items() if key != 'translations'}) }")
     return result
 
 

@@ -17,8 +17,8 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks import regmean_inputs, side_by_side
-from regmean.checkpoint import locate_model, open_checkpoint
 from regmean.gram_file import FILE_NAME, PUBLISHED_NAME, GramFile
+from regmean.model_folder import locate_model, open_checkpoint
 
 ALPHA = 0.1
 ROWS_COMPARED = 256  # of a weight; its rows are independent problems

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from common.cli import flag
 from common.errors import InputError
-from common.flags import flag
-from mindmerger.flags import ModelFlags
+from mindmerger.config import ModelFlags
 from mindmerger.modeling import MindMergerForCausalLM, embedding_scale, mapping_config
 
 

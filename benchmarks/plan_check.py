@@ -50,11 +50,11 @@ def predictions(llm_path: str, mt_path: str, wide: str) -> dict[str, float]:
     """Bytes of each check, as the plans have them."""
     import torch
 
-    from common.plan import causal_lm_on_meta
-    from mindmerger.flags import ModelFlags
-    from mindmerger.plan import Row, encoder_cost, model_on_meta, step_cost
-    from regmean.flags import GramFlags, MergeFlags
-    from regmean.plan import gram_plan, merge_cost
+    from mindmerger.config import ModelFlags
+    from regmean.config import GramFlags, MergeFlags
+    from tools.estimate import causal_lm_on_meta
+    from tools.estimate_mindmerger import Row, encoder_cost, model_on_meta, step_cost
+    from tools.estimate_regmean import gram_plan, merge_cost
 
     model = model_on_meta(ModelFlags(llm_path=llm_path, mt_path=mt_path), torch.float32)
     row = Row(STEP["source"], STEP["prompt"], STEP["target"])
@@ -78,9 +78,9 @@ def write_wide_model(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from common.plan import causal_lm_on_meta
     from regmean.gram_file import FILE_NAME, Gram, write_grams
-    from regmean.plan import layer_inputs
+    from tools.estimate import causal_lm_on_meta
+    from tools.estimate_regmean import layer_inputs
 
     torch.manual_seed(0)
     config = LlamaConfig(**WIDE, num_hidden_layers=1, vocab_size=32, tie_word_embeddings=True)
@@ -101,7 +101,7 @@ def step(llm_path: str, mt_path: str, _: Path) -> None:
     """A micro batch, forward and backward."""
     import torch
 
-    from mindmerger.flags import ModelFlags
+    from mindmerger.config import ModelFlags
     from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 
     keep_heap_small()
@@ -126,8 +126,8 @@ def gram(llm_path: str, _: str, folder: Path) -> None:
     import datasets  # noqa: F401
     import torch._dynamo  # noqa: F401
 
-    from common.distributed import start_process
-    from regmean.flags import GramFlags
+    from common.ranks import start_process
+    from regmean.config import GramFlags
     from regmean.gram import compute_grams
 
     flags = GramFlags(
@@ -150,7 +150,7 @@ def merge(_: str, __: str, folder: Path) -> None:
     """All of merge_model.py but the imports, of the wide model with itself."""
     import torch
 
-    from regmean.flags import MergeFlags
+    from regmean.config import MergeFlags
     from regmean.merge import merge as merge_models
 
     flags = MergeFlags(

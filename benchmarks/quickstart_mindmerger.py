@@ -18,13 +18,13 @@ from transformers import MT5ForConditionalGeneration
 
 from benchmarks.launch import launch
 from benchmarks.mapping_control import shuffled_sources
-from common.files import read_json, write_json
+from common.io import read_json, write_json
 from common.logging import quiet_libraries
 from common.models import base_config, load_tokenizer
-from mindmerger.answers import parse_answer
 from mindmerger.batching import collate, plan_once
 from mindmerger.data import read_evaluation
-from mindmerger.decoding import greedy
+from mindmerger.evaluation.answers import parse_answer
+from mindmerger.evaluation.decoding import greedy
 from mindmerger.modeling import MindMergerForCausalLM
 from mindmerger.tasks import EVALUATION_TASKS
 from mindmerger.tokenization import ExampleTokenizer

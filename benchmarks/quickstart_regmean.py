@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from common.files import read_json
+from common.io import read_json
 from quickstart.exercises import TASKS
 
 BASE = Path("quickstart/models/regmean/base")

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
-from common.files import atomic_path
-from common.flags import flag, parse_flags
+from common.io import atomic_path
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE, RECORD = DOCS / "performance.md", DOCS / "performance.jsonl"

@@ -22,8 +22,8 @@ import torch
 from benchmarks.mapping_control import perplexity
 from benchmarks.pair_inputs import PairFlags, unlearned_model
 from benchmarks.side_by_side import in_turn, measured, report, run
+from common.cli import flag, parse_flags
 from common.errors import exit_with_message
-from common.flags import flag, parse_flags
 from common.logging import quiet_libraries
 from common.models import base_config, load_tokenizer
 from common.onednn import use_onednn

@@ -40,8 +40,8 @@ def exit_with_message(main: Callable[[], None]) -> None:
         print(f"{kind}: {error}", file=sys.stderr, flush=True)
         code = EXIT_STOPPED if stopped else 2
     # Loaded, with torch, by those scripts only that may have been ranks.
-    if "common.distributed" in sys.modules:
-        from common.distributed import end_rank
+    if "common.ranks" in sys.modules:
+        from common.ranks import end_rank
 
         end_rank(code)
     sys.exit(code)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import InputError
-from common.files import writing
+from common.io import writing
 
 # A pattern for the random letters of `tempfile`: `.a.*.partial` would be that of a folder `a.5`, too.
 UNIQUE = "[a-z0-9_]" * 8

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from common.distributed import Process
 from common.errors import InputError, first_line
-from common.files import writing
+from common.io import writing
 from common.optional import require
+from common.ranks import Process
 
 ReportTo = Literal["tensorboard", "wandb", "trackio", "none"]
 _OPTIONAL = ("wandb", "trackio")

@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.errors import InputError, first_line
-from common.files import read_shard_index
+from common.io import read_shard_index
 
 
 def base_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:

@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from common.distributed import Process
 from common.errors import InputError
-from common.files import read_json, write_json
+from common.io import read_json, write_json
+from common.ranks import Process
 
 RUN = "run.json"
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import InputError
-from common.files import atomic_folder, sha256, write_text
+from common.io import atomic_folder, sha256, write_text
 
 # In the form that `sha256sum --check` reads.
 SUMS = "SHA256SUMS"

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
-from common.files import read_json, sha256, write_text
-from common.flags import flag, parse_flags
+from common.io import read_json, sha256, write_text
 from common.runs import RUN
 from mindmerger.checkpoint import CONFIG, PUBLISHED, SAFETENSORS
-from mindmerger.scores import SCORES
-from mindmerger.sources import MANIFEST
+from mindmerger.data import MANIFEST
+from mindmerger.evaluation.metrics import SCORES
 from mindmerger.tasks import LANGUAGES
 
 if TYPE_CHECKING:

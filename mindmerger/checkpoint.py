@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from common.errors import InputError
-from common.files import read_json, write_bytes, write_json
+from common.io import read_json, write_bytes, write_json
 from common.pickles import read_pickled
-from mindmerger.flags import ModelFlags
+from mindmerger.config import ModelFlags
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
-from mindmerger.answers import parse_answer
+from mindmerger.evaluation.answers import parse_answer
 from mindmerger.tasks import (
     EVALUATION_TASKS,
     LANGUAGES,
@@ -22,6 +22,9 @@ from mindmerger.tasks import (
     x_csqa_prompt,
     xnli_prompt,
 )
+
+# Where a `datas` folder says which data sets its files stem from.
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from transformers.utils import cached_file
 
 from common.errors import InputError, first_line
 from common.models import base_config
-from mindmerger.base_models import check_encoder_layer, encoder_config, load_encoder, load_llm
 from mindmerger.batching import IGNORED
 from mindmerger.card import write_card
 from mindmerger.checkpoint import SAFETENSORS, read_mapping, write_mapping
-from mindmerger.flags import ModelFlags
+from mindmerger.config import ModelFlags
+from mindmerger.frozen_models import check_encoder_layer, encoder_config, load_encoder, load_llm
 from mindmerger.packing import pack_attention, packed_arguments
 
 _HUB_OPTIONS = {

@@ -9,9 +9,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from common.errors import InputError
 from common.models import base_config, load_tokenizer
-from mindmerger.alignment import Span
+from mindmerger.config import ModelFlags
 from mindmerger.data import Example
-from mindmerger.flags import ModelFlags
+from mindmerger.init.ridge import Span
 from mindmerger.tasks import LANGUAGES, Language, Prompt
 
 # Texts handed to a tokenizer at a time: enough for its threads, few enough for its memory.

@@ -17,15 +17,13 @@ from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_
 from transformers.integrations import HfDeepSpeedConfig
 
 from common import runs, snapshots
-from common.distributed import Process, is_out_of_memory, start_process
 from common.errors import InputError
-from common.files import read_json, sha256, write_bytes, write_json
+from common.io import read_json, sha256, write_bytes, write_json
 from common.locks import locked
 from common.logging import Metrics, progress, quiet_libraries, say
 from common.onednn import use_onednn
+from common.ranks import Process, is_out_of_memory, start_process
 from common.signals import Stopped, StopSignals
-from mindmerger.aligned_start import aligned_start
-from mindmerger.base_models import check_context
 from mindmerger.batching import Batch, collate, plan_epoch, plan_once
 from mindmerger.card import source_datasets
 from mindmerger.checkpoint import (
@@ -37,12 +35,14 @@ from mindmerger.checkpoint import (
     write_mapping,
     write_published,
 )
+from mindmerger.config import TrainingFlags
 from mindmerger.data import Example, hold_out, read_training, shared_targets
-from mindmerger.engine import MappingState, deepspeed_config, make_optimizer, weights_dtype
-from mindmerger.flags import TrainingFlags
+from mindmerger.frozen_models import check_context
+from mindmerger.init.aligned import aligned_start
 from mindmerger.modeling import MindMergerForCausalLM, embedding_scale, mapping_config
 from mindmerger.tasks import TRAINING_TASKS, find_task, prompt_template, select_languages
 from mindmerger.tokenization import Tokens, count_cuts, load_example_tokenizer
+from mindmerger.zero import MappingState, deepspeed_config, make_optimizer, weights_dtype
 
 STATE = "state"
 ALIGNED_START = "aligned_start"

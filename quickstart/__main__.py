@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from common.errors import InputError, exit_with_message
-from common.files import read_json, write_json
+from common.io import read_json, write_json
 
 HOME = Path(__file__).parent
 BUILD = HOME / "build"

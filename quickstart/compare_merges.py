@@ -15,16 +15,16 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common import runs
-from common.distributed import Process, start_process
+from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
-from common.files import read_json, sha256, write_json, write_text
-from common.flags import flag, parse_flags
+from common.io import read_json, sha256, write_json, write_text
 from common.logging import progress, quiet_libraries, say
-from mindmerger.base_models import load_llm
+from common.ranks import Process, start_process
 from mindmerger.batching import plan_once
-from mindmerger.decoding import greedy
+from mindmerger.evaluation.decoding import greedy
+from mindmerger.evaluation.metrics import SCORES, wilson_interval
+from mindmerger.frozen_models import load_llm
 from mindmerger.modeling import join, token_segment
-from mindmerger.scores import SCORES, wilson_interval
 from quickstart.exercises import TASKS, Exercise
 
 BATCH_SIZE = 128

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from common.files import write_text
-from mindmerger.answers import parse_answer
+from common.io import write_text
+from mindmerger.evaluation.answers import parse_answer
 from quickstart.programs import programs
 from quickstart.world import Split, problems
 

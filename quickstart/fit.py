@@ -13,8 +13,8 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from common.distributed import Process
 from common.logging import progress
+from common.ranks import Process
 from mindmerger.batching import IGNORED
 
 # What a model learns from: (text that is only read, text that is learned).

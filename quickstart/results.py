@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from common.files import read_json, write_json, write_text
+from common.io import read_json, write_json, write_text
 
 HOME = Path(__file__).parent
 RESULTS = Path("results")

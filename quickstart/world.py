@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.files import atomic_folder, write_json, write_text
+from common.io import atomic_folder, write_json, write_text
 from mindmerger.tasks import LANGUAGES
 
 WORLD_LANGUAGES = tuple(LANGUAGES[name] for name in ("German", "Spanish", "Swahili", "Russian", "Chinese", "English"))

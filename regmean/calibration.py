@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import InputError, first_line
-from regmean.flags import GramFlags
+from regmean.config import GramFlags
 
 FILE_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 

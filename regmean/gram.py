@@ -22,19 +22,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.pytorch_utils import Conv1D
 
 from common import runs, snapshots
-from common.distributed import Process, available_memory, finish
 from common.errors import InputError
-from common.files import read_json, write_json
+from common.io import read_json, write_json
 from common.locks import locked
 from common.logging import progress, quiet_libraries, say
 from common.models import load_model, load_tokenizer
 from common.onednn import use_onednn
+from common.ranks import Process, available_memory, finish
 from common.signals import Stopped, StopSignals
 from regmean.calibration import Calibration, collate, load_calibration, make_batches
-from regmean.checkpoint import Checkpoint, open_checkpoint
-from regmean.flags import GramFlags
+from regmean.config import GramFlags
 from regmean.gram_file import FILE_NAME, Gram, GramFile, write_grams
-from regmean.layer_inputs import LinearInputs, aligned_with, input_width, linear_layers, untied_head
+from regmean.hooks import LinearInputs, aligned_with, input_width, linear_layers, untied_head
+from regmean.model_folder import Checkpoint, open_checkpoint
 
 SNAPSHOT_SECONDS = 600.0
 SUMS_NAME = "sums.safetensors"

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.errors import InputError
-from common.files import atomic_path
+from common.io import atomic_path
 from regmean.tensor_file import TensorFile, TensorWriter
 
 FORMAT = "regmean-gram"

@@ -16,12 +16,12 @@ import numpy as np
 from tqdm import tqdm
 
 from common.errors import InputError
-from common.files import atomic_folder
+from common.io import atomic_folder
 from common.locks import locked
-from regmean.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
-from regmean.flags import MergeFlags
+from regmean.config import MergeFlags
 from regmean.gram_file import Grams, open_grams
-from regmean.preflight import LayerGroup, MergePlan, describe_size, plan_merge
+from regmean.merge_plan import LayerGroup, MergePlan, describe_size, plan_merge
+from regmean.model_folder import Checkpoint, CheckpointWriter, open_checkpoint
 from regmean.report import LayerReport, Provenance, print_table, write_report
 from regmean.tensor_file import FLOATS, encode
 
@@ -199,7 +199,7 @@ class _Merger:
             device = None
             if self._plan.groups:
                 # An average needs neither torch nor the seconds that it takes to import.
-                from common.distributed import start_process
+                from common.ranks import start_process
 
                 device = start_process(self._flags.device).device
             self._average()

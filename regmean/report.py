@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from common.files import write_json, write_text
-from regmean.checkpoint import Checkpoint
-from regmean.flags import MergeFlags
+from common.io import write_json, write_text
+from regmean.config import MergeFlags
 from regmean.gram_file import Grams
-from regmean.preflight import MergePlan
+from regmean.merge_plan import MergePlan
+from regmean.model_folder import Checkpoint
 
 if TYPE_CHECKING:
     from regmean.solve import Objective

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from common.flags import FlagParser
+from common.cli import FlagParser
 from tests.conftest import REPOSITORY
 from tests.mindmerger.scripts import forget_ranks
 
@@ -196,7 +196,7 @@ def _check_python(words: list[str]) -> None:
 
 def _start(words: list[str]) -> None:
     # end_rank would end the tests.
-    with patch.object(sys, "argv", words[1:] if words[0] == "-m" else words), patch("common.distributed.end_rank"):
+    with patch.object(sys, "argv", words[1:] if words[0] == "-m" else words), patch("common.ranks.end_rank"):
         if words[0] == "-m":
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:

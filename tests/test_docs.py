@@ -50,7 +50,7 @@ FOREIGN = {
 @pytest.fixture(scope="session")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All that the commands read, in one folder."""
-    from mindmerger.flags import ModelFlags
+    from mindmerger.config import ModelFlags
     from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 
     folder = tmp_path_factory.mktemp("material")

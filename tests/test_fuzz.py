@@ -25,18 +25,18 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from common import snapshots
+from common.cli import parse_flags
 from common.errors import InputError
-from common.files import write_text
-from common.flags import parse_flags
+from common.io import write_text
 from mindmerger.checkpoint import mapping_shapes, read_mapping, write_mapping
+from mindmerger.config import EvaluationFlags, TrainingFlags
 from mindmerger.data import read_evaluation, read_training
-from mindmerger.flags import EvaluationFlags, TrainingFlags
-from mindmerger.subject import take_from_checkpoint
+from mindmerger.evaluation.answerer import take_from_checkpoint
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, select_languages
-from regmean.checkpoint import base_vocabulary, open_checkpoint
-from regmean.flags import GramFlags, MergeFlags
+from regmean.config import GramFlags, MergeFlags
 from regmean.gram_file import Gram, open_grams, write_grams
-from regmean.preflight import plan_merge
+from regmean.merge_plan import plan_merge
+from regmean.model_folder import base_vocabulary, open_checkpoint
 from regmean.report import Provenance, model_card
 from tests.mindmerger.datas import write_datas
 

@@ -12,14 +12,14 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from common.distributed import start_process
 from common.errors import InputError
-from common.files import inside
-from mindmerger.base_models import load_llm
-from mindmerger.flags import EvaluationFlags, ModelFlags, TrainingFlags
-from regmean.checkpoint import locate_model, open_checkpoint
-from regmean.flags import GramFlags
+from common.io import inside
+from common.ranks import start_process
+from mindmerger.config import EvaluationFlags, ModelFlags, TrainingFlags
+from mindmerger.frozen_models import load_llm
+from regmean.config import GramFlags
 from regmean.gram import compute_grams
+from regmean.model_folder import locate_model, open_checkpoint
 from regmean.report import Provenance, model_card
 from tests.conftest import REPOSITORY
 

@@ -43,20 +43,20 @@ from benchmarks.reproduce.tables import cost_table, markdown
 from benchmarks.reproduce.texts import Text
 from benchmarks.side_by_side import machine
 from common import runs
-from common.distributed import start_process
+from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
-from common.files import atomic_path, read_json, write_json, write_text
-from common.flags import flag, parse_flags
+from common.io import atomic_path, read_json, write_json, write_text
 from common.locks import locked
 from common.logging import quiet_libraries
-from mindmerger.answers import parse_answer
-from mindmerger.base_models import load_llm
+from common.ranks import start_process
+from mindmerger.config import require_positive
 from mindmerger.data import Example, hold_out, read_evaluation, read_training
-from mindmerger.evaluation import read_answers
-from mindmerger.flags import require_positive
-from mindmerger.scores import SCORES
+from mindmerger.evaluation.answers import parse_answer
+from mindmerger.evaluation.metrics import SCORES
+from mindmerger.evaluation.run import read_answers
+from mindmerger.frozen_models import load_llm
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, Language, math_prompt, select_languages
-from regmean.checkpoint import open_checkpoint
+from regmean.model_folder import open_checkpoint
 
 RESULTS = Path("results/reproduce/mindmerger.json")
 PICTURE = Path("docs/reproduce_mindmerger.png")

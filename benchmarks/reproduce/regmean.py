@@ -39,17 +39,17 @@ from benchmarks.reproduce.tables import cost_table, markdown
 from benchmarks.reproduce.texts import HELD_OUT_PACKAGES, TRAINING_PACKAGES, Text, choices, functions, problems
 from benchmarks.side_by_side import machine
 from common import runs
-from common.distributed import start_process
+from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
-from common.files import read_json, sha256, write_json, write_text
-from common.flags import flag, parse_flags
+from common.io import read_json, sha256, write_json, write_text
 from common.locks import locked
 from common.logging import quiet_libraries
-from mindmerger.base_models import load_llm
-from regmean.checkpoint import open_checkpoint
-from regmean.flags import GramFlags, MergeFlags
+from common.ranks import start_process
+from mindmerger.frozen_models import load_llm
+from regmean.config import GramFlags, MergeFlags
 from regmean.gram import compute_grams
 from regmean.merge import merge
+from regmean.model_folder import open_checkpoint
 
 RESULTS = Path("results/reproduce/regmean.json")
 DOMAINS = ("math", "code")

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.reproduce.texts import Text
-from common.files import atomic_folder, read_json, write_json
-from mindmerger.base_models import load_llm
+from common.io import atomic_folder, read_json, write_json
+from mindmerger.frozen_models import load_llm
 from quickstart.fit import causal_batches, fit
 
 COST = "cost.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import InputError
-from common.files import read_json
+from common.io import read_json
 
 # Python's own library and packages that requirements.txt pins; the functions of the second line are never learned from.
 TRAINING_PACKAGES = ("stdlib", "numpy", "matplotlib")

@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.evaluate import BATCH_SIZE, published_answers
-from mindmerger.decoding import greedy_steps
+from mindmerger.evaluation.decoding import greedy_steps
 from mindmerger.modeling import Sequence
 
 MAX_NEW_TOKENS = 64

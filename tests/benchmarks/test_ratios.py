@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks import regmean_inputs
 from benchmarks.published_regmean import published_grams, published_merge
 from common import onednn
-from common.distributed import start_process
-from regmean.flags import GramFlags
+from common.ranks import start_process
+from regmean.config import GramFlags
 from regmean.gram import compute_grams
 from regmean.gram_file import FILE_NAME, PUBLISHED_NAME, GramFile
 from regmean.solve import Cholesky, GramSum, Regression

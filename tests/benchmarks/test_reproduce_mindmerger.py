@@ -11,11 +11,11 @@ import benchmarks.aligned_start
 import benchmarks.reproduce.mindmerger as reproduce
 import tests.mindmerger.datas as datas
 from benchmarks.reproduce.texts import Text
+from common.cli import parse_flags
 from common.errors import InputError
-from common.files import read_json
-from common.flags import parse_flags
-from mindmerger.evaluation import evaluate
-from mindmerger.flags import EvaluationFlags
+from common.io import read_json
+from mindmerger.config import EvaluationFlags
+from mindmerger.evaluation.run import evaluate
 from mindmerger.tasks import math_prompt
 from tests.conftest import REPOSITORY
 from tests.mindmerger.scripts import forget_ranks, train_here

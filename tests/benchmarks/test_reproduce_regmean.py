@@ -18,7 +18,7 @@ from benchmarks.reproduce.bootstrap import ratio_interval
 from benchmarks.reproduce.scoring import TokenTree, score_texts, token_scores
 from benchmarks.reproduce.texts import Text, choices
 from common.errors import InputError
-from common.files import read_json
+from common.io import read_json
 from quickstart.world import problems
 from tests.conftest import REPOSITORY
 

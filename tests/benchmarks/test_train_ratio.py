@@ -19,9 +19,7 @@ ROWS, MICRO = 32, 8
 def test_a_step_takes_less_time_than_the_published_one_and_gives_the_same_loss() -> None:
     torch.manual_seed(0)
     llm = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, vocab_size=2048
-        )
+        LlamaConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, vocab_size=2048)
     )
     encoder = MT5EncoderModel(MT5Config(d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4, vocab_size=2048))
     config = MindMergerConfig(llm_hidden_size=128, mt_hidden_size=64, llm_bos_token_id=1)

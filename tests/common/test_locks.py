@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import InputError
-from common.files import atomic_folder
+from common.io import atomic_folder
 from common.locks import locked
 from tests.conftest import REPOSITORY
 

@@ -5,11 +5,11 @@ from types import ModuleType
 
 import pytest
 
-from common.distributed import Process, start_process
+from common.cli import parse_flags
 from common.errors import InputError
-from common.flags import parse_flags
 from common.logging import Metrics, require_board
-from mindmerger.flags import TrainingFlags
+from common.ranks import Process, start_process
+from mindmerger.config import TrainingFlags
 
 
 @pytest.fixture(scope="module")

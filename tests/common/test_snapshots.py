@@ -6,7 +6,7 @@ import pytest
 
 from common import snapshots
 from common.errors import InputError
-from common.files import write_text
+from common.io import write_text
 
 
 def save(root: Path, step: int) -> None:

@@ -8,8 +8,8 @@ import torch
 
 from common.logging import quiet_libraries
 from common.models import base_config, load_tokenizer
+from mindmerger.config import ModelFlags
 from mindmerger.data import Example
-from mindmerger.flags import ModelFlags
 from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 from mindmerger.tasks import LANGUAGES, Prompt, math_prompt
 from mindmerger.tokenization import ExampleTokenizer

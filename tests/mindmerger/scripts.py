@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY
 
 # DeepSpeed calls `ninja`, which stands on the PATH of a user who has activated the environment.
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": PATH}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": PATH, "PYTHONPATH": str(REPOSITORY)}
 
 
 def free_port() -> int:
@@ -40,6 +40,11 @@ def torchrun_command(ranks: int, script: str, *words: object) -> list[str]:
 def python_command(script: str, *words: object) -> list[str]:
     """`python SCRIPT WORDS`."""
     return [sys.executable, str(REPOSITORY / script), *map(str, words)]
+
+
+def module_command(module: str, *words: object) -> list[str]:
+    """`python -m MODULE WORDS`."""
+    return [sys.executable, "-m", module, *map(str, words)]
 
 
 def run(command: list[str], folder: Path, expect: int = 0, environment: dict[str, str] | None = None) -> str:
@@ -85,8 +90,8 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
 
 def train_here(work: Path, *words: object) -> None:
     """Train in this process, in `work`."""
-    from common.flags import parse_flags
-    from mindmerger.flags import TrainingFlags
+    from common.cli import parse_flags
+    from mindmerger.config import TrainingFlags
     from mindmerger.trainer import train
 
     try:

@@ -9,11 +9,11 @@ import torch
 import yaml
 
 from common.errors import InputError
-from common.files import sha256, write_json
+from common.io import sha256, write_json
 from mindmerger.card import model_card, source_datasets, write_card
 from mindmerger.checkpoint import write_mapping
 from mindmerger.data import Example
-from mindmerger.scores import score
+from mindmerger.evaluation.metrics import score
 from mindmerger.tasks import LANGUAGES, Prompt
 
 CONFIG = {

@@ -23,11 +23,11 @@ from transformers import (
 
 from common.errors import InputError
 from mindmerger import modeling
-from mindmerger.base_models import check_context, load_encoder, load_llm
 from mindmerger.batching import IGNORED, Batch, collate
+from mindmerger.config import ModelFlags
 from mindmerger.data import Example
-from mindmerger.decoding import greedy
-from mindmerger.flags import ModelFlags
+from mindmerger.evaluation.decoding import greedy
+from mindmerger.frozen_models import check_context, load_encoder, load_llm
 from mindmerger.modeling import MindMergerForCausalLM, embedding_scale, mapping_config, squeeze_padding
 from mindmerger.tokenization import ExampleTokenizer
 from tests.mindmerger.conftest import ENCODERS

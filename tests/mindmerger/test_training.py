@@ -348,7 +348,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(work: Path, small: Words, word
 
 
 def test_batch_sizes_are_derived() -> None:
-    from mindmerger.flags import TrainingFlags
+    from mindmerger.config import TrainingFlags
 
     def sizes(**given: int) -> tuple[int, int, int]:
         flags = TrainingFlags(llm_path="L", mt_path="M", **given)

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import quickstart.compare_merges
 from common.errors import InputError
-from common.files import read_json
-from mindmerger.scores import wilson_interval
+from common.io import read_json
+from mindmerger.evaluation.metrics import wilson_interval
 from quickstart.compare_merges import CompareFlags, answers, compare, model_folders
 from quickstart.exercises import TASKS, Exercise
 from quickstart.specialists import make_tokenizer

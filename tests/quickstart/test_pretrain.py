@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from mindmerger.answers import parse_answer
+from mindmerger.evaluation.answers import parse_answer
 from mindmerger.tasks import math_prompt
 from quickstart import pretrain
 from quickstart.world import WORLD_LANGUAGES, problems

@@ -7,7 +7,7 @@ import pytest
 
 import quickstart.__main__ as runner
 from common.errors import InputError
-from common.files import read_json, write_json
+from common.io import read_json, write_json
 from quickstart import results
 
 LANGUAGES = ("German", "Spanish", "Swahili", "Russian", "Chinese", "English")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from common.distributed import Process
 from common.logging import progress
+from common.ranks import Process
 from quickstart.compare_merges import answers
 from quickstart.exercises import TASKS
 from quickstart.specialists import make_tokenizer, task_lessons, train_all

@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import InputError
 from regmean.calibration import collate, load_calibration, make_batches
-from regmean.flags import GramFlags
+from regmean.config import GramFlags
 from tests.regmean.conftest import make_tokenizer
 
 ROWS = [{"question": "w0 w1", "answer": "w2", "note": None}, {"question": "w3", "answer": "w4 w5 w6", "note": None}]

@@ -20,14 +20,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.published_regmean import published_grams
-from common.distributed import start_process
 from common.errors import InputError
+from common.ranks import start_process
 from common.signals import Stopped
 from regmean import gram as gram_module
-from regmean.flags import GramFlags, MergeFlags
+from regmean.config import GramFlags, MergeFlags
 from regmean.gram import compute_grams, plan_passes
 from regmean.gram_file import FILE_NAME, GramFile
-from regmean.layer_inputs import LinearInputs, linear_layers
+from regmean.hooks import LinearInputs, linear_layers
 from regmean.merge import merge
 from tests.regmean.conftest import make_gpt2, make_llama, make_tokenizer
 
@@ -440,9 +440,9 @@ def test_sigkill_loses_nothing_but_the_last_batches(compute: Callable, texts: Pa
     whole = compute("llama", output="whole", tokens_per_batch=30)
     killing = f"""
 import os, signal
-from common.distributed import start_process
+from common.ranks import start_process
 from regmean import gram
-from regmean.flags import GramFlags
+from regmean.config import GramFlags
 run, left = gram.LinearInputs.run, 8
 def run_or_die(self, *args):
     global left

@@ -16,16 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.distributed import start_process
 from common.errors import InputError
-from common.files import read_json
+from common.io import read_json
+from common.ranks import start_process
 from regmean import merge as merge_module
-from regmean import preflight
-from regmean.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
-from regmean.flags import GramFlags, MergeFlags
+from regmean import merge_plan as preflight
+from regmean.config import GramFlags, MergeFlags
 from regmean.gram import compute_grams
 from regmean.gram_file import FILE_NAME, GramFile, write_grams
 from regmean.merge import merge
+from regmean.model_folder import Checkpoint, CheckpointWriter, open_checkpoint
 from tests.regmean.conftest import make_gpt2, make_llama, make_tokenizer
 
 MODELS = {"llama": make_llama, "tied": lambda seed: make_llama(seed, tied=True), "gpt2": make_gpt2}

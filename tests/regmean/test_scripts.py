@@ -19,9 +19,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 import compute_gram
 import merge_model
+from common.cli import parse_flags
 from common.errors import InputError
-from common.flags import parse_flags
-from regmean.flags import GramFlags, MergeFlags
+from regmean.config import GramFlags, MergeFlags
 from regmean.gram_file import open_grams
 from tests.regmean.conftest import make_llama
 

@@ -1,0 +1,222 @@
+"""The flags of both scripts, under their published names; checks of one flag against another."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from common.cli import flag
+from common.devices import HERE, PLAN_HELP, parse_devices
+from common.errors import InputError
+from common.logging import ReportTo, require_board
+from common.ranks import launched_world_size
+from mindmerger.tasks import EVALUATION_TASKS, TRAINING_TASKS, Task
+
+
+@dataclass
+class ModelFlags:
+    """Which models and data, and how much of them: what both scripts take."""
+
+    llm_path: str | None = flag(None, "LLM: hub id or local folder")
+    mt_path: str | None = flag(None, "multilingual model: hub id or local folder")
+    llm_revision: str | None = flag(None, "hub revision of the LLM")
+    mt_revision: str | None = flag(None, "hub revision of the multilingual model")
+    encoder_layer: int | None = flag(
+        None, "of a decoder-only multilingual model, how many of its layers to read; default: as trained, or all"
+    )
+    trust_remote_code: bool = flag(False, "run code that a model's repository brings")
+    data_dir: str = flag("./datas", "folder in the published data layout")
+    languages: str | None = flag(None, "comma-separated English names or ISO codes; default: all of the task's")
+    max_seq_len: int = flag(512, "tokens of a source, for the encoder")
+    max_prompt_len: int = flag(512, "tokens of a prompt, for the LLM")
+    max_gen_len: int = flag(512, "tokens of a target or of a generated answer")
+    save_name: str = flag("MergeMinds", "names the folders under outputs/ and results/")
+    init_checkpoint: str | None = flag(
+        None, "mapping to start from: folder, .safetensors or pytorch_model.bin; none: start afresh"
+    )
+    eval_batch_size: int = flag(8, "rows of a batch at evaluation, per device")
+    overwrite: bool = flag(False, "start anew where an output folder holds another run")
+    device: str = flag("auto", "auto takes the GPU where there is one")
+    plan: str | None = flag(None, PLAN_HELP, nargs="?", const=HERE)
+    deepspeed: bool = flag(False, "accepted as in the published commands; training always runs under DeepSpeed")
+    local_rank: int = flag(0, "set by the deepspeed launcher")
+
+    def __post_init__(self) -> None:
+        for name in ("max_seq_len", "max_prompt_len", "max_gen_len", "eval_batch_size"):
+            require_positive(self, name)
+        plain = Path(self.save_name).name == self.save_name and self.save_name not in ("", ".", "..")
+        if not plain or len(self.save_name) > 100:
+            raise InputError(f"--save_name {self.save_name[:100]!r} must be a plain folder name of at most 100 letters")
+        if self.plan is not None:
+            parse_devices(self.plan)
+
+
+@dataclass
+class TrainingFlags(ModelFlags):
+    """Train MindMerger's mapping: one stage at a time, under the deepspeed launcher."""
+
+    task: str = flag("math", f"one of: {', '.join(TRAINING_TASKS)}")
+    stage_name: Literal["mapping", "augmentation"] = flag("mapping", "which of the two training stages")
+    augmentation: bool | None = flag(None, "whether the prompt follows the mapped states; default: by the stage")
+    train_num: int = flag(100_000, "training rows per language")
+    dev_size: int = flag(3000, "training rows held out to select the best mapping by perplexity")
+    epoch_num: int = flag(3, "passes over the training rows")
+    train_batch_size: int | None = flag(None, "rows of an optimizer step, over all ranks; default 128")
+    train_micro_batch_size_per_gpu: int | None = flag(None, "rows of a forward pass; default at most 8, or derived")
+    gradient_accumulation: int | None = flag(None, "forward passes per step on each rank; default: derived")
+    optimizer: Literal["adamw", "muon"] = flag(
+        "adamw", "adamw: published; muon moves the two matrices by orthogonal steps of the same size"
+    )
+    lr: float = flag(2e-5, "peak learning rate")
+    boundary_lr: float | None = flag(None, "the same for the boundary vector; default: --lr")
+    lr_scheduler: Literal["constant", "cosine"] = flag("constant", "learning rate after warm-up")
+    warmup_ratio: float = flag(0.0, "share of all steps in which the learning rate rises from 0")
+    mapping_init: Literal["scaled", "random", "aligned"] = flag(
+        "scaled",
+        "scaled: mapped vectors start as long as the LLM's embeddings; aligned: fitted to them on English text "
+        "(docs/aligned_start.md); random: published",
+    )
+    aligned_sentences: int = flag(300, "English sentences among the training rows that an aligned start is fitted to")
+    boundary_init: Literal["mean", "zero"] = flag("mean", "mean: the LLM's mean embedding; zero: published")
+    gradient_checkpointing: bool = flag(False, "recompute the LLM's layers in the backward pass, to save memory")
+    eval_steps: int = flag(500, "optimizer steps between evaluations on the dev rows")
+    save_steps: int = flag(500, "optimizer steps between saved states that a killed run continues from")
+    report_to: ReportTo = flag("tensorboard", "where the curves go, beside metrics.jsonl")
+    seed: int = flag(0, "of the mapping's start, the dev rows and the shuffles")
+    deepspeed_config: str | None = flag(None, "DeepSpeed JSON; default: ZeRO-2 in bf16 on a GPU, in fp32 on a CPU")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.boundary_lr is None:
+            self.boundary_lr = self.lr
+        for name in ("train_num", "epoch_num", "lr", "boundary_lr", "eval_steps", "save_steps"):
+            require_positive(self, name)
+        if self.llm_path is None or self.mt_path is None:
+            raise InputError("--llm_path and --mt_path are needed: the two models to join")
+        if self.dev_size < 0:
+            raise InputError(f"--dev_size {self.dev_size} must not be negative")
+        if self.aligned_sentences < 10:
+            raise InputError(f"--aligned_sentences {self.aligned_sentences} must be at least 10")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise InputError(f"--warmup_ratio {self.warmup_ratio} must be from 0 to 1")
+        require_board(self.report_to)
+        if self.device.startswith("cuda:"):
+            raise InputError(
+                f"--device {self.device}: DeepSpeed gives each rank its GPU; choose which by CUDA_VISIBLE_DEVICES, or "
+                "by deepspeed --include"
+            )
+        planned = None if self.plan is None else parse_devices(self.plan)[1]
+        self._derive_batch_sizes(planned or launched_world_size())
+
+    @property
+    def uses_prompt(self) -> bool:
+        """Whether the prompt follows the mapped states: as told, else by the stage."""
+        return self.stage_name == "augmentation" if self.augmentation is None else self.augmentation
+
+    def _derive_batch_sizes(self, world_size: int) -> None:
+        """Fill in what was left out of batch = micro batch * accumulation * ranks, and hold the flags to it."""
+        batch, micro, accumulation = (
+            self.train_batch_size,
+            self.train_micro_batch_size_per_gpu,
+            self.gradient_accumulation,
+        )
+        for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
+        if batch is None and (micro is None or accumulation is None):
+            batch = 128
+        if micro is None:
+            rows = max(1, batch // (world_size * (accumulation or 1)))
+            micro = rows if accumulation else max(size for size in range(1, 9) if rows % size == 0)
+        if accumulation is None:
+            accumulation = max(1, batch // (micro * world_size))
+        batch = batch or micro * accumulation * world_size
+        if batch != micro * accumulation * world_size:
+            raise InputError(
+                f"--train_batch_size {batch} is not --train_micro_batch_size_per_gpu {micro} x "
+                f"--gradient_accumulation {accumulation} x {world_size} rank(s) = {micro * accumulation * world_size}: "
+                "leave one of the three out, and it is derived"
+            )
+        self.train_batch_size = batch
+        self.train_micro_batch_size_per_gpu = micro
+        self.gradient_accumulation = accumulation
+
+
+@dataclass
+class EvaluationFlags(ModelFlags):
+    """Evaluate an LLM with a mapping, or with --baseline alone, on multilingual tasks."""
+
+    task: str = flag("mgsm", f"comma-separated, of: {', '.join(EVALUATION_TASKS)}")
+    augmentation: bool | None = flag(
+        None, "whether the prompt follows the mapped states; default: as trained, True for a published .bin"
+    )
+    baseline: bool = flag(False, "the LLM alone, on the same prompts")
+    test_num: int | None = flag(None, "problems per language; default: all")
+    answer_parser: Literal["default", "published"] = flag("default", "how a number is read from an answer")
+    classification: Literal["likelihood", "generation"] = flag(
+        "likelihood", "label words scored by likelihood, or generated and compared to the letter, as published"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
+    backend: Literal["transformers", "vllm"] = flag(
+        "transformers", "what generates; vllm (requirements-vllm.txt) batches continuously, on one GPU"
+    )
+    init_checkpoint: str | None = flag(None, "mapping to evaluate: folder, .safetensors or pytorch_model.bin")
+    eval_batch_size: int | None = flag(None, "problems at once, per device; default 16, or 256 with --backend vllm")
+
+    def __post_init__(self) -> None:
+        if self.eval_batch_size is None:
+            self.eval_batch_size = 256 if self.backend == "vllm" else 16
+        super().__post_init__()
+        if self.test_num is not None:
+            require_positive(self, "test_num")
+        if self.baseline and self.init_checkpoint is not None:
+            raise InputError("--baseline is the LLM alone: leave --init_checkpoint out")
+        if not self.baseline and self.init_checkpoint is None and self.plan is None:
+            raise InputError("--init_checkpoint is needed: the mapping to evaluate (or --baseline for the LLM alone)")
+        if self.baseline and self.augmentation is False:
+            raise InputError("--baseline reads nothing but the prompt: leave --augmentation False out")
+        if self.baseline and self.llm_path is None:
+            raise InputError("--llm_path is needed: the LLM to evaluate")
+        if self.backend == "vllm":
+            chosen = [name for name in self.task.split(",") if name in EVALUATION_TASKS]
+            scored = [name for name in chosen if self.by_likelihood(EVALUATION_TASKS[name])]
+            if scored:
+                raise InputError(
+                    f"--backend vllm generates, and {', '.join(scored)} is scored by likelihood: add --classification "
+                    "generation, or leave --backend out"
+                )
+
+    def by_likelihood(self, task: Task) -> bool:
+        """Whether `task` is judged by the likelihood of its labels, with no text generated."""
+        return bool(task.labels) and self.classification == "likelihood"
+
+
+@dataclass
+class DemoFlags:
+    """A page that puts questions to an LLM alone and with its mapping, or to merged models and their parents."""
+
+    checkpoint: str | None = flag(None, "mapping: folder, .safetensors or pytorch_model.bin")
+    llm_path: str | None = flag(None, "LLM of the mapping; default: as the record beside it names it")
+    mt_path: str | None = flag(None, "multilingual model of the mapping; default: as the record beside it names it")
+    models: list[str] = flag([], "instead: LLMs to show side by side, as parents and their merge")
+    max_gen_len: int = flag(512, "tokens of an answer")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
+    device: str = flag("auto", "auto takes the GPU where there is one")
+    trust_remote_code: bool = flag(False, "run code that a model's repository brings")
+    host: str = flag("127.0.0.1", "address to serve at; 0.0.0.0 lets other machines in")
+    port: int = flag(7860, "port to serve at")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_gen_len")
+        if (self.checkpoint is None) == (not self.models):
+            raise InputError("give --checkpoint (a mapping), or --models (LLMs to compare), one of the two")
+        if self.models and (self.llm_path or self.mt_path):
+            raise InputError("--llm_path and --mt_path are those of a --checkpoint: with --models leave them out")
+        if not 0 < self.port < 2**16:
+            raise InputError(f"--port {self.port} must be from 1 to 65535")
+
+
+def require_positive(flags: object, name: str) -> None:
+    """Raise InputError unless the flag's value is above 0."""
+    # Written so that not-a-number fails too.
+    if not getattr(flags, name) > 0:
+        raise InputError(f"--{name} {getattr(flags, name)} must be above 0")

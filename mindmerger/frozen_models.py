@@ -1,0 +1,128 @@
+"""The two frozen models, loaded from a hub id or a local folder and told apart by their configs."""
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForTextEncoding,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.initialization import no_init_weights
+
+from common.errors import InputError
+from common.models import base_config, load_model
+from mindmerger.config import ModelFlags
+
+
+def load_llm(path: str, revision: str | None, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """A causal language model, in eval mode.
+
+    Raises:
+        InputError: `path` holds none, or not all of its weights.
+    """
+    return load_model(AutoModelForCausalLM, path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def check_context(flags: ModelFlags, tokens: int) -> None:
+    """Refuse sequences of `tokens` to an LLM with a table of fewer positions, as GPT-2.
+
+    Rotary positions go on beyond what was trained, for what that is worth; any others are taken to end at the config's
+    limit, since most do, and would fail in the middle of a run.
+
+    Raises:
+        InputError: it has fewer; the message names the flags that shorten rows.
+    """
+    config = base_config(flags.llm_path, flags.llm_revision, flags.trust_remote_code).get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and 0 < limit < tokens and not getattr(config, "rope_parameters", None):
+        raise InputError(
+            f"the longest row takes {tokens} tokens, and {flags.llm_path} knows {limit} positions: lower "
+            "--max_seq_len, --max_prompt_len or --max_gen_len"
+        )
+
+
+def is_decoder_only(config: PretrainedConfig) -> bool:
+    """Whether a multilingual model is a causal language model: each state has seen only what stands before it."""
+    return (
+        not config.is_encoder_decoder
+        and type(config) in AutoModelForCausalLM._model_mapping
+        and type(config) not in AutoModelForMaskedLM._model_mapping
+    )
+
+
+def check_encoder_layer(layer: int, path: str, config: PretrainedConfig) -> None:
+    """Raise InputError unless the model of this config can end after so many layers."""
+    if not is_decoder_only(config):
+        raise InputError(f"--encoder_layer is for decoder-only models, and {path} is none: leave it out")
+    layers = config.get_text_config().num_hidden_layers
+    if not 1 <= layer <= layers:
+        raise InputError(f"--encoder_layer {layer} must be from 1 to {layers}, the layers of {path}")
+
+
+def load_encoder(
+    path: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    layers: int | None = None,
+) -> PreTrainedModel:
+    """A multilingual model as an encoder, in eval mode: of an encoder-decoder, the encoder alone is read.
+
+    The kind is told by the model's config: encoder-decoder (mT5, NLLB, M2M100, ...), encoder-only (XLM-R, ...),
+    or decoder-only, whose last hidden states serve.
+
+    Args:
+        path, revision: hub id or local folder.
+        dtype: of the weights.
+        trust_remote_code: run the code that the model's repository brings.
+        layers: of a decoder-only model, how many of its first layers to read; then comes its final norm.
+
+    Raises:
+        InputError: `path` holds no such model, or not all of its encoder's weights.
+    """
+    config = base_config(path, revision, trust_remote_code)
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype}
+    if layers is not None:
+        cut_layers(layers, path, config)
+        options["config"] = config
+    if not config.is_encoder_decoder:
+        options |= without_pooling(config)
+        return load_model(AutoModel, path, trust_remote_code=trust_remote_code, **options)
+    own_config = encoder_config(config)
+    if own_config is config and type(config) in AutoModelForTextEncoding._model_mapping:
+        return load_model(AutoModelForTextEncoding, path, trust_remote_code=trust_remote_code, **options)
+
+    if type(config) not in AutoModel._model_mapping:
+        raise InputError(f"{path}: an encoder of the type {config.model_type!r} is not known here")
+    # No auto class reads the encoder half of the other families; their encoders are models of their own.
+    # The class alone is wanted: no memory, no random weights, and no ZeRO-3 to hand them to.
+    with torch.device("meta"), no_init_weights():
+        encoder_class = type(AutoModel._model_mapping[type(config)](config).get_encoder())
+    renamed = {r"^(model\.)?encoder\.": "", r"^(model\.)?shared\.": "embed_tokens."}
+    return load_model(encoder_class, path, config=own_config, key_mapping=renamed, **options)
+
+
+def encoder_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of a multilingual model's encoder: in some families (T5Gemma) a part of the model's."""
+    return (getattr(config, "encoder", None) or config) if config.is_encoder_decoder else config
+
+
+def cut_layers(layers: int, path: str, config: PretrainedConfig) -> None:
+    """Have a decoder-only model of this config end after so many layers."""
+    check_encoder_layer(layers, path, config)
+    text_config = config.get_text_config()
+    # Under this name or an older one that it stands for.
+    text_config.num_hidden_layers = layers
+    if getattr(text_config, "layer_types", None):
+        text_config.layer_types = text_config.layer_types[:layers]
+
+
+def without_pooling(config: PretrainedConfig) -> dict[str, bool]:
+    known = AutoModel._model_mapping.get(type(config), None)
+    has_pooling = known is not None and "add_pooling_layer" in inspect.signature(known).parameters
+    return {"add_pooling_layer": False} if has_pooling else {}

@@ -1,0 +1,181 @@
+"""DeepSpeed as training uses it: its configuration, and the mapping as its engine holds it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+
+from common.errors import InputError
+from common.io import read_json
+from common.ranks import Process
+from mindmerger.config import TrainingFlags
+from mindmerger.modeling import Mapping
+from mindmerger.optim import Muon
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
+# Of AdamW, for every parameter; Muon leaves the second of a matrix at zero.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def deepspeed_config(flags: TrainingFlags, process: Process) -> dict[str, Any]:
+    """The DeepSpeed JSON that `--deepspeed_config` names, or the machine's default, with the batch sizes filled in.
+
+    Raises:
+        InputError: an unreadable file, or one that sets what flags set.
+    """
+    default = "zero2_bf16.json" if process.device.type == "cuda" else "cpu.json"
+    path = Path(flags.deepspeed_config or CONFIGS / default)
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    for key, instead in {"optimizer": "--lr", "scheduler": "--lr_scheduler", "fp16": "bf16"}.items():
+        if key in config:
+            raise InputError(f"{path}: take {key!r} out, {instead} stands for it")
+    config |= {
+        "train_batch_size": flags.train_batch_size,
+        "train_micro_batch_size_per_gpu": flags.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": flags.gradient_accumulation,
+        # The optimizer is this repository's or PyTorch's own, wherever its state is kept.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+    config.setdefault("gradient_clipping", 1.0)
+    try:
+        stage = DeepSpeedConfig(config).zero_optimization_stage
+    except (ValueError, TypeError, AssertionError) as error:
+        raise InputError(f"{path}: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
+    if stage == 0:
+        raise InputError(f'{path}: set "zero_optimization": {{"stage": 2}}, or 1, or 3')
+    return config
+
+
+def weights_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """The dtype of the frozen weights under a DeepSpeed config."""
+    return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
+
+
+@contextlib.contextmanager
+def linear_layers(zero: dict[str, Any]) -> Iterator[None]:
+    """Linear layers as they are under this part of a DeepSpeed config.
+
+    ZeRO-3's keep their inputs for the backward pass, frozen or not.
+    """
+    plain = torch.nn.functional.linear
+    if zero["stage"] == 3 and zero.get("memory_efficient_linear", True):
+        torch.nn.functional.linear = zero3_linear_wrap
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = plain
+
+
+def make_optimizer(flags: TrainingFlags, mapping: Mapping, process: Process) -> torch.optim.AdamW:
+    """What moves the mapping, with the boundary vector's own learning rate."""
+    # Betas, eps and weight decay as published.
+    defaults = {"betas": (0.8, 0.999), "eps": 1e-8, "weight_decay": 3e-7}
+    boundary = {"params": [mapping.end_boundary], "lr": flags.boundary_lr}
+    if flags.optimizer == "adamw":
+        return torch.optim.AdamW([{"params": list(mapping.mlp.parameters()), "lr": flags.lr}, boundary], **defaults)
+    layers = (mapping.mlp.linear1, mapping.mlp.linear2)
+    matrices = [
+        {"params": [layer.weight], "lr": flags.lr, "shape": (layer.out_features, layer.in_features)} for layer in layers
+    ]
+    biases = {"params": [layer.bias for layer in layers], "lr": flags.lr}
+    return Muon([*matrices, biases, boundary], process, **defaults)
+
+
+class MappingState:
+    """Values of the mapping and its optimizer's moments, read and set whole, however ZeRO has divided them.
+
+    Every method is for all ranks together, and every tensor float32, of the parameter's shape.
+
+    Args:
+        engine: DeepSpeed's, before its first step, with the optimizer that `make_optimizer` gives.
+        mapping: the module that the engine trains.
+        process: this rank.
+    """
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, mapping: torch.nn.Module, process: Process):
+        self._parameters = dict(mapping.named_parameters())
+        self._optimizer = engine.optimizer.optimizer
+        self._process = process
+        self._make_moments(engine.optimizer)
+
+    @property
+    def steps(self) -> float:
+        """How many the optimizer has made."""
+        return float(next(iter(self._optimizer.state.values()))["step"])
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """The parameters by name, on the CPU."""
+        return {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in self._parameters.items()}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that `restore` needs beside `steps`: values as `mapping.{name}`, moments as `{moment}.{name}`."""
+        return {f"mapping.{name}": value for name, value in self.values().items()} | {
+            f"{moment}.{name}": safe_get_full_optimizer_state(parameter, moment).cpu()
+            for name, parameter in self._parameters.items()
+            for moment in MOMENTS
+        }
+
+    def set(self, values: dict[str, torch.Tensor]) -> None:
+        """Set every parameter, by name."""
+        for name, parameter in self._parameters.items():
+            self.change(parameter, lambda _, name=name: values[name].to(self._process.device))
+
+    def restore(self, tensors: dict[str, torch.Tensor], steps: float) -> None:
+        """Set everything to what `tensors` and `steps` have read."""
+        self.set({name: tensors[f"mapping.{name}"] for name in self._parameters})
+        for name, parameter in self._parameters.items():
+            for moment in MOMENTS:
+                self._set_optimizer_value(parameter, tensors[f"{moment}.{name}"].to(self._process.device), moment)
+        for state in self._optimizer.state.values():
+            state["step"].fill_(steps)
+
+    def change(self, parameter: torch.nn.Parameter, to: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace one parameter's value by what `to` makes of it, in the model and where the optimizer moves it."""
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            value = to(parameter.data.float())
+            parameter.data.copy_(value)
+        self._set_optimizer_value(parameter, value)
+
+    def _make_moments(self, wrapper: Any) -> None:
+        """Give the optimizer the state that it else makes at its first step, so that it can be read and set before."""
+        partitions = [partition for group in self._optimizer.param_groups for partition in group["params"]]
+        # ZeRO-3 hands its partitions to the optimizer only while that steps.
+        for partition in partitions or wrapper.fp32_partitioned_groups_flat:
+            moments = {name: torch.zeros_like(partition) for name in MOMENTS}
+            self._optimizer.state[partition] = {"step": torch.zeros(()), **moments}
+        if partitions:
+            # From here on DeepSpeed's own functions find a parameter's part of it.
+            wrapper._lazy_init_hp_params_optimizer_state()
+
+    def _set_optimizer_value(self, parameter: torch.nn.Parameter, value: torch.Tensor, moment: str = "") -> None:
+        """Replace what ZeRO's optimizer holds of a parameter: its float32 copy, or one of MOMENTS."""
+        if not hasattr(parameter, "ds_id"):
+            if moment:
+                safe_set_full_optimizer_state(parameter, value, moment)
+            else:
+                safe_set_full_fp32_param(parameter, value)
+            return
+        # Under ZeRO-3 the same call would read past the end where the ranks do not divide the parameter.
+        size, ranks = parameter.ds_tensor.numel(), self._process.world_size
+        padded = torch.nn.functional.pad(value.flatten(), (0, size * ranks - value.numel()))
+        part = padded.view(ranks, size)[self._process.rank]
+        if moment:
+            safe_set_local_optimizer_state(parameter, part, moment)
+        else:
+            safe_set_local_fp32_param(parameter, part)

@@ -1,0 +1,151 @@
+"""Every flag of compute_gram.py and merge_model.py."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.cli import flag
+from common.devices import HERE, PLAN_HELP, parse_devices
+from common.errors import InputError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class GramFlags:
+    """Sum the inner products of what a language model's linear layers read, over a data set's tokens."""
+
+    model: str = flag(None, "hub id or local folder")
+    revision: str | None = flag(None, "branch, tag or commit of a hub model")
+    dataset: str = flag(None, "hub id, local folder, or a .json, .jsonl or .parquet file")
+    dataset_revision: str | None = flag(None, "branch, tag or commit of a hub data set")
+    split: str = flag("train", "split of the data set")
+    text_column: str | None = flag(None, "column of plain texts; excludes the chat columns")
+    system_column: str | None = flag(None, "column of system messages")
+    user_column: str | None = flag(None, "column of user messages")
+    assistant_column: str | None = flag(None, "column of assistant messages")
+    num_examples: int = flag(10_000, "how many rows, from the first on")
+    max_length: int = flag(256, "tokens of an example beyond this are cut")
+    tokens_per_batch: int | None = flag(
+        None, "tokens of a batch, padding included; default: 8192 on a GPU, on a CPU 1024, which stay in its caches"
+    )
+    output_dir: str = flag(None, "folder for gram.safetensors")
+    dtype: str = flag("auto", f"the model's: {', '.join(DTYPES)}; auto is the one it was saved in")
+    device: str = flag("auto", "auto (GPU where there is one), cpu, cuda")
+    trust_remote_code: bool = flag(False, "run Python code that comes with the model")
+    overwrite: bool = flag(False, "start anew where the output folder holds another Gram, or another run's part of one")
+    plan: str | None = flag(None, PLAN_HELP, nargs="?", const=HERE)
+
+    def __post_init__(self) -> None:
+        # A plan needs no texts, and no place to write to.
+        for name in ("model",) if self.plan else ("model", "dataset", "output_dir"):
+            if not getattr(self, name):
+                raise InputError(f"--{name} is missing")
+        for name in ("num_examples", "max_length", "tokens_per_batch"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"--{name} must be at least 1")
+        if self.plan is not None:
+            parse_devices(self.plan)
+        elif bool(self.text_column) == bool(self.chat_columns()):
+            raise InputError("give either --text_column or chat columns (--user_column, --assistant_column, ...)")
+        _check_dtype(self.dtype)
+
+    def batch_tokens(self, device_type: str) -> int:
+        """Tokens of a batch, padding included, on a device of this type."""
+        return self.tokens_per_batch or (8192 if device_type == "cuda" else 1024)
+
+    def roles(self) -> dict[str, str]:
+        """Column of each role that has one, in the order of a conversation."""
+        columns = {"system": self.system_column, "user": self.user_column, "assistant": self.assistant_column}
+        return {role: column for role, column in columns.items() if column}
+
+    def chat_columns(self) -> list[str]:
+        """The columns that make up a conversation."""
+        return list(self.roles().values())
+
+
+@dataclass
+class ConvertFlags:
+    """Convert a published gram.pkl to gram.safetensors."""
+
+    source: str = flag(None, "the published file")
+    output_dir: str | None = flag(None, "folder for gram.safetensors; default: the published file's own")
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise InputError("convert takes the published file: compute_gram.py convert gram.pkl")
+
+
+@dataclass
+class MergeFlags:
+    """Merge models of one architecture into one, by averaging or by RegMean."""
+
+    method: str = flag(None, "avg or regmean")
+    models: list[str] = flag([], "hub ids or local folders; the first lends its config and tokenizer")
+    revisions: list[str] = flag([], "branch, tag or commit of each hub model")
+    grams: list[str] = flag([], "each model's Gram file, or the folder that holds it, in the models' order")
+    alpha: list[float] = flag([0.1], "factor on the Grams' off-diagonals, from 0 to 1; several share the work")
+    model_weights: list[float] = flag([], "weight of each model; default: all the same")
+    include: list[str] = flag([], "regexes: only tensors whose name contains a match are merged")
+    exclude: list[str] = flag([], "regexes: tensors whose name contains a match are the first model's, unmerged")
+    solver: str = flag("cholesky", "cholesky, lstsq (as published) or inverse (as in the paper)")
+    dtype: str = flag("auto", f"of the merged model: {', '.join(DTYPES)}; auto is the first model's")
+    device: str = flag("auto", "where RegMean solves: auto (GPU where there is one), cpu, cuda")
+    max_shard_size: str = flag("5GB", "largest weight file")
+    output_dir: str | None = flag(None, "default runs/merges/avg, runs/merges/regmean_ALPHA; several get _ALPHA added")
+    plan: str | None = flag(None, PLAN_HELP, nargs="?", const=HERE)
+
+    def __post_init__(self) -> None:
+        if self.method not in ("avg", "regmean"):
+            raise InputError("--method is avg or regmean")
+        if len(self.models) < 2:
+            raise InputError("--models takes two or more")
+        if self.plan is not None:
+            parse_devices(self.plan)
+        elif self.method == "regmean" and len(self.grams) != len(self.models):
+            raise InputError(f"--grams takes one per model: {len(self.models)}, not {len(self.grams)}")
+        if self.method == "avg" and self.grams:
+            raise InputError("--grams belongs to --method regmean")
+        if self.solver not in ("cholesky", "lstsq", "inverse"):
+            raise InputError("--solver is cholesky, lstsq or inverse")
+        if not self.alpha or not all(0 <= alpha <= 1 for alpha in self.alpha):
+            raise InputError("--alpha must lie between 0 and 1")
+        if len(set(self.alpha)) < len(self.alpha):
+            raise InputError("--alpha names a value twice")
+        for name in ("model_weights", "revisions"):
+            given = getattr(self, name)
+            if given and len(given) != len(self.models):
+                raise InputError(f"--{name} takes one per model: {len(self.models)}, not {len(given)}")
+        if not all(weight > 0 and math.isfinite(weight) for weight in self.model_weights):
+            raise InputError("--model_weights must be positive")
+        for name in ("include", "exclude"):
+            for pattern in getattr(self, name):
+                try:
+                    re.compile(pattern)
+                except (re.error, OverflowError, RecursionError) as error:
+                    raise InputError(f"--{name} {pattern!r}: not a regular expression: {error}") from error
+        _check_dtype(self.dtype)
+
+    def weights(self) -> list[float]:
+        """Each model's share; they sum to 1."""
+        given = self.model_weights or [1.0] * len(self.models)
+        return [weight / sum(given) for weight in given]
+
+    def selects(self, tensor: str) -> bool:
+        """Whether the tensor of this name is merged."""
+        included = not self.include or any(re.search(pattern, tensor) for pattern in self.include)
+        return included and not any(re.search(pattern, tensor) for pattern in self.exclude)
+
+    def output_dirs(self) -> list[Path]:
+        """The folder of each merge: one per alpha, or a single one for `avg`."""
+        if self.method == "avg":
+            return [Path(self.output_dir or "runs/merges/avg")]
+        if self.output_dir and len(self.alpha) == 1:
+            return [Path(self.output_dir)]
+        return [Path(f"{self.output_dir or 'runs/merges/regmean'}_{alpha:g}") for alpha in self.alpha]
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype is one of {', '.join(DTYPES)}")

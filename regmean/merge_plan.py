@@ -1,0 +1,231 @@
+"""Whether models and Grams fit together, from headers alone: told in one error, before a tensor is read."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.errors import InputError
+from regmean.config import MergeFlags
+from regmean.gram_file import Grams
+from regmean.model_folder import Checkpoint, base_vocabulary, same_tokenizer_file
+from regmean.tensor_file import FLOATS, STORAGE
+
+MAX_LISTED = 20
+# Settings that must be the same for weights to mean the same, and those that a merge can only take from one model.
+SAME = (
+    *("model_type", "tie_word_embeddings", "vocab_size", "hidden_act", "hidden_activation"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
+ALIKE = ("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "rms_norm_eps")
+# Settings that fine-tuned models often have of their own, and that say nothing of their weights.
+UNRELATED = {
+    *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout"),
+}
+STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Tensors that share a Gram in every model, and so one system.
+
+    Attributes:
+        grams: the Gram's name in each model's file.
+        tensors: names of the weights.
+        width: inputs of the layers.
+        conv1d: the weights are stored as (in, out).
+    """
+
+    grams: tuple[str, ...]
+    tensors: list[str]
+    width: int
+    conv1d: bool
+
+
+@dataclass
+class MergePlan:
+    """What happens to every tensor of the merged model.
+
+    Attributes:
+        layout: dtype and shape of each tensor written, in the first model's order.
+        groups: solved by RegMean.
+        averaged: averaged over all models.
+        copied: not selected, and taken from the first model.
+        notes: what the user should know but need not mend.
+    """
+
+    layout: dict[str, tuple[str, tuple[int, ...]]]
+    groups: list[LayerGroup] = field(default_factory=list)
+    averaged: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def plan_merge(flags: MergeFlags, models: list[Checkpoint], grams: list[Grams]) -> MergePlan:
+    """Check that the models, and the Grams where there are any, fit together, and decide on every tensor.
+
+    Raises:
+        InputError: they do not; the message lists every difference.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    first = models[0]
+    for path in flags.output_dirs():
+        if path.exists():
+            problems.append(f"{path} exists already: remove it, or choose another --output_dir")
+    for model in models[1:]:
+        _compare_configs(first, model, problems, notes)
+        _compare_vocabularies(first, model, problems, notes)
+    # Where embeddings are tied, a stored head is a copy of them that loading ignores.
+    tied = all(model.ties_embeddings for model in models)
+    names = [{name for name in model.tensors if not (tied and name == "lm_head.weight")} for model in models]
+    selected = {name for name in set().union(*names) if flags.selects(name)}
+    if not selected:
+        problems.append("--include and --exclude leave no tensor to merge")
+    _compare_tensors(models, names, selected, problems)
+    if problems:
+        _refuse(problems)
+
+    dtype = STORED_AS.get(flags.dtype)
+    plan = MergePlan(
+        {
+            name: (dtype if dtype and info.dtype in FLOATS else info.dtype, info.shape)
+            for name, info in first.tensors.items()
+            if name in names[0]
+        },
+        notes=notes,
+    )
+    plan.copied = [name for name in plan.layout if name not in selected]
+    plan.groups = _group_layers(models, grams, [name for name in plan.layout if name in selected], tied, problems)
+    if problems:
+        _refuse(problems)
+    solved = {name for group in plan.groups for name in group.tensors}
+    plan.averaged = [name for name in plan.layout if name in selected and name not in solved]
+    if grams and not solved:
+        _refuse(["none of the selected tensors has a Gram in every file"])
+    return plan
+
+
+def _compare_configs(first: Checkpoint, other: Checkpoint, problems: list[str], notes: list[str]) -> None:
+    a, b = ({key: model.config.get(key) for key in (*SAME, *ALIKE)} for model in (first, other))
+    if any(first.config.get(key) != other.config.get(key) for key in {*first.config, *other.config} - UNRELATED):
+        # Files of several years say the same in several ways. transformers knows, but takes seconds to import.
+        known = [_as_transformers_has_it(model) for model in (first, other)]
+        if None not in known:
+            a, b = known
+    for key in SAME:
+        if a[key] is not None and b[key] is not None and a[key] != b[key]:
+            problems.append(f"{key} is {a[key]!r} in {first.name} and {b[key]!r} in {other.name}")
+    for key in ALIKE:
+        if a[key] != b[key]:
+            values = f"{key} is {a[key]!r} in {first.name} and {b[key]!r} in {other.name}"
+            notes.append(f"{values}: the merge has that of {first.name}")
+
+
+def _as_transformers_has_it(model: Checkpoint) -> dict[str, Any] | None:
+    """The settings to compare, with defaults; None where transformers cannot read the config."""
+    from common.models import base_config
+
+    try:
+        config = base_config(str(model.folder))
+    except InputError:
+        return None
+    text = config.get_text_config()
+    known = {key: getattr(config, key, getattr(text, key, None)) for key in (*SAME, *ALIKE)}
+    # Both are in rope_parameters, too, and there its kind may stand under an older name as well.
+    known |= {"rope_theta": None, "rope_scaling": None}
+    if isinstance(known["rope_parameters"], dict):
+        known["rope_parameters"] = {key: value for key, value in known["rope_parameters"].items() if key != "type"}
+    return known
+
+
+def _compare_vocabularies(first: Checkpoint, other: Checkpoint, problems: list[str], notes: list[str]) -> None:
+    if same_tokenizer_file(first, other):
+        return
+    a, b = base_vocabulary(first), base_vocabulary(other)
+    if a is None or b is None:
+        notes.append(f"the vocabularies of {first.name} and {other.name} were not compared: no tokenizer.json")
+        return
+    if len(a[0]) != len(b[0]):
+        problems.append(f"the tokenizers have {len(a[0])} texts in {first.name} and {len(b[0])} in {other.name}")
+    elif a[0] != b[0]:
+        problems.append(f"the tokenizers of {first.name} and {other.name} give the same ids to different text")
+    renamed = [id for id in sorted(a[1].keys() & b[1].keys()) if a[1][id] != b[1][id]]
+    if renamed:
+        # Fine-tuned models often rename reserved tokens, so this alone is no reason to refuse.
+        pairs = ", ".join(f"{id}: {a[1][id]!r}, {b[1][id]!r}" for id in renamed[:5])
+        notes.append(f"{first.name} and {other.name} name {len(renamed)} added tokens differently ({pairs})")
+
+
+def _compare_tensors(models: list[Checkpoint], names: list[set[str]], selected: set[str], problems: list[str]) -> None:
+    for name in sorted(selected):
+        lacking = [model.name for model, theirs in zip(models, names, strict=True) if name not in theirs]
+        if lacking:
+            holder = next(model for model, theirs in zip(models, names, strict=True) if name in theirs)
+            problems.append(
+                f"tensor {name} of {holder.name} is missing in {', '.join(lacking)}; --exclude leaves it out"
+            )
+            continue
+        infos = [model.tensors[name] for model in models]
+        if len({info.shape for info in infos}) > 1:
+            shapes = ", ".join(f"{list(info.shape)} in {info.path}" for info in infos)
+            problems.append(f"tensor {name} is {shapes}")
+        elif len({info.dtype for info in infos}) > 1 and not all(info.dtype in FLOATS for info in infos):
+            problems.append(f"tensor {name} is {', '.join(f'{info.dtype} in {info.path}' for info in infos)}")
+
+
+def _group_layers(
+    models: list[Checkpoint], grams: list[Grams], selected: list[str], tied: bool, problems: list[str]
+) -> list[LayerGroup]:
+    gram_of_tensor: list[dict[str, str]] = []
+    for model, file in zip(models, grams, strict=bool(grams)):
+        recorded = file.provenance.get("fingerprint")
+        if recorded is not None and recorded != model.fingerprint():
+            problems.append(
+                f"{file.path} holds the Grams of {file.provenance.get('model')}, not of {model.name}; "
+                "--grams goes in the order of --models"
+            )
+        gram_of_tensor.append({})
+        for gram in file.grams.values():
+            for module in gram.modules:
+                name = _weight_name(module, model)
+                if name is None:
+                    if not (tied and module == "lm_head"):
+                        problems.append(f"{file.path}: {model.name} has no layer {module}")
+                    continue
+                info = model.tensors[name]
+                if len(info.shape) != 2 or info.shape[0 if gram.conv1d else 1] != gram.width:
+                    problems.append(
+                        f"{file.path}: the Gram of {module} has width {gram.width}, its weight in {model.name} "
+                        f"is {list(info.shape)}"
+                    )
+                gram_of_tensor[-1][name] = gram.name
+    groups: dict[tuple[str, ...], LayerGroup] = {}
+    for name in selected:
+        key = tuple(theirs[name] for theirs in gram_of_tensor if name in theirs)
+        if grams and len(key) == len(grams):
+            described = [file.grams[gram] for file, gram in zip(grams, key, strict=True)]
+            conv1d = any(gram.conv1d for gram in described)
+            groups.setdefault(key, LayerGroup(key, [], described[0].width, conv1d)).tensors.append(name)
+    return list(groups.values())
+
+
+def _weight_name(module: str, model: Checkpoint) -> str | None:
+    # Some checkpoints are stored without the prefix of the base model: "h.0..." for "transformer.h.0...".
+    for candidate in (f"{module}.weight", f"{module.partition('.')[2]}.weight"):
+        if candidate in model.tensors:
+            return candidate
+    return None
+
+
+def _refuse(problems: list[str]) -> None:
+    listed = "".join(f"\n  - {problem}" for problem in problems[:MAX_LISTED])
+    more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+    raise InputError(f"these do not merge:{listed}{more}")
+
+
+def describe_size(plan: MergePlan, models: list[Checkpoint]) -> tuple[int, int]:
+    """Bytes of weights that the merge reads, and bytes that each merged model takes."""
+    read = sum(model.tensors[name].nbytes for model in models for name in plan.layout if name in model.tensors)
+    written = sum(math.prod(shape) * STORAGE[dtype].itemsize for dtype, shape in plan.layout.values())
+    return read, written

@@ -1,0 +1,201 @@
+"""Model folders in Hugging Face's layout: read tensor by tensor, and written whole."""
+
+import filecmp
+import hashlib
+import math
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import InputError, first_line
+from common.io import inside, read_json, read_shard_index, write_json
+from regmean.tensor_file import FLOATS, STORAGE, TensorFile, TensorInfo, TensorWriter, encode
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+FINGERPRINT_ELEMENTS = 256
+# Everything a model folder needs beside its weights: settings, tokenizer, templates, code of its own, terms of use.
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*", "NOTICE*")
+NOT_COMPANIONS = ("*.index.json", "config.json", "merge_report.json", "trainer_state.json")
+# A second copy of the weights in some repositories, and folders beside the model's own files.
+NOT_DOWNLOADED = ("consolidated*", "*/*")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk. Tensors are headers until they are read.
+
+    Attributes:
+        name: as the user wrote it: a hub id or a folder.
+        folder: where the files lie.
+        config: `config.json`.
+        tensors: by name.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo] = field(repr=False)
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """Whether the output head is the embedding table."""
+        return self.config.get("tie_word_embeddings") is True
+
+    def fingerprint(self) -> str:
+        """Hex digest of the first elements of every tensor, in bfloat16: which weights these are.
+
+        The same for a copy in other shards or in another dtype; another for a sibling that was fine-tuned as a whole.
+
+        Raises:
+            InputError: a tensor cannot be read.
+        """
+        digest = hashlib.sha256()
+        for name, info in sorted(self.tensors.items()):
+            # A tied output head may or may not be stored.
+            if info.dtype in FLOATS and not (self.ties_embeddings and name == "lm_head.weight"):
+                head = info.read_floats(0, min(FINGERPRINT_ELEMENTS, info.size))
+                digest.update(f"{name} {info.shape} ".encode() + encode(head, "BF16").tobytes())
+        return digest.hexdigest()
+
+
+def locate_model(name: str, revision: str | None = None) -> Path:
+    """The local folder of a model, downloaded first where `name` is a hub id.
+
+    Raises:
+        InputError: neither a folder nor a model that the hub gives out.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=[*COMPANIONS, "*.safetensors"],
+                ignore_patterns=[*NOT_DOWNLOADED],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(f"model {name}: no such folder here, and the hub gives none: {first_line(error)}") from error
+
+
+def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
+    """The model `name`, headers read and checked.
+
+    Raises:
+        InputError: no config, no safetensors weights, a shard missing, truncated or outside the folder.
+    """
+    folder = locate_model(name, revision)
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.json'}: expected an object")
+    if config.get("quantization_config"):
+        raise InputError(f"model {name} is quantised; take the unquantised weights")
+    tensors: dict[str, TensorInfo] = {}
+    # One file goes before an index, as in transformers, from whose reading the Grams are.
+    if (folder / SINGLE_NAME).exists():
+        tensors = TensorFile(inside(folder, SINGLE_NAME)).tensors
+    elif (folder / INDEX_NAME).exists():
+        weight_map = read_shard_index(folder / INDEX_NAME)
+        for shard in sorted(set(weight_map.values())):
+            tensors |= TensorFile(inside(folder, shard)).tensors
+        missing = sorted(set(weight_map) - set(tensors))
+        if missing:
+            raise InputError(f"{folder / INDEX_NAME}: tensor {missing[0]} is in none of the files")
+    else:
+        raise InputError(f"model {name}: {folder} holds no {SINGLE_NAME}; save it in that form first")
+    return Checkpoint(name, folder, config, tensors)
+
+
+class CheckpointWriter:
+    """Fills a folder with a model: sharded safetensors, and the config, tokenizer and templates of `source`.
+
+    Args:
+        folder: an empty folder.
+        layout: dtype and shape of every tensor, in order.
+        source: the model that lends everything but the weights.
+        dtype: the config's, where it is to change ("bfloat16").
+        max_shard_size: as in "5GB".
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: dict[str, tuple[str, tuple[int, ...]]],
+        source: Checkpoint,
+        dtype: str | None,
+        max_shard_size: str,
+    ):
+        self._folder = folder
+        self._split = split_shards(layout, max_shard_size)
+        self._writers = {
+            file: TensorWriter(folder / file, {name: layout[name] for name in names}, {"format": "pt"})
+            for file, names in self._split.filename_to_tensors.items()
+        }
+        config = dict(source.config)
+        if dtype is not None:
+            config.pop("torch_dtype", None)
+            config["dtype"] = dtype
+        write_json(folder / "config.json", config)
+        for pattern in COMPANIONS:
+            for path in source.folder.glob(pattern):
+                if path.is_file() and not any(path.match(other) for other in NOT_COMPANIONS):
+                    shutil.copyfile(inside(source.folder, path.name), folder / path.name)
+
+    def write(self, name: str, values: np.ndarray, start: int = 0) -> None:
+        """As `TensorWriter.write`."""
+        self._writers[self._split.tensor_to_filename[name]].write(name, values, start)
+
+    def close(self) -> None:
+        """Finish every file."""
+        for writer in self._writers.values():
+            writer.close()
+        if self._split.is_sharded:
+            index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
+            write_json(self._folder / INDEX_NAME, index)
+
+
+def split_shards(layout: dict[str, tuple[str, tuple[int, ...]]], max_shard_size: str) -> Any:
+    """Which file each tensor goes to: a `huggingface_hub.StateDictSplit`.
+
+    Raises:
+        InputError: the size cannot be read.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    sizes = {name: math.prod(shape) * STORAGE[dtype].itemsize for name, (dtype, shape) in layout.items()}
+    try:
+        return split_state_dict_into_shards_factory(
+            sizes,
+            get_storage_size=lambda size: size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise InputError(f"--max_shard_size {max_shard_size}: {error}; as in 5GB or 500MB") from error
+
+
+def same_tokenizer_file(first: Checkpoint, second: Checkpoint) -> bool:
+    """Whether both have a `tokenizer.json`, the same byte by byte."""
+    paths = [checkpoint.folder / "tokenizer.json" for checkpoint in (first, second)]
+    return all(path.is_file() for path in paths) and filecmp.cmp(*paths, shallow=False)
+
+
+def base_vocabulary(checkpoint: Checkpoint) -> tuple[Any, dict[int, str]] | None:
+    """The tokenizer's base vocabulary and its added tokens by id; None where there is no `tokenizer.json`."""
+    path = checkpoint.folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    content = read_json(path)
+    try:
+        added = {int(token["id"]): token["content"] for token in content["added_tokens"]}
+        return content["model"]["vocab"], added
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # the last for an id of infinity
+        raise InputError(f"{path}: not a tokenizer file: {error!r} is missing") from error

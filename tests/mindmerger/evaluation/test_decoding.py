@@ -1,0 +1,148 @@
+"""Greedy decoding in slots: the answers of one row alone, whatever runs beside it, and no step with an empty slot."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    FalconH1Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from mindmerger.evaluation import decoding, slot_cache
+from mindmerger.evaluation.decoding import greedy_steps
+from mindmerger.evaluation.slot_cache import SlotCache
+from mindmerger.modeling import Sequence, join
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 90}  # fmt: skip
+LLMS = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=90),
+    # All layers slide, and one of the two.
+    "mistral": MistralConfig(**SIZES, sliding_window=12),
+    "gemma3": Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=12,
+                               layer_types=["sliding_attention", "full_attention"]),
+    # Keeps states, of which no slot can be filled.
+    "falcon_h1": FalconH1Config(**SIZES, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8,
+                                mamba_n_groups=1, mamba_chunk_size=8),
+}  # fmt: skip
+MAX_NEW_TOKENS = 20
+# Of what each row reads, and of its answer.
+LENGTHS = {9: 20, 31: 1, 1: 12, 14: 3, 5: 1, 40: 20, 2: 7, 22: 2, 17: 16, 3: 20, 28: 5}
+
+
+def build(family: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(LLMS[family]).eval()
+    for parameter in llm.parameters():
+        # Untrained, all say the same.
+        parameter.data.mul_(2.0)
+    return llm
+
+
+@torch.inference_mode()
+def alone(llm: PreTrainedModel, row: torch.Tensor) -> list[int]:
+    """From the definition: no cache, no padding, everything read anew for every token."""
+    ids: list[int] = []
+    for _ in range(MAX_NEW_TOKENS):
+        read = torch.cat([row, llm.get_input_embeddings()(torch.tensor(ids, dtype=torch.int64))])
+        ids.append(int(llm(inputs_embeds=read[None]).logits[0, -1].argmax()))
+    return ids
+
+
+def problems(llm: PreTrainedModel) -> tuple[list[torch.Tensor], dict[int, list[int]], Callable[[list[int]], bool]]:
+    """(rows, the answer of each alone, the `has_ended` by which they end at so many different times)."""
+    scale = llm.get_input_embeddings().weight.std()
+    rows = [torch.randn(length, 32) * scale for length in LENGTHS]
+    whole = [alone(llm, row) for row in rows]
+    ends = {tuple(ids[:length]) for ids, length in zip(whole, LENGTHS.values(), strict=True)}
+    cut = [next(ids[:n] for n in range(1, MAX_NEW_TOKENS + 1) if tuple(ids[:n]) in ends) for ids in whole]
+    assert len({tuple(ids) for ids in cut}) > 6
+    return rows, dict(enumerate(cut)), lambda ids: tuple(ids) in ends
+
+
+def in_slots(
+    llm: PreTrainedModel, rows: list[torch.Tensor], slots: int, has_ended: Callable[[list[int]], bool] | None = None
+) -> Iterator[dict[int, list[int]]]:
+    """After every step the answers that are whole."""
+
+    def read(numbers: list[int]) -> Sequence:
+        longest = max(len(rows[number]) for number in numbers)
+        embeds = torch.zeros(len(numbers), longest, 32)
+        mask = torch.zeros(len(numbers), longest, dtype=torch.int64)
+        for place, number in enumerate(numbers):
+            embeds[place, : len(rows[number])], mask[place, : len(rows[number])] = rows[number], 1
+        return join([(embeds, mask)])
+
+    done: dict[int, list[int]] = {}
+    for answers in greedy_steps(llm, read, len(rows), slots, MAX_NEW_TOKENS, set(), has_ended):
+        assert len(answers) <= slots
+        done |= {answer.row: answer.ids for answer in answers if answer.is_done}
+        yield done
+
+
+@pytest.mark.parametrize("family", LLMS)
+def test_any_number_of_slots_gives_the_answers_of_one_row_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # So little that all is moved many times.
+    monkeypatch.setattr(slot_cache, "_ROOM", 3)
+    llm = build(family)
+    rows, expected, has_ended = problems(llm)
+    for slots in (1, 3, 5, 99):
+        *_, done = in_slots(llm, rows, slots, has_ended)
+        assert done == expected, slots
+
+
+def test_no_step_has_an_empty_slot_while_a_row_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = build("llama")
+    sizes = []
+    llm.register_forward_pre_hook(
+        lambda _, __, inputs: sizes.append(len(inputs["input_ids"])) if "input_ids" in inputs else None,
+        with_kwargs=True,
+    )
+    rows, _, has_ended = problems(llm)
+    sizes.clear()
+    for done in in_slots(llm, rows, 4, has_ended):
+        if sizes and len(done) < len(rows) - 4:
+            assert sizes[-1] == 4
+    # Each token but a row's first is of one row of one step.
+    assert sum(sizes) == sum(len(ids) - 1 for ids in done.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_the_cache_holds_no_more_than_the_longest_row_and_its_room(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches: list[SlotCache] = []
+
+    class Watched(SlotCache):
+        def __init__(self, like: DynamicCache, slots: int):
+            super().__init__(like, slots)
+            caches.append(self)
+
+    monkeypatch.setattr(decoding, "SlotCache", Watched)
+    llm = build(family)
+    monkeypatch.setattr(slot_cache, "_ROOM", 8)
+    rows, done = [torch.randn(5, 32) for _ in range(60)], {}
+    steps = in_slots(llm, rows, 3, lambda ids: sum(ids) % 5 == 0)
+    for step, done in enumerate(steps):  # noqa: B007
+        for layer in caches[-1].layers:
+            assert layer.columns <= 5 + MAX_NEW_TOKENS
+            assert layer.keys.shape[2] <= 5 + MAX_NEW_TOKENS + slot_cache._ROOM
+    # In one cache three times as many columns were written.
+    assert len(done) == 60 and len(caches) == 1 and step > 3 * layer.keys.shape[2]
+
+
+def test_an_llm_with_states_of_another_kind_is_told_apart() -> None:
+    assert not SlotCache.can_hold(DynamicCache(config=LLMS["falcon_h1"]))
+    assert SlotCache.can_hold(DynamicCache(config=LLMS["gemma3"]))

@@ -1,0 +1,297 @@
+"""`run_evaluation.py` on tiny models: alone, with a mapping, on several ranks, in pieces."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.cli import parse_flags
+from common.errors import InputError
+from common.locks import locked
+from common.signals import Stopped
+from mindmerger.batching import collate
+from mindmerger.config import EvaluationFlags
+from mindmerger.data import Example
+from mindmerger.evaluation import decoding
+from mindmerger.evaluation import run as evaluation
+from mindmerger.evaluation.answerer import Subject
+from mindmerger.evaluation.decoding import greedy, label_log_likelihoods
+from mindmerger.evaluation.run import evaluate, judge, read_answers
+from mindmerger.tasks import LANGUAGES, Prompt
+from tests.mindmerger.scripts import run, torchrun_command
+
+Words = tuple[object, ...]
+
+
+@pytest.fixture
+def words(work: Path, build: Callable, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Words:
+    """Flags that evaluate a random mapping, from a user's folder."""
+    monkeypatch.chdir(work)
+    model, _ = build()
+    model.config.augmentation = False
+    model.save_pretrained(work / "checkpoint")
+    return ("--llm_path", models["llama"], "--mt_path", models["mt5"], "--init_checkpoint", "checkpoint",
+            "--max_gen_len", 12)  # fmt: skip
+
+
+def evaluate_words(*words: object) -> None:
+    evaluate(parse_flags(EvaluationFlags, [str(word) for word in words]))
+
+
+def predictions(folder: Path) -> dict[str, list[dict]]:
+    return {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted((folder / "predictions").iterdir())
+    }
+
+
+def test_all_tasks_with_every_output(words: Words) -> None:
+    evaluate_words(*words, "--task", "mgsm,msvamp,x-csqa,xnli", "--save_name", "all")
+    for task, languages in {"mgsm": 11, "msvamp": 10, "x-csqa": 16, "xnli": 15}.items():
+        folder = Path("results/all") / task
+        scores = json.loads((folder / "scores.json").read_text())
+        assert len(scores["languages"]) == languages
+        assert {entry["count"] for entry in scores["languages"].values()} == {2}
+        assert (folder / "scores.tsv").exists() and (folder / "accuracy.png").exists()
+        rows = [row for rows in predictions(folder).values() for row in rows]
+        assert len(rows) == 2 * languages
+        assert {"language", "question", "output", "parsed", "gold", "right", "cut"} <= rows[0].keys()
+        for language, entry in scores["languages"].items():
+            right = [row["right"] for row in rows if row["language"] == language]
+            assert entry["accuracy"] == sum(right) / 2
+    chosen = {row["output"] for rows in predictions(Path("results/all/xnli")).values() for row in rows}
+    assert chosen <= {"entailment", "neutral", "contradiction"}
+
+
+def test_two_ranks_answer_each_problem_once_and_as_one_does(work: Path, words: Words) -> None:
+    command = torchrun_command(2, "run_evaluation.py", *words, "--save_name", "two", "--eval_batch_size", 3)
+    run(command, work)
+    evaluate_words(*words, "--save_name", "one", "--eval_batch_size", 8)
+    assert predictions(Path("results/two/mgsm")) == predictions(Path("results/one/mgsm"))
+    shares = [len(path.read_text().splitlines()) for path in Path("results/two/mgsm/answers").iterdir()]
+    assert sum(shares) == 22 and min(shares) >= 8
+
+
+def test_a_second_run_continues_where_the_first_stopped(words: Words, capsys: pytest.CaptureFixture) -> None:
+    evaluate_words(*words, "--save_name", "stopped")
+    folder = Path("results/stopped/mgsm")
+    before = predictions(folder)
+    answers = folder / "answers/rank_0.jsonl"
+    lines = answers.read_text().splitlines(keepends=True)
+    # As a kill in the middle of a line leaves it.
+    answers.write_text("".join(lines[:9]) + lines[9][:40])
+    settings = json.loads((folder / "run.json").read_text())["settings"]
+    (folder / "run.json").write_text(json.dumps({"settings": settings}))
+    capsys.readouterr()
+    evaluate_words(*words, "--save_name", "stopped")
+    assert "9 of 22 problems were answered before" in capsys.readouterr().out
+    assert predictions(folder) == before
+
+    evaluate_words(*words, "--save_name", "stopped")
+    assert "answered before" not in capsys.readouterr().out
+    with pytest.raises(InputError, match="max_gen_len was 12, now 13.*--overwrite"):
+        evaluate_words(*words, "--save_name", "stopped", "--max_gen_len", 13)
+    evaluate_words(*words, "--save_name", "stopped", "--max_gen_len", 13, "--overwrite")
+
+
+def test_out_of_memory_halves_the_slots_and_goes_on(
+    words: Words, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    sizes: list[int] = []
+
+    def short_of_memory(limit: int, after: int) -> Callable:
+        def step(llm: object, inputs: dict[str, torch.Tensor], *rest: object) -> torch.Tensor:
+            (rows,) = map(len, inputs.values())
+            sizes.append(rows)
+            if rows > limit and len(sizes) > after:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return one_step(llm, inputs, *rest)
+
+        return step
+
+    one_step = decoding._step
+    evaluate_words(*words, "--save_name", "room", "--eval_batch_size", 8)
+    capsys.readouterr()
+    # At first there is room for eight, as a cache grows.
+    monkeypatch.setattr(decoding, "_step", short_of_memory(3, after=15))
+    evaluate_words(*words, "--save_name", "short", "--eval_batch_size", 8)
+    assert 8 in sizes[:15] and sizes[15:17] == [8, 4] and max(sizes[17:]) == 2
+    printed = capsys.readouterr().out
+    assert "out of memory with 8 problems at once: going on with 4" in printed
+    assert "out of memory with 4 problems at once: going on with 2" in printed
+    assert predictions(Path("results/short/mgsm")) == predictions(Path("results/room/mgsm"))
+    answers = Path("results/short/mgsm/answers/rank_0.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["problem"] for line in answers}) == len(answers) == 22
+    monkeypatch.setattr(decoding, "_step", short_of_memory(0, after=0))
+    with pytest.raises(InputError, match=r"one problem of .*mgsm_\w+\.tsv, line \d.*--max_gen_len below 12"):
+        evaluate_words(*words, "--save_name", "none")
+
+
+def test_labels_scored_out_of_memory_are_halved_too(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    score = Subject.log_likelihoods
+
+    def short_of_memory(subject: Subject, rows: list, labels: list[str]) -> tuple:
+        sizes.append(len(rows))
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return score(subject, rows, labels)
+
+    evaluate_words(*words, "--task", "xnli", "--save_name", "room")
+    monkeypatch.setattr(Subject, "log_likelihoods", short_of_memory)
+    evaluate_words(*words, "--task", "xnli", "--save_name", "short", "--eval_batch_size", 8)
+    assert sizes[:3] == [8, 4, 2] and set(sizes[3:]) == {2}
+    assert predictions(Path("results/short/xnli")) == predictions(Path("results/room/xnli"))
+
+
+def test_a_signal_stops_between_two_steps_and_the_answers_so_far_stay(
+    words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_step, steps = decoding._step, []
+
+    def step(*arguments: object) -> torch.Tensor:
+        steps.append(1)
+        if len(steps) == 20:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return one_step(*arguments)
+
+    evaluate_words(*words, "--save_name", "calm", "--eval_batch_size", 4)
+    monkeypatch.setattr(decoding, "_step", step)
+    with pytest.raises(Stopped, match="SIGUSR1: the answers so far are in results/signalled/mgsm/answers/rank_0.jsonl"):
+        evaluate_words(*words, "--save_name", "signalled", "--eval_batch_size", 4)
+    assert len(steps) == 20
+    assert 4 <= len(read_answers(Path("results/signalled/mgsm"))) < 22
+    evaluate_words(*words, "--save_name", "signalled", "--eval_batch_size", 4)
+    assert predictions(Path("results/signalled/mgsm")) == predictions(Path("results/calm/mgsm"))
+
+
+def test_a_second_evaluation_of_the_same_results_is_refused(words: Words) -> None:
+    with locked(Path("results/held/mgsm")), pytest.raises(InputError, match="results/held/mgsm is in use by process"):
+        evaluate_words(*words, "--save_name", "held")
+    evaluate_words(*words, "--save_name", "held", "--languages", "de")
+
+
+def test_answers_that_have_not_arrived_are_not_left_out_of_the_score(
+    words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "read_answers", lambda folder: read_answers(folder)[:-1])
+        with pytest.raises(InputError, match="results/late/mgsm shows 21 of 22 answers: .* the same command goes on"):
+            evaluate_words(*words, "--save_name", "late")
+    assert not Path("results/late/mgsm/scores.json").exists()
+    evaluate_words(*words, "--save_name", "late")
+    assert sum(map(len, predictions(Path("results/late/mgsm")).values())) == 22
+
+
+def test_every_form_of_a_checkpoint_answers_alike(words: Words) -> None:
+    results = []
+    for form in ("checkpoint", "checkpoint/model.safetensors", "checkpoint/pytorch_model.bin"):
+        save_name = form.replace("/", "_")
+        evaluate_words(*words, "--init_checkpoint", form, "--save_name", save_name, "--languages", "de,en")
+        results.append(predictions(Path("results") / save_name / "mgsm"))
+        settings = json.loads(Path("results", save_name, "mgsm/run.json").read_text())["settings"]
+        # As the record beside the file says it was trained, in whichever form the file is named.
+        assert settings["augmentation"] is False
+    assert results[0] == results[1] == results[2]
+    shutil.copy("checkpoint/pytorch_model.bin", "published.bin")
+    evaluate_words(*words, "--init_checkpoint", "published.bin", "--save_name", "bin", "--languages", "de")
+    assert json.loads(Path("results/bin/mgsm/run.json").read_text())["settings"]["augmentation"] is True
+
+
+def test_the_baseline_is_the_llm_alone_on_the_same_prompts(words: Words, build: Callable, models: dict) -> None:
+    evaluate_words("--baseline", "--llm_path", models["llama"], "--max_gen_len", 12, "--languages", "de")
+    rows = predictions(Path("results/MergeMinds-baseline/mgsm"))["de"]
+    model, tokenizer = build()
+    for row in rows:
+        prompt = (
+            "Below is an instruction that describes a task. Write a response that appropriately completes the "
+            f"request.\n\n### Instruction:\n{row['question']}\n\n### Response: Let's think step by step."
+        )
+        ids = torch.tensor([[1, *tokenizer.llm_tokenizer(prompt, add_special_tokens=False).input_ids]])
+        new = model.llm.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        assert row["output"] == tokenizer.llm_tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_label_likelihoods_equal_the_loss_of_each_label_as_target(build: Callable, examples: list[Example]) -> None:
+    model, tokenizer = build()
+    labels = ["A", "entailment", "no", "contradiction"]
+    label_ids = [tokenizer.label_ids(label) for label in labels]
+    assert len({len(ids) for ids in label_ids}) > 2
+    questions = tokenizer(examples, with_targets=False)
+    with torch.no_grad():
+        batch = collate(questions, tokenizer.source_pad_id)
+        sequence = model.embed(**vars(batch) | {"labels": None})
+        scores, are_greedy = label_log_likelihoods(model.llm, sequence, label_ids)
+        for row, question in enumerate(questions):
+            for column, ids in enumerate(label_ids):
+                one = collate([question], tokenizer.source_pad_id)
+                one.labels = torch.tensor([ids])
+                loss = model(**vars(one), num_items_in_batch=1.0).loss
+                assert float(scores[row, column]) == pytest.approx(-float(loss), abs=1e-4)
+        singles, are_greedy_singles = label_log_likelihoods(model.llm, sequence, label_ids[:1])
+        torch.testing.assert_close(singles, scores[:, :1])
+        assert are_greedy_singles.equal(are_greedy[:, :1])
+
+        said = greedy(model.llm, sequence, 4, set())
+        # Each row's own words, and others that go on as some row does but not to the end.
+        words = [*said, *([*ids[:3], ids[3] ^ 1] for ids in said)]
+        _, are_greedy = label_log_likelihoods(model.llm, sequence, words)
+    assert are_greedy.tolist() == [[ids == word for word in words] for ids in said]
+
+
+def test_classification_by_generation_as_published(words: Words) -> None:
+    evaluate_words(*words, "--task", "xnli", "--languages", "de", "--classification", "generation", "--save_name", "g")
+    scores = json.loads(Path("results/g/xnli/scores.json").read_text())
+    # A random model says no label word, and is not credited with one.
+    assert scores["languages"]["German"]["unanswered"] == 2
+
+
+def test_answers_are_judged_as_numbers_or_as_labels() -> None:
+    def example(target: str, labels: tuple[str, ...] = ()) -> Example:
+        return Example(Prompt("", "q", ""), Prompt("", "q", ""), target, LANGUAGES["German"], labels)
+
+    assert judge(example("2,125"), "So 2125.0 it is", "default")["right"]
+    assert judge(example("8.0"), "The answer is: 8", "default")["right"]
+    assert not judge(example("0"), "I do not know", "default")["right"]
+    assert judge(example("0"), "I do not know", "published")["right"]
+    assert not judge(example("-5"), "-5", "published")["right"]
+    assert (
+        not judge(example("5"), "9" * 5000, "published")["right"]
+        and not judge(example("5"), "9" * 99, "default")["right"]
+    )
+    assert judge(example("B", tuple("ABC")), " B\n", "default")["right"]
+    assert judge(example("B", tuple("ABC")), "D", "default")["parsed"] is None
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--task", "gsm8k"), "--task 'gsm8k' is not one of: mgsm, msvamp, x-csqa, xnli"),
+        (("--baseline",), "--baseline is the LLM alone: leave --init_checkpoint out"),
+        (("--init_checkpoint", "nowhere"), "no mapping at nowhere"),
+        (("--test_num", "0"), "--test_num 0 must be above 0"),
+        (("--data_dir", "nowhere"), "mgsm_te.tsv: no such file"),
+        (("--augmentation", "True", "--max_prompt_len", "5"), "--max_prompt_len 5 leaves no room"),
+    ],
+)
+def test_bad_input_is_told_before_anything_loads(words: Words, more: Words, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        evaluate_words(*words, "--save_name", "refused", *more)
+    assert message in str(error.value)
+
+
+def test_a_mapping_of_another_encoder_is_refused(words: Words, models: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match=r"mlp.linear1.weight is \[48, 24\], these models need \[32, 16\]"):
+        evaluate_words(*words, "--mt_path", models["xlm_roberta"], "--save_name", "refused")
+    assert not Path("results/refused").exists()
+
+
+def test_answers_of_a_broken_file_are_those_that_are_whole(tmp_path: Path) -> None:
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers/rank_0.jsonl").write_bytes(b'{"problem": 3}\n[1]\n\xff\xfe\n{"problem": 4}\n{"prob')
+    assert [record["problem"] for record in read_answers(tmp_path)] == [3, 4]

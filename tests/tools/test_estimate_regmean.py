@@ -1,0 +1,103 @@
+"""Plans of Grams and merges: published sizes, and small ones against real runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from common.devices import HERE, Device, known_device
+from regmean.config import GramFlags, MergeFlags
+from regmean.gram import probe
+from regmean.hooks import LinearInputs, linear_layers
+from regmean.merge import AVERAGERS, CHUNK_ELEMENTS
+from tests.commands import run
+from tests.conftest import REPOSITORY
+from tests.regmean.conftest import make_gpt2, make_llama
+from tools.estimate import causal_lm_on_meta, cost_of
+from tools.estimate_regmean import batch_cost, gram_plan, layer_inputs, merge_cost
+
+LLAMA_3_8B = str(REPOSITORY / "configs/models/llama-3-8b")
+LARGE = Device(HERE, "cpu", 1, 2**50, 1e9, 1e9, 1e9, "")
+
+
+@pytest.mark.parametrize("make", [make_llama, lambda: make_llama(tied=True), make_gpt2])
+def test_layers_share_inputs_as_in_a_run(save: Callable[..., Path], make: Callable) -> None:
+    folder = save(make(), "model")
+    real = AutoModelForCausalLM.from_pretrained(folder).eval()
+    probed = probe(real, linear_layers(real), [1, 5, 6], torch.device("cpu"))
+    planned = layer_inputs(causal_lm_on_meta(str(folder)))
+    assert [each.layers for each in planned] == probed.inputs
+
+
+def test_a_batch_takes_what_its_plan_says(save: Callable[..., Path]) -> None:
+    """Every tensor of a real forward pass counted, as long as it lives."""
+    folder = save(make_llama(), "model")
+    planned = batch_cost(causal_lm_on_meta(str(folder)), 8, 40, LARGE).peak_bytes
+    real = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.full((8, 40), 5)
+    inputs = LinearInputs(linear_layers(real), real.get_output_embeddings(), lambda name, x: x.clone())
+    with inputs:
+        measured = cost_of(lambda: inputs.run(real, ids, torch.ones_like(ids)), real).peak_bytes
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(("device", "passes"), [("a100-80gb", 1), ("h100", 1), ("rtx4090", 4), ("rtx3090", 4)])
+def test_llama_3_8b_on_one_gpu(device: str, passes: int) -> None:
+    model = causal_lm_on_meta(LLAMA_3_8B)
+    flags = GramFlags(model=LLAMA_3_8B, plan=device)
+    planned = gram_plan(flags, model, known_device(device, 1))
+    widths = 32 * [4096, 4096, 4096, 14336] + [4096]
+    assert (planned.parameters, planned.inputs) == (8_030_261_248, 129)
+    assert planned.sums == sum(4 * width**2 for width in widths)
+    assert planned.file == sum(2 * width * (width + 1) for width in widths)
+    # All but the head.
+    assert planned.weights == pytest.approx(2 * (planned.parameters - 4096 * 128256), rel=1e-6)
+    assert planned.passes == passes
+    assert planned.peak < known_device(device, 1).memory
+    layers = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    attention = 32 * 4 * 256 * 4096 / 2
+    # Four passes end after about one, two, three quarters of the layers, and all of them.
+    forwards = (passes + 1) / 2
+    work = planned.tokens * (forwards * (2 * layers + attention) + sum(width**2 for width in widths))
+    assert planned.flops == pytest.approx(work, rel=0.01 if passes == 1 else 0.05)
+
+
+def test_a_model_that_does_not_fit_is_told(capsys: pytest.CaptureFixture) -> None:
+    words = ["--model", str(REPOSITORY / "configs/models/llama-3-70b"), "--dtype", "bfloat16", "--plan", "h100"]
+    run(["python", str(REPOSITORY / "compute_gram.py"), *words])
+    out = capsys.readouterr().out
+    assert "no number of passes fits" in out and "DOES NOT FIT" in out
+
+
+def test_llama_3_8b_merges_in_four_gigabytes() -> None:
+    planned = merge_cost(MergeFlags(method="regmean", models=[LLAMA_3_8B] * 2, plan="h100"))
+    assert planned.systems == 129
+    assert 2.7e9 < planned.arrays < 2.8e9
+    widths = 32 * [4096, 4096, 4096, 14336] + [4096]
+    assert planned.read == 2 * (2 * planned.parameters + sum(2 * width * (width + 1) for width in widths))
+    assert planned.written == 2 * planned.parameters
+    average = merge_cost(MergeFlags(method="avg", models=[LLAMA_3_8B] * 3, plan="h100"))
+    assert average.arrays == 36 * AVERAGERS * CHUNK_ELEMENTS
+    assert (average.flops, average.read) == (0, 6 * planned.parameters)
+
+
+def test_the_plan_of_a_merge_is_the_one_that_it_prints(
+    save: Callable[..., Path], texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    models = [str(save(make_llama(seed), f"model{seed}")) for seed in (0, 1)]
+    for model in models:
+        words = ["--model", model, "--dataset", str(texts), "--text_column", "text", "--output_dir", f"{model}-grams"]
+        run(["python", str(REPOSITORY / "compute_gram.py"), *words])
+    merge = ["python", str(REPOSITORY / "merge_model.py"), "--method", "regmean", "--models", *models]
+    merge += ["--output_dir", str(tmp_path / "merged")]
+    capsys.readouterr()
+    run([*merge, "--plan"])
+    assert not (tmp_path / "merged").exists()
+    plan = capsys.readouterr().out
+    run([*merge, "--grams", *(f"{model}-grams" for model in models)])
+    printed = capsys.readouterr().out
+    planned = merge_cost(MergeFlags(method="regmean", models=models, plan="h100"))
+    assert f"at most about {planned.arrays / 1e9:.2f} GB of arrays" in printed
+    assert f"in {planned.systems} systems" in printed and f"{planned.systems} systems" in plan

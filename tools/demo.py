@@ -1,0 +1,186 @@
+"""A page to try a mapping or a merge: one question, the answers of several models side by side.
+
+python -m tools.demo --checkpoint C
+python -m tools.demo --models A B MERGED
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from common.cli import parse_flags
+from common.errors import InputError, exit_with_message
+from common.logging import quiet_libraries
+from common.models import load_tokenizer
+from common.optional import require
+from common.ranks import start_process
+from mindmerger.checkpoint import read_record
+from mindmerger.config import DemoFlags, EvaluationFlags
+from mindmerger.data import Example
+from mindmerger.evaluation.answerer import Subject, load_subject, pick_dtype, prepare
+from mindmerger.frozen_models import load_llm
+from mindmerger.modeling import join, token_segment
+from mindmerger.tasks import LANGUAGES, Prompt, math_prompt
+from mindmerger.tokenization import ExampleTokenizer
+
+# Before gradio is imported, which reads it once.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+import gradio as gr
+
+# The default theme's fonts come from Google.
+_THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+
+
+@dataclass(frozen=True)
+class Column:
+    """One model on the page.
+
+    Attributes:
+        title: above its answers.
+        stream: from a question and the English name of its language to the answer, as far as it has come.
+    """
+
+    title: str
+    stream: Callable[[str, str], Iterator[str]]
+
+
+def serve(flags: DemoFlags) -> None:
+    """Load what the flags name and serve the page until the process is stopped.
+
+    Raises:
+        InputError: a model cannot be loaded, or the port is taken.
+    """
+    process = start_process(flags.device)
+    quiet_libraries()
+    dtype = pick_dtype(flags.dtype, process.device)
+    if flags.checkpoint is None:
+        columns = model_columns(flags, dtype, process.device)
+        needs_language = False
+    else:
+        columns, needs_language = mapping_columns(flags, dtype, process.device)
+    try:
+        page(columns, needs_language).launch(
+            server_name=flags.host, server_port=flags.port, share=False, theme=_THEME, footer_links=[]
+        )
+    except OSError as error:
+        raise InputError(f"--host {flags.host} --port {flags.port}: {error}") from error
+
+
+def mapping_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) -> tuple[list[Column], bool]:
+    """(the LLM alone and the LLM with the mapping, whether the encoder is told a question's language).
+
+    The LLM alone reads the prompt of `run_evaluation.py --baseline`; the LLM is in memory once.
+
+    Raises:
+        InputError: a model cannot be loaded, or does not fit the mapping.
+    """
+    evaluation = EvaluationFlags(
+        init_checkpoint=flags.checkpoint,
+        llm_path=flags.llm_path,
+        mt_path=flags.mt_path,
+        max_gen_len=flags.max_gen_len,
+        trust_remote_code=flags.trust_remote_code,
+    )
+    tokenizer, config = prepare(evaluation)
+    task = read_record(Path(flags.checkpoint)).get("task")
+    with_mapping = load_subject(evaluation, tokenizer, config, dtype, device)
+    alone = Subject(with_mapping.llm, _prompts_only(tokenizer.llm_tokenizer, flags))
+
+    def asking(subject: Subject) -> Callable[[str, str], Iterator[str]]:
+        def stream(question: str, language: str) -> Iterator[str]:
+            text = Prompt("", question, "")
+            # The other tasks' prompts hold more than a question: there the text is taken as it is typed.
+            prompt = text if task in ("x-csqa", "xnli") else math_prompt(question)
+            [row] = subject.tokenizer([Example(text, prompt, "", LANGUAGES[language])], with_targets=False)
+            return subject.stream(subject.read([row]), flags.max_gen_len)
+
+        return stream
+
+    columns = [Column("The LLM alone", asking(alone)), Column("The LLM with the mapping", asking(with_mapping))]
+    return columns, tokenizer.names_language
+
+
+def model_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) -> list[Column]:
+    """The LLMs of `--models`, each asked through its chat template or, without one, by question and line break.
+
+    Raises:
+        InputError: a model cannot be loaded.
+    """
+
+    def asking(path: str) -> Callable[[str, str], Iterator[str]]:
+        tokenizer = load_tokenizer(path, None, flags.trust_remote_code)
+        llm = load_llm(path, None, dtype, flags.trust_remote_code).to(device)
+        subject = Subject(llm, _prompts_only(tokenizer, flags))
+
+        def stream(question: str, _: str) -> Iterator[str]:
+            if tokenizer.chat_template:
+                turn = [{"role": "user", "content": question}]
+                ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True).input_ids
+            else:
+                # The break says that the question is at its end.
+                ids = tokenizer(question + "\n").input_ids
+            with torch.inference_mode():
+                inputs = torch.tensor([ids], device=device)
+                sequence = join([token_segment(llm, inputs, torch.ones_like(inputs))])
+            return subject.stream(sequence, flags.max_gen_len)
+
+        return stream
+
+    return [Column(path, asking(path)) for path in flags.models]
+
+
+def page(columns: list[Column], needs_language: bool) -> gr.Blocks:
+    """The page: a question, a column of answers for each model.
+
+    Args:
+        columns: from left to right; on a phone, from top to bottom.
+        needs_language: whether to ask for the question's language.
+    """
+
+    def answer(question: str, language: str) -> Iterator[list[str]]:
+        if not question.strip():
+            raise gr.Error("There is no question yet.")
+        texts = [""] * len(columns)
+        try:
+            streams = [column.stream(question.strip(), language) for column in columns]
+            for step in itertools.zip_longest(*streams):
+                texts = [old if new is None else new for old, new in zip(texts, step, strict=True)]
+                yield texts
+            yield [text or "(no answer)" for text in texts]
+        except InputError as error:
+            raise gr.Error(str(error)) from error
+
+    with gr.Blocks(title="MindMerger", analytics_enabled=False) as blocks:
+        gr.Markdown("# Ask in any language")
+        question = gr.Textbox(label="Question", lines=1, max_lines=10, autofocus=True)
+        language = gr.Dropdown(list(LANGUAGES), value="English", label="Its language", visible=needs_language)
+        ask = gr.Button("Ask", variant="primary")
+        with gr.Row():
+            answers = [
+                gr.Textbox(label=column.title, lines=5, max_lines=30, interactive=False, min_width=280)
+                for column in columns
+            ]
+        gr.on([ask.click, question.submit], answer, [question, language], answers, show_progress="minimal")
+    return blocks
+
+
+def _prompts_only(llm_tokenizer: PreTrainedTokenizerBase, flags: DemoFlags) -> ExampleTokenizer:
+    limits = {"max_seq_len": 512, "max_prompt_len": 512, "max_gen_len": flags.max_gen_len}
+    return ExampleTokenizer(None, None, llm_tokenizer, augmentation=True, **limits)
+
+
+def main() -> None:
+    """Parse the command line and serve."""
+    flags = parse_flags(DemoFlags)
+    require("gradio", "requirements-demo.txt")
+    serve(flags)
+
+
+if __name__ == "__main__":
+    exit_with_message(main)

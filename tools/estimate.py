@@ -1,0 +1,312 @@
+"""What a computation takes, found by running it on torch's meta device, where tensors have shapes and no data.
+
+Nothing is estimated from formulas that could go stale: the models' own code runs, built from their configs, and every
+tensor that it makes is counted for as long as it lives.
+"""
+
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from common.devices import HERE, Device, known_device, parse_devices
+from common.errors import InputError, first_line
+from common.models import base_config
+from common.ranks import available_memory, launched_world_size
+
+ATTENTION = "shapes_only"
+# Of a model's layers, so many are run: they are alike, and each adds the same.
+FEW, MORE = 2, 4
+# Backward through attention: the scores once more, and the products for dq, dk, dv and dp.
+BACKWARD_PRODUCTS = 2.5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a computation takes beside the weights that it is given.
+
+    Attributes:
+        peak_bytes: of tensors that are alive at once.
+        kept_bytes: of tensors that are alive at its end.
+        flops: operations of matrix products; a multiplication and an addition are two.
+    """
+
+    peak_bytes: float
+    kept_bytes: float
+    flops: float
+
+
+class _Tracker(TorchDispatchMode):
+    """Counts tensors and operations; as a context manager, those of its block."""
+
+    current: "_Tracker | None" = None
+
+    def __init__(self, *given: nn.Module):
+        super().__init__()
+        self.live = self.peak = 0
+        self.flops = 0.0
+        tensors = (tensor for module in given for tensor in (*module.parameters(), *module.buffers()))
+        self._seen = {tensor.untyped_storage()._cdata for tensor in tensors}
+
+    def __enter__(self) -> "_Tracker":
+        _Tracker.current = self
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _Tracker.current = None
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            self._seen.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+def cost_of(run: Callable[[], Any], *given: nn.Module) -> Cost:
+    """What `run` takes, a function of tensors on the meta device; what it returns counts as kept.
+
+    Args:
+        run: the computation.
+        given: modules whose weights are not counted.
+    """
+    with _Tracker(*given) as tracker:
+        kept = run()
+        live = tracker.live
+        del kept
+    return Cost(tracker.peak, live, tracker.flops)
+
+
+def cost_of_layers(run: Callable[[], Any], model: PreTrainedModel, *given: nn.Module) -> Cost:
+    """As `cost_of`, of a model of many layers, from runs with few: each further one adds as much as the one before."""
+    depth = len(model_layers(model))
+    if depth <= MORE:
+        return cost_of(run, model, *given)
+    costs = []
+    for layers in (FEW, MORE):
+        with _with_layers(model, layers):
+            costs.append(cost_of(run, model, *given))
+    few, more = costs
+
+    def at_depth(name: str) -> float:
+        a, b = getattr(few, name), getattr(more, name)
+        return a + (b - a) / (MORE - FEW) * (depth - FEW)
+
+    return Cost(*map(at_depth, ("peak_bytes", "kept_bytes", "flops")))
+
+
+def model_layers(model: nn.Module) -> nn.ModuleList:
+    """A model's stack of layers, the longest list of modules in it."""
+    return max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
+
+
+@contextmanager
+def _with_layers(model: nn.Module, count: int) -> Iterator[None]:
+    layers = model_layers(model)
+    whole = layers._modules
+    layers._modules = dict(list(whole.items())[:count])
+    try:
+        yield
+    finally:
+        layers._modules = whole
+
+
+def causal_lm_on_meta(
+    path: str, revision: str | None = None, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The causal language model in a hub id or local folder, of which only the config is read; see `on_meta`.
+
+    Args:
+        dtype: of the weights; None for the one that they were saved in, float32 where the config does not say.
+
+    Raises:
+        InputError: there is none.
+    """
+    config = base_config(path, revision, trust_remote_code)
+    return on_meta(AutoModelForCausalLM, path, config, dtype or config.dtype or torch.float32, trust_remote_code)
+
+
+def on_meta(
+    auto_class: Any, path: str, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool, **options: Any
+) -> PreTrainedModel:
+    """A model as shapes without data: frozen, in eval mode, with an attention to match.
+
+    Args:
+        auto_class: of transformers, as `AutoModelForCausalLM`.
+        path: where the config was found.
+        options: of the model's class.
+
+    Raises:
+        InputError: the config is not of such a model.
+    """
+    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "attn_implementation": ATTENTION}
+    try:
+        with torch.device("meta"), no_init_weights():
+            model = auto_class.from_config(config, **options)
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise InputError(f"the config in {path} makes no {auto_class.__name__}: {first_line(error)}") from error
+    # Without initialisation nothing has tied them.
+    model.tie_weights()
+    return model.requires_grad_(False).eval()
+
+
+def parameters(*modules: nn.Module) -> int:
+    """How many parameters, those that have several names counted once."""
+    return sum(tensor.numel() for tensor in {p for module in modules for p in module.parameters()})
+
+
+def weight_bytes(*modules: nn.Module) -> int:
+    """Bytes of those parameters and of the buffers beside them."""
+    tensors = {t for module in modules for t in (*module.parameters(), *module.buffers())}
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+class _Attention(torch.autograd.Function):
+    """Attention as fused kernels keep it: query, key, value, output and one float32 per query; no matrix of scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, flops: float) -> torch.Tensor:
+        ctx.flops = flops
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        _Tracker.current.flops += flops
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> tuple:
+        _Tracker.current.flops += BACKWARD_PRODUCTS * ctx.flops
+        return (*map(torch.empty_like, ctx.saved_tensors[:3]), None)
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_bias: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    rows, heads, queries, width = query.shape
+    flops = 2.0 * rows * heads * queries * key.shape[2] * (width + value.shape[-1])
+    if getattr(module, "is_causal", False) and queries == key.shape[2]:
+        flops /= 2
+    if position_bias is not None:
+        # It is spread over the rows, whose padding it is joined with.
+        position_bias = position_bias.expand(rows, -1, -1, -1).clone()
+    return _Attention.apply(query, key, value, flops).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+
+
+def plan_device(text: str, device: str) -> Device:
+    """The device that `--plan` names, as many as it says or, where it does not, as the launcher has started.
+
+    This machine's are measured, for a second: its CPU, or its GPU where `--device` does not say otherwise.
+    """
+    name, count = parse_devices(text)
+    count = launched_world_size() if count is None else count
+    if name != HERE:
+        return known_device(name, count)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    memory = available_memory(chosen)
+    half, single = (_measured_flops(chosen, dtype) for dtype in (torch.bfloat16, torch.float32))
+    bandwidth = _measured_bandwidth(chosen)
+    basis = (
+        f"measured: {half / 1e12:.2g} TFLOP/s in bfloat16, {single / 1e12:.2g} in float32, {bandwidth / 1e9:.0f} GB/s"
+    )
+    return Device(f"{HERE}'s {chosen.type}", chosen.type, count, memory, half, single, bandwidth, basis)
+
+
+def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / _seconds(lambda: a @ a, device)
+
+
+def _measured_bandwidth(device: torch.device) -> float:
+    a = torch.ones(1 << (28 if device.type == "cuda" else 25), device=device)
+    b = torch.zeros_like(a)
+    return 2 * a.nbytes / _seconds(lambda: b.copy_(a), device)
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """The shortest of a few runs, the first ones warming up."""
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def show(title: str, device: Device, lines: list[tuple[str, str]]) -> None:
+    """Print a plan, on the first rank alone."""
+    if int(os.environ.get("RANK", "0")):
+        return
+    width = max(len(name) for name, _ in lines)
+    print(f"plan: {title}\n  {'device'.ljust(width)}  {device.title}, {gb(device.memory)} each; {device.basis}")
+    for name, text in lines:
+        print(f"  {name.ljust(width)}  {text}")
+
+
+def fits(needed: float, device: Device) -> str:
+    """One line on whether so many bytes fit a device."""
+    verdict = "fits" if needed <= device.memory else "DOES NOT FIT"
+    return f"{gb(needed)} of {gb(device.memory)}: {verdict}"
+
+
+def gb(size: float) -> str:
+    """Bytes as in `12.3 GB`, of 10^9."""
+    for unit, name in ((1e15, "PB"), (1e12, "TB")):
+        if size >= 10 * unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1e9:.2f} GB" if size < 1e10 else f"{size / 1e9:.1f} GB"
+
+
+def amount(count: float) -> str:
+    """A number as in `6.74 B`."""
+    for unit, name in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as in `2.5 h`."""
+    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.1f} s"

@@ -1,0 +1,223 @@
+"""MindMerger as a model of lm-evaluation-harness 0.4.13."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+
+from common.cli import parse_flags
+from common.errors import InputError
+from common.logging import progress, quiet_libraries
+from common.ranks import start_process
+from mindmerger.config import EvaluationFlags
+from mindmerger.data import Example
+from mindmerger.evaluation.answerer import Subject, load_subject, pick_dtype, prepare
+from mindmerger.tasks import LANGUAGES, Language, Prompt, find_language
+from mindmerger.tokenization import Tokens
+
+# Of the flags of run_evaluation.py those that say what is loaded and how much of a text is read.
+_FLAGS = (
+    *("llm_path", "llm_revision", "mt_path", "mt_revision", "trust_remote_code", "dtype"),
+    *("encoder_layer", "augmentation", "max_seq_len", "max_prompt_len", "max_gen_len"),
+)
+
+
+@register_model("mindmerger")
+class MindMergerLM(LM):
+    """An LLM with a mapping: the encoder reads a row's bare question, the LLM the harness's whole context.
+
+    The context is what `Example.prompt` is elsewhere, the continuation the target; each is tokenized by itself, as in
+    training. Where a text is too long, the question in it is cut.
+
+    Args:
+        checkpoint: the mapping: folder, `.safetensors` or `pytorch_model.bin`.
+        batch_size: rows at a time.
+        max_batch_size: the harness's, for a batch size that it looks for itself.
+        device: as the harness names it.
+        source_field: the field of a task's rows that the encoder reads. A row's `stem`, where it has one, is the part
+            of it that may be cut.
+        source_language: name or ISO code of the language that all rows are in; default: the one by whose code the
+            task's name ends, as in mgsm_direct_de.
+        flags: flags of `run_evaluation.py`: those in `_FLAGS`.
+
+    Raises:
+        InputError: whatever is wrong with these.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        batch_size: int | str = 8,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        source_field: str = "question",
+        source_language: str | None = None,
+        **flags: Any,
+    ):
+        super().__init__()
+        if checkpoint is None:
+            raise InputError("--model_args checkpoint=FOLDER is needed: the mapping to evaluate")
+        unknown = flags.keys() - set(_FLAGS)
+        if unknown:
+            known = ("checkpoint", "source_field", "source_language", *_FLAGS)
+            raise InputError(f"--model_args takes no {', '.join(sorted(unknown))}; it takes {', '.join(known)}")
+        if not str(batch_size).isdecimal():
+            raise InputError(f"--batch_size {batch_size} must be a number of rows")
+        # The harness's default, of which each rank takes its own, or the CPU where there is none.
+        device = "auto" if device in (None, "cuda", "cuda:0") else device
+        words = {"init_checkpoint": checkpoint, "eval_batch_size": batch_size, "device": device} | flags
+        self._flags = parse_flags(
+            EvaluationFlags, [f"--{name}={value}" for name, value in words.items() if value is not None]
+        )
+        self._source_field = source_field
+        self._source_language = None if source_language is None else find_language(source_language)
+
+        self._process = start_process(self._flags.device)
+        quiet_libraries()
+        self._rank, self._world_size, self._device = self._process.rank, self._process.world_size, self._process.device
+        tokenizer, config = prepare(self._flags)
+        dtype = pick_dtype(self._flags.dtype, self._process.device)
+        self._subject: Subject = load_subject(self._flags, tokenizer, config, dtype, self._process.device)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy answers, each up to the first of its stop strings.
+
+        Raises:
+            InputError: a task asks for sampling, or has no field for the encoder.
+        """
+
+        def answer(rows: list[Tokens], settings: str) -> Iterator[list[tuple[int, str]]]:
+            until, max_new_tokens = json.loads(settings)
+            slots = self._flags.eval_batch_size
+            for ended in self._subject.generate(rows, max_new_tokens, slots, self._has_ended(until)):
+                yield [(place, postprocess_generated_text(text, until, None)) for place, text, _ in ended]
+
+        settings = []
+        for request in requests:
+            kwargs = normalize_gen_kwargs(request.args[1], self._flags.max_gen_len)
+            if kwargs["do_sample"]:
+                raise InputError(f"task {request.task_name} asks for sampling: MindMerger answers greedily")
+            settings.append(json.dumps([[stop for stop in kwargs["until"] if stop], kwargs["max_gen_toks"]]))
+        texts = [""] * len(requests)
+        for number, text in self._ask(requests, settings, answer, disable_tqdm):
+            texts[number] = text
+            self.cache_hook.add_partial("generate_until", requests[number].args, text)
+        return texts
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log probability in nats, whether it is the greedy answer) of each continuation.
+
+        Raises:
+            InputError: a task has no field for the encoder.
+        """
+        # The continuations of one context are scored together, and contexts with the same ones in one batch.
+        groups: dict[tuple[str | None, int | None, str], list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault((request.task_name, request.doc_id, request.args[0]), []).append(number)
+        members = list(groups.values())
+        words = [json.dumps([requests[number].args[1] for number in group]) for group in members]
+
+        def score(rows: list[Tokens], words: str) -> Iterator[list[tuple[int, list[tuple[float, bool]]]]]:
+            size = self._flags.eval_batch_size
+            for start in range(0, len(rows), size):
+                scores, are_greedy = self._subject.log_likelihoods(rows[start : start + size], json.loads(words))
+                pairs = zip(scores.tolist(), are_greedy.tolist(), strict=True)
+                yield [(place, list(zip(*pair, strict=True))) for place, pair in enumerate(pairs, start)]
+
+        results = [(0.0, False)] * len(requests)
+        firsts = [requests[group[0]] for group in members]
+        for place, scored in self._ask(firsts, words, score, disable_tqdm):
+            for number, result in zip(members[place], scored, strict=True):
+                results[number] = result
+                self.cache_hook.add_partial("loglikelihood", requests[number].args, result)
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Refused: it scores a text that answers nothing, and the encoder would have nothing to read."""
+        raise InputError(
+            f"task {requests[0].task_name} asks for the likelihood of a whole text (loglikelihood_rolling), and "
+            "MindMerger answers questions: take --model hf for the LLM alone"
+        )
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Refused: a mapping is trained in front of plain prompts, and special tokens in a text are read as text."""
+        raise InputError("--apply_chat_template: a mapping is trained in front of plain prompts, leave it out")
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` of every rank, stacked."""
+        # Through host memory: a tensor arrives on the device that it was sent from.
+        return torch.stack(self._process.gather(tensor.cpu())).to(tensor.device)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """`obj` of every rank, on rank `dst`."""
+        gathered = self._process.gather(obj)
+        return gathered if self.rank == dst else None
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self._process.barrier()
+
+    def _ask(
+        self,
+        requests: list[Instance],
+        settings: list[str],
+        answer: Callable[[list[Tokens], str], Iterator[list[tuple[int, Any]]]],
+        disable_tqdm: bool,
+    ) -> Iterator[tuple[int, Any]]:
+        """(number of a request, what `answer` says to it), those of equal settings together, longest first."""
+        tokens = self._subject.tokenizer([self._example(request) for request in requests], with_targets=False)
+        with progress(self._process, total=len(requests), unit="request", leave=not disable_tqdm) as bar:
+            for setting in dict.fromkeys(settings):
+                numbers = [number for number, other in enumerate(settings) if other == setting]
+                numbers.sort(key=lambda number: -len(tokens[number]))
+                for answers in answer([tokens[number] for number in numbers], setting):
+                    yield from ((numbers[place], said) for place, said in answers)
+                    bar.update(len(answers))
+
+    def _example(self, request: Instance) -> Example:
+        question = request.doc.get(self._source_field)
+        if not isinstance(question, str) or not question.strip():
+            raise InputError(
+                f"task {request.task_name}: its rows have no text {self._source_field!r} for the encoder to read, but "
+                f"{', '.join(map(str, request.doc))}: name one, as in --model_args source_field=NAME"
+            )
+        stem = str(request.doc.get("stem") or question).strip()
+        return Example(_split(question, stem), _split(request.args[0], stem), "", self._language(request.task_name))
+
+    def _language(self, task: str) -> Language:
+        if self._source_language is not None:
+            return self._source_language
+        for language in LANGUAGES.values():
+            if task.endswith((f"_{language.code}", f"_{language.nllb}")):
+                return language
+        if self._subject.tokenizer.names_language:
+            raise InputError(
+                f"the encoder is told the language of a question: name that of {task}, as in "
+                "--model_args source_language=de"
+            )
+        return LANGUAGES["English"]
+
+    def _has_ended(self, until: list[str]) -> Callable[[list[int]], bool] | None:
+        if not until:
+            return None
+        decode = self._subject.tokenizer.llm_tokenizer.decode
+        # A token is a byte at least; one more, since a decoder may strip a space from the first.
+        longest = max(len(stop.encode()) for stop in until) + 1
+
+        def has_ended(ids: list[int]) -> bool:
+            # With special tokens: tasks name chat models' ends of turn.
+            end = decode(ids[-longest:])
+            return any(stop in end for stop in until)
+
+        return has_ended
+
+
+def _split(text: str, query: str) -> Prompt:
+    """`text` around the last occurrence of `query`, which may be cut; without one, nothing may be."""
+    before, query, after = text.rpartition(query)
+    return Prompt(before, query, after) if query else Prompt(text, "", "")

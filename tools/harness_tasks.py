@@ -1,0 +1,45 @@
+"""What the task files in `configs/lm_eval` call: rows of a local `datas` folder, judged as in `run_evaluation.py`."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from mindmerger.data import read_evaluation
+from mindmerger.evaluation.answers import is_same_number, parse_answer
+from mindmerger.tasks import EVALUATION_TASKS, find_language
+
+
+def load(task_name: str, language: str, data_dir: str = "./datas", **_: Any) -> dict[str, Dataset]:
+    """The problems of a task in one language, as split "test".
+
+    Args:
+        task_name: one of `EVALUATION_TASKS`.
+        language: ISO code.
+        data_dir: folder in the published layout; `--metadata '{"data_dir": "FOLDER"}'` names another.
+
+    Returns:
+        Rows of `question` (what the encoder reads), `prompt` (what the LLM reads), `stem` (the part of both that may be
+        cut), `answer` and `choices`.
+
+    Raises:
+        InputError: a missing file or a malformed row.
+    """
+    chosen = find_language(language)
+    examples = read_evaluation(Path(data_dir), EVALUATION_TASKS[task_name], (chosen,))[chosen]
+    rows = [
+        {
+            "question": example.source.text,
+            "prompt": example.prompt.text,
+            "stem": example.source.query,
+            "answer": example.target,
+            "choices": list(example.labels),
+        }
+        for example in examples
+    ]
+    return {"test": Dataset.from_list(rows)}
+
+
+def judge_number(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Accuracy of one answer, by the default parser of `run_evaluation.py`."""
+    return {"acc": float(is_same_number(parse_answer(results[0]), parse_answer(doc["answer"])))}
