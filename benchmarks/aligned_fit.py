@@ -169,14 +169,14 @@ def main() -> None:
     task, languages = find_task("math", TRAINING_TASKS), select_languages(flags.languages)
     limits = {"max_seq_len": flags.max_len, "max_gen_len": flags.max_len}
     names = ModelFlags(llm_path=flags.llm_path, mt_path=flags.mt_path, **limits)
-    tokenizer = load_example_tokenizer(names, augmentation=False)
+    tokenizer = load_example_tokenizer(names.models, names.limits, augmentation=False)
     # Enough even where all languages translate the same English.
     each = max(flags.sentences) + HELD_OUT + flags.dev_size
     rows = read_training(Path(flags.data_dir), task, "mapping", languages, each)
     dev, train = hold_out(rows, flags.dev_size, seed=0)
     dev_tokens, table = tokenizer(dev), {}
     for number, layer in enumerate(flags.layers or [None]):
-        config = mapping_config(replace(names, encoder_layer=layer), tokenizer.llm_tokenizer.bos_token_id)
+        config = mapping_config(replace(names.models, encoder_layer=layer), tokenizer.llm_tokenizer.bos_token_id)
         model = MindMergerForCausalLM.from_base_models(config, getattr(torch, flags.dtype))
         model.pack_rows()
         with torch.no_grad():

@@ -41,7 +41,7 @@ def unlearned_model(
     """
     names = ModelFlags(llm_path=flags.llm_path, mt_path=flags.mt_path)
     torch.manual_seed(0)
-    model = MindMergerForCausalLM.from_base_models(mapping_config(names, llm_bos_token_id), dtype)
+    model = MindMergerForCausalLM.from_base_models(mapping_config(names.models, llm_bos_token_id), dtype)
     mean, scale = embedding_scale(model, input_ids, attention_mask)
     with torch.no_grad():
         model.mapping.end_boundary.add_(mean)

@@ -101,11 +101,11 @@ def step(llm_path: str, mt_path: str, _: Path) -> None:
     """A micro batch, forward and backward."""
     import torch
 
-    from mindmerger.config import ModelFlags
+    from mindmerger.config import ModelPair
     from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 
     keep_heap_small()
-    config = mapping_config(ModelFlags(llm_path=llm_path, mt_path=mt_path), llm_bos_token_id=1)
+    config = mapping_config(ModelPair(llm_path=llm_path, mt_path=mt_path), llm_bos_token_id=1)
     model = MindMergerForCausalLM.from_base_models(config)
     model.pack_rows()
 

@@ -1,14 +1,104 @@
-"""A folder belongs to one run: the same settings continue it, others are refused."""
+"""A folder that belongs to one run: locked while it runs, continued under the same settings, refused to others."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.errors import InputError
 from common.io import read_json, write_json
-from common.ranks import Process
+from common.locks import locked
+
+if TYPE_CHECKING:
+    from common.ranks import Process
 
 RUN = "run.json"
+
+
+@dataclass
+class RunFolder:
+    """The folder of one run, as `open_run` gives it.
+
+    Attributes:
+        folder: of outputs or results.
+        settings: all that makes two runs the same run, as JSON values.
+        overwrite: whether whatever the folder holds is replaced.
+        process: this rank.
+        result: what `finish` recorded; None while the run is not finished.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    overwrite: bool
+    process: "Process"
+    result: dict[str, Any] | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.result = None if self.overwrite else self._recorded_result()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the folder holds this run, finished."""
+        return self.result is not None
+
+    def start(self) -> None:
+        """Record the settings in the folder, on the first rank; with `overwrite` the folder is emptied first.
+
+        Called by all ranks, after every check and before anything else is written.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        self.process.barrier()
+        if self.process.is_main:
+            if self.overwrite:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            write_json(self.folder / RUN, {"settings": self.settings})
+        self.process.barrier()
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Record that the run has ended, and its result. Called by the first rank, as the last write."""
+        write_json(self.folder / RUN, {"settings": self.settings, "result": result})
+        self.result = result
+
+    def _recorded_result(self) -> dict[str, Any] | None:
+        path = self.folder / RUN
+        if not path.exists():
+            return None
+        run = read_json(path)
+        if not isinstance(run, dict) or not isinstance(run.get("settings"), dict):
+            raise InputError(f"{path} is not a record of a run: --overwrite the folder, or choose another")
+        before, now = run["settings"], self.settings
+        differences = [
+            f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+            for key in sorted(now.keys() | before.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if differences:
+            raise InputError(
+                f"{self.folder} holds another run ({'; '.join(differences)}): choose another folder, or --overwrite it"
+            )
+        return run.get("result")
+
+
+@contextlib.contextmanager
+def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, process: "Process") -> Iterator[RunFolder]:
+    """Hold `folder` for the run of these settings; locked by the first rank until the block ends.
+
+    Args:
+        folder: of outputs or results; need not exist.
+        settings: all that makes two runs the same run, as JSON values.
+        overwrite: whether whatever it holds is to be replaced.
+        process: this rank.
+
+    Raises:
+        InputError: another process holds the folder; or it holds a run of other settings, and `overwrite` is off (the
+            differences are listed).
+    """
+    with locked(folder) if process.is_main else contextlib.nullcontext():
+        yield RunFolder(folder, settings, overwrite, process)
 
 
 def is_finished(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
@@ -40,7 +130,7 @@ def is_finished(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool
     return "result" in run
 
 
-def start(folder: Path, settings: dict[str, Any], overwrite: bool, process: Process) -> None:
+def start(folder: Path, settings: dict[str, Any], overwrite: bool, process: "Process") -> None:
     """Make `folder` this run's, or go on with it; with `overwrite`, empty it first.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import io
 import reprlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save
 from common.errors import InputError
 from common.io import read_json, write_bytes, write_json
 from common.pickles import read_pickled
-from mindmerger.config import ModelFlags
+from mindmerger.config import ModelPair
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
@@ -91,19 +92,20 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     return record
 
 
-def take_encoder_layer(flags: ModelFlags, checkpoint: Path) -> None:
-    """Let `--encoder_layer` be what the mapping was trained on.
+def with_trained_layer(models: ModelPair, checkpoint: Path) -> ModelPair:
+    """The same models, with the encoder layer that the mapping in `checkpoint` was trained on.
 
     Raises:
-        InputError: it is told otherwise.
+        InputError: `models` name another layer.
     """
     record = read_record(checkpoint)
     trained = record.get("encoder_layer")
-    if flags.encoder_layer is None:
-        flags.encoder_layer = trained
-    elif record and flags.encoder_layer != trained:
+    if models.encoder_layer is None:
+        return replace(models, encoder_layer=trained)
+    if record and models.encoder_layer != trained:
         layers = "all layers" if trained is None else f"{trained} layer(s)"
-        raise InputError(f"--encoder_layer {flags.encoder_layer}: {checkpoint} was trained on {layers} of the encoder")
+        raise InputError(f"--encoder_layer {models.encoder_layer}: {checkpoint} was trained on {layers} of the encoder")
+    return models
 
 
 def write_mapping(folder: Path, config: dict[str, Any], state: dict[str, torch.Tensor]) -> None:

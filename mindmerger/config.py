@@ -12,6 +12,41 @@ from common.ranks import launched_world_size
 from mindmerger.tasks import EVALUATION_TASKS, TRAINING_TASKS, Task
 
 
+@dataclass(frozen=True)
+class ModelPair:
+    """An encoder and an LLM that a mapping joins, or an LLM alone.
+
+    Attributes:
+        llm_path: hub id or local folder of the LLM.
+        mt_path: the same of the multilingual model; None for the LLM alone.
+        llm_revision, mt_revision: hub revisions; None for the newest.
+        encoder_layer: of a decoder-only multilingual model, how many of its layers are read; None for all.
+        trust_remote_code: whether code that a model's repository brings is run.
+    """
+
+    llm_path: str
+    mt_path: str | None = None
+    llm_revision: str | None = None
+    mt_revision: str | None = None
+    encoder_layer: int | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits in tokens.
+
+    Attributes:
+        max_seq_len: of a source, for the encoder, its special tokens included.
+        max_prompt_len: of a prompt, for the LLM.
+        max_gen_len: of a target, its eos included, or of a generated answer.
+    """
+
+    max_seq_len: int
+    max_prompt_len: int
+    max_gen_len: int
+
+
 @dataclass
 class ModelFlags:
     """Which models and data, and how much of them: what both scripts take."""
@@ -48,6 +83,23 @@ class ModelFlags:
             raise InputError(f"--save_name {self.save_name[:100]!r} must be a plain folder name of at most 100 letters")
         if self.plan is not None:
             parse_devices(self.plan)
+
+    @property
+    def models(self) -> ModelPair:
+        """The models that the flags name."""
+        return ModelPair(
+            self.llm_path,
+            self.mt_path,
+            self.llm_revision,
+            self.mt_revision,
+            self.encoder_layer,
+            self.trust_remote_code,
+        )
+
+    @property
+    def limits(self) -> Limits:
+        """The limits that the flags set."""
+        return Limits(self.max_seq_len, self.max_prompt_len, self.max_gen_len)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 
 from common.errors import InputError
 from common.models import base_config, load_model
-from mindmerger.config import ModelFlags
+from mindmerger.config import ModelPair
 
 
 def load_llm(path: str, revision: str | None, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -28,7 +28,7 @@ def load_llm(path: str, revision: str | None, dtype: torch.dtype, trust_remote_c
     return load_model(AutoModelForCausalLM, path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def check_context(flags: ModelFlags, tokens: int) -> None:
+def check_context(models: ModelPair, tokens: int) -> None:
     """Refuse sequences of `tokens` to an LLM with a table of fewer positions, as GPT-2.
 
     Rotary positions go on beyond what was trained, for what that is worth; any others are taken to end at the config's
@@ -37,11 +37,11 @@ def check_context(flags: ModelFlags, tokens: int) -> None:
     Raises:
         InputError: it has fewer; the message names the flags that shorten rows.
     """
-    config = base_config(flags.llm_path, flags.llm_revision, flags.trust_remote_code).get_text_config()
+    config = base_config(models.llm_path, models.llm_revision, models.trust_remote_code).get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if limit and 0 < limit < tokens and not getattr(config, "rope_parameters", None):
         raise InputError(
-            f"the longest row takes {tokens} tokens, and {flags.llm_path} knows {limit} positions: lower "
+            f"the longest row takes {tokens} tokens, and {models.llm_path} knows {limit} positions: lower "
             "--max_seq_len, --max_prompt_len or --max_gen_len"
         )
 

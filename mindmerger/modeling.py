@@ -23,7 +23,7 @@ from common.models import base_config
 from mindmerger.batching import IGNORED
 from mindmerger.card import write_card
 from mindmerger.checkpoint import SAFETENSORS, read_mapping, write_mapping
-from mindmerger.config import ModelFlags
+from mindmerger.config import ModelPair
 from mindmerger.frozen_models import check_encoder_layer, encoder_config, load_encoder, load_llm
 from mindmerger.packing import pack_attention, packed_arguments
 
@@ -480,25 +480,25 @@ def mean_embedding(embedding: nn.Module, device: torch.device) -> tuple[torch.Te
     return total / embedding.num_embeddings, (squares / (embedding.num_embeddings * len(total))) ** 0.5
 
 
-def mapping_config(flags: ModelFlags, llm_bos_token_id: int | None) -> MindMergerConfig:
-    """The config that joins the two models that the flags name, from their configs alone: no weights are read.
+def mapping_config(models: ModelPair, llm_bos_token_id: int | None) -> MindMergerConfig:
+    """The config that joins the two models of `models`, from their configs alone: no weights are read.
 
     Raises:
         InputError: one of the two cannot be found, or has no such --encoder_layer.
     """
-    llm = base_config(flags.llm_path, flags.llm_revision, flags.trust_remote_code)
-    mt = base_config(flags.mt_path, flags.mt_revision, flags.trust_remote_code)
-    if flags.encoder_layer is not None:
-        check_encoder_layer(flags.encoder_layer, flags.mt_path, mt)
+    llm = base_config(models.llm_path, models.llm_revision, models.trust_remote_code)
+    mt = base_config(models.mt_path, models.mt_revision, models.trust_remote_code)
+    if models.encoder_layer is not None:
+        check_encoder_layer(models.encoder_layer, models.mt_path, mt)
     return MindMergerConfig(
-        llm_path=flags.llm_path,
-        mt_path=flags.mt_path,
-        llm_revision=flags.llm_revision,
-        mt_revision=flags.mt_revision,
+        llm_path=models.llm_path,
+        mt_path=models.mt_path,
+        llm_revision=models.llm_revision,
+        mt_revision=models.mt_revision,
         llm_hidden_size=llm.get_text_config().hidden_size,
         mt_hidden_size=encoder_config(mt).get_text_config().hidden_size,
         llm_bos_token_id=llm_bos_token_id,
-        encoder_layer=flags.encoder_layer,
+        encoder_layer=models.encoder_layer,
     )
 
 

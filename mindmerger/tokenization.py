@@ -3,13 +3,13 @@
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from common.errors import InputError
 from common.models import base_config, load_tokenizer
-from mindmerger.config import ModelFlags
+from mindmerger.config import Limits, ModelPair
 from mindmerger.data import Example
 from mindmerger.init.ridge import Span
 from mindmerger.tasks import LANGUAGES, Language, Prompt
@@ -186,25 +186,18 @@ class ExampleTokenizer:
         return any(index not in (None, self.mt_tokenizer.unk_token_id) for index in tokens)
 
 
-def load_example_tokenizer(flags: ModelFlags, augmentation: bool, llm_alone: bool = False) -> ExampleTokenizer:
-    """The tokenizers of the two models that the flags name, with the flags' limits.
+def load_example_tokenizer(models: ModelPair, limits: Limits, augmentation: bool) -> ExampleTokenizer:
+    """The tokenizers of `models`, with limits.
 
     Raises:
         InputError: a tokenizer or the multilingual model's config cannot be loaded.
     """
     mt_tokenizer = mt_config = None
-    if not llm_alone:
-        mt_tokenizer = load_tokenizer(flags.mt_path, flags.mt_revision, flags.trust_remote_code)
-        mt_config = base_config(flags.mt_path, flags.mt_revision, flags.trust_remote_code)
-    return ExampleTokenizer(
-        mt_tokenizer,
-        mt_config,
-        load_tokenizer(flags.llm_path, flags.llm_revision, flags.trust_remote_code),
-        augmentation=augmentation,
-        max_seq_len=flags.max_seq_len,
-        max_prompt_len=flags.max_prompt_len,
-        max_gen_len=flags.max_gen_len,
-    )
+    if models.mt_path is not None:
+        mt_tokenizer = load_tokenizer(models.mt_path, models.mt_revision, models.trust_remote_code)
+        mt_config = base_config(models.mt_path, models.mt_revision, models.trust_remote_code)
+    llm_tokenizer = load_tokenizer(models.llm_path, models.llm_revision, models.trust_remote_code)
+    return ExampleTokenizer(mt_tokenizer, mt_config, llm_tokenizer, augmentation=augmentation, **asdict(limits))
 
 
 def count_cuts(tokens: Iterable[Tokens]) -> dict[str, dict[str, int]]:

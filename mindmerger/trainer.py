@@ -31,7 +31,7 @@ from mindmerger.checkpoint import (
     PUBLISHED,
     mapping_file,
     read_mapping,
-    take_encoder_layer,
+    with_trained_layer,
     write_mapping,
     write_published,
 )
@@ -83,13 +83,14 @@ def _train(flags: TrainingFlags, process: Process) -> None:
     languages = select_languages(flags.languages)
     rows = read_training(Path(flags.data_dir), task, flags.stage_name, languages, flags.train_num)
     dev_rows, train_rows = hold_out(rows, flags.dev_size, flags.seed)
-    tokenizer = load_example_tokenizer(flags, flags.uses_prompt)
+    models = flags.models
+    tokenizer = load_example_tokenizer(models, flags.limits, flags.uses_prompt)
     checkpoint = initial_checkpoint(flags)
     if checkpoint is not None:
-        take_encoder_layer(flags, checkpoint)
+        models = with_trained_layer(models, checkpoint)
         if flags.mapping_init == "aligned":
             say(process, f"warning: --mapping_init aligned does nothing, the mapping starts from {checkpoint}")
-    config = mapping_config(flags, tokenizer.llm_tokenizer.bos_token_id)
+    config = mapping_config(models, tokenizer.llm_tokenizer.bos_token_id)
     config.task, config.stage, config.augmentation = flags.task, flags.stage_name, flags.uses_prompt
     config.prompt = prompt_template(flags.task, flags.stage_name) if flags.uses_prompt else None
     config.languages = sorted({row.language.code for row in train_rows})
@@ -103,7 +104,7 @@ def _train(flags: TrainingFlags, process: Process) -> None:
             say(process, f"{folder} holds this very run, finished: nothing to do (--overwrite trains anew)")
             return
         train_tokens, dev_tokens = tokenizer(train_rows), tokenizer(dev_rows)
-        check_context(flags, max(map(len, train_tokens + dev_tokens)))
+        check_context(models, max(map(len, train_tokens + dev_tokens)))
         say(process, f"{len(train_tokens)} training rows, {len(dev_tokens)} dev rows, {process.world_size} rank(s)")
         if shared := shared_targets(dev_rows, train_rows):
             say(process, f"targets of {shared} dev row(s) are training rows' too: dev perplexity will flatter")

@@ -50,7 +50,7 @@ FOREIGN = {
 @pytest.fixture(scope="session")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All that the commands read, in one folder."""
-    from mindmerger.config import ModelFlags
+    from mindmerger.config import ModelPair
     from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 
     folder = tmp_path_factory.mktemp("material")
@@ -76,7 +76,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "gram.pkl").write_bytes(pickle.dumps({"model.layers.0.mlp.down_proj": torch.eye(64)}))
 
     with contextlib.chdir(folder):
-        model = MindMergerForCausalLM.from_base_models(mapping_config(ModelFlags(llm_path="L", mt_path="M"), 1))
+        model = MindMergerForCausalLM.from_base_models(mapping_config(ModelPair(llm_path="L", mt_path="M"), 1))
         for stage in ("mapping", "augmentation"):
             model.config.task, model.config.stage, model.config.augmentation = "math", stage, stage != "mapping"
             model.save_pretrained(folder / "outputs/MergeMinds" / stage)

@@ -1,6 +1,7 @@
 """Who is asked: an LLM with a mapping, or alone, as evaluation, lm-evaluation-harness and the demo page ask it."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from transformers import PreTrainedModel
 
 from common.errors import InputError
 from mindmerger.batching import collate
-from mindmerger.checkpoint import CONFIG, mapping_file, read_mapping, read_record, take_encoder_layer
+from mindmerger.checkpoint import CONFIG, mapping_file, read_mapping, read_record, with_trained_layer
 from mindmerger.config import EvaluationFlags
 from mindmerger.evaluation.decoding import greedy_steps, label_log_likelihoods
 from mindmerger.frozen_models import load_llm
@@ -112,10 +113,11 @@ def prepare(flags: EvaluationFlags) -> tuple[ExampleTokenizer, MindMergerConfig 
     if flags.augmentation is None:
         # A published .bin says nothing, and was trained to be followed by the prompt.
         flags.augmentation = True
-    tokenizer = load_example_tokenizer(flags, flags.augmentation, llm_alone=flags.baseline)
+    models = replace(flags.models, mt_path=None) if flags.baseline else flags.models
+    tokenizer = load_example_tokenizer(models, flags.limits, flags.augmentation)
     if flags.baseline:
         return tokenizer, None
-    config = mapping_config(flags, tokenizer.llm_tokenizer.bos_token_id)
+    config = mapping_config(models, tokenizer.llm_tokenizer.bos_token_id)
     read_mapping(Path(flags.init_checkpoint), config.mt_hidden_size, config.llm_hidden_size)
     return tokenizer, config
 
@@ -156,7 +158,7 @@ def take_from_checkpoint(flags: EvaluationFlags) -> None:
     """
     checkpoint = Path(flags.init_checkpoint)
     saved = read_record(checkpoint)
-    take_encoder_layer(flags, checkpoint)
+    flags.encoder_layer = with_trained_layer(flags.models, checkpoint).encoder_layer
     for name in ("llm", "mt"):
         if getattr(flags, f"{name}_path") is None:
             setattr(flags, f"{name}_path", saved.get(f"{name}_path"))

@@ -84,7 +84,7 @@ def _evaluate(flags: EvaluationFlags, process: Process, locks: contextlib.ExitSt
             for task in tasks
             if task.name in tokens
         ]
-        check_context(flags, max(longest, default=0))
+        check_context(flags.models, max(longest, default=0))
     subject = None
     for task in tasks:
         folder = root / task.name

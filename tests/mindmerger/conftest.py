@@ -8,7 +8,7 @@ import torch
 
 from common.logging import quiet_libraries
 from common.models import base_config, load_tokenizer
-from mindmerger.config import ModelFlags
+from mindmerger.config import ModelPair
 from mindmerger.data import Example
 from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 from mindmerger.tasks import LANGUAGES, Prompt, math_prompt
@@ -78,7 +78,7 @@ def build(models: dict[str, Path]) -> Callable[..., tuple[MindMergerForCausalLM,
     ) -> tuple[MindMergerForCausalLM, ExampleTokenizer]:
         llm_path, mt_path = str(models[llm]), str(models[mt])
         llm_tokenizer = load_tokenizer(llm_path)
-        config = mapping_config(ModelFlags(llm_path=llm_path, mt_path=mt_path), llm_tokenizer.bos_token_id)
+        config = mapping_config(ModelPair(llm_path=llm_path, mt_path=mt_path), llm_tokenizer.bos_token_id)
         torch.manual_seed(1)
         model = MindMergerForCausalLM.from_base_models(config)
         torch.nn.init.normal_(model.mapping.end_boundary)

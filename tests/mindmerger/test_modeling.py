@@ -24,7 +24,7 @@ from transformers import (
 from common.errors import InputError
 from mindmerger import modeling
 from mindmerger.batching import IGNORED, Batch, collate
-from mindmerger.config import ModelFlags
+from mindmerger.config import ModelPair
 from mindmerger.data import Example
 from mindmerger.evaluation.decoding import greedy
 from mindmerger.frozen_models import check_context, load_encoder, load_llm
@@ -305,7 +305,7 @@ def test_an_encoder_with_a_config_of_its_own_is_read(family: str, models: dict[s
     inputs = {"input_ids": torch.arange(3, 8)[None], "attention_mask": torch.ones(1, 5, dtype=torch.int64)}
     loaded = load_encoder(str(tmp_path), None, torch.float32, False)
     assert torch.equal(loaded(**inputs).last_hidden_state, whole.get_encoder()(**inputs).last_hidden_state)
-    joined = mapping_config(ModelFlags(llm_path=str(models["llama"]), mt_path=str(tmp_path)), 1)
+    joined = mapping_config(ModelPair(llm_path=str(models["llama"]), mt_path=str(tmp_path)), 1)
     assert joined.mt_hidden_size == 16
 
 
@@ -328,7 +328,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(build: Build, exa
 
 def test_learned_positions_end(models: dict[str, Path], tmp_path: Path) -> None:
     GPT2Config(n_positions=64).save_pretrained(tmp_path)
-    learned, rotary = ModelFlags(llm_path=str(tmp_path)), ModelFlags(llm_path=str(models["llama"]))
+    learned, rotary = ModelPair(llm_path=str(tmp_path)), ModelPair(llm_path=str(models["llama"]))
     check_context(learned, 64)
     check_context(rotary, 1_000_000)
     with pytest.raises(InputError, match="the longest row takes 65 tokens, and .* knows 64 positions: lower --max_seq"):

@@ -61,7 +61,7 @@ def test_a_step_takes_what_its_plan_says(tmp_path: Path, write) -> None:
     planned = model_on_meta(names, torch.float32)
     expected = max(cost(planned, rows, row).peak_bytes for cost in (encoder_cost, step_cost))
 
-    model = MindMergerForCausalLM.from_base_models(mapping_config(names, 1))
+    model = MindMergerForCausalLM.from_base_models(mapping_config(names.models, 1))
     source, prompt, target = (torch.full((rows, length), 10) for length in (row.source, row.prompt, row.target))
     everything = (source, torch.ones_like(source), prompt, torch.ones_like(prompt), target)
     measured = cost_of(lambda: model(*everything).loss.backward(), model).peak_bytes

@@ -75,7 +75,7 @@ def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tokenizer = load_tokenizer(str(MODELS / "llm"))
     flags = ModelFlags(llm_path=str(MODELS / "llm"), mt_path=str(MODELS / "mt"))
     torch.manual_seed(0)
-    model = MindMergerForCausalLM.from_base_models(mapping_config(flags, tokenizer.bos_token_id))
+    model = MindMergerForCausalLM.from_base_models(mapping_config(flags.models, tokenizer.bos_token_id))
     ids = torch.arange(3, 60).unsqueeze(0)
     mean, scale = embedding_scale(model, ids, torch.ones_like(ids))
     with torch.no_grad():

@@ -155,11 +155,11 @@ def test_mapped_english_is_near_the_llms_words(tmp_path: Path) -> None:
     models = REPOSITORY / "quickstart/models"
     pair = {"llm_path": str(models / "llm"), "mt_path": str(models / "mt")}
     english = [problem.question("en") for problem in islice(problems("train", 0), 80)]
-    tokenizer = load_example_tokenizer(flags(**pair), augmentation=False)
+    tokenizer = load_example_tokenizer(flags(**pair).models, flags(**pair).limits, augmentation=False)
     told = [Example(replace(PROMPT, query="?"), PROMPT, text, LANGUAGES["German"]) for text in english]
     errors = []
     for name in ("itself", "another"):
-        config = mapping_config(flags(**pair), tokenizer.llm_tokenizer.bos_token_id)
+        config = mapping_config(flags(**pair).models, tokenizer.llm_tokenizer.bos_token_id)
         state, layer = aligned_start(flags(**pair), config, tokenizer, told, tmp_path / name, torch.float32, CPU)
         assert layer is None and torch.isfinite(state["mlp.linear1.weight"]).all()
         errors.append(json.loads((tmp_path / name / "aligned_start.json").read_text())["relative_error"])
