@@ -19,7 +19,7 @@ def main() -> None:
         plan_training(flags)
         return
     # DeepSpeed and transformers take seconds to import: wrong flags are told before.
-    from mindmerger.trainer import train
+    from mindmerger.build import train
 
     train(flags)
 

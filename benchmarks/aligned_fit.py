@@ -27,7 +27,8 @@ from mindmerger.config import ModelFlags
 from mindmerger.data import Example, hold_out, read_training
 from mindmerger.init.aligned import PENALTY, layer_scores, pair_vectors, read_states, token_targets
 from mindmerger.init.ridge import as_mlp, relative_error, ridge
-from mindmerger.modeling import MLP, MindMergerForCausalLM, mapping_config, mean_embedding
+from mindmerger.init.scaled import mean_embedding
+from mindmerger.modeling import MLP, MindMergerForCausalLM, mapping_config
 from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, find_task, select_languages
 from mindmerger.tokenization import ExampleTokenizer, ids_with_spans, load_example_tokenizer
 
@@ -173,7 +174,7 @@ def main() -> None:
     # Enough even where all languages translate the same English.
     each = max(flags.sentences) + HELD_OUT + flags.dev_size
     rows = read_training(Path(flags.data_dir), task, "mapping", languages, each)
-    dev, train = hold_out(rows, flags.dev_size, seed=0)
+    dev, train = ([rows[row] for row in part] for part in hold_out(len(rows), flags.dev_size, seed=0))
     dev_tokens, table = tokenizer(dev), {}
     for number, layer in enumerate(flags.layers or [None]):
         config = mapping_config(replace(names.models, encoder_layer=layer), tokenizer.llm_tokenizer.bos_token_id)

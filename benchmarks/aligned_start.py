@@ -26,8 +26,8 @@ from benchmarks.mapping_control import ControlFlags, measure
 from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
 from common.io import atomic_path, write_json, write_text
+from mindmerger.build import ALIGNED_START
 from mindmerger.tasks import Language, select_languages
-from mindmerger.trainer import ALIGNED_START
 
 COLOURS = ("#4c78a8", "#e45756", "#72b7b2", "#f58518", "#54a24b", "#b279a2")
 DEEPSPEED_CONFIGS = {"float32": "cpu.json", "bfloat16": "zero2_bf16.json"}

@@ -33,6 +33,7 @@ from common.io import read_json, write_json
 from common.logging import quiet_libraries
 from common.models import load_tokenizer
 from common.ranks import Process
+from mindmerger.batching import Tokens, lay_out
 from mindmerger.config import EvaluationFlags
 from mindmerger.data import Example, read_evaluation
 from mindmerger.evaluation.answerer import load_subject, prepare
@@ -40,7 +41,7 @@ from mindmerger.evaluation.run import answer_all, read_answers
 from mindmerger.evaluation.vllm_answerer import VllmSubject, check_vllm
 from mindmerger.modeling import Sequence
 from mindmerger.tasks import EVALUATION_TASKS, select_languages
-from mindmerger.tokenization import ExampleTokenizer, Tokens
+from mindmerger.tokenization import ExampleTokenizer
 
 TASK = EVALUATION_TASKS["mgsm"]
 # Rows of a batch, as published.
@@ -81,8 +82,8 @@ class EvaluateBenchmarkFlags(PairFlags):
 
 def save_mapping(flags: EvaluateBenchmarkFlags) -> None:
     """A mapping that nothing was learned by, at the scale of the LLM's embeddings, to `work_dir`/mapping."""
-    ids = torch.arange(3, 300).unsqueeze(0)
-    model = unlearned_model(flags, load_tokenizer(flags.llm_path).bos_token_id, ids, torch.ones_like(ids))
+    bos_token_id = load_tokenizer(flags.llm_path).bos_token_id
+    model = unlearned_model(flags, bos_token_id, lay_out([Tokens(range(3, 300), [], [])], bos_token_id))
     model.config.augmentation = True
     model.save_pretrained(Path(flags.work_dir) / "mapping")
 

@@ -23,9 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MT5Config, MT5EncoderMod
 
 from benchmarks.regmean_inputs import make_layer
 from benchmarks.side_by_side import machine
-from mindmerger.batching import collate
+from mindmerger.batching import Tokens, lay_out
 from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM
-from mindmerger.tokenization import Tokens
 from regmean.gram import add_products
 from regmean.merge import weighted_mean
 from regmean.solve import Cholesky, GramSum, Regression
@@ -90,8 +89,8 @@ def training_seconds(rows: int, width: int) -> float:
     model = MindMergerForCausalLM(config, encoder, llm)
     assert model.pack_rows()
     ids = list(range(10, 10 + ROW // 2))
-    batch = collate([Tokens(source=ids, prompt=[], target=ids, language="", cut=())] * rows, 0)
-    return seconds(lambda: model(**vars(batch)).loss.backward())
+    batch = lay_out([Tokens(source=ids, prompt=[], target=ids)] * rows, 1, packed=True)
+    return seconds(lambda: model(batch=batch).loss.backward())
 
 
 def ranks_seconds(ranks: int, folder: Path) -> float:

@@ -27,13 +27,13 @@ from common.logging import quiet_libraries
 from common.models import base_config, load_tokenizer
 from common.optional import require
 from common.ranks import start_process
-from mindmerger.batching import collate, plan_once
+from mindmerger.batching import Tokens, lay_out, plan_once
 from mindmerger.data import Example, hold_out, read_training
-from mindmerger.evaluation.answerer import pick_dtype
+from mindmerger.evaluation.answerer import Subject, pick_dtype
 from mindmerger.evaluation.decoding import greedy
 from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM
 from mindmerger.tasks import TRAINING_TASKS, find_task, select_languages
-from mindmerger.tokenization import ExampleTokenizer, Tokens
+from mindmerger.tokenization import ExampleTokenizer
 
 Row = TypeVar("Row", Tokens, Example)
 
@@ -69,8 +69,9 @@ def perplexity(model: MindMergerForCausalLM, rows: list[Tokens], batch_size: int
     (plan,) = plan_once([len(row) for row in rows], batch_size, ranks=1)
     loss = 0.0
     for numbers in plan:
-        batch = collate([rows[number] for number in numbers], source_pad_id).to(model.llm.device)
-        loss += float(model(**vars(batch), num_items_in_batch=1.0).loss)
+        chosen = [rows[number] for number in numbers]
+        batch = lay_out(chosen, model.config.llm_bos_token_id, source_pad_id, packed=model.packs).to(model.llm.device)
+        loss += float(model(batch=batch, num_items_in_batch=1.0).loss)
     return math.exp(loss / sum(len(row.target) for row in rows))
 
 
@@ -91,9 +92,8 @@ def translate(model: MindMergerForCausalLM, tokenizer: ExampleTokenizer, rows: l
     eos = {tokenizer.llm_tokenizer.eos_token_id}
     (plan,) = plan_once([len(row) for row in rows], size, ranks=1)
     for numbers in plan:
-        batch = collate([rows[number] for number in numbers], tokenizer.source_pad_id).to(model.llm.device)
-        batch = replace(batch, labels=None)
-        for number, ids in zip(numbers, greedy(model.llm, model.embed(**vars(batch)), longest, eos), strict=True):
+        sequence = Subject(model.llm, tokenizer, model).read([replace(rows[number], target=[]) for number in numbers])
+        for number, ids in zip(numbers, greedy(model.llm, sequence, longest, eos), strict=True):
             texts[number] = tokenizer.llm_tokenizer.decode(ids, skip_special_tokens=True).strip()
     return texts
 
@@ -122,7 +122,7 @@ def measure(flags: ControlFlags) -> dict[str, dict[str, Any]]:
     task = find_task(config.task, TRAINING_TASKS)
     languages = select_languages(flags.languages)
     examples = read_training(Path(flags.data_dir), task, config.stage, languages, flags.train_num)
-    dev, _ = hold_out(examples, flags.dev_size, flags.seed)
+    dev = [examples[row] for row in hold_out(len(examples), flags.dev_size, flags.seed)[0]]
     tokenizer = ExampleTokenizer(
         load_tokenizer(config.mt_path, config.mt_revision),
         base_config(config.mt_path, config.mt_revision),
@@ -135,7 +135,7 @@ def measure(flags: ControlFlags) -> dict[str, dict[str, Any]]:
     device = start_process(flags.device).device
     dtype = pick_dtype(flags.dtype, device)
     model = MindMergerForCausalLM.from_pretrained(flags.init_checkpoint, dtype=dtype).to(device)
-    model.pack_rows()
+    model.pack_rows(tokenizer.source_pad_id)
 
     by_language: dict[str, list[Example]] = {}
     for example in dev:

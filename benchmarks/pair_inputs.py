@@ -6,8 +6,10 @@ import torch
 
 from common.cli import flag
 from common.errors import InputError
+from mindmerger.batching import Batch
 from mindmerger.config import ModelFlags
-from mindmerger.modeling import MindMergerForCausalLM, embedding_scale, mapping_config
+from mindmerger.init.scaled import embedding_scale
+from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 
 
 @dataclass
@@ -27,8 +29,7 @@ class PairFlags:
 def unlearned_model(
     flags: PairFlags,
     llm_bos_token_id: int | None,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
+    batch: Batch,
     dtype: torch.dtype = torch.float32,
 ) -> MindMergerForCausalLM:
     """The two models in `dtype` and, drawn from a seed, a float32 mapping at the scale of the LLM's embeddings.
@@ -36,13 +37,13 @@ def unlearned_model(
     Args:
         flags: which models.
         llm_bos_token_id: opens every sequence.
-        input_ids, attention_mask: sources to measure the encoder's scale on, [batch, source length].
+        batch: rows to measure the encoder's scale on.
         dtype: of the frozen weights.
     """
     names = ModelFlags(llm_path=flags.llm_path, mt_path=flags.mt_path)
     torch.manual_seed(0)
     model = MindMergerForCausalLM.from_base_models(mapping_config(names.models, llm_bos_token_id), dtype)
-    mean, scale = embedding_scale(model, input_ids, attention_mask)
+    mean, scale = embedding_scale(model, batch)
     with torch.no_grad():
         model.mapping.end_boundary.add_(mean)
         model.mapping.mlp.linear2.weight.mul_(scale)

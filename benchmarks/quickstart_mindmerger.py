@@ -21,8 +21,9 @@ from benchmarks.mapping_control import shuffled_sources
 from common.io import read_json, write_json
 from common.logging import quiet_libraries
 from common.models import base_config, load_tokenizer
-from mindmerger.batching import collate, plan_once
+from mindmerger.batching import plan_once
 from mindmerger.data import read_evaluation
+from mindmerger.evaluation.answerer import Subject
 from mindmerger.evaluation.answers import parse_answer
 from mindmerger.evaluation.decoding import greedy
 from mindmerger.modeling import MindMergerForCausalLM
@@ -103,8 +104,8 @@ def control(checkpoint: str) -> dict[str, float]:
         right = 0
         (plan,) = plan_once([len(row) for row in rows], 50, ranks=1)
         for batch in plan:
-            inputs = vars(collate([rows[row] for row in batch], tokenizer.source_pad_id)) | {"labels": None}
-            for row, ids in zip(batch, greedy(model.llm, model.embed(**inputs), 48, eos), strict=True):
+            sequence = Subject(model.llm, tokenizer, model).read([rows[row] for row in batch])
+            for row, ids in zip(batch, greedy(model.llm, sequence, 48, eos), strict=True):
                 text = tokenizer.llm_tokenizer.decode(ids, skip_special_tokens=True)
                 right += parse_answer(text) == parse_answer(problems[row].target)
         result[language.name] = right / len(rows)

@@ -14,12 +14,14 @@ first step's loss and mapping gradient (norm of the difference over norm), and i
 
 import tempfile
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from benchmarks.mapping_control import perplexity
+from benchmarks.padded import PaddedBatch, collate
 from benchmarks.pair_inputs import PairFlags, unlearned_model
 from benchmarks.side_by_side import in_turn, measured, report, run
 from common.cli import flag, parse_flags
@@ -27,11 +29,11 @@ from common.errors import exit_with_message
 from common.logging import quiet_libraries
 from common.models import base_config, load_tokenizer
 from common.onednn import use_onednn
-from mindmerger.batching import IGNORED, Batch, collate, plan_epoch
+from mindmerger.batching import IGNORED, Tokens, lay_out, plan_epoch
 from mindmerger.data import hold_out, read_training
 from mindmerger.modeling import MindMergerForCausalLM
 from mindmerger.tasks import TRAINING_TASKS, find_task, select_languages
-from mindmerger.tokenization import ExampleTokenizer, Tokens
+from mindmerger.tokenization import ExampleTokenizer
 
 # Rows of a micro batch, as published.
 MICRO = {"mapping": 8, "augmentation": 2}
@@ -63,12 +65,13 @@ class TrainBenchmarkFlags(PairFlags):
             self.batch_size, self.rounds = 16, 1
 
 
-def published_loss(model: MindMergerForCausalLM, batch: Batch, divisor: float) -> torch.Tensor:
+def published_loss(model: MindMergerForCausalLM, batch: PaddedBatch, divisor: float) -> torch.Tensor:
     """Summed cross entropy of the targets over `divisor`: every column of left-padded rows, every logit."""
     encoded = model.encoder(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
     ).last_hidden_state
     vectors, boundary = model.mapping(encoded.float())
+    boundary = boundary.expand(len(encoded), 1, -1)
     embedding, target_mask = model.llm.get_input_embeddings(), (batch.labels != IGNORED).long()
     count = len(encoded)
     bos = torch.full((count, 1), model.config.llm_bos_token_id)
@@ -94,7 +97,7 @@ def one_side(flags: TrainBenchmarkFlags) -> None:
     augmentation = flags.stage == "augmentation"
     task, languages = find_task("math", TRAINING_TASKS), select_languages(flags.languages)
     examples = read_training(Path(flags.data_dir), task, flags.stage, languages, 200)
-    dev, train = hold_out(examples, DEV_ROWS, seed=0)
+    dev, train = ([examples[row] for row in part] for part in hold_out(len(examples), DEV_ROWS, seed=0))
     tokenizer = ExampleTokenizer(
         load_tokenizer(flags.mt_path),
         base_config(flags.mt_path),
@@ -105,19 +108,18 @@ def one_side(flags: TrainBenchmarkFlags) -> None:
         max_gen_len=LIMIT,
     )
     tokens, pad_id = tokenizer(train), tokenizer.source_pad_id
-    first = collate(tokens[:32], pad_id)
     bos_token_id, dtype = tokenizer.llm_tokenizer.bos_token_id, getattr(torch, flags.dtype)
-    model = unlearned_model(flags, bos_token_id, first.input_ids, first.attention_mask, dtype)
+    model = unlearned_model(flags, bos_token_id, lay_out(tokens[:32], bos_token_id, pad_id), dtype)
     optimizer = torch.optim.AdamW(model.mapping.parameters(), lr=flags.lr)
     if flags.side == "ours":
-        model.pack_rows()
+        model.pack_rows(pad_id)
         use_onednn(model.llm)
 
     micro = MICRO[flags.stage]
     plan = plan_epoch([len(row) for row in tokens], flags.batch_size, flags.batch_size // micro, 1, seed=0, epoch=0)
     found: dict[str, Any] = {}
     with measured():
-        for micro_batches in ([ranks[0] for ranks in step] for step in plan[: flags.steps]):
+        for micro_batches in ([ranks[0] for ranks in step] for step in islice(plan, flags.steps)):
             if flags.side == "baseline":
                 drawn = sorted(row for rows in micro_batches for row in rows)
                 micro_batches = [drawn[start : start + micro] for start in range(0, len(drawn), micro)]
@@ -136,11 +138,11 @@ def _step(
     divisor = float(sum(len(row.target) for rows in micro_batches for row in rows))
     total = 0.0
     for rows in micro_batches:
-        batch = collate(rows, pad_id)
         if side == "baseline":
-            loss = published_loss(model, batch, divisor)
+            loss = published_loss(model, collate(rows, pad_id), divisor)
         else:
-            loss = model(**vars(batch), num_items_in_batch=divisor).loss
+            batch = lay_out(rows, model.config.llm_bos_token_id, pad_id, packed=model.packs)
+            loss = model(batch=batch, num_items_in_batch=divisor).loss
         loss.backward()
         total += loss.item()
     if found:

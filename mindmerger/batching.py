@@ -1,59 +1,174 @@
-"""Examples to batches: who sees which rows, in which order, padded how little."""
+"""Rows of token ids to batches: which rows a rank reads in which step, and how they are laid out for the models."""
 
 import bisect
 import itertools
 import random
 from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-
-from mindmerger.tokenization import Tokens
 
 # The label that cross entropy leaves out, by PyTorch's and Hugging Face's convention.
 IGNORED = -100
 
 
-@dataclass
-class Batch:
-    """Right-padded int64 token ids, under the names that `MindMergerForCausalLM` takes them by.
+@dataclass(frozen=True)
+class Tokens:
+    """One example as token ids.
 
     Attributes:
-        input_ids, attention_mask: the source, [batch, source length]; the mask is 1 for a token, 0 for padding.
-        prompt_ids, prompt_attention_mask: [batch, prompt length]; length 0 without augmentation.
-        labels: the target, [batch, target length], padded with -100; length 0 for generation.
+        source: for the encoder, with its special tokens; like all ids here an int32 array (`array` or NumPy).
+        prompt: for the LLM, without special tokens; empty where augmentation is off.
+        target: for the LLM, closed by eos unless it was cut; empty for generation.
+        language: English name of the source's language.
+        cut: which of "source", "prompt" and "target" were shortened.
     """
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    prompt_ids: torch.Tensor
-    prompt_attention_mask: torch.Tensor
+    source: Sequence[int]
+    prompt: Sequence[int]
+    target: Sequence[int]
+    language: str = ""
+    cut: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """Length of the LLM's sequence: bos, source, boundary, prompt, target."""
+        return len(self.source) + len(self.prompt) + len(self.target) + 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows laid out on the host for encoder and LLM: `[bos | mapped states | boundary | prompt | target]` each.
+
+    The LLM reads no last target token, from which nothing is predicted. Packed, all sequences stand end to end in one
+    row; padded, each has a row and ends in its last column. Positions count the flattened tensor that they index, and
+    everything that depends on lengths is computed here, so that no later step reads a value from the device.
+
+    Attributes:
+        source_ids, source_mask: int64 [rows, longest source], padded on the right; the mask is 1 for a token.
+        source_index: int64 [states], the tokens among `source_ids`.
+        token_ids: int64 [1, tokens] or [rows, longest sequence]; 0 where a mapped state, a boundary or padding stands.
+        position_ids: int64, of the same shape; each sequence counts from 0.
+        mapped_positions: int64 [states + rows], where in `token_ids` mapped states go, and then the boundaries.
+        labels: int64 [targets], target tokens of all rows.
+        logit_positions: int64 [targets]; packed, the tokens of the row that predict `labels`; padded, the same among
+            the last `columns` columns.
+        columns: columns of a padded batch whose logits are computed: the longest target's tokens.
+        mask: int64 [rows, longest sequence], 1 for a token; None for a packed batch.
+        cumulative_lengths: int32 [rows + 1], edges of the sequences.
+        lengths: tokens of each sequence.
+    """
+
+    source_ids: torch.Tensor
+    source_mask: torch.Tensor
+    source_index: torch.Tensor
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    mapped_positions: torch.Tensor
     labels: torch.Tensor
+    logit_positions: torch.Tensor
+    columns: int
+    mask: torch.Tensor | None
+    cumulative_lengths: torch.Tensor
+    lengths: list[int]
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`."""
-        return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+        """The same batch on `device`; copies to a GPU are asynchronous."""
+
+        def move(value: object) -> object:
+            if not isinstance(value, torch.Tensor):
+                return value
+            return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+
+        return Batch(**{name: move(value) for name, value in vars(self).items()})
 
 
-def collate(rows: list[Tokens], source_pad_id: int) -> Batch:
-    """Pad `rows` to the longest of each kind. An encoder may tell padding by its own padding id alone."""
-    input_ids, attention_mask = pad([row.source for row in rows], source_pad_id)
-    prompt_ids, prompt_attention_mask = pad([row.prompt for row in rows], 0)
-    labels, _ = pad([row.target for row in rows], IGNORED)
-    return Batch(input_ids, attention_mask, prompt_ids, prompt_attention_mask, labels)
+def lay_out(
+    rows: Sequence[Tokens], bos_token_id: int | None, source_pad_id: int = 0, packed: bool = False, mapped: bool = True
+) -> Batch:
+    """The batch of `rows`, on the CPU.
+
+    Args:
+        rows: at least one.
+        bos_token_id: opens every sequence; None for an LLM without one.
+        source_pad_id: pads the sources; some encoders recognise padding by its id alone.
+        packed: all sequences in one row, instead of one row each.
+        mapped: whether a sequence has mapped states and a boundary; without them the LLM reads the prompt alone.
+    """
+    opening = [] if bos_token_id is None else [bos_token_id]
+    sources = [row.source if mapped else [] for row in rows]
+    lengths = [
+        len(opening) + len(source) + mapped + len(row.prompt) + max(len(row.target) - 1, 0)
+        for row, source in zip(rows, sources, strict=True)
+    ]
+    edges = [0, *itertools.accumulate(lengths)]
+    longest, columns = max(lengths), max(max(len(row.target) for row in rows), 1)
+    shape = (1, edges[-1]) if packed else (len(rows), longest)
+    tokens, positions, mask = (np.zeros(shape, np.int64).reshape(-1) for _ in range(3))
+    states, boundaries, predicting = [], [], []
+    for number, (row, source, length) in enumerate(zip(rows, sources, lengths, strict=True)):
+        end = edges[number + 1] if packed else (number + 1) * longest
+        start = end - length
+        first = start + len(opening)
+        text = first + len(source) + mapped
+        tokens[start:first] = opening
+        tokens[text : text + len(row.prompt)] = row.prompt
+        tokens[text + len(row.prompt) : end] = row.target[:-1]
+        positions[start:end], mask[start:end] = np.arange(length), 1
+        states.append(np.arange(first, first + len(source)))
+        boundaries += [text - 1] * mapped
+        last = end if packed else (number + 1) * columns
+        predicting.append(np.arange(last - len(row.target), last))
+    source_ids, source_mask = pad(sources, source_pad_id)
+    return Batch(
+        source_ids=source_ids,
+        source_mask=source_mask,
+        source_index=torch.from_numpy(np.flatnonzero(source_mask.numpy())),
+        token_ids=torch.from_numpy(tokens).view(shape),
+        position_ids=torch.from_numpy(positions).view(shape),
+        mapped_positions=torch.from_numpy(np.concatenate([*states, np.array(boundaries, np.int64)])),
+        labels=torch.from_numpy(np.concatenate([np.asarray(row.target, np.int64) for row in rows])),
+        logit_positions=torch.from_numpy(np.concatenate(predicting)),
+        columns=columns,
+        mask=None if packed else torch.from_numpy(mask).view(shape),
+        cumulative_lengths=torch.tensor(edges, dtype=torch.int32),
+        lengths=lengths,
+    )
 
 
-def pad(sequences: list[array], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, mask), both int64 [sequences, longest], filled up on the right with `pad_id` and 0."""
     longest = max(map(len, sequences))
-    ids = [[*sequence, *[pad_id] * (longest - len(sequence))] for sequence in sequences]
-    mask = [[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences]
-    return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
+    ids = torch.full((len(sequences), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.as_tensor(np.asarray(sequence, np.int64))
+        mask[row, : len(sequence)] = 1
+    return ids, mask
+
+
+def padded_rows(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    prompt_ids: torch.Tensor | None = None,
+    prompt_attention_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+) -> list[Tokens]:
+    """The rows of padded tensors, whatever side they are padded on; arguments as of `MindMergerForCausalLM.forward`."""
+
+    def unpad(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+        return [row[real].tolist() for row, real in zip(ids.cpu(), mask.bool().cpu(), strict=True)]
+
+    sources = unpad(input_ids, attention_mask)
+    prompts = [[]] * len(sources) if prompt_ids is None else unpad(prompt_ids, prompt_attention_mask)
+    targets = [[]] * len(sources) if labels is None else unpad(labels, labels != IGNORED)
+    return [Tokens(*row) for row in zip(sources, prompts, targets, strict=True)]
 
 
 def plan_epoch(
-    lengths: list[int], batch_size: int, accumulation: int, ranks: int, seed: int, epoch: int
-) -> list[list[list[list[int]]]]:
+    lengths: Sequence[int], batch_size: int, accumulation: int, ranks: int, seed: int, epoch: int
+) -> Iterator[list[list[list[int]]]]:
     """The rows of every optimizer step of one epoch, shuffled anew.
 
     A global batch is a random draw, the same for any accumulation and any number of ranks. Within it the rows are
@@ -68,20 +183,18 @@ def plan_epoch(
         ranks: how many.
         seed, epoch: of the shuffle.
 
-    Returns:
-        `plan[step][i][rank]`: row numbers of the i-th micro batch of a step on a rank; as many rows on every rank, and
-        some on each, but where a last batch has too few.
+    Yields:
+        For each step `micro[i][rank]`: row numbers of its i-th micro batch on a rank; as many rows on every rank, and
+        some on each, except where a last batch has too few.
     """
-    order = list(range(len(lengths)))
+    order = array("q", range(len(lengths)))
     random.Random(f"{seed} {epoch}").shuffle(order)
-    plan = []
     for start in range(0, len(order), batch_size):
         rows = sorted(order[start : start + batch_size], key=lambda row: (lengths[row], row))
         peers = [rows[first : first + ranks] for first in range(0, len(rows), ranks)]
-        edges = _even_cuts([sum(lengths[row] for row in group) for group in peers], accumulation)
+        edges = _even_cuts([sum(int(lengths[row]) for row in group) for group in peers], accumulation)
         micro_batches = [rows[a * ranks : b * ranks] for a, b in itertools.pairwise(edges)]
-        plan.append([[micro[rank::ranks] for rank in range(ranks)] for micro in micro_batches])
-    return plan
+        yield [[micro[rank::ranks] for rank in range(ranks)] for micro in micro_batches]
 
 
 def _even_cuts(sizes: list[int], parts: int) -> list[int]:
@@ -97,7 +210,7 @@ def _even_cuts(sizes: list[int], parts: int) -> list[int]:
     return [*edges, len(sizes)]
 
 
-def plan_once(lengths: list[int], batch_size: int, ranks: int) -> list[list[list[int]]]:
+def plan_once(lengths: Sequence[int], batch_size: int, ranks: int) -> list[list[list[int]]]:
     """Every row once, longest first, for evaluation.
 
     Returns:

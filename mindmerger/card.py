@@ -16,7 +16,7 @@ from mindmerger.evaluation.metrics import SCORES
 from mindmerger.tasks import LANGUAGES
 
 if TYPE_CHECKING:
-    from mindmerger.data import Example
+    pass
 
 CARD = "README.md"
 
@@ -99,17 +99,15 @@ def model_card(config: dict[str, Any], evaluations: list[Evaluation]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def source_datasets(data_dir: Path, rows: list["Example"]) -> list[str]:
-    """Hub ids of the data sets that the files of these rows stem from, as far as `data_dir`'s manifest tells."""
+def source_datasets(data_dir: Path, files: list[str]) -> list[str]:
+    """Hub ids of the data sets that these files of `data_dir` stem from, as far as its manifest tells."""
     if not (data_dir / MANIFEST).is_file():
         return []
     manifest = read_json(data_dir / MANIFEST)
-    # A place is "{file}, line {n}" or "{file}, row {n}".
-    files_read = {row.place.rpartition(", ")[0] for row in rows}
-    names = {Path(name).relative_to(data_dir).as_posix() for name in files_read}
+    names = {Path(name).relative_to(data_dir).as_posix() for name in files}
     try:
-        files = manifest["files"]
-        return sorted({source["dataset"] for name in names & files.keys() for source in files[name]["sources"]})
+        known = manifest["files"]
+        return sorted({source["dataset"] for name in names & known.keys() for source in known[name]["sources"]})
     except (TypeError, KeyError, AttributeError):
         return []  # somebody else's manifest
 

@@ -4,7 +4,7 @@ import io
 import reprlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save
 
 from common.errors import InputError
 from common.io import read_json, write_bytes, write_json
-from common.pickles import read_pickled
-from mindmerger.config import ModelPair
+
+if TYPE_CHECKING:
+    from mindmerger.config import ModelPair
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
@@ -92,7 +93,7 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     return record
 
 
-def with_trained_layer(models: ModelPair, checkpoint: Path) -> ModelPair:
+def with_trained_layer(models: "ModelPair", checkpoint: Path) -> "ModelPair":
     """The same models, with the encoder layer that the mapping in `checkpoint` was trained on.
 
     Raises:
@@ -141,6 +142,8 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_published(path: Path) -> dict[str, torch.Tensor]:
+    from common.pickles import read_pickled
+
     content = read_pickled(path)
     state = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):

@@ -47,6 +47,15 @@ class Limits:
     max_gen_len: int
 
 
+@dataclass(frozen=True)
+class BatchSizes:
+    """Rows of an optimizer step: `train_batch_size` = rows of a forward pass x passes of a rank x ranks."""
+
+    train_batch_size: int
+    train_micro_batch_size_per_gpu: int
+    gradient_accumulation: int
+
+
 @dataclass
 class ModelFlags:
     """Which models and data, and how much of them: what both scripts take."""
@@ -134,6 +143,9 @@ class TrainingFlags(ModelFlags):
     save_steps: int = flag(500, "optimizer steps between saved states that a killed run continues from")
     report_to: ReportTo = flag("tensorboard", "where the curves go, beside metrics.jsonl")
     seed: int = flag(0, "of the mapping's start, the dev rows and the shuffles")
+    cache_dir: str | None = flag(
+        None, "folder for tokenised rows, which the next run of the same data reads; default: in HF_DATASETS_CACHE"
+    )
     deepspeed_config: str | None = flag(None, "DeepSpeed JSON; default: ZeRO-2 in bf16 on a GPU, in fp32 on a CPU")
 
     def __post_init__(self) -> None:
@@ -163,6 +175,11 @@ class TrainingFlags(ModelFlags):
     def uses_prompt(self) -> bool:
         """Whether the prompt follows the mapped states: as told, else by the stage."""
         return self.stage_name == "augmentation" if self.augmentation is None else self.augmentation
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """The three sizes of a batch, none left out."""
+        return BatchSizes(self.train_batch_size, self.train_micro_batch_size_per_gpu, self.gradient_accumulation)
 
     def _derive_batch_sizes(self, world_size: int) -> None:
         """Fill in what was left out of batch = micro batch * accumulation * ranks, and hold the flags to it."""

@@ -3,10 +3,13 @@
 import json
 import random
 import reprlib
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from common.errors import InputError
 from mindmerger.evaluation.answers import parse_answer
@@ -112,25 +115,23 @@ def read_evaluation(
     return {language: rows[language][:max_problems] for language in languages}
 
 
-def hold_out(examples: list[Example], dev_size: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split shuffled rows into `dev_size` dev rows and the rest, the same for the same seed.
+def hold_out(count: int, dev_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split row numbers 0 to `count` - 1, shuffled, into `dev_size` for validation and the rest for training.
+
+    Returns:
+        Two int64 arrays, the same for the same seed.
 
     Raises:
         InputError: nothing would be left to train on.
     """
-    if dev_size >= len(examples):
+    if dev_size >= count:
         raise InputError(
-            f"--dev_size {dev_size} holds out all of the {len(examples)} training rows: lower it, or raise --train_num"
+            f"--dev_size {dev_size} holds out all of the {count} training rows: lower it, or raise --train_num"
         )
-    shuffled = list(examples)
-    random.Random(seed).shuffle(shuffled)
+    order = array("q", range(count))
+    random.Random(seed).shuffle(order)
+    shuffled = np.frombuffer(order, np.int64)
     return shuffled[:dev_size], shuffled[dev_size:]
-
-
-def shared_targets(dev: list[Example], train: list[Example]) -> int:
-    """How many dev rows have a target that is also trained on: one sentence, translated from several languages."""
-    trained = {row.target for row in train}
-    return sum(row.target in trained for row in dev)
 
 
 def _read_text(path: Path) -> str:

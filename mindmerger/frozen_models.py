@@ -1,22 +1,32 @@
 """The two frozen models, loaded from a hub id or a local folder and told apart by their configs."""
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForTextEncoding,
+    DynamicCache,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.errors import InputError
 from common.models import base_config, load_model
-from mindmerger.config import ModelPair
+from mindmerger.packing import are_close
+
+if TYPE_CHECKING:
+    from mindmerger.config import ModelPair
+
+# How an encoder is given the mask of a padded batch; see `find_masking`.
+Masking = Literal["causal", "additive", "padding"]
 
 
 def load_llm(path: str, revision: str | None, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -28,7 +38,7 @@ def load_llm(path: str, revision: str | None, dtype: torch.dtype, trust_remote_c
     return load_model(AutoModelForCausalLM, path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def check_context(models: ModelPair, tokens: int) -> None:
+def check_context(models: "ModelPair", tokens: int) -> None:
     """Refuse sequences of `tokens` to an LLM with a table of fewer positions, as GPT-2.
 
     Rotary positions go on beyond what was trained, for what that is worth; any others are taken to end at the config's
@@ -126,3 +136,76 @@ def without_pooling(config: PretrainedConfig) -> dict[str, bool]:
     known = AutoModel._model_mapping.get(type(config), None)
     has_pooling = known is not None and "add_pooling_layer" in inspect.signature(known).parameters
     return {"add_pooling_layer": False} if has_pooling else {}
+
+
+def find_masking(encoder: PreTrainedModel, pad_id: int) -> Masking:
+    """The first form of mask under which padding changes no state of two short sources, tried on the encoder itself.
+
+    A causal encoder needs none, since padding stands on the right. Most others take an additive 4-D mask, which
+    transformers returns unread where it reads a value of a 2-D one, for which the host waits.
+
+    Args:
+        encoder: in eval mode.
+        pad_id: pads the sources.
+    """
+    count = encoder.get_input_embeddings().num_embeddings
+    ids = 3 + torch.arange(8, device=encoder.device) * ((count - 3) // 8)
+    sources = [ids[:5], ids[5:]]
+    with torch.no_grad():
+        alone = [encoder(input_ids=source[None]).last_hidden_state[0] for source in sources]
+        padded = torch.full((2, 5), pad_id, device=encoder.device)
+        mask = torch.zeros_like(padded)
+        for row, source in enumerate(sources):
+            padded[row, : len(source)], mask[row, : len(source)] = source, 1
+        for masking in ("causal", "additive"):
+            try:
+                states = encode(encoder, padded, mask, masking)
+            # Each family refuses a mask that it does not take in its own way.
+            except (TypeError, ValueError, RuntimeError, IndexError):
+                continue
+            if all(are_close(states[row, : len(own)], own) for row, own in enumerate(alone)):
+                return masking
+    return "padding"
+
+
+def encode(
+    encoder: PreTrainedModel, source_ids: torch.Tensor, source_mask: torch.Tensor, masking: Masking = "padding"
+) -> torch.Tensor:
+    """The encoder's last states, [rows, columns, mt_hidden_size].
+
+    Args:
+        encoder: as `load_encoder` gives it.
+        source_ids, source_mask: [rows, columns], padded on the right.
+        masking: the form in which the encoder is given the mask.
+    """
+    if masking == "causal":
+        # With an empty cache: without one transformers reads the positions, in search of packed sequences.
+        arguments = {"past_key_values": DynamicCache(config=encoder.config.get_text_config()), "use_cache": True}
+    elif masking == "additive":
+        hidden = (1 - source_mask[:, None, None]).to(encoder.dtype)
+        arguments = {"attention_mask": hidden * torch.finfo(encoder.dtype).min}
+    else:
+        arguments = {"attention_mask": source_mask}
+    return encoder(input_ids=source_ids, **arguments).last_hidden_state
+
+
+def recompute_layers(llm: PreTrainedModel) -> None:
+    """Have the LLM's layers computed again in the backward pass, instead of keeping their activations.
+
+    Hugging Face's own switch does nothing in eval mode, in which the LLM stays.
+
+    Raises:
+        InputError: the LLM's layers are not transformers' own kind.
+    """
+    layers = [layer for layer in llm.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        raise InputError(f"--gradient_checkpointing: {type(llm).__name__} has no layers that can be recomputed")
+    for layer in layers:
+        layer.forward = _recomputed(layer.forward)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run

@@ -7,25 +7,32 @@ Section 3 of Huang et al., NeurIPS 2024 (arXiv 2405.17386). The LLM reads
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import cached_file
 
 from common.errors import InputError, first_line
 from common.models import base_config
-from mindmerger.batching import IGNORED
-from mindmerger.card import write_card
+from mindmerger.batching import Batch, Tokens, lay_out, padded_rows
 from mindmerger.checkpoint import SAFETENSORS, read_mapping, write_mapping
-from mindmerger.config import ModelPair
-from mindmerger.frozen_models import check_encoder_layer, encoder_config, load_encoder, load_llm
+from mindmerger.frozen_models import (
+    Masking,
+    check_encoder_layer,
+    encode,
+    encoder_config,
+    find_masking,
+    load_encoder,
+    load_llm,
+)
 from mindmerger.packing import pack_attention, packed_arguments
+
+if TYPE_CHECKING:
+    from mindmerger.config import ModelPair
 
 _HUB_OPTIONS = {
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
@@ -108,12 +115,11 @@ class Mapping(nn.Module):
         self.end_boundary = nn.Parameter(torch.zeros(1, 1, llm_hidden_size))
 
     def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encoder states [batch, length, mt_hidden_size] to (vectors [batch, length, llm_hidden_size], boundary).
+        """Encoder states [..., mt_hidden_size] to (vectors [..., llm_hidden_size], boundary [1, llm_hidden_size]).
 
-        The boundary [batch, 1, llm_hidden_size] leaves through here because ZeRO-3 gathers a parameter only while
-        the module that owns it runs.
+        The boundary leaves through here because ZeRO-3 gathers a parameter only while the module that owns it runs.
         """
-        return self.mlp(states), self.end_boundary.expand(len(states), -1, -1)
+        return self.mlp(states), self.end_boundary.view(1, -1)
 
 
 @dataclass(frozen=True)
@@ -134,38 +140,16 @@ class Sequence:
         return (self.mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-def join(segments: list[tuple[torch.Tensor, torch.Tensor]]) -> Sequence:
-    """Concatenate (embeds [batch, n, hidden], mask [batch, n]) segments and move all padding to the left."""
-    embeds = torch.cat([embeds for embeds, _ in segments], dim=1)
-    mask = torch.cat([mask for _, mask in segments], dim=1)
-    return Sequence(*squeeze_padding(mask, embeds, side="left"))
-
-
-def squeeze_padding(mask: torch.Tensor, values: torch.Tensor, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move the padding of each row to one side and drop the columns that then hold nothing else.
-
-    Args:
-        mask: [batch, length], 1 for a real position, 0 for padding, in any order.
-        values: [batch, length] or [batch, length, hidden].
-        side: where the padding goes, "left" or "right".
-
-    Returns:
-        (values, mask), real positions in their order.
-    """
-    order = mask.argsort(dim=1, descending=side == "right", stable=True)
-    longest = int(mask.sum(dim=1).max())
-    order = order[:, -longest:] if side == "left" else order[:, :longest]
-    index = order if values.dim() == 2 else order.unsqueeze(-1).expand(-1, -1, values.shape[-1])
-    return values.gather(1, index), mask.gather(1, order)
-
-
 class MindMergerForCausalLM(PreTrainedModel):
     """A multilingual encoder, a mapping, and an LLM, of which only the mapping is trained, saved and loaded.
 
     Args:
         config: names and sizes of the two models.
-        encoder: gives states [batch, length, mt_hidden_size]; see `load_encoder`.
+        encoder: gives states [rows, columns, mt_hidden_size]; see `load_encoder`.
         llm: any Hugging Face causal language model; see `load_llm`.
+
+    Attributes:
+        packs: whether the LLM reads packed rows, as `pack_rows` found.
     """
 
     config_class = MindMergerConfig
@@ -182,7 +166,8 @@ class MindMergerForCausalLM(PreTrainedModel):
         self.encoder.config.use_cache = False
         # Frozen weights are in no checkpoint, under whichever of their names (embeddings often have two).
         self.register_state_dict_post_hook(_keep_mapping)
-        self._packs = False
+        self.packs = False
+        self._masking: Masking = "padding"
         self.eval()
 
     @classmethod
@@ -247,6 +232,8 @@ class MindMergerForCausalLM(PreTrainedModel):
 
         The card holds the scores that evaluations in `./results` gave to this very mapping.
         """
+        from mindmerger.card import write_card
+
         write_mapping(Path(save_directory), self.config.to_dict(), self.mapping.state_dict())
         write_card(Path(save_directory))
 
@@ -286,128 +273,78 @@ class MindMergerForCausalLM(PreTrainedModel):
         self.llm.eval()
         return self
 
-    def checkpoint_gradients(self) -> None:
-        """Recompute the LLM's layers in the backward pass instead of keeping their activations.
+    def pack_rows(self, source_pad_id: int = 0) -> bool:
+        """Prepare both frozen models for batches that the host lays out: no step waits for a value of the device.
 
-        Hugging Face's own switch does nothing in eval mode, in which the LLM stays.
-
-        Raises:
-            InputError: the LLM's layers are not transformers' own kind.
-        """
-        layers = [layer for layer in self.llm.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        if not layers:
-            raise InputError(f"--gradient_checkpointing: {type(self.llm).__name__} has no layers that can recompute")
-        for layer in layers:
-            layer.forward = _checkpointed(layer.forward)
-
-    def pack_rows(self) -> bool:
-        """Have `forward` read the rows of a batch with targets packed instead of padded, if the LLM allows it.
+        Args:
+            source_pad_id: pads the sources.
 
         Returns:
-            Whether it does; see `pack_attention`.
+            Whether the LLM reads packed rows from now on; see `pack_attention`.
         """
-        self._packs = pack_attention(self.llm)
-        return self._packs
+        self.packs = pack_attention(self.llm)
+        self._masking = find_masking(self.encoder, source_pad_id)
+        return self.packs
 
-    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Source ids, padded on either side, to (encoder states [batch, length, mt_hidden_size], mask)."""
-        # Some encoders count positions from the first column, padding or not.
-        input_ids, attention_mask = squeeze_padding(attention_mask, input_ids, side="right")
+    def map_sources(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mapped states of all sources [states, llm_hidden_size], and the boundary [1, llm_hidden_size]."""
         with torch.no_grad():
-            states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return states, attention_mask
+            states = encode(self.encoder, batch.source_ids, batch.source_mask, self._masking)
+        states = states.flatten(0, 1).index_select(0, batch.source_index)
+        return self.mapping(states.to(self.mapping.end_boundary.dtype))
 
-    def embed(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        prompt_ids: torch.Tensor | None = None,
-        prompt_attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-    ) -> Sequence:
-        """The sequence `[bos | mapped source states | boundary | prompt | target]`; arguments as in `forward`."""
-        return join(self._segments(input_ids, attention_mask, prompt_ids, prompt_attention_mask, labels))
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """What the LLM reads of `batch`, on its device: embeddings of the shape of `token_ids`, mapped states inserted.
 
-    def _segments(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        prompt_ids: torch.Tensor | None,
-        prompt_attention_mask: torch.Tensor | None,
-        labels: torch.Tensor | None,
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        states, states_mask = self.encode(input_ids, attention_mask)
-        vectors, boundary = self.mapping(states.to(self.mapping.end_boundary.dtype))
-        dtype = self.llm.get_input_embeddings().weight.dtype
-        segments = [
-            *bos_segment(self.llm, self.config.llm_bos_token_id, states_mask),
-            (vectors.to(dtype), states_mask),
-            (boundary.to(dtype), states_mask.new_ones(len(states), 1)),
-        ]
-        if prompt_ids is not None:
-            segments.append(token_segment(self.llm, prompt_ids, prompt_attention_mask))
-        if labels is not None:
-            segments.append(token_segment(self.llm, labels.clamp(min=0), (labels != IGNORED).long()))
-        return segments
+        Under ZeRO-3 a module's weights are there only while it runs: the embedding is called, not indexed.
+        """
+        vectors, boundary = self.map_sources(batch)
+        embeds = self.llm.get_input_embeddings()(batch.token_ids)
+        mapped = torch.cat([vectors, boundary.expand(len(batch.lengths), -1)]).to(embeds.dtype)
+        return embeds.flatten(0, 1).index_copy(0, batch.mapped_positions, mapped).view_as(embeds)
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         prompt_ids: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: float | None = None,
+        batch: Batch | None = None,
     ) -> CausalLMOutput:
         """Loss on the target, or the next token's logits where there is none.
 
         Args:
-            input_ids, attention_mask: source for the encoder, [batch, source length].
-            prompt_ids, prompt_attention_mask: prompt for the LLM, [batch, prompt length].
-            labels: target ids, [batch, target length], -100 where padded.
+            input_ids, attention_mask: source for the encoder, [rows, source length].
+            prompt_ids, prompt_attention_mask: prompt for the LLM, [rows, prompt length].
+            labels: target ids, [rows, target length], -100 where padded.
             num_items_in_batch: divides the summed loss; default the number of target tokens here.
+            batch: the same rows laid out by `lay_out`, in place of the tensors before.
 
         Returns:
             `loss`: cross entropy in nats, float32; `logits`: [target tokens, vocabulary] in row order, or
-            [batch, vocabulary] of the next token where `labels` is None or empty. The LLM's head runs where a target
-            is to be predicted, and of padded rows on the last columns, as many as the longest target has.
+            [rows, vocabulary] of the next token where there are no targets.
         """
-        segments = self._segments(input_ids, attention_mask, prompt_ids, prompt_attention_mask, labels)
-        if labels is None or labels.shape[1] == 0:
-            return CausalLMOutput(logits=self._logits(join(segments), 1)[:, -1])
-        logits = (self._packed_logits if self._packs else self._padded_logits)(segments).float()
-        loss = F.cross_entropy(logits, labels[labels != IGNORED], reduction="sum")
+        if batch is None:
+            rows = padded_rows(input_ids, attention_mask, prompt_ids, prompt_attention_mask, labels)
+            batch = self._lay_out(rows, packed=self.packs and labels is not None)
+        logits = self.logits(batch)
+        if not len(batch.labels):
+            return CausalLMOutput(logits=logits)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
         return CausalLMOutput(loss=loss / (num_items_in_batch or len(logits)), logits=logits)
 
-    def _packed_logits(self, segments: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """What predicts each token of the last segment, [its tokens, vocabulary], from one row of all sequences."""
-        embeds, masks = (torch.cat(parts, dim=1) for parts in zip(*segments, strict=True))
-        is_real = masks.bool()
-        is_target = torch.zeros_like(is_real)
-        is_target[:, -segments[-1][1].shape[1] :] = True
-        return self.llm(
-            inputs_embeds=embeds[is_real][None],
-            logits_to_keep=is_target[is_real].nonzero().flatten() - 1,
-            use_cache=False,
-            **packed_arguments(masks.sum(dim=1).tolist(), masks.device),
-        ).logits[0]
-
-    def _padded_logits(self, segments: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """As `_packed_logits`, from left-padded rows."""
-        sequence, target_mask = join(segments), segments[-1][1]
-        _, is_target = squeeze_padding(target_mask, target_mask, side="left")
-        # Rows end in the last column, and nothing is predicted from the last token.
-        sequence = Sequence(sequence.embeds[:, :-1], sequence.mask[:, :-1])
-        return self._logits(sequence, is_target.shape[1])[is_target.bool()]
-
-    def _logits(self, sequence: Sequence, last: int) -> torch.Tensor:
-        return self.llm(
-            inputs_embeds=sequence.embeds,
-            attention_mask=sequence.mask,
-            position_ids=sequence.position_ids,
-            logits_to_keep=last,
-            use_cache=False,
-        ).logits
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Logits that predict each label of `batch`, [targets, vocabulary], or the next token, [rows, vocabulary]."""
+        arguments = {"inputs_embeds": self.embed(batch), "position_ids": batch.position_ids, "use_cache": False}
+        if batch.mask is None:
+            arguments |= packed_arguments(batch.lengths, batch.cumulative_lengths)
+            return self.llm(**arguments, logits_to_keep=batch.logit_positions).logits[0]
+        arguments |= {"attention_mask": batch.mask, "logits_to_keep": batch.columns}
+        logits = self.llm(**arguments).logits.flatten(0, 1)
+        return logits.index_select(0, batch.logit_positions) if len(batch.labels) else logits
 
     @torch.no_grad()
     def generate(
@@ -418,69 +355,20 @@ class MindMergerForCausalLM(PreTrainedModel):
         prompt_attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """New token ids [batch, new tokens]; `kwargs` go to the LLM's own `generate`."""
-        sequence = self.embed(input_ids, attention_mask, prompt_ids, prompt_attention_mask)
-        return self.llm.generate(inputs_embeds=sequence.embeds, attention_mask=sequence.mask, **kwargs)
+        """New token ids [rows, new tokens]; `kwargs` go to the LLM's own `generate`."""
+        batch = self._lay_out(padded_rows(input_ids, attention_mask, prompt_ids, prompt_attention_mask))
+        return self.llm.generate(inputs_embeds=self.embed(batch), attention_mask=batch.mask, **kwargs)
+
+    def _lay_out(self, rows: list[Tokens], packed: bool = False) -> Batch:
+        pad_id = getattr(self.encoder.config.get_text_config(), "pad_token_id", None) or 0
+        return lay_out(rows, self.config.llm_bos_token_id, pad_id, packed).to(self.llm.device)
 
 
 AutoConfig.register("mindmerger", MindMergerConfig)
 AutoModelForCausalLM.register(MindMergerConfig, MindMergerForCausalLM)
 
 
-def bos_segment(
-    llm: PreTrainedModel, bos_token_id: int | None, mask: torch.Tensor
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The one segment that opens as many sequences as `mask` has rows, or none for an LLM without a bos token."""
-    if bos_token_id is None:
-        return []
-    bos = torch.full_like(mask[:, :1], bos_token_id)
-    return [token_segment(llm, bos, torch.ones_like(bos))]
-
-
-def token_segment(
-    llm: PreTrainedModel, token_ids: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, both [batch, n], as a segment for `join`."""
-    return llm.get_input_embeddings()(token_ids), mask
-
-
-@torch.no_grad()
-def embedding_scale(
-    model: MindMergerForCausalLM, input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> tuple[torch.Tensor, float]:
-    """What a mapping at PyTorch's initialisation lacks to speak at the LLM's own scale.
-
-    A frozen LLM has only ever read vectors of its embedding table; PyTorch's initialisation, made for hidden
-    layers, gives vectors many times as long.
-
-    Args:
-        model: with a fresh mapping.
-        input_ids, attention_mask: some sources, [batch, source length], to measure the encoder's scale on.
-
-    Returns:
-        (mean embedding [llm_hidden_size], float32; root mean square of the embeddings over that of the mapped
-        vectors).
-    """
-    mean, embedding_rms = mean_embedding(model.llm.get_input_embeddings(), input_ids.device)
-    states, mask = model.encode(input_ids, attention_mask)
-    vectors, _ = model.mapping(states.to(model.mapping.end_boundary.dtype))
-    mapped_rms = float(vectors[mask.bool()].float().square().mean().sqrt())
-    return mean, embedding_rms / mapped_rms
-
-
-@torch.no_grad()
-def mean_embedding(embedding: nn.Module, device: torch.device) -> tuple[torch.Tensor, float]:
-    """(mean, [llm_hidden_size] in float32; root mean square of all values) of an LLM's embedding table."""
-    total, squares = 0.0, 0.0
-    for ids in torch.arange(embedding.num_embeddings, device=device).split(8192):
-        # Not the table itself: some models scale what they look up, and ZeRO-3 gathers it only here.
-        vectors = embedding(ids).float()
-        total = total + vectors.sum(dim=0)
-        squares += float(vectors.square().sum())
-    return total / embedding.num_embeddings, (squares / (embedding.num_embeddings * len(total))) ** 0.5
-
-
-def mapping_config(models: ModelPair, llm_bos_token_id: int | None) -> MindMergerConfig:
+def mapping_config(models: "ModelPair", llm_bos_token_id: int | None) -> MindMergerConfig:
     """The config that joins the two models of `models`, from their configs alone: no weights are read.
 
     Raises:
@@ -505,10 +393,3 @@ def mapping_config(models: ModelPair, llm_bos_token_id: int | None) -> MindMerge
 def _keep_mapping(_: nn.Module, state: dict[str, torch.Tensor], prefix: str, __: Any) -> None:
     for name in [name for name in state if not name.startswith(f"{prefix}mapping.")]:
         del state[name]
-
-
-def _checkpointed(forward: Any) -> Any:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run

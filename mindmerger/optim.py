@@ -1,20 +1,56 @@
-"""Muon, an optimizer for matrices: each step is orthogonal, so that no direction of the gradient outshouts the others.
+"""Optimizers of the mapping and their learning rate: AdamW as published, and Muon for the two matrices.
 
-Jordan et al. 2024, https://kellerjordan.github.io/posts/muon, with steps as long as AdamW's (Liu et al. 2025, "Muon is
-scalable for LLM training", arXiv 2502.16982, equation 4), so that one learning rate serves both.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes each step of a matrix orthogonal, so that all
+directions of the gradient count alike; with steps as long as AdamW's (Liu et al. 2025, "Muon is scalable for LLM
+training", arXiv 2502.16982, equation 4) one learning rate serves both.
 """
 
 from typing import Any
 
 import torch
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from common.ranks import Process
+from mindmerger.modeling import Mapping
 
 # Of the odd polynomial that five times over brings every singular value from 0.01 to 1 near 1 (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 # Root mean square of AdamW's steps in units of the learning rate, as Liu et al. 2025 found it.
 ADAMW_RMS = 0.2
+
+# Betas, eps and weight decay of the published AdamW.
+DEFAULTS = {"betas": (0.8, 0.999), "eps": 1e-8, "weight_decay": 3e-7}
+
+
+def make_optimizer(name: str, mapping: Mapping, lr: float, boundary_lr: float, process: Process) -> torch.optim.AdamW:
+    """The optimizer of the mapping.
+
+    Args:
+        name: "adamw", or "muon" for the two matrices.
+        mapping: what is trained.
+        lr: peak learning rate of all but the boundary.
+        boundary_lr: peak learning rate of the boundary.
+        process: this rank.
+    """
+    boundary = {"params": [mapping.end_boundary], "lr": boundary_lr}
+    if name == "adamw":
+        return torch.optim.AdamW([{"params": list(mapping.mlp.parameters()), "lr": lr}, boundary], **DEFAULTS)
+    layers = (mapping.mlp.linear1, mapping.mlp.linear2)
+    matrices = [
+        {"params": [layer.weight], "lr": lr, "shape": (layer.out_features, layer.in_features)} for layer in layers
+    ]
+    biases = {"params": [layer.bias for layer in layers], "lr": lr}
+    return Muon([*matrices, biases, boundary], process, **DEFAULTS)
+
+
+def make_schedule(
+    name: str, optimizer: torch.optim.Optimizer, warmup: int, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate over `steps` steps: a linear rise over `warmup` of them, then constant or a cosine."""
+    if name == "cosine":
+        return get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+    return get_constant_schedule_with_warmup(optimizer, warmup)
 
 
 def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:

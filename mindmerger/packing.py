@@ -1,12 +1,15 @@
-"""Sequences end to end in one row instead of padded to one length: attention stays within each of them, exactly.
+"""Attention of packed rows: sequences end to end in one row, each of which sees itself alone.
 
-A third of what a padded micro batch of questions makes an LLM read is padding. Packed, nothing is; only attention has
-to know where each sequence begins and ends, for which it gets a function of its own.
+A third of what a padded micro batch of questions makes an LLM read is padding. Packed, nothing is; only attention needs
+the edges of the sequences.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -15,8 +18,10 @@ from transformers.masking_utils import sdpa_mask
 PACKED = "mindmerger_packed"
 # Kinds of layers, by transformers' names, in which tokens meet in nothing but attention.
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-# Arguments that change what attention computes, and that `packed_attention` knows nothing of.
+# Arguments that change what attention computes, and that `packed_attention` does not implement.
 _FOREIGN = ("softcap", "position_bias", "s_aux")
+# What the CUDA kernel of `varlen_attn` takes (FlashAttention 2): 16-bit numbers, heads of at most this width.
+_LARGEST_HEAD = 256
 
 
 def packed_attention(
@@ -28,6 +33,8 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     segment_lengths: list[int] | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment of one row; a function for transformers' `AttentionInterface`.
@@ -36,27 +43,76 @@ def packed_attention(
         module: the attention layer.
         query: [1, heads, tokens, head width].
         key, value: [1, key-value heads, tokens, head width].
-        attention_mask: not read where there are segments.
+        attention_mask: not used where there are segments.
         scaling: of the scores; default 1 / sqrt(head width).
         sliding_window: how many tokens back a token sees, itself included; None for all.
         segment_lengths: tokens of each segment, in order; None for an ordinary padded batch.
+        cu_seq_lens_q, max_length_q: int32 edges of the segments and the longest one, by transformers' names.
 
     Returns:
         ([1, tokens, heads, head width], None).
 
     Raises:
-        ValueError: an argument that this attention cannot honour.
+        ValueError: an argument that this attention does not implement.
     """
     if segment_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if foreign := [name for name in _FOREIGN if kwargs.get(name) is not None]:
-        raise ValueError(f"packed attention knows no {', '.join(foreign)}")
+        raise ValueError(f"packed attention does not implement {', '.join(foreign)}")
+    if _has_kernel(query):
+        return _in_one_call(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
+    return _by_segment(query, key, value, scaling, sliding_window, segment_lengths), None
+
+
+def _has_kernel(query: torch.Tensor) -> bool:
+    """Whether `varlen_attn` has a kernel for such tensors."""
+    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    width = query.shape[-1]
+    return width <= _LARGEST_HEAD and width % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _in_one_call(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    edges: torch.Tensor,
+    longest: int,
+) -> torch.Tensor:
+    """All segments by one kernel; arguments and result as of `packed_attention`."""
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    output = varlen_attn(
+        query,
+        key,
+        value,
+        edges,
+        edges,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return output[None]
+
+
+def _by_segment(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    lengths: list[int],
+) -> torch.Tensor:
+    """Each segment by PyTorch's attention; arguments and result as of `packed_attention`."""
     grouped, dtype = key.shape[1] != query.shape[1], query.dtype
     if query.device.type == "cpu" and dtype is torch.bfloat16:
         # This kernel takes three times as long on a CPU as the one for float32, and rounds besides.
         query, key, value = query.float(), key.float(), value.float()
     outputs = []
-    for q, k, v in zip(*(tensor.split(segment_lengths, dim=2) for tensor in (query, key, value)), strict=True):
+    for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
         length = q.shape[2]
         window = None
         if sliding_window is not None and length > sliding_window:
@@ -67,7 +123,7 @@ def packed_attention(
                 q, k, v, attn_mask=window, is_causal=window is None, scale=scaling, enable_gqa=grouped
             )
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype, memory_format=torch.contiguous_format), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)
 
 
 AttentionInterface.register(PACKED, packed_attention)
@@ -75,7 +131,7 @@ AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
 def pack_attention(llm: PreTrainedModel) -> bool:
-    """Give an LLM `packed_attention`, if it then says of packed sequences what it says of each alone.
+    """Give an LLM `packed_attention`, if its logits of packed sequences are then those of each alone.
 
     Tried on the model itself: what a configuration does not tell (positions counted from the row's first column, states
     carried from token to token) shows in the logits.
@@ -93,30 +149,40 @@ def pack_attention(llm: PreTrainedModel) -> bool:
     embedding = llm.get_input_embeddings()
     ids = torch.arange(8, device=llm.device) * (embedding.num_embeddings // 8)
     segments = [ids[:5], ids[5:]]
+    arguments = packed_arguments([5, 3], torch.tensor([0, 5, 8], dtype=torch.int32, device=llm.device))
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]], device=llm.device)
     with torch.no_grad():
         each = [llm(inputs_embeds=embedding(segment[None]), use_cache=False).logits for segment in segments]
         alone = torch.cat(each, dim=1)
         llm.set_attn_implementation(PACKED)
         try:
             together = llm(
-                inputs_embeds=embedding(ids[None]), use_cache=False, **packed_arguments([5, 3], llm.device)
+                inputs_embeds=embedding(ids[None]), position_ids=positions, use_cache=False, **arguments
             ).logits
         # Third parties' models refuse arguments in their own ways.
         except (TypeError, ValueError, RuntimeError):
             together = torch.full_like(alone, torch.nan)
-    # Rounding takes some of the digits; a token that sees another sequence changes the first ones.
-    if (together - alone).float().norm() <= torch.finfo(alone.dtype).eps ** 0.5 * alone.float().norm():
+    if are_close(together, alone):
         return True
     llm.set_attn_implementation(standard)
     return False
 
 
-def packed_arguments(lengths: list[int], device: torch.device) -> dict[str, object]:
-    """What an LLM that `pack_attention` has prepared takes beside the [1, tokens, hidden] embeddings of `lengths`."""
-    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+def packed_arguments(lengths: list[int], cumulative_lengths: torch.Tensor) -> dict[str, Any]:
+    """Arguments of an LLM prepared by `pack_attention`, beside embeddings and positions of sequences of `lengths`."""
     return {
-        "position_ids": positions[None],
-        # Without it transformers would see the positions begin anew, and build a mask of tokens x tokens.
-        "attention_mask": torch.ones_like(positions)[None],
+        # transformers returns a 4-D mask unread. Without one it would look for the edges in the positions, and build a
+        # mask of tokens x tokens; of a 2-D mask it reads a value, for which the host waits.
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=cumulative_lengths.device),
         "segment_lengths": lengths,
+        "cu_seq_lens_q": cumulative_lengths,
+        "cu_seq_lens_k": cumulative_lengths,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
     }
+
+
+def are_close(outputs: torch.Tensor, reference: torch.Tensor) -> bool:
+    """Whether two results differ by rounding alone: a token that sees other tokens changes the first digits."""
+    difference = (outputs - reference).float().norm()
+    return bool(difference <= torch.finfo(reference.dtype).eps ** 0.5 * reference.float().norm())

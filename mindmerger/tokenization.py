@@ -1,14 +1,13 @@
 """Text to token ids, once per example: special tokens by id, and the query cut where a text is too long."""
 
 from array import array
-from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from common.errors import InputError
 from common.models import base_config, load_tokenizer
+from mindmerger.batching import Tokens
 from mindmerger.config import Limits, ModelPair
 from mindmerger.data import Example
 from mindmerger.init.ridge import Span
@@ -23,30 +22,6 @@ _PLAIN = {
     "return_attention_mask": False,
     "verbose": False,
 }
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """One example as token ids.
-
-    Attributes:
-        source: for the encoder, with its special tokens. All ids are int32 arrays: a list takes ten times the
-            memory, and the published mapping stage has a hundred million tokens.
-        prompt: for the LLM, without special tokens; empty where augmentation is off.
-        target: for the LLM, closed by eos unless it was cut.
-        language: English name of the source's language.
-        cut: which of "source", "prompt" and "target" were shortened.
-    """
-
-    source: array
-    prompt: array
-    target: array
-    language: str
-    cut: tuple[str, ...]
-
-    def __len__(self) -> int:
-        """Length of the LLM's sequence: bos, source, boundary, prompt, target."""
-        return len(self.source) + len(self.prompt) + len(self.target) + 2
 
 
 class ExampleTokenizer:
@@ -79,6 +54,7 @@ class ExampleTokenizer:
         max_prompt_len: int,
         max_gen_len: int,
     ):
+        self.limits = Limits(max_seq_len, max_prompt_len, max_gen_len)
         if llm_tokenizer.eos_token_id is None:
             raise InputError(f"the tokenizer in {llm_tokenizer.name_or_path} names no eos token to end a target with")
         self.mt_tokenizer = mt_tokenizer
@@ -198,14 +174,6 @@ def load_example_tokenizer(models: ModelPair, limits: Limits, augmentation: bool
         mt_config = base_config(models.mt_path, models.mt_revision, models.trust_remote_code)
     llm_tokenizer = load_tokenizer(models.llm_path, models.llm_revision, models.trust_remote_code)
     return ExampleTokenizer(mt_tokenizer, mt_config, llm_tokenizer, augmentation=augmentation, **asdict(limits))
-
-
-def count_cuts(tokens: Iterable[Tokens]) -> dict[str, dict[str, int]]:
-    """How many texts of each kind were cut, by language: `{"German": {"prompt": 3}}`."""
-    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for example in tokens:
-        counts[example.language].update(example.cut)
-    return {language: dict(counter) for language, counter in counts.items() if counter}
 
 
 def ids_with_spans(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tuple[list[int], list[Span]]]:

@@ -1,4 +1,4 @@
-"""DeepSpeed as training uses it: its configuration, and the mapping as its engine holds it."""
+"""DeepSpeed as training uses it: its settings, and the mapping as ZeRO partitions it."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -21,23 +21,25 @@ from deepspeed.utils import (
 from common.errors import InputError
 from common.io import read_json
 from common.ranks import Process
-from mindmerger.config import TrainingFlags
-from mindmerger.modeling import Mapping
-from mindmerger.optim import Muon
+from mindmerger.config import BatchSizes
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
 # Of AdamW, for every parameter; Muon leaves the second of a matrix at zero.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def deepspeed_config(flags: TrainingFlags, process: Process) -> dict[str, Any]:
-    """The DeepSpeed JSON that `--deepspeed_config` names, or the machine's default, with the batch sizes filled in.
+def deepspeed_config(path: str | None, sizes: BatchSizes, device: torch.device) -> dict[str, Any]:
+    """The content of a DeepSpeed JSON with the batch sizes filled in.
+
+    Args:
+        path: of the file; None for the default of the device's kind.
+        sizes: of a batch.
+        device: of this rank.
 
     Raises:
         InputError: an unreadable file, or one that sets what flags set.
     """
-    default = "zero2_bf16.json" if process.device.type == "cuda" else "cpu.json"
-    path = Path(flags.deepspeed_config or CONFIGS / default)
+    path = Path(path or CONFIGS / ("zero2_bf16.json" if device.type == "cuda" else "cpu.json"))
     config = read_json(path)
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a JSON object")
@@ -45,9 +47,9 @@ def deepspeed_config(flags: TrainingFlags, process: Process) -> dict[str, Any]:
         if key in config:
             raise InputError(f"{path}: take {key!r} out, {instead} stands for it")
     config |= {
-        "train_batch_size": flags.train_batch_size,
-        "train_micro_batch_size_per_gpu": flags.train_micro_batch_size_per_gpu,
-        "gradient_accumulation_steps": flags.gradient_accumulation,
+        "train_batch_size": sizes.train_batch_size,
+        "train_micro_batch_size_per_gpu": sizes.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": sizes.gradient_accumulation,
         # The optimizer is this repository's or PyTorch's own, wherever its state is kept.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
@@ -82,28 +84,13 @@ def linear_layers(zero: dict[str, Any]) -> Iterator[None]:
         torch.nn.functional.linear = plain
 
 
-def make_optimizer(flags: TrainingFlags, mapping: Mapping, process: Process) -> torch.optim.AdamW:
-    """What moves the mapping, with the boundary vector's own learning rate."""
-    # Betas, eps and weight decay as published.
-    defaults = {"betas": (0.8, 0.999), "eps": 1e-8, "weight_decay": 3e-7}
-    boundary = {"params": [mapping.end_boundary], "lr": flags.boundary_lr}
-    if flags.optimizer == "adamw":
-        return torch.optim.AdamW([{"params": list(mapping.mlp.parameters()), "lr": flags.lr}, boundary], **defaults)
-    layers = (mapping.mlp.linear1, mapping.mlp.linear2)
-    matrices = [
-        {"params": [layer.weight], "lr": flags.lr, "shape": (layer.out_features, layer.in_features)} for layer in layers
-    ]
-    biases = {"params": [layer.bias for layer in layers], "lr": flags.lr}
-    return Muon([*matrices, biases, boundary], process, **defaults)
-
-
 class MappingState:
     """Values of the mapping and its optimizer's moments, read and set whole, however ZeRO has divided them.
 
     Every method is for all ranks together, and every tensor float32, of the parameter's shape.
 
     Args:
-        engine: DeepSpeed's, before its first step, with the optimizer that `make_optimizer` gives.
+        engine: DeepSpeed's, before its first step, with an optimizer of `mindmerger/optim.py`.
         mapping: the module that the engine trains.
         process: this rank.
     """
@@ -116,7 +103,7 @@ class MappingState:
 
     @property
     def steps(self) -> float:
-        """How many the optimizer has made."""
+        """Optimizer steps taken."""
         return float(next(iter(self._optimizer.state.values()))["step"])
 
     def values(self) -> dict[str, torch.Tensor]:

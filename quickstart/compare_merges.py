@@ -20,11 +20,11 @@ from common.errors import InputError, exit_with_message
 from common.io import read_json, sha256, write_json, write_text
 from common.logging import progress, quiet_libraries, say
 from common.ranks import Process, start_process
-from mindmerger.batching import plan_once
+from mindmerger.batching import Tokens, lay_out, plan_once
 from mindmerger.evaluation.decoding import greedy
 from mindmerger.evaluation.metrics import SCORES, wilson_interval
 from mindmerger.frozen_models import load_llm
-from mindmerger.modeling import join, token_segment
+from mindmerger.modeling import Sequence
 from quickstart.exercises import TASKS, Exercise
 
 BATCH_SIZE = 128
@@ -124,9 +124,9 @@ def answers(
     ids = [tokenizer(exercise.prompt).input_ids for exercise in exercises]
     outputs = [""] * len(ids)
     for rows in plan_once([len(row) for row in ids], BATCH_SIZE, ranks=1)[0]:
-        batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(model.device)
+        batch = lay_out([Tokens([], ids[row], []) for row in rows], None, mapped=False).to(model.device)
         with torch.inference_mode():
-            sequence = join([token_segment(model, batch["input_ids"], batch["attention_mask"])])
+            sequence = Sequence(model.get_input_embeddings()(batch.token_ids), batch.mask)
         for row, new in zip(rows, greedy(model, sequence, MAX_NEW_TOKENS, {tokenizer.eos_token_id}), strict=True):
             outputs[row] = tokenizer.decode(new, skip_special_tokens=True)
         bar.update(len(rows))

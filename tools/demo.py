@@ -24,7 +24,7 @@ from mindmerger.config import DemoFlags, EvaluationFlags
 from mindmerger.data import Example
 from mindmerger.evaluation.answerer import Subject, load_subject, pick_dtype, prepare
 from mindmerger.frozen_models import load_llm
-from mindmerger.modeling import join, token_segment
+from mindmerger.modeling import Sequence
 from mindmerger.tasks import LANGUAGES, Prompt, math_prompt
 from mindmerger.tokenization import ExampleTokenizer
 
@@ -127,7 +127,7 @@ def model_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) ->
                 ids = tokenizer(question + "\n").input_ids
             with torch.inference_mode():
                 inputs = torch.tensor([ids], device=device)
-                sequence = join([token_segment(llm, inputs, torch.ones_like(inputs))])
+                sequence = Sequence(llm.get_input_embeddings()(inputs), torch.ones_like(inputs))
             return subject.stream(sequence, flags.max_gen_len)
 
         return stream

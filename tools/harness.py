@@ -14,11 +14,11 @@ from common.cli import parse_flags
 from common.errors import InputError
 from common.logging import progress, quiet_libraries
 from common.ranks import start_process
+from mindmerger.batching import Tokens
 from mindmerger.config import EvaluationFlags
 from mindmerger.data import Example
 from mindmerger.evaluation.answerer import Subject, load_subject, pick_dtype, prepare
 from mindmerger.tasks import LANGUAGES, Language, Prompt, find_language
-from mindmerger.tokenization import Tokens
 
 # Of the flags of run_evaluation.py those that say what is loaded and how much of a text is read.
 _FLAGS = (

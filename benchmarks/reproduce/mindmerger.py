@@ -258,7 +258,7 @@ def held_out(flags: MiniatureFlags, stage: str, seed: int) -> dict[str, list[Exa
     shared = stage_flags(flags, stage)
     languages = select_languages(shared.languages)
     rows = read_training(Path(shared.data_dir), TASK, stage, languages, shared.train_num)
-    dev, _ = hold_out(rows, shared.dev_size, seed)
+    dev = [rows[row] for row in hold_out(len(rows), shared.dev_size, seed)[0]]
     found = {language.name: [row for row in dev if row.language == language] for language in languages}
     if missing := [name for name, own in found.items() if not own]:
         raise InputError(f"--dev_size {flags.dev_size} holds out no {stage} row of {missing[0]} with seed {seed}")

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from common.errors import InputError
-from mindmerger.batching import collate
+from mindmerger.batching import Tokens, lay_out
 from mindmerger.checkpoint import CONFIG, mapping_file, read_mapping, read_record, with_trained_layer
 from mindmerger.config import EvaluationFlags
 from mindmerger.evaluation.decoding import greedy_steps, label_log_likelihoods
@@ -17,12 +17,9 @@ from mindmerger.modeling import (
     MindMergerConfig,
     MindMergerForCausalLM,
     Sequence,
-    bos_segment,
-    join,
     mapping_config,
-    token_segment,
 )
-from mindmerger.tokenization import ExampleTokenizer, Tokens, load_example_tokenizer
+from mindmerger.tokenization import ExampleTokenizer, load_example_tokenizer
 
 
 class Subject:
@@ -49,14 +46,12 @@ class Subject:
     @torch.inference_mode()
     def read(self, rows: list[Tokens]) -> Sequence:
         """What the LLM reads of `rows`."""
-        batch = collate(rows, self.tokenizer.source_pad_id).to(self.llm.device)
-        if self.model is not None:
-            return self.model.embed(
-                batch.input_ids, batch.attention_mask, batch.prompt_ids, batch.prompt_attention_mask
-            )
         bos_token_id = self.tokenizer.llm_tokenizer.bos_token_id
-        prompt = token_segment(self.llm, batch.prompt_ids, batch.prompt_attention_mask)
-        return join([*bos_segment(self.llm, bos_token_id, batch.prompt_attention_mask), prompt])
+        batch = lay_out(rows, bos_token_id, self.tokenizer.source_pad_id, mapped=self.model is not None)
+        batch = batch.to(self.llm.device)
+        embed = self.llm.get_input_embeddings() if self.model is None else None
+        embeds = self.model.embed(batch) if embed is None else embed(batch.token_ids)
+        return Sequence(embeds, batch.mask)
 
     def generate(
         self,

@@ -17,7 +17,7 @@ from common.locks import locked
 from common.logging import progress, quiet_libraries, say
 from common.ranks import Process, is_out_of_memory, start_process
 from common.signals import Stopped, StopSignals
-from mindmerger.batching import plan_once
+from mindmerger.batching import Tokens, plan_once
 from mindmerger.checkpoint import mapping_file
 from mindmerger.config import EvaluationFlags
 from mindmerger.data import Example, read_evaluation
@@ -28,7 +28,7 @@ from mindmerger.evaluation.report import write_report
 from mindmerger.evaluation.vllm_answerer import VllmSubject, check_vllm
 from mindmerger.frozen_models import check_context
 from mindmerger.tasks import EVALUATION_TASKS, Task, find_task, select_languages
-from mindmerger.tokenization import ExampleTokenizer, Tokens
+from mindmerger.tokenization import ExampleTokenizer
 
 ANSWERS = "answers"
 

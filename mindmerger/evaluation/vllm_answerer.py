@@ -11,9 +11,9 @@ from common.errors import InputError, first_line
 from common.models import base_config
 from common.optional import require
 from common.ranks import Process
+from mindmerger.batching import Tokens
 from mindmerger.config import EvaluationFlags
 from mindmerger.evaluation.answerer import Subject
-from mindmerger.tokenization import Tokens
 
 # Of the GPU memory that the encoder leaves.
 _SHARE_OF_MEMORY = 0.9

@@ -27,11 +27,12 @@ from common.models import base_config
 from common.ranks import Process
 from mindmerger.batching import pad, plan_once
 from mindmerger.checkpoint import read_mapping, write_mapping
-from mindmerger.config import TrainingFlags
+from mindmerger.config import ModelPair
 from mindmerger.data import Example
 from mindmerger.frozen_models import is_decoder_only, load_encoder, load_llm
 from mindmerger.init.ridge import Span, as_mlp, correlation, covering, relative_error, ridge
-from mindmerger.modeling import MindMergerConfig, mean_embedding
+from mindmerger.init.scaled import mean_embedding
+from mindmerger.modeling import MindMergerConfig
 from mindmerger.tasks import LANGUAGES
 from mindmerger.tokenization import ExampleTokenizer, ids_with_spans
 
@@ -46,7 +47,7 @@ MAX_PAIRS = 150
 
 @dataclass(frozen=True)
 class Texts:
-    """What an aligned start is made from.
+    """The texts that an aligned start is fitted to.
 
     Attributes:
         english: sentences.
@@ -56,19 +57,30 @@ class Texts:
     english: list[str]
     pairs: list[Example]
 
+    def digest(self) -> str:
+        """Hex digest of all texts."""
+        content = json.dumps([self.english, [[row.source.text, row.target] for row in self.pairs]])
+        return hashlib.sha256(content.encode()).hexdigest()
 
-def choose_texts(flags: TrainingFlags, rows: list[Example], chooses_layer: bool) -> Texts:
-    """English text among the training rows: the targets of the mapping stage, or English queries of the other one.
+
+def choose_texts(rows: list[Example], translations: bool, sentences: int, chooses_layer: bool, mt_path: str) -> Texts:
+    """English text among the training rows: targets of translations, or English queries.
+
+    Args:
+        rows: of training.
+        translations: whether the targets translate the sources, as in the mapping stage.
+        sentences: English sentences at most.
+        chooses_layer: whether translations are needed to choose an encoder's layer by.
+        mt_path: of the encoder, for messages.
 
     Raises:
         InputError: there is none, or too few translations to choose a layer by.
     """
-    translations = flags.stage_name == "mapping"
     if translations:
         distinct = dict.fromkeys(row.target for row in rows)
     else:
         distinct = dict.fromkeys(row.source.text for row in rows if row.language.code == "en")
-    english = list(distinct)[: flags.aligned_sentences]
+    english = list(distinct)[:sentences]
     if len(english) < 10:
         raise InputError(
             f"--mapping_init aligned needs English text, and the training rows have {len(english)} such sentences: "
@@ -76,131 +88,147 @@ def choose_texts(flags: TrainingFlags, rows: list[Example], chooses_layer: bool)
         )
     if chooses_layer and not translations:
         raise InputError(
-            f"--encoder_layer is needed: without translations nothing tells which layer of {flags.mt_path} to take"
+            f"--encoder_layer is needed: without translations nothing tells which layer of {mt_path} to take"
         )
     pairs = rows[:MAX_PAIRS] if chooses_layer else []
     if pairs and max(Counter(row.language.code for row in pairs).values()) == 1:
         raise InputError(
             f"--encoder_layer is needed: {len(pairs)} training rows, each of another language, tell no layer of "
-            f"{flags.mt_path} from another"
+            f"{mt_path} from another"
         )
     return Texts(english, pairs)
 
 
-def aligned_start(
-    flags: TrainingFlags,
-    config: MindMergerConfig,
-    tokenizer: ExampleTokenizer,
-    rows: list[Example],
-    folder: Path,
-    dtype: torch.dtype,
-    process: Process,
-) -> tuple[dict[str, torch.Tensor], int | None]:
-    """The mapping to start from, and the encoder's layer to read, fitted by the first rank and kept in `folder`.
+@dataclass(frozen=True)
+class AlignedStart:
+    """A mapping fitted to English text, for two models.
 
-    Args:
-        config: names the two models.
-        rows: the training rows.
-        folder: a mapping like any other, with the record of its fit; one of the same settings is read, not made anew.
-        dtype: in which both models will run.
-
-    Raises:
-        InputError: too little text, or a tokenizer without character offsets.
+    Attributes:
+        models: the two.
+        config: of the mapping.
+        tokenizer: of the two models.
+        dtype: in which both models run.
+        mean_boundary: whether the boundary is the LLM's mean embedding, or 0.
+        batch_size: texts that the encoder reads at once.
     """
-    chooses_layer = config.encoder_layer is None and is_decoder_only(
-        base_config(config.mt_path, config.mt_revision, flags.trust_remote_code)
-    )
-    texts = choose_texts(flags, rows, chooses_layer)
-    content = json.dumps([texts.english, [[row.source.text, row.target] for row in texts.pairs]])
-    settings = {
-        "llm_path": config.llm_path,
-        "llm_revision": config.llm_revision,
-        "mt_path": config.mt_path,
-        "mt_revision": config.mt_revision,
-        "max_seq_len": flags.max_seq_len,
-        "encoder_layer": config.encoder_layer,
-        "boundary_init": flags.boundary_init,
-        "dtype": str(dtype).removeprefix("torch."),
-        "texts_sha256": hashlib.sha256(content.encode()).hexdigest(),
-    }
-    if process.is_main:
-        with locked(folder):
-            kept = read_json(folder / RECORD) if (folder / RECORD).exists() else None
-            if not isinstance(kept, dict) or kept.get("settings") != settings:
-                # A record beside a mapping is that mapping's, whenever this is killed.
-                (folder / RECORD).unlink(missing_ok=True)
-                report = _fit(flags, config, tokenizer, texts, folder, dtype, process)
-                write_json(folder / RECORD, {"settings": settings, **report})
-    process.barrier()
-    record = read_json(folder / RECORD)
-    of_layers = "" if record["encoder_layer"] is None else f", layer {record['encoder_layer']} of the encoder"
-    say(
-        process,
-        f"aligned start in {folder}: {record['tokens']} tokens of {record['sentences']} English sentences{of_layers}, "
-        f"relative error {record['relative_error']:.3f} on {record['held_out_sentences']} others, "
-        f"{record['seconds']} s",
-    )
-    return read_mapping(folder, config.mt_hidden_size, config.llm_hidden_size), record["encoder_layer"]
 
+    models: ModelPair
+    config: MindMergerConfig
+    tokenizer: ExampleTokenizer
+    dtype: torch.dtype
+    mean_boundary: bool
+    batch_size: int
 
-def _fit(
-    flags: TrainingFlags,
-    config: MindMergerConfig,
-    tokenizer: ExampleTokenizer,
-    texts: Texts,
-    folder: Path,
-    dtype: torch.dtype,
-    process: Process,
-) -> dict[str, Any]:
-    """Fit the mapping, write it to `folder`, and report how well it fits."""
-    started = time.monotonic()
-    # The tokenizers go first: what they lack is known in no time.
-    english = tokenizer.sources_with_spans(texts.english, LANGUAGES["English"])
-    llm_english = ids_with_spans(tokenizer.llm_tokenizer, texts.english)
-    llm = load_llm(config.llm_path, config.llm_revision, dtype, flags.trust_remote_code)
-    embedding = llm.get_input_embeddings().to(process.device)
-    del llm
-    mean = mean_embedding(embedding, process.device)[0].cpu()
-    targets = [
-        token_targets(embedding, mean, spans, ids, llm_spans)
-        for (_, spans), (ids, llm_spans) in zip(english, llm_english, strict=True)
-    ]
-    encoder = load_encoder(config.mt_path, config.mt_revision, dtype, flags.trust_remote_code, config.encoder_layer).to(
-        process.device
-    )
-    read = partial(
-        read_states,
-        encoder,
-        source_pad_id=tokenizer.source_pad_id,
-        batch_size=flags.eval_batch_size,
-        process=process,
-        all_layers=bool(texts.pairs),
-    )
+    def load_or_fit(
+        self, read_texts: Callable[[bool], Texts], folder: Path, process: Process
+    ) -> tuple[dict[str, torch.Tensor], int | None]:
+        """The mapping to start from, and the encoder's layer to read, fitted by the first rank and kept in `folder`.
 
-    states = read([ids for ids, _ in english])
-    fitted = len(english) - max(1, round(HELD_OUT * len(english)))
-    maps = [ridge(torch.cat(of_layer[:fitted]), torch.cat(targets[:fitted]), PENALTY) for of_layer in states]
-    layer, scores, best = config.encoder_layer, None, len(maps) - 1
-    if texts.pairs:
-        sources, meant = pair_vectors(tokenizer, embedding, mean, texts.pairs)
-        scores = layer_scores(maps, read(sources), meant, [row.language.name for row in texts.pairs])
-        best = max(range(len(scores)), key=scores.__getitem__)
-        layer = best + 1
+        Args:
+            read_texts: gives the texts; told whether a layer is to be chosen.
+            folder: a mapping like any other, with the record of its fit; one of the same settings is read, not made
+                anew.
+            process: this rank.
 
-    held_out = torch.cat(states[best][fitted:])
-    state = as_mlp(maps[best])
-    state["end_boundary"] = (mean if flags.boundary_init == "mean" else torch.zeros_like(mean)).view(1, 1, -1)
-    write_mapping(folder, config.to_dict() | {"encoder_layer": layer}, state)
-    return {
-        "encoder_layer": layer,
-        "sentences": fitted,
-        "tokens": sum(len(rows) for rows in targets[:fitted]),
-        "held_out_sentences": len(english) - fitted,
-        "relative_error": relative_error(maps[best](held_out), torch.cat(targets[fitted:])),
-        "pairs": len(texts.pairs),
-        "correlation_by_layer": scores,
-        "seconds": round(time.monotonic() - started, 1),
-    }
+        Raises:
+            InputError: too little text, or a tokenizer without character offsets.
+        """
+        if process.is_main:
+            models = self.models
+            mt_config = base_config(models.mt_path, models.mt_revision, models.trust_remote_code)
+            texts = read_texts(models.encoder_layer is None and is_decoder_only(mt_config))
+            settings = self._settings(texts)
+            with locked(folder):
+                kept = read_json(folder / RECORD) if (folder / RECORD).exists() else None
+                if not isinstance(kept, dict) or kept.get("settings") != settings:
+                    # A record beside a mapping is that mapping's, whenever this is killed.
+                    (folder / RECORD).unlink(missing_ok=True)
+                    report = self.fit(texts, folder, process)
+                    write_json(folder / RECORD, {"settings": settings, **report})
+        process.barrier()
+        record = read_json(folder / RECORD)
+        of_layers = "" if record["encoder_layer"] is None else f", layer {record['encoder_layer']} of the encoder"
+        say(
+            process,
+            f"aligned start in {folder}: {record['tokens']} tokens of {record['sentences']} English "
+            f"sentences{of_layers}, relative error {record['relative_error']:.3f} on {record['held_out_sentences']} "
+            f"others, {record['seconds']} s",
+        )
+        mapping = read_mapping(folder, self.config.mt_hidden_size, self.config.llm_hidden_size)
+        return mapping, record["encoder_layer"]
+
+    def _settings(self, texts: Texts) -> dict[str, Any]:
+        return {
+            "llm_path": self.models.llm_path,
+            "llm_revision": self.models.llm_revision,
+            "mt_path": self.models.mt_path,
+            "mt_revision": self.models.mt_revision,
+            "max_seq_len": self.tokenizer.limits.max_seq_len,
+            "encoder_layer": self.models.encoder_layer,
+            "boundary_init": "mean" if self.mean_boundary else "zero",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "texts_sha256": texts.digest(),
+        }
+
+    def fit(self, texts: Texts, folder: Path, process: Process) -> dict[str, Any]:
+        """Fit the mapping, write it to `folder`, and report how well it fits."""
+        started = time.monotonic()
+        # The tokenizers go first: what they lack shows at once.
+        english = self.tokenizer.sources_with_spans(texts.english, LANGUAGES["English"])
+        llm_english = ids_with_spans(self.tokenizer.llm_tokenizer, texts.english)
+        embedding = self._load_embedding(process.device)
+        mean = mean_embedding(embedding, process.device)[0].cpu()
+        targets = [
+            token_targets(embedding, mean, spans, ids, llm_spans)
+            for (_, spans), (ids, llm_spans) in zip(english, llm_english, strict=True)
+        ]
+        read = self._encoder_reader(process, all_layers=bool(texts.pairs))
+        states = read([ids for ids, _ in english])
+        fitted = len(english) - max(1, round(HELD_OUT * len(english)))
+        maps = [ridge(torch.cat(of_layer[:fitted]), torch.cat(targets[:fitted]), PENALTY) for of_layer in states]
+        layer, scores, best = self.models.encoder_layer, None, len(maps) - 1
+        if texts.pairs:
+            sources, meant = pair_vectors(self.tokenizer, embedding, mean, texts.pairs)
+            scores = layer_scores(maps, read(sources), meant, [row.language.name for row in texts.pairs])
+            best = max(range(len(scores)), key=scores.__getitem__)
+            layer = best + 1
+
+        state = as_mlp(maps[best])
+        state["end_boundary"] = (mean if self.mean_boundary else torch.zeros_like(mean)).view(1, 1, -1)
+        write_mapping(folder, self.config.to_dict() | {"encoder_layer": layer}, state)
+        return {
+            "encoder_layer": layer,
+            "sentences": fitted,
+            "tokens": sum(len(rows) for rows in targets[:fitted]),
+            "held_out_sentences": len(english) - fitted,
+            "relative_error": relative_error(maps[best](torch.cat(states[best][fitted:])), torch.cat(targets[fitted:])),
+            "pairs": len(texts.pairs),
+            "correlation_by_layer": scores,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+
+    def _load_embedding(self, device: torch.device) -> torch.nn.Module:
+        """The LLM's embedding table; the rest of the LLM is dropped."""
+        models = self.models
+        llm = load_llm(models.llm_path, models.llm_revision, self.dtype, models.trust_remote_code)
+        return llm.get_input_embeddings().to(device)
+
+    def _encoder_reader(
+        self, process: Process, all_layers: bool
+    ) -> Callable[[list[list[int]]], list[list[torch.Tensor]]]:
+        """`read_states` of the encoder, loaded here."""
+        models = self.models
+        encoder = load_encoder(
+            models.mt_path, models.mt_revision, self.dtype, models.trust_remote_code, models.encoder_layer
+        ).to(process.device)
+        return partial(
+            read_states,
+            encoder,
+            source_pad_id=self.tokenizer.source_pad_id,
+            batch_size=self.batch_size,
+            process=process,
+            all_layers=all_layers,
+        )
 
 
 def pair_vectors(

@@ -9,9 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MT5Config, MT5EncoderModel
 
 from benchmarks.train import published_loss
-from mindmerger.batching import collate, plan_epoch
+from mindmerger.batching import Tokens, collate, plan_epoch
 from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM
-from mindmerger.tokenization import Tokens
 
 ROWS, MICRO = 32, 8
 

@@ -91,8 +91,8 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
 def train_here(work: Path, *words: object) -> None:
     """Train in this process, in `work`."""
     from common.cli import parse_flags
+    from mindmerger.build import train
     from mindmerger.config import TrainingFlags
-    from mindmerger.trainer import train
 
     try:
         with chdir(work):

@@ -1,4 +1,3 @@
-import dataclasses
 import itertools
 import shutil
 from collections.abc import Callable
@@ -21,21 +20,23 @@ from transformers import (
     Qwen3Config,
 )
 
+from benchmarks.padded import PaddedBatch, collate
 from common.errors import InputError
-from mindmerger import modeling
-from mindmerger.batching import IGNORED, Batch, collate
+from mindmerger import frozen_models
+from mindmerger.batching import IGNORED, Tokens, lay_out, padded_rows
 from mindmerger.config import ModelPair
 from mindmerger.data import Example
 from mindmerger.evaluation.decoding import greedy
-from mindmerger.frozen_models import check_context, load_encoder, load_llm
-from mindmerger.modeling import MindMergerForCausalLM, embedding_scale, mapping_config, squeeze_padding
+from mindmerger.frozen_models import check_context, load_encoder, load_llm, recompute_layers
+from mindmerger.init.scaled import embedding_scale
+from mindmerger.modeling import MindMergerForCausalLM, Sequence, mapping_config
 from mindmerger.tokenization import ExampleTokenizer
 from tests.mindmerger.conftest import ENCODERS
 
 Build = Callable[..., tuple[MindMergerForCausalLM, ExampleTokenizer]]
 
 
-def left_padded(batch: Batch) -> Batch:
+def left_padded(batch: PaddedBatch) -> PaddedBatch:
     """The same batch with each row's padding moved to the left, as a user's own collator may have it."""
 
     def flip(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -44,7 +45,7 @@ def left_padded(batch: Batch) -> Batch:
             rows.append(torch.cat([row[~real], row[real]]))
         return torch.stack(rows)
 
-    return Batch(
+    return PaddedBatch(
         flip(batch.input_ids, batch.attention_mask),
         flip(batch.attention_mask, batch.attention_mask),
         flip(batch.prompt_ids, batch.prompt_attention_mask),
@@ -53,13 +54,19 @@ def left_padded(batch: Batch) -> Batch:
     )
 
 
-def row_losses(model: MindMergerForCausalLM, batch: Batch) -> list[float]:
+def row_losses(model: MindMergerForCausalLM, batch: PaddedBatch) -> list[float]:
     """Summed loss of each row of a batch, read off the batch's logits."""
     output = model(**vars(batch))
     targets = batch.labels[batch.labels != IGNORED]
     losses = torch.nn.functional.cross_entropy(output.logits, targets, reduction="none")
     counts = (batch.labels != IGNORED).sum(dim=1).tolist()
     return [float(part.sum()) for part in losses.split(counts)]
+
+
+def read(model: MindMergerForCausalLM, rows: list[Tokens], source_pad_id: int = 0) -> Sequence:
+    """What the LLM reads of rows, left-padded."""
+    batch = lay_out(rows, model.config.llm_bos_token_id, source_pad_id)
+    return Sequence(model.embed(batch), batch.mask)
 
 
 @pytest.mark.parametrize("mt", ENCODERS)
@@ -76,9 +83,8 @@ def test_padding_changes_nothing(build: Build, examples: list[Example], mt: str,
     questions = tokenizer(examples, with_targets=False)
     together = collate(questions, tokenizer.source_pad_id)
 
-    def answers(batch: Batch) -> list[list[int]]:
-        sequence = model.embed(batch.input_ids, batch.attention_mask, batch.prompt_ids, batch.prompt_attention_mask)
-        return greedy(model.llm, sequence, 12, {2})
+    def answers(batch: PaddedBatch) -> list[list[int]]:
+        return greedy(model.llm, read(model, padded_rows(**vars(batch)), tokenizer.source_pad_id), 12, {2})
 
     alone_answers = [answers(collate([row], tokenizer.source_pad_id))[0] for row in questions]
     assert answers(together) == alone_answers
@@ -144,9 +150,9 @@ def test_other_llm_families(build: Build, examples: list[Example], family: str) 
     rows = tokenizer(examples)
     alone = [row_losses(model, collate([row], 0))[0] for row in rows]
     assert row_losses(model, collate(rows, 0)) == pytest.approx(alone, rel=1e-5)
-    sequences = [model.embed(**vars(collate([row], 0)) | {"labels": None}) for row in rows]
-    answers = [greedy(model.llm, sequence, 8, {2})[0] for sequence in sequences]
-    together = model.embed(**vars(collate(rows, 0)) | {"labels": None})
+    questions = tokenizer(examples, with_targets=False)
+    answers = [greedy(model.llm, read(model, [row]), 8, {2})[0] for row in questions]
+    together = read(model, questions)
     assert greedy(model.llm, together, 8, {2}) == answers
 
     # Gemma 2 caps its attention's scores, which no SDPA does.
@@ -168,7 +174,7 @@ def test_positions_counted_over_padding_matter_where_positions_are_learned(
     llm = AutoModelForCausalLM.from_config(config).eval()
     torch.nn.init.normal_(llm.get_input_embeddings().weight)
     model.llm = llm
-    sequence = model.embed(**vars(collate(tokenizer(examples), 0)))
+    sequence = read(model, tokenizer(examples))
     inputs = {"inputs_embeds": sequence.embeds, "attention_mask": sequence.mask}
     ours = llm(**inputs, position_ids=sequence.position_ids).logits[:, -1]
     published = llm(**inputs, position_ids=torch.arange(sequence.mask.shape[1])[None]).logits[:, -1]
@@ -221,7 +227,7 @@ def test_packed_rows_give_the_loss_and_the_gradient_of_padded_ones(
 ) -> None:
     model, tokenizer = build(mt=mt)
     if checkpointed:
-        model.checkpoint_gradients()
+        recompute_layers(model.llm)
     batch = left_padded(collate(tokenizer(examples), tokenizer.source_pad_id))
     found, read = [], []
     model.llm.model.layers[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[:2]))
@@ -232,7 +238,8 @@ def test_packed_rows_give_the_loss_and_the_gradient_of_padded_ones(
         loss = model(**vars(batch)).loss
         loss.backward()
         found.append((loss.item(), [parameter.grad.clone() for parameter in model.mapping.parameters()]))
-        real = sum(map(len, tokenizer(examples)))
+        # All but each row's last token, from which nothing is predicted.
+        real = sum(map(len, tokenizer(examples))) - len(examples)
         assert read[0] == (1, real) if packed else read[0][0] * read[0][1] > real
     (padded_loss, padded), (packed_loss, packed) = found
     assert packed_loss == pytest.approx(padded_loss, rel=1e-6)
@@ -314,7 +321,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(build: Build, exa
     for checkpointed in (False, True):
         model, tokenizer = build()
         if checkpointed:
-            model.checkpoint_gradients()
+            recompute_layers(model.llm)
         calls: list[int] = []
         # The first module of a layer: recomputation ends as soon as it has what the backward pass needs.
         model.llm.model.layers[0].input_layernorm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
@@ -343,33 +350,34 @@ def test_learned_positions_end(models: dict[str, Path], tmp_path: Path) -> None:
 
 def test_an_llm_that_cannot_recompute_says_so(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = build()
-    monkeypatch.setattr(modeling, "GradientCheckpointingLayer", type(None))
-    with pytest.raises(InputError, match="--gradient_checkpointing: LlamaForCausalLM has no layers that can recompute"):
-        model.checkpoint_gradients()
+    monkeypatch.setattr(frozen_models, "GradientCheckpointingLayer", type(None))
+    with pytest.raises(
+        InputError, match="--gradient_checkpointing: LlamaForCausalLM has no layers that can be recomputed"
+    ):
+        recompute_layers(model.llm)
 
 
 def test_an_llm_without_bos_gets_none(build: Build, examples: list[Example]) -> None:
     model, tokenizer = build(llm="qwen")
     rows = tokenizer(examples[:1])
-    with_bos = model.embed(**vars(collate(rows, 0)))
+    with_bos = read(model, rows)
     model.config.llm_bos_token_id = None
-    without = model.embed(**vars(collate(rows, 0)))
-    assert with_bos.mask.sum() == len(rows[0])
+    without = read(model, rows)
+    assert with_bos.mask.sum() == len(rows[0]) - 1
     torch.testing.assert_close(without.embeds, with_bos.embeds[:, 1:])
 
 
 @torch.no_grad()
 def test_embedding_scale(build: Build, examples: list[Example]) -> None:
     model, tokenizer = build()
-    batch = collate(tokenizer(examples), 0)
-    mean, scale = embedding_scale(model, batch.input_ids, batch.attention_mask)
+    batch = lay_out(tokenizer(examples), 1)
+    mean, scale = embedding_scale(model, batch)
     table = model.llm.model.embed_tokens.weight
     torch.testing.assert_close(mean, table.mean(dim=0))
     model.mapping.mlp.linear2.weight *= scale
     model.mapping.mlp.linear2.bias *= scale
-    states, mask = model.encode(batch.input_ids, batch.attention_mask)
-    vectors, _ = model.mapping(states)
-    assert float(vectors[mask.bool()].square().mean()) == pytest.approx(float(table.square().mean()), rel=1e-4)
+    vectors, _ = model.map_sources(batch)
+    assert float(vectors.square().mean()) == pytest.approx(float(table.square().mean()), rel=1e-4)
 
 
 @torch.no_grad()
@@ -396,7 +404,7 @@ def test_greedy_equals_hugging_faces_generate(build: Build, examples: list[Examp
     # Tokens that these rows do produce, so that rows end at different times.
     eos = model.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=2, pad_token_id=0)[:2, 5].tolist()
     generated = model.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=eos, pad_token_id=0)
-    ours = greedy(model.llm, model.embed(**inputs), 20, set(eos))
+    ours = greedy(model.llm, read(model, tokenizer(examples, with_targets=False)), 20, set(eos))
     assert len({len(row) for row in ours}) > 1
     for row, reference in zip(ours, generated.tolist(), strict=True):
         assert row == reference[: len(row)]
@@ -441,15 +449,41 @@ def test_a_base_model_that_is_not_whole_is_refused(models: dict[str, Path], tmp_
         load_llm(str(tmp_path / "llm"), None, torch.float32, False)
 
 
-def test_squeeze_padding_keeps_the_order() -> None:
-    mask = torch.tensor([[1, 0, 1, 0, 1], [0, 1, 0, 0, 1]])
-    values = torch.tensor([[1, 0, 2, 0, 3], [0, 4, 0, 0, 5]])
-    assert squeeze_padding(mask, values, "right")[0].tolist() == [[1, 2, 3], [4, 5, 0]]
-    assert squeeze_padding(mask, values, "left")[0].tolist() == [[1, 2, 3], [0, 4, 5]]
-    assert squeeze_padding(mask, values, "left")[1].tolist() == [[1, 1, 1], [0, 1, 1]]
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("bos", [None, 9])
+def test_layout(packed: bool, bos: int | None) -> None:
+    """Against the sequences written out: m for a mapped state, b for a boundary, p for padding."""
+    rows = [Tokens([3, 4], [5], [6, 7, 2]), Tokens([8], [], [2]), Tokens([3], [5, 6, 7], [4, 2])]
+    head = [] if bos is None else [bos]
+    sequences = [[*head, "m", "m", "b", 5, 6, 7], [*head, "m", "b"], [*head, "m", "b", 5, 6, 7, 4]]
+    batch = lay_out(rows, bos, source_pad_id=1, packed=packed)
+    longest = max(map(len, sequences))
+    lines = [list(itertools.chain(*sequences))] if packed else [["p"] * (longest - len(s)) + s for s in sequences]
+    assert batch.token_ids.tolist() == [[token if isinstance(token, int) else 0 for token in line] for line in lines]
+    flat = list(itertools.chain(*lines))
+    counted = [count for s in sequences for count in range(len(s))]
+    assert [p for p, token in zip(batch.position_ids.flatten().tolist(), flat, strict=True) if token != "p"] == counted
+    assert [flat[place] for place in batch.mapped_positions.tolist()] == ["m"] * 4 + ["b"] * 3
+    assert batch.mapped_positions[:4].tolist() == sorted(batch.mapped_positions[:4].tolist())
+    assert batch.source_ids.tolist() == [[3, 4], [8, 1], [3, 1]] and batch.source_index.tolist() == [0, 1, 2, 4]
+    assert batch.labels.tolist() == [6, 7, 2, 2, 4, 2]
+    assert batch.lengths == [len(s) for s in sequences]
+    assert batch.cumulative_lengths.tolist() == [0, *itertools.accumulate(batch.lengths)]
+    kept = flat if packed else [token for line in lines for token in line[-batch.columns :]]
+    assert [kept[place] for place in batch.logit_positions.tolist()] == [5, 6, 7, "b", 7, 4]
+    if packed:
+        assert batch.mask is None
+    else:
+        assert batch.mask.tolist() == [[int(token != "p") for token in line] for line in lines]
 
 
-def test_batch_moves_all_its_tensors(build: Build, examples: list[Example]) -> None:
+def test_a_layout_without_a_mapping_is_the_prompt_alone() -> None:
+    batch = lay_out([Tokens([], [5, 6], []), Tokens([], [7], [])], 9, mapped=False)
+    assert batch.token_ids.tolist() == [[9, 5, 6], [0, 9, 7]] and not len(batch.mapped_positions)
+
+
+def test_a_batch_moves_all_its_tensors(build: Build, examples: list[Example]) -> None:
     _, tokenizer = build()
-    moved = collate(tokenizer(examples), 0).to(torch.device("meta"))
-    assert all(getattr(moved, field.name).is_meta for field in dataclasses.fields(moved))
+    moved = lay_out(tokenizer(examples), 1).to(torch.device("meta"))
+    tensors = [value for value in vars(moved).values() if not isinstance(value, int | list)]
+    assert len(tensors) == 10 and all(tensor.is_meta for tensor in tensors)

@@ -15,6 +15,7 @@ from common.errors import InputError
 from common.locks import locked
 from common.signals import Stopped
 from mindmerger import trainer
+from mindmerger.modeling import MindMergerForCausalLM
 from tests.mindmerger.scripts import train_here
 
 Words = tuple[object, ...]
@@ -49,14 +50,14 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def before_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> list[int]:
     """Call `act` with the number of each step that is begun; gives the list of these numbers."""
-    step, begun = trainer.Stage._step, []
+    step, begun = trainer.Trainer.step, []
 
-    def watched(stage: trainer.Stage, rows: list) -> Any:
+    def watched(self: trainer.Trainer, rows: list) -> Any:
         begun.append(len(begun) + 1)
         act(begun[-1])
-        return step(stage, rows)
+        return step(self, rows)
 
-    monkeypatch.setattr(trainer.Stage, "_step", watched)
+    monkeypatch.setattr(trainer.Trainer, "step", watched)
     return begun
 
 
@@ -81,19 +82,19 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(
 def test_a_signal_during_an_evaluation_waits_for_no_end_of_it(
     work: Path, words: Words, whole: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch, asked = trainer.Stage._batch, []
+    dev_loss, batches = trainer.Trainer._dev_loss, []
 
-    def watched(stage: trainer.Stage, rows: list, tokens: list | None = None) -> Any:
-        asked.extend([1] if tokens is stage.dev_tokens else [])
-        if len(asked) == 2 and tokens is stage.dev_tokens:
+    def watched(self: trainer.Trainer, rows: list) -> float:
+        batches.append(rows)
+        if len(batches) == 2:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return batch(stage, rows, tokens)
+        return dev_loss(self, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Stage, "_batch", watched)
+        patch.setattr(trainer.Trainer, "_dev_loss", watched)
         with pytest.raises(Stopped, match="SIGUSR1 after step 0 of 12"):
             train_here(work, *words, "--save_name", "evaluating", "--eval_batch_size", 1)
-    assert len(asked) == 2
+    assert len(batches) == 2
     train_here(work, *words, "--save_name", "evaluating", "--eval_batch_size", 1)
     assert same_bits(mapping(work, "evaluating"), whole)
 
@@ -160,7 +161,7 @@ def test_a_run_without_any_whole_state_is_not_begun_anew_unasked(
 
 def losses(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
     """Put `spoil(micro batch, loss)` in the place of every training loss."""
-    forward, seen = trainer.MindMergerForCausalLM.forward, []
+    forward, seen = MindMergerForCausalLM.forward, []
 
     def spoilt(model: Any, *args: Any, **kwargs: Any) -> Any:
         output = forward(model, *args, **kwargs)
@@ -169,7 +170,7 @@ def losses(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[int, torch.Tensor],
             output.loss = spoil(len(seen), output.loss)
         return output
 
-    monkeypatch.setattr(trainer.MindMergerForCausalLM, "forward", spoilt)
+    monkeypatch.setattr(MindMergerForCausalLM, "forward", spoilt)
 
 
 class InfiniteGradient(torch.autograd.Function):
@@ -202,13 +203,13 @@ def test_a_step_that_is_not_finite_changes_nothing_and_its_rows_are_named(
     # Steps have four micro batches: the second one of step 3.
     losses(monkeypatch, lambda number, loss: spoilt(loss) if number == 10 else loss)
     weights: list[torch.Tensor] = []
-    stage_step = trainer.Stage._step
+    stage_step = trainer.Trainer.step
 
-    def watched(stage: trainer.Stage, rows: list) -> Any:
-        weights.append(stage.model.mapping.mlp.linear1.weight.detach().clone())
-        return stage_step(stage, rows)
+    def watched(self: trainer.Trainer, rows: list) -> Any:
+        weights.append(self.engine.module.mapping.mlp.linear1.weight.detach().clone())
+        return stage_step(self, rows)
 
-    monkeypatch.setattr(trainer.Stage, "_step", watched)
+    monkeypatch.setattr(trainer.Trainer, "step", watched)
     train_here(work, *words, "--save_name", kind)
     moved = [not torch.equal(a, b) for a, b in itertools.pairwise(weights)]
     # Warm-up begins with a learning rate of 0.
@@ -252,7 +253,7 @@ def test_too_little_memory_for_dev_rows_names_their_flag(
     def too_large(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(trainer.MindMergerForCausalLM, "forward", too_large)
+    monkeypatch.setattr(MindMergerForCausalLM, "forward", too_large)
     message = r"evaluation before step 1, with \d+ dev rows at once; .* Take an --eval_batch_size below \d+"
     with pytest.raises(InputError, match=message):
         train_here(work, *words, "--save_name", "large_dev")

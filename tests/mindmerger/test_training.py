@@ -60,12 +60,12 @@ def assert_same(work: Path, save_name: str, reference: dict[str, torch.Tensor], 
         torch.testing.assert_close(mapping[name], tensor, rtol=tolerance, atol=tolerance)
 
 
-def keep_stages(monkeypatch: pytest.MonkeyPatch, see: Callable[[Any], Any] = lambda stage: stage) -> list[Any]:
-    """Where what `see` makes of every `Stage` that is fitted from now on, in this process, will be found."""
-    from mindmerger.trainer import Stage
+def keep_trainers(monkeypatch: pytest.MonkeyPatch, see: Callable[[Any], Any] = lambda trainer: trainer) -> list[Any]:
+    """What `see` makes of every `Trainer` that is fitted from now on, in this process: filled as they are."""
+    from mindmerger.trainer import Trainer
 
-    seen, fit = [], Stage.fit
-    monkeypatch.setattr(Stage, "fit", lambda stage: (seen.append(see(stage)), fit(stage))[1])
+    seen, fit = [], Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", lambda trainer: (seen.append(see(trainer)), fit(trainer))[1])
     return seen
 
 
@@ -145,26 +145,27 @@ def test_only_the_mapping_has_gradients_and_optimizer_state(
     work: Path, small: Words, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under DeepSpeed, too, frozen weights are bit for bit what they were, and the optimizer knows none of them."""
-    stages = keep_stages(monkeypatch)
+    trainers = keep_trainers(monkeypatch)
     train_here(work, *small, "--save_name", "in_process")
 
-    (stage,) = stages
-    fresh = MindMergerForCausalLM.from_base_models(stage.model.config)
+    (trainer,) = trainers
+    model = trainer.engine.module
+    fresh = MindMergerForCausalLM.from_base_models(model.config)
     for part in ("encoder", "llm"):
-        trained = dict(getattr(stage.model, part).named_parameters())
+        trained = dict(getattr(model, part).named_parameters())
         for name, parameter in getattr(fresh, part).named_parameters():
             assert torch.equal(trained[name], parameter) and trained[name].grad is None
-    mapping = sum(parameter.numel() for parameter in stage.model.mapping.parameters())
-    moments = stage.engine.optimizer.optimizer.state.values()
+    mapping = sum(parameter.numel() for parameter in model.mapping.parameters())
+    moments = trainer.engine.optimizer.optimizer.state.values()
     assert sum(state["exp_avg"].numel() for state in moments) == mapping
 
     # The published AdamW and its clipping.
-    groups = stage.engine.optimizer.param_groups
+    groups = trainer.engine.optimizer.param_groups
     assert [group["lr"] for group in groups] == [1e-3, 2e-3]
-    assert sum(tensor.numel() for tensor in groups[1]["params"]) == stage.model.mapping.end_boundary.numel()
+    assert sum(tensor.numel() for tensor in groups[1]["params"]) == model.mapping.end_boundary.numel()
     for group in groups:
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.999), 1e-8, 3e-7)
-    assert stage.engine.gradient_clipping() == 1.0
+    assert trainer.engine.gradient_clipping() == 1.0
 
 
 @pytest.mark.parametrize("config", ["zero2_bf16", "zero3_bf16"])
@@ -181,9 +182,9 @@ def test_the_gpus_bf16_files_run_on_a_cpu_too(
     assert_same(work, config, reference, tolerance=1e-7)
 
     learned = f"{config}_accumulated"
-    stages = keep_stages(monkeypatch)
+    trainers = keep_trainers(monkeypatch)
     train_here(work, *small, "--deepspeed_config", path, "--train_micro_batch_size_per_gpu", 1, "--save_name", learned)
-    assert stages[0].engine.optimizer.gradient_accumulation_dtype == torch.float32
+    assert trainers[0].engine.optimizer.gradient_accumulation_dtype == torch.float32
     before, *_, after = metrics(work, f"{learned}/mapping", "dev_perplexity")
     assert before - after == pytest.approx(theirs[0] - theirs[-1], rel=0.05)
 
@@ -206,7 +207,7 @@ def test_other_encoders_train(
     (work / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
-    linear = keep_stages(monkeypatch, lambda _: torch.nn.functional.linear)
+    linear = keep_trainers(monkeypatch, lambda _: torch.nn.functional.linear)
     train_here(work, *words, *(("--deepspeed_config", config) if config else ()))
     # As the plan has it.
     assert linear == [zero3_linear_wrap if config else torch._C._nn.linear]

@@ -17,11 +17,11 @@ from common.errors import InputError
 from common.models import base_config, load_tokenizer
 from common.ranks import Process
 from mindmerger.batching import pad
-from mindmerger.config import EvaluationFlags, TrainingFlags
+from mindmerger.config import EvaluationFlags, Limits, ModelPair
 from mindmerger.data import Example
 from mindmerger.evaluation.run import evaluate
 from mindmerger.frozen_models import load_encoder, load_llm
-from mindmerger.init.aligned import aligned_start, choose_texts, layer_scores, read_states
+from mindmerger.init.aligned import AlignedStart, choose_texts, layer_scores, read_states
 from mindmerger.init.ridge import AffineMap
 from mindmerger.modeling import mapping_config
 from mindmerger.tasks import LANGUAGES, Prompt
@@ -108,10 +108,6 @@ def test_layers_that_an_encoder_lacks_are_refused(models: dict[str, Path]) -> No
         load_encoder(str(models["mt5"]), None, torch.float32, False, 1)
 
 
-def flags(**others: object) -> TrainingFlags:
-    return TrainingFlags(**{"llm_path": "llm", "mt_path": "mt", **others})
-
-
 def rows(count: int, language: str = "German") -> list[Example]:
     return [
         Example(replace(PROMPT, query=f"{language} {number}"), PROMPT, f"English {number % 20}", LANGUAGES[language])
@@ -131,36 +127,37 @@ def test_the_layer_is_chosen_by_languages_of_more_than_one_pair() -> None:
 
 
 def test_english_text_is_every_target_once() -> None:
-    texts = choose_texts(flags(aligned_sentences=15), rows(50), chooses_layer=False)
+    texts = choose_texts(rows(50), True, 15, False, "mt")
     assert texts.english == [f"English {number}" for number in range(15)] and not texts.pairs
-    assert choose_texts(flags(), rows(50), chooses_layer=True).pairs == rows(50)
+    assert choose_texts(rows(50), True, 300, True, "mt").pairs == rows(50)
     one_each = [replace(rows(1, name)[0], target=f"English, {name}") for name in list(LANGUAGES)[:12]]
     with pytest.raises(InputError, match="12 training rows, each of another language"):
-        choose_texts(flags(), one_each, chooses_layer=True)
+        choose_texts(one_each, True, 300, True, "mt")
 
 
 def test_english_queries_in_the_augmentation_stage() -> None:
     mixed = rows(30) + rows(12, "English")
-    augmentation = flags(stage_name="augmentation")
-    texts = choose_texts(augmentation, mixed, chooses_layer=False)
+    texts = choose_texts(mixed, False, 300, False, "mt")
     assert texts.english == [f"English {number}" for number in range(12)]
     with pytest.raises(InputError, match="have 0 such sentences"):
-        choose_texts(augmentation, rows(30), chooses_layer=False)
+        choose_texts(rows(30), False, 300, False, "mt")
     with pytest.raises(InputError, match="--encoder_layer is needed"):
-        choose_texts(augmentation, mixed, chooses_layer=True)
+        choose_texts(mixed, False, 300, True, "mt")
 
 
 def test_mapped_english_is_near_the_llms_words(tmp_path: Path) -> None:
     """On the quickstart's models, whose encoder has read English; and not where each text has another's words."""
     models = REPOSITORY / "quickstart/models"
-    pair = {"llm_path": str(models / "llm"), "mt_path": str(models / "mt")}
+    pair = ModelPair(str(models / "llm"), str(models / "mt"))
     english = [problem.question("en") for problem in islice(problems("train", 0), 80)]
-    tokenizer = load_example_tokenizer(flags(**pair).models, flags(**pair).limits, augmentation=False)
+    tokenizer = load_example_tokenizer(pair, Limits(512, 512, 512), augmentation=False)
     told = [Example(replace(PROMPT, query="?"), PROMPT, text, LANGUAGES["German"]) for text in english]
     errors = []
     for name in ("itself", "another"):
-        config = mapping_config(flags(**pair).models, tokenizer.llm_tokenizer.bos_token_id)
-        state, layer = aligned_start(flags(**pair), config, tokenizer, told, tmp_path / name, torch.float32, CPU)
+        config = mapping_config(pair, tokenizer.llm_tokenizer.bos_token_id)
+        start = AlignedStart(pair, config, tokenizer, torch.float32, mean_boundary=True, batch_size=8)
+        texts = choose_texts(told, True, 300, False, "mt")
+        state, layer = start.load_or_fit(lambda _, texts=texts: texts, tmp_path / name, CPU)
         assert layer is None and torch.isfinite(state["mlp.linear1.weight"]).all()
         errors.append(json.loads((tmp_path / name / "aligned_start.json").read_text())["relative_error"])
         spans = tokenizer.sources_with_spans

@@ -1,0 +1,289 @@
+"""One training stage, from its flags to a `Trainer`: everything is checked before a model loads."""
+
+import dataclasses
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+from transformers.integrations import HfDeepSpeedConfig
+
+from common.errors import InputError
+from common.io import sha256, write_json
+from common.logging import Metrics, quiet_libraries, say
+from common.onednn import use_onednn
+from common.ranks import Process, start_process
+from common.runs import RunFolder, open_run
+from mindmerger.batching import lay_out
+from mindmerger.card import source_datasets
+from mindmerger.checkpoint import CONFIG, PUBLISHED, mapping_file, read_mapping, with_trained_layer, write_published
+from mindmerger.config import ModelPair, TrainingFlags
+from mindmerger.data import Example, hold_out, read_training
+from mindmerger.frozen_models import check_context, recompute_layers
+from mindmerger.init.aligned import AlignedStart, Texts, choose_texts
+from mindmerger.init.scaled import embedding_scale
+from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM, mapping_config
+from mindmerger.optim import make_optimizer, make_schedule
+from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, find_task, prompt_template, select_languages
+from mindmerger.token_table import Rows, TokenTable, file_hashes, open_table
+from mindmerger.tokenization import ExampleTokenizer, load_example_tokenizer
+from mindmerger.train_state import TrainState
+from mindmerger.trainer import STATE, Schedule, Trainer, steps_per_epoch
+from mindmerger.zero import MappingState, deepspeed_config, weights_dtype
+
+ALIGNED_START = "aligned_start"
+Mapping = dict[str, torch.Tensor]
+
+# Flags that say where and how often, not what: a run may be continued under others. The files that some flags name
+# stand in a run's settings by their content.
+_FREE_FLAGS = (
+    *("deepspeed", "local_rank", "device", "overwrite", "eval_batch_size", "save_steps", "gradient_checkpointing"),
+    *("deepspeed_config", "init_checkpoint", "data_dir", "cache_dir", "report_to", "plan"),
+)
+
+
+def train(flags: TrainingFlags) -> None:
+    """Train one stage and leave its best mapping in `outputs/{save_name}/{stage}/`.
+
+    Raises:
+        InputError: before any model loads, whatever is wrong with flags, files, or an earlier run in that folder.
+    """
+    process = start_process(flags.device, needs_group=True)
+    quiet_libraries()
+    # Takes over the process group; ZeRO-3 asks it for the number of ranks while a model is being read.
+    deepspeed.init_distributed()
+    stage = prepare(flags, process)
+    folder = Path("outputs") / flags.save_name / flags.stage_name
+    with open_run(folder, stage.settings, flags.overwrite, process) as run:
+        if run.is_finished:
+            say(process, f"{folder} holds this very run, finished: nothing to do (--overwrite trains anew)")
+        else:
+            announce(stage, process)
+            _run_stage(flags, stage, run)
+    # Not after an error: peers that wait in a collective would keep this process, and its message, waiting too.
+    process.close()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Everything of a training stage but its models.
+
+    Attributes:
+        models: the two frozen ones.
+        config: of the mapping.
+        tokenizer: of both models.
+        table: all rows; `train` and `dev` are its parts.
+        ds_config: DeepSpeed's.
+        initial: the mapping to start from; None for a start of its own.
+        settings: all that makes two runs the same run.
+    """
+
+    models: ModelPair
+    config: MindMergerConfig
+    tokenizer: ExampleTokenizer
+    table: TokenTable
+    train: Rows
+    dev: Rows
+    ds_config: dict[str, Any]
+    initial: Mapping | None
+    settings: dict[str, Any]
+
+
+def prepare(flags: TrainingFlags, process: Process) -> Stage:
+    """The stage that the flags describe, checked without any model.
+
+    Raises:
+        InputError: whatever is wrong with flags or files.
+    """
+    uses_prompt = flags.uses_prompt
+    if uses_prompt != (flags.stage_name == "augmentation"):
+        say(process, f"warning: --augmentation {uses_prompt} in the {flags.stage_name} stage, as told")
+    ds_config = deepspeed_config(flags.deepspeed_config, flags.batch_sizes, process.device)
+    models, checkpoint = flags.models, initial_checkpoint(flags)
+    if checkpoint is not None:
+        models = with_trained_layer(models, checkpoint)
+        if flags.mapping_init == "aligned":
+            say(process, f"warning: --mapping_init aligned does nothing, the mapping starts from {checkpoint}")
+    tokenizer = load_example_tokenizer(models, flags.limits, uses_prompt)
+    config = mapping_config(models, tokenizer.llm_tokenizer.bos_token_id)
+    initial = None if checkpoint is None else read_mapping(checkpoint, config.mt_hidden_size, config.llm_hidden_size)
+
+    table = _read_rows(flags, tokenizer)
+    dev_index, train_index = hold_out(len(table), flags.dev_size, flags.seed)
+    train, dev = table.rows(train_index), table.rows(dev_index)
+    check_context(models, int(max(rows.lengths.max(initial=0) for rows in (train, dev))))
+    config.task, config.stage, config.augmentation = flags.task, flags.stage_name, uses_prompt
+    config.prompt = prompt_template(flags.task, flags.stage_name) if uses_prompt else None
+    config.languages = sorted(LANGUAGES[name].code for name in train.languages())
+    config.train_rows, config.datasets = len(train), source_datasets(Path(flags.data_dir), table.files)
+    settings = run_settings(flags, ds_config, table.sha256, checkpoint, process.world_size)
+    return Stage(models, config, tokenizer, table, train, dev, ds_config, initial, settings)
+
+
+def _read_rows(flags: TrainingFlags, tokenizer: ExampleTokenizer) -> TokenTable:
+    languages = select_languages(flags.languages)
+    data_dir = Path(flags.data_dir)
+    settings = {
+        "task": flags.task,
+        "stage": flags.stage_name,
+        "languages": languages and [language.code for language in languages],
+        "train_num": flags.train_num,
+        "files": file_hashes(data_dir / ("bilingual_pairs" if flags.stage_name == "mapping" else "query_translation")),
+    }
+    cache_dir = None if flags.cache_dir is None else Path(flags.cache_dir)
+    return open_table(partial(_read_examples, flags), tokenizer, settings, cache_dir)
+
+
+def _read_examples(flags: TrainingFlags) -> Iterable[Example]:
+    """The rows of the stage, in the order of the files."""
+    task, languages = find_task(flags.task, TRAINING_TASKS), select_languages(flags.languages)
+    return read_training(Path(flags.data_dir), task, flags.stage_name, languages, flags.train_num)
+
+
+def announce(stage: Stage, process: Process) -> None:
+    """Say what a stage reads: rows, ranks, and what the limits cut."""
+    ranks = f"{process.world_size} rank(s)"
+    say(process, f"{len(stage.train)} training rows, {len(stage.dev)} dev rows, {ranks}")
+    say(process, f"token ids: {stage.table.size / 1e6:.1f} MB in {stage.table.folder}")
+    if shared := stage.dev.shared_targets(stage.train):
+        say(process, f"targets of {shared} dev row(s) are training rows' too: dev perplexity will be optimistic")
+    for language, cuts in stage.table.rows(np.arange(len(stage.table))).cuts().items():
+        say(process, f"cut to the limits in {language}: {', '.join(f'{n} {kind}(s)' for kind, n in cuts.items())}")
+
+
+def _run_stage(flags: TrainingFlags, stage: Stage, run: RunFolder) -> None:
+    """Load the models, train, and write the stage's result."""
+    process, folder, config = run.process, run.folder, stage.config
+    dtype = weights_dtype(stage.ds_config)
+    initial = stage.initial
+    if initial is None and flags.mapping_init == "aligned":
+        initial, config.encoder_layer = _aligned_start(flags, stage, folder.parent / ALIGNED_START, dtype, process)
+    # transformers reads a model straight into ZeRO-3's partitions while this object is alive.
+    hf_ds_config = HfDeepSpeedConfig(stage.ds_config)  # noqa: F841
+    torch.manual_seed(flags.seed)
+    model = MindMergerForCausalLM.from_base_models(config, dtype, flags.trust_remote_code)
+    if flags.gradient_checkpointing:
+        recompute_layers(model.llm)
+    run.start()
+    trainer = build_trainer(flags, stage, model, folder, process)
+    if initial is not None:
+        trainer.mapping.set(initial)
+    else:
+        scale_mapping(trainer, model, flags.mapping_init == "scaled", flags.boundary_init == "mean")
+    result = trainer.fit()
+
+    if process.is_main:
+        best = read_mapping(folder, config.mt_hidden_size, config.llm_hidden_size)
+        write_json(folder.parent / CONFIG, config.to_dict())
+        write_published(folder.parent / PUBLISHED, best)
+        run.finish(result)
+        shutil.rmtree(folder / STATE, ignore_errors=True)
+    process.barrier()
+    say(process, f"done: {folder} and {folder.parent / PUBLISHED}; {', '.join(f'{k} {v}' for k, v in result.items())}")
+
+
+def _aligned_start(
+    flags: TrainingFlags, stage: Stage, folder: Path, dtype: torch.dtype, process: Process
+) -> tuple[Mapping, int | None]:
+    """The fitted mapping to start from, and the encoder's layer that it was fitted to."""
+
+    def read_texts(chooses_layer: bool) -> Texts:
+        examples = list(_read_examples(flags))
+        rows = [examples[row] for row in stage.train.index]
+        return choose_texts(rows, flags.stage_name == "mapping", flags.aligned_sentences, chooses_layer, flags.mt_path)
+
+    start = AlignedStart(
+        stage.models, stage.config, stage.tokenizer, dtype, flags.boundary_init == "mean", flags.eval_batch_size
+    )
+    return start.load_or_fit(read_texts, folder, process)
+
+
+def build_trainer(
+    flags: TrainingFlags, stage: Stage, model: MindMergerForCausalLM, folder: Path, process: Process
+) -> Trainer:
+    """The engine around `model`, and the trainer around that."""
+    sizes, pad_id = flags.batch_sizes, stage.tokenizer.source_pad_id
+    steps = steps_per_epoch(len(stage.train), sizes) * flags.epoch_num
+    optimizer = make_optimizer(flags.optimizer, model.mapping, flags.lr, flags.boundary_lr, process)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=lambda it: make_schedule(flags.lr_scheduler, it, round(flags.warmup_ratio * steps), steps),
+        config=stage.ds_config,
+    )
+    # The encoder stays as it is: its states can be so large that a difference in rounding shows in the mapping's
+    # gradient (2e-5 of it with Gemma 3).
+    use_onednn(model.llm)
+    # Under ZeRO-3 a model runs only once the engine is there.
+    if not model.pack_rows(pad_id):
+        say(process, f"{flags.llm_path} reads padded rows: packed ones would come out otherwise")
+
+    def open_metrics(state: TrainState) -> Metrics:
+        settings = dataclasses.asdict(flags)
+        return Metrics(process, folder, state.step, state.metrics_size, flags.report_to, settings)
+
+    return Trainer(
+        engine,
+        MappingState(engine, model.mapping, process),
+        stage.train,
+        stage.dev,
+        partial(lay_out, bos_token_id=stage.config.llm_bos_token_id, source_pad_id=pad_id, packed=model.packs),
+        Schedule(sizes, flags.epoch_num, flags.eval_batch_size, flags.eval_steps, flags.save_steps, flags.seed),
+        folder,
+        stage.config.to_dict(),
+        process,
+        open_metrics,
+    )
+
+
+def scale_mapping(trainer: Trainer, model: MindMergerForCausalLM, scaled: bool, mean_boundary: bool) -> None:
+    """Bring a mapping at PyTorch's initialisation to the scale of the LLM's embeddings, its boundary to their mean."""
+    mapping, rows = model.mapping, range(min(32, len(trainer.train)))
+    mean, scale = embedding_scale(model, trainer.batch(trainer.train.tokens(rows)))
+    if mean_boundary:
+        trainer.mapping.change(mapping.end_boundary, lambda zero: zero + mean)
+    if scaled:
+        trainer.mapping.change(mapping.mlp.linear2.weight, lambda weight: weight * scale)
+        trainer.mapping.change(mapping.mlp.linear2.bias, lambda bias: bias * scale)
+
+
+def run_settings(
+    flags: TrainingFlags, ds_config: dict[str, Any], rows_sha256: str, checkpoint: Path | None, ranks: int
+) -> dict[str, Any]:
+    """All that makes two runs the same run: flags, ranks, and what the files hold that the flags name."""
+    settings = {k: v for k, v in dataclasses.asdict(flags).items() if k not in _FREE_FLAGS}
+    if checkpoint is not None:
+        del settings["mapping_init"], settings["boundary_init"]
+    if checkpoint is not None or flags.mapping_init != "aligned":
+        del settings["aligned_sentences"]
+    return settings | {
+        "augmentation": flags.uses_prompt,
+        "deepspeed": ds_config,
+        "initial_mapping_sha256": None if checkpoint is None else sha256(mapping_file(checkpoint)),
+        "rows_sha256": rows_sha256,
+        "ranks": ranks,
+    }
+
+
+def initial_checkpoint(flags: TrainingFlags) -> Path | None:
+    """The mapping to start from: as told, else the mapping stage's best for the augmentation stage, else none.
+
+    Raises:
+        InputError: the mapping stage has left nothing to start from.
+    """
+    if flags.init_checkpoint is not None:
+        return None if flags.init_checkpoint == "none" else Path(flags.init_checkpoint)
+    if flags.stage_name == "mapping":
+        return None
+    checkpoint = Path("outputs") / flags.save_name / "mapping"
+    if not checkpoint.exists():
+        raise InputError(
+            f"the augmentation stage starts from the mapping stage's best, and {checkpoint} does not exist: "
+            "run --stage_name mapping first, or name a mapping with --init_checkpoint (none starts afresh)"
+        )
+    return checkpoint
