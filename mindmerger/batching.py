@@ -98,43 +98,40 @@ def lay_out(
     """
     opening = [] if bos_token_id is None else [bos_token_id]
     sources = [row.source if mapped else [] for row in rows]
-    lengths = [
-        len(opening) + len(source) + mapped + len(row.prompt) + max(len(row.target) - 1, 0)
+    sequences = [
+        [*opening, *[0] * (len(source) + mapped), *row.prompt, *row.target[:-1]]
         for row, source in zip(rows, sources, strict=True)
     ]
-    edges = [0, *itertools.accumulate(lengths)]
-    longest, columns = max(lengths), max(max(len(row.target) for row in rows), 1)
-    shape = (1, edges[-1]) if packed else (len(rows), longest)
+    lengths = [len(sequence) for sequence in sequences]
+    edges, columns = [0, *itertools.accumulate(lengths)], max(1, *(len(row.target) for row in rows))
+    shape = (1, edges[-1]) if packed else (len(rows), max(lengths))
+    ends = edges[1:] if packed else range(shape[1], len(rows) * shape[1] + 1, shape[1])
     tokens, positions, mask = (np.zeros(shape, np.int64).reshape(-1) for _ in range(3))
-    states, boundaries, predicting = [], [], []
-    for number, (row, source, length) in enumerate(zip(rows, sources, lengths, strict=True)):
-        end = edges[number + 1] if packed else (number + 1) * longest
-        start = end - length
-        first = start + len(opening)
-        text = first + len(source) + mapped
-        tokens[start:first] = opening
-        tokens[text : text + len(row.prompt)] = row.prompt
-        tokens[text + len(row.prompt) : end] = row.target[:-1]
-        positions[start:end], mask[start:end] = np.arange(length), 1
-        states.append(np.arange(first, first + len(source)))
-        boundaries += [text - 1] * mapped
-        last = end if packed else (number + 1) * columns
-        predicting.append(np.arange(last - len(row.target), last))
+    states, boundaries = [], []
+    for sequence, source, end in zip(sequences, sources, ends, strict=True):
+        start = end - len(sequence)
+        tokens[start:end], positions[start:end], mask[start:end] = sequence, range(len(sequence)), 1
+        states.append(start + len(opening) + np.arange(len(source)))
+        boundaries += [start + len(opening) + len(source)] * mapped
+    # A token is predicted from the one before it: the targets of a sequence from its last tokens.
+    ends = ends if packed else range(columns, len(rows) * columns + 1, columns)
+    predicting = [np.arange(end - len(row.target), end) for row, end in zip(rows, ends, strict=True)]
     source_ids, source_mask = pad(sources, source_pad_id)
     return Batch(
-        source_ids=source_ids,
-        source_mask=source_mask,
-        source_index=torch.from_numpy(np.flatnonzero(source_mask.numpy())),
-        token_ids=torch.from_numpy(tokens).view(shape),
-        position_ids=torch.from_numpy(positions).view(shape),
-        mapped_positions=torch.from_numpy(np.concatenate([*states, np.array(boundaries, np.int64)])),
-        labels=torch.from_numpy(np.concatenate([np.asarray(row.target, np.int64) for row in rows])),
-        logit_positions=torch.from_numpy(np.concatenate(predicting)),
-        columns=columns,
-        mask=None if packed else torch.from_numpy(mask).view(shape),
-        cumulative_lengths=torch.tensor(edges, dtype=torch.int32),
-        lengths=lengths,
+        source_ids,
+        source_mask,
+        source_mask.flatten().nonzero().flatten(),
+        *(torch.from_numpy(flat).view(shape) for flat in (tokens, positions)),
+        *map(_joined, ([*states, boundaries], [row.target for row in rows], predicting)),
+        columns,
+        None if packed else torch.from_numpy(mask).view(shape),
+        torch.tensor(edges, dtype=torch.int32),
+        lengths,
     )
+
+
+def _joined(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.asarray(sequence, np.int64) for sequence in sequences]))
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -41,9 +41,9 @@ _HUB_OPTIONS = {
 
 
 class MindMergerConfig(PretrainedConfig):
-    """Which two models a mapping joins, and what it was trained for.
+    """The two models that a mapping joins, and what it was trained for.
 
-    Args:
+    Attributes:
         llm_path, mt_path: hub ids or local folders of the LLM and of the multilingual model.
         llm_revision, mt_revision: hub revisions to pin them to.
         llm_hidden_size, mt_hidden_size: widths of the LLM's embeddings and of the encoder's states.
@@ -57,41 +57,21 @@ class MindMergerConfig(PretrainedConfig):
 
     model_type = "mindmerger"
 
-    def __init__(
-        self,
-        llm_path: str | None = None,
-        mt_path: str | None = None,
-        llm_revision: str | None = None,
-        mt_revision: str | None = None,
-        llm_hidden_size: int | None = None,
-        mt_hidden_size: int | None = None,
-        llm_bos_token_id: int | None = None,
-        encoder_layer: int | None = None,
-        task: str | None = None,
-        stage: str | None = None,
-        augmentation: bool | None = None,
-        prompt: str | None = None,
-        languages: list[str] | None = None,
-        train_rows: int | None = None,
-        datasets: list[str] | None = None,
-        **kwargs: Any,
-    ):
-        self.llm_path = llm_path
-        self.mt_path = mt_path
-        self.llm_revision = llm_revision
-        self.mt_revision = mt_revision
-        self.llm_hidden_size = llm_hidden_size
-        self.mt_hidden_size = mt_hidden_size
-        self.llm_bos_token_id = llm_bos_token_id
-        self.encoder_layer = encoder_layer
-        self.task = task
-        self.stage = stage
-        self.augmentation = augmentation
-        self.prompt = prompt
-        self.languages = languages
-        self.train_rows = train_rows
-        self.datasets = datasets
-        super().__init__(**kwargs)
+    llm_path: str | None = None
+    mt_path: str | None = None
+    llm_revision: str | None = None
+    mt_revision: str | None = None
+    llm_hidden_size: int | None = None
+    mt_hidden_size: int | None = None
+    llm_bos_token_id: int | None = None
+    encoder_layer: int | None = None
+    task: str | None = None
+    stage: str | None = None
+    augmentation: bool | None = None
+    prompt: str | None = None
+    languages: list[str] | None = None
+    train_rows: int | None = None
+    datasets: list[str] | None = None
 
 
 class MLP(nn.Module):
@@ -172,12 +152,23 @@ class MindMergerForCausalLM(PreTrainedModel):
 
     @classmethod
     def from_base_models(
-        cls, config: MindMergerConfig, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+        cls,
+        config: MindMergerConfig,
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+        mapping: dict[str, torch.Tensor] | None = None,
     ) -> "MindMergerForCausalLM":
-        """Load both frozen models that `config` names, in `dtype`; the mapping starts at random, in float32."""
+        """Load both frozen models that `config` names, in `dtype`.
+
+        The mapping gets these values, in `dtype`; without any it starts at random, in float32.
+        """
         encoder = load_encoder(config.mt_path, config.mt_revision, dtype, trust_remote_code, config.encoder_layer)
         llm = load_llm(config.llm_path, config.llm_revision, dtype, trust_remote_code)
-        return cls(config, encoder, llm)
+        model = cls(config, encoder, llm)
+        if mapping is not None:
+            model.mapping.load_state_dict(mapping)
+            model.mapping.to(dtype)
+        return model
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -204,8 +195,7 @@ class MindMergerForCausalLM(PreTrainedModel):
         """
         # The auto classes add these two for models of their own.
         hub_options = {k: v for k, v in hub_options.items() if k not in ("adapter_kwargs", "_from_auto")}
-        unknown = hub_options.keys() - _HUB_OPTIONS
-        if unknown:
+        if unknown := hub_options.keys() - _HUB_OPTIONS:
             raise TypeError(f"from_pretrained() takes no {', '.join(sorted(unknown))}")
         dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(dtype, torch.dtype):
@@ -215,17 +205,13 @@ class MindMergerForCausalLM(PreTrainedModel):
         path = Path(checkpoint, hub_options.get("subfolder") or "")
         try:
             config = config or MindMergerConfig.from_pretrained(checkpoint, **hub_options)
-            if not path.exists():
-                path = Path(cached_file(str(checkpoint), SAFETENSORS, **hub_options))
+            path = path if path.exists() else Path(cached_file(str(checkpoint), SAFETENSORS, **hub_options))
         except OSError as error:
             raise InputError(f"no mapping could be loaded from {checkpoint}: {first_line(error)}") from error
         if config.mt_hidden_size is None or config.llm_hidden_size is None:
             raise InputError(f"the config in {checkpoint} is not a mapping's: it names no hidden sizes")
         state = read_mapping(path, config.mt_hidden_size, config.llm_hidden_size)
-        model = cls.from_base_models(config, dtype, trust_remote_code)
-        model.mapping.load_state_dict(state)
-        model.mapping.to(dtype)
-        return model
+        return cls.from_base_models(config, dtype, trust_remote_code, state)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Write config, mapping and model card to a folder; the base models stay where they are.
@@ -247,24 +233,15 @@ class MindMergerForCausalLM(PreTrainedModel):
         revision: str | None = None,
         create_pr: bool = False,
     ) -> str:
-        """Upload what `save_pretrained` writes to the Hub's `repo_id`, which is made if need be; returns its URL.
-
-        Transformers' own would put an empty card in place of this one.
-        """
+        """Upload what `save_pretrained` writes, card included, to the Hub's `repo_id`; returns the commit's URL."""
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        options = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message,
-                revision=revision,
-                create_pr=create_pr,
-            )
-        return str(commit.commit_url)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options).commit_url)
 
     def train(self, mode: bool = True) -> "MindMergerForCausalLM":
         """As for any module, but the frozen models never leave eval mode: no dropout where nothing is learned."""

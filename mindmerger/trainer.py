@@ -130,14 +130,8 @@ class Trainer:
         epoch, done = divmod(self.state.step, self.steps_per_epoch)
         sizes, seed = self.schedule.sizes, self.schedule.seed
         for number in range(epoch, self.schedule.epochs):
-            plan = plan_epoch(
-                self.train.lengths,
-                sizes.train_batch_size,
-                sizes.gradient_accumulation,
-                self.process.world_size,
-                seed,
-                number,
-            )
+            batch, accumulation = sizes.train_batch_size, sizes.gradient_accumulation
+            plan = plan_epoch(self.train.lengths, batch, accumulation, self.process.world_size, seed, number)
             yield from itertools.islice(plan, done if number == epoch else 0, None)
 
     def _run_step(self, rows: StepRows) -> dict[str, str]:
@@ -252,15 +246,12 @@ class Trainer:
 
     def _skip(self, loss: float, suspects: list[int]) -> None:
         """Count a step that changed nothing, since its loss or gradient was not finite, and name its rows."""
-        state = self.state
+        state, locations = self.state, self.train.locations(suspects)
         state.skipped += 1
         state.skipped_in_a_row += 1
-        locations = self.train.locations(suspects)
         self.metrics.write(state.step, locations, skipped_steps=state.skipped)
-        left_out = len(locations) - MAX_LISTED
-        named = "; ".join(locations[:MAX_LISTED]) + (
-            f" and {left_out} more (all are in metrics.jsonl)" * (left_out > 0)
-        )
+        more = len(locations) - MAX_LISTED
+        named = "; ".join(locations[:MAX_LISTED]) + (f" and {more} more (all are in metrics.jsonl)" if more > 0 else "")
         what = f"step {state.step} is skipped: its loss is {loss}, or its gradient not finite"
         say(self.process, f"warning: {what}; rows {named}")
         if state.skipped_in_a_row == MAX_SKIPPED:
