@@ -121,7 +121,7 @@ def measure(flags: ControlFlags) -> dict[str, dict[str, Any]]:
     config = MindMergerConfig.from_pretrained(flags.init_checkpoint)
     task = find_task(config.task, TRAINING_TASKS)
     languages = select_languages(flags.languages)
-    examples = read_training(Path(flags.data_dir), task, config.stage, languages, flags.train_num)
+    examples = list(read_training(Path(flags.data_dir), task, config.stage, languages, flags.train_num))
     dev, _ = hold_out(examples, flags.dev_size, flags.seed)
     tokenizer = ExampleTokenizer(
         load_tokenizer(config.mt_path, config.mt_revision),

@@ -34,7 +34,7 @@ def write_card(folder: Path, results: Path = Path("results")) -> None:
 
     Args:
         folder: with the mapping's config and tensors.
-        results: searched for evaluations of these very tensors, which their `run.json` knows by their sha256.
+        results: searched for evaluations of these very tensors, by the sha256 in their `run.json`.
 
     Raises:
         InputError: no mapping's config in `folder`.
@@ -100,12 +100,12 @@ def model_card(config: dict[str, Any], evaluations: list[Evaluation]) -> str:
 
 
 def source_datasets(data_dir: Path, rows: list["Example"]) -> list[str]:
-    """Hub ids of the data sets that the files of these rows stem from, as far as `data_dir`'s manifest tells."""
+    """Hub ids of the data sets that the files of these rows stem from, as far as `data_dir`'s manifest names them."""
     if not (data_dir / MANIFEST).is_file():
         return []
     manifest = read_json(data_dir / MANIFEST)
-    # A place is "{file}, line {n}" or "{file}, row {n}".
-    files_read = {row.place.rpartition(", ")[0] for row in rows}
+    # A location is "{file}, line {n}" or "{file}, row {n}".
+    files_read = {row.location.rpartition(", ")[0] for row in rows}
     names = {Path(name).relative_to(data_dir).as_posix() for name in files_read}
     try:
         files = manifest["files"]
@@ -121,7 +121,7 @@ class _Base:
 
     @property
     def is_public(self) -> bool:
-        """Whether this can be a name on the Hub: a local folder's path is nobody else's."""
+        """Whether this can be a name on the Hub, and not the path of a local folder."""
         return self.path is not None and self.path.count("/") <= 1 and not Path(self.path).exists()
 
     def __str__(self) -> str:

@@ -81,7 +81,7 @@ def _train(flags: TrainingFlags, process: Process) -> None:
     ds_config = deepspeed_config(flags, process)
     task = find_task(flags.task, TRAINING_TASKS)
     languages = select_languages(flags.languages)
-    rows = read_training(Path(flags.data_dir), task, flags.stage_name, languages, flags.train_num)
+    rows = list(read_training(Path(flags.data_dir), task, flags.stage_name, languages, flags.train_num))
     dev_rows, train_rows = hold_out(rows, flags.dev_size, flags.seed)
     models = flags.models
     tokenizer = load_example_tokenizer(models, flags.limits, flags.uses_prompt)
@@ -123,7 +123,7 @@ def _train(flags: TrainingFlags, process: Process) -> None:
             model.checkpoint_gradients()
 
         runs.start(folder, settings, flags.overwrite, process)
-        places, pad_id = [row.place for row in train_rows], tokenizer.source_pad_id
+        places, pad_id = [row.location for row in train_rows], tokenizer.source_pad_id
         stage = Stage(flags, process, model, ds_config, train_tokens, places, dev_tokens, folder, pad_id)
         stage.initialise_mapping(initial)
         result = stage.fit()

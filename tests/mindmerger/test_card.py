@@ -89,7 +89,7 @@ def test_local_models_are_no_names_on_the_hub(tmp_path: Path) -> None:
 def test_data_sets_come_from_the_manifest(tmp_path: Path) -> None:
     def row(name: str) -> Example:
         prompt = Prompt("", "?", "")
-        return Example(prompt, prompt, "", LANGUAGES["German"], place=f"{tmp_path / name}, line 3")
+        return Example(prompt, prompt, "", LANGUAGES["German"], location=f"{tmp_path / name}, line 3")
 
     assert source_datasets(tmp_path, [row("a.tsv")]) == []
     files = {name: {"sources": [{"dataset": dataset}]} for name, dataset in (("a.tsv", "x/a"), ("b/c.json", "x/b"))}

@@ -47,7 +47,7 @@ def write_results(folder: Path, german: list[dict], swahili: list[dict] | None =
         if records:
             lines = [json.dumps(record, ensure_ascii=False) for record in records]
             write_lines(folder / "mgsm" / "predictions" / f"{code}.jsonl", lines)
-    write_json(folder / "mgsm" / "run.json", {"settings": {"llm_path": folder.name, "dtype": "float32"}})
+    write_json(folder / "mgsm" / "run.json", {"settings": {"llm_path": folder.name, "dtype": "float32"}, "result": {}})
     return folder
 
 

@@ -1,6 +1,5 @@
 """`run_evaluation.py --backend vllm`: what it refuses everywhere, and its answers where vLLM is installed."""
 
-import json
 import sys
 from importlib.util import find_spec
 from itertools import islice
@@ -18,6 +17,7 @@ from common.errors import InputError
 from common.models import load_tokenizer
 from mindmerger.config import EvaluationFlags, ModelFlags
 from mindmerger.evaluation import vllm_answerer as vllm_backend
+from mindmerger.evaluation.report import read_predictions
 from mindmerger.evaluation.run import evaluate
 from mindmerger.modeling import MindMergerForCausalLM, embedding_scale, mapping_config
 from quickstart.world import WORLD_LANGUAGES, problems
@@ -33,9 +33,8 @@ def evaluate_words(*words: object) -> None:
 
 def answers(save_name: str) -> dict[str, list[tuple[str, bool]]]:
     rows = {}
-    for path in Path("results", save_name, "mgsm/predictions").iterdir():
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        rows[path.stem] = [(record["output"], record["stopped"]) for record in records]
+    for record in read_predictions(Path("results", save_name, "mgsm")):
+        rows.setdefault(record["language"], []).append((record["output"], record["stopped"]))
     return rows
 
 
