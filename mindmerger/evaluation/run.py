@@ -109,15 +109,15 @@ def evaluate(flags: EvaluationFlags) -> None:
 
     with contextlib.ExitStack() as stack:
         runs, left = {}, {}
-        for name, rows in examples.items():
-            own = settings | {"problems_sha256": _fingerprint(rows)}
-            runs[name] = stack.enter_context(open_run(root / name, own, flags.overwrite, process))
-        how = flags.max_gen_len, flags.eval_batch_size, flags.answer_parser
         for task in tasks:
-            if not runs[task.name].is_finished:
-                rows = examples[task.name]
-                tokens = parts.tokenizer(rows, with_targets=False)
-                left[task.name] = ProblemSet(task, rows, tokens, flags.by_likelihood(task), *how)
+            rows = examples[task.name]
+            own = settings | {"problems_sha256": _fingerprint(rows)}
+            run = runs[task.name] = stack.enter_context(open_run(root / task.name, own, flags.overwrite, process))
+            if not run.is_finished:
+                tokens, by_likelihood = parts.tokenizer(rows, with_targets=False), flags.by_likelihood(task)
+                left[task.name] = ProblemSet(
+                    task, rows, tokens, by_likelihood, flags.max_gen_len, flags.eval_batch_size, flags.answer_parser
+                )
         answerer = _load(parts, list(left.values()), flags.backend, dtype, process) if left else None
         for name, run in runs.items():
             if name in left:

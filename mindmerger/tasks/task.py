@@ -49,7 +49,7 @@ class Example:
     number: Fraction | None = None
 
 
-# From the data folder and the languages asked for (None: the reader's default) to the rows of each language. Rows may
+# From the data folder and the chosen languages (None: the reader's default) to the rows of each language. Rows may
 # be read while they are iterated over.
 Reader = Callable[[Path, tuple[Language, ...] | None], dict[Language, Iterable[Example]]]
 # From a problem, an answer and the name of an answer parser to (the answer's number or label, whether it is right).

@@ -10,7 +10,7 @@ from mindmerger.tasks.task import NO_PROMPT, Example, Prompt
 
 
 def translation_prompt(sentence: str, source: Language, target: Language) -> Prompt:
-    """The mapping stage's prompt, used where `--augmentation True` is asked of it."""
+    """The mapping stage's prompt, used where `--augmentation True` is given."""
     return Prompt(
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n### Instruction:\n"

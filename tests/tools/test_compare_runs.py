@@ -75,6 +75,23 @@ def test_runs_are_paired_by_question(results: list[Path]) -> None:
     assert pair(first, third)["German"].count == 4 and "Swahili" not in pair(first, third)
 
 
+def test_the_files_of_several_ranks_are_one_language_in_the_order_of_its_problems(tmp_path: Path) -> None:
+    rows = [answer("twice", n == 2, problem=n) for n in range(4)]
+    one = write_results(tmp_path / "one", rows)
+    two = write_results(tmp_path / "two", [rows[3], rows[1]])
+    lines = [json.dumps(row) for row in (rows[2], rows[0])]
+    write_lines(two / "mgsm/predictions/de.rank_1.jsonl", lines)
+    assert list(read_answers(one / "mgsm").items()) == list(read_answers(two / "mgsm").items())
+
+
+def test_an_unfinished_task_is_left_out(results: list[Path]) -> None:
+    (results[0] / "msvamp/predictions").mkdir(parents=True)
+    write_json(results[0] / "msvamp/run.json", {"settings": {}})
+    assert read_runs(results[:1])[0].tasks.keys() == {"mgsm"}
+    with pytest.raises(InputError, match=r"msvamp: no predictions/ of a finished evaluation"):
+        read_runs([results[0] / "msvamp"])
+
+
 def test_the_markdown_table(results: list[Path], tmp_path: Path) -> None:
     compare([*map(str, results), "--out", str(tmp_path / "page.html")])
     lines = (tmp_path / "page.md").read_text().splitlines()
