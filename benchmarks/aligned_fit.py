@@ -173,7 +173,7 @@ def main() -> None:
     tokenizer = load_example_tokenizer(names.models, names.limits, augmentation=False)
     # Enough even where all languages translate the same English.
     each = max(flags.sentences) + HELD_OUT + flags.dev_size
-    rows = read_training(Path(flags.data_dir), task, "mapping", languages, each)
+    rows = list(read_training(Path(flags.data_dir), task, "mapping", languages, each))
     dev, train = ([rows[row] for row in part] for part in hold_out(len(rows), flags.dev_size, seed=0))
     dev_tokens, table = tokenizer(dev), {}
     for number, layer in enumerate(flags.layers or [None]):

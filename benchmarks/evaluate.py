@@ -3,7 +3,7 @@
     python -m benchmarks.evaluate --llm_path L --mt_path M --data_dir DATAS [--quick] [--backend vllm]
 
 As published: batches of 8 in the order of the file, padded, and `llm.generate`, greedily, which goes on until a batch's
-last answer ends. Here: `evaluation.answer_all`, judging and writing included. Both read the same
+last answer ends. Here: `evaluation.run.answer_all`, grading and writing included. Both read the same
 `[bos | mapped states | boundary | prompt]`, by a mapping whose weights are drawn from a seed at the scale of the LLM's
 embeddings: what it says does not matter here, but when answers end does. A trained mapping's solutions have 100 to 150
 of the 512 tokens that they may have; behind an untrained one and the published prompt, all run into the limit. So the
@@ -36,9 +36,10 @@ from common.ranks import Process
 from mindmerger.batching import Tokens, lay_out
 from mindmerger.config import EvaluationFlags
 from mindmerger.data import Example, read_evaluation
-from mindmerger.evaluation.answerer import load_subject, prepare
-from mindmerger.evaluation.run import answer_all, read_answers
-from mindmerger.evaluation.vllm_answerer import VllmSubject, check_vllm
+from mindmerger.evaluation.answerer import prepare_answerer
+from mindmerger.evaluation.report import read_predictions
+from mindmerger.evaluation.run import ProblemSet, answer_all
+from mindmerger.evaluation.vllm_answerer import VllmAnswerer, check_vllm
 from mindmerger.modeling import Sequence
 from mindmerger.tasks import EVALUATION_TASKS, select_languages
 from mindmerger.tokenization import ExampleTokenizer
@@ -131,30 +132,32 @@ def one_side(flags: EvaluateBenchmarkFlags) -> None:
     """Answer all problems this side's way: into `work_dir`/answers.json the published one, records.json ours."""
     quiet_libraries()
     evaluation, process = flags.evaluation(), Process(0, 1, torch.device("cpu"))
-    tokenizer, config = prepare(evaluation)
-    examples, tokens = read_problems(flags, tokenizer)
-    subject = load_subject(evaluation, tokenizer, config, torch.float32, process.device)
+    checkpoint = Path(evaluation.init_checkpoint)
+    parts = prepare_answerer(evaluation.models, checkpoint, evaluation.limits, evaluation.augmentation)
+    examples, tokens = read_problems(flags, parts.tokenizer)
+    answerer = parts.load(torch.float32, process.device)
     if evaluation.backend == "vllm":
-        max_model_len = check_vllm(evaluation, process, tokens)
-        subject = VllmSubject(subject, evaluation, torch.float32, process.device, max_model_len)
+        max_model_len = check_vllm(parts.models, max(map(len, tokens)), flags.max_gen_len, process)
+        answerer = VllmAnswerer(answerer, parts.models, torch.float32, process.device, max_model_len)
+    slots, answer_parser = evaluation.eval_batch_size, evaluation.answer_parser
+    problems = ProblemSet(TASK, examples, tokens, False, flags.max_gen_len, slots, answer_parser)
     folder = Path(tempfile.mkdtemp(dir=flags.work_dir))
     with measured():
         if flags.side == "baseline":
             ids = published_answers(
-                subject.llm,
-                lambda numbers: subject.read([tokens[number] for number in numbers]),
+                answerer.llm,
+                lambda numbers: answerer.read([tokens[number] for number in numbers]),
                 len(tokens),
                 flags.max_gen_len,
-                subject.eos_token_ids,
+                answerer.eos_token_ids,
             )
         else:
-            answer_all(subject, TASK, examples, tokens, evaluation, folder, process)
+            answer_all(answerer, problems, folder, process)
     if flags.side == "baseline":
-        answers = [(subject.text(row), len(row), row[-1] in subject.eos_token_ids) for row in ids]
+        answers = [(answerer.text(row), len(row), row[-1] in answerer.eos_token_ids) for row in ids]
         write_json(Path(flags.work_dir) / "answers.json", answers)
     else:
-        records = sorted(read_answers(folder), key=lambda record: record["problem"])
-        write_json(Path(flags.work_dir) / "records.json", records)
+        write_json(Path(flags.work_dir) / "records.json", read_predictions(folder))
 
 
 def main() -> None:

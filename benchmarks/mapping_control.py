@@ -29,7 +29,7 @@ from common.optional import require
 from common.ranks import start_process
 from mindmerger.batching import Tokens, lay_out, plan_once
 from mindmerger.data import Example, hold_out, read_training
-from mindmerger.evaluation.answerer import Subject, pick_dtype
+from mindmerger.evaluation.answerer import Answerer, pick_dtype
 from mindmerger.evaluation.decoding import greedy
 from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM
 from mindmerger.tasks import TRAINING_TASKS, find_task, select_languages
@@ -92,7 +92,7 @@ def translate(model: MindMergerForCausalLM, tokenizer: ExampleTokenizer, rows: l
     eos = {tokenizer.llm_tokenizer.eos_token_id}
     (plan,) = plan_once([len(row) for row in rows], size, ranks=1)
     for numbers in plan:
-        sequence = Subject(model.llm, tokenizer, model).read([replace(rows[number], target=[]) for number in numbers])
+        sequence = Answerer(model.llm, tokenizer, model).read([replace(rows[number], target=[]) for number in numbers])
         for number, ids in zip(numbers, greedy(model.llm, sequence, longest, eos), strict=True):
             texts[number] = tokenizer.llm_tokenizer.decode(ids, skip_special_tokens=True).strip()
     return texts
@@ -121,7 +121,7 @@ def measure(flags: ControlFlags) -> dict[str, dict[str, Any]]:
     config = MindMergerConfig.from_pretrained(flags.init_checkpoint)
     task = find_task(config.task, TRAINING_TASKS)
     languages = select_languages(flags.languages)
-    examples = read_training(Path(flags.data_dir), task, config.stage, languages, flags.train_num)
+    examples = list(read_training(Path(flags.data_dir), task, config.stage, languages, flags.train_num))
     dev = [examples[row] for row in hold_out(len(examples), flags.dev_size, flags.seed)[0]]
     tokenizer = ExampleTokenizer(
         load_tokenizer(config.mt_path, config.mt_revision),

@@ -23,7 +23,7 @@ from common.logging import quiet_libraries
 from common.models import base_config, load_tokenizer
 from mindmerger.batching import plan_once
 from mindmerger.data import read_evaluation
-from mindmerger.evaluation.answerer import Subject
+from mindmerger.evaluation.answerer import Answerer
 from mindmerger.evaluation.answers import parse_answer
 from mindmerger.evaluation.decoding import greedy
 from mindmerger.modeling import MindMergerForCausalLM
@@ -104,7 +104,7 @@ def control(checkpoint: str) -> dict[str, float]:
         right = 0
         (plan,) = plan_once([len(row) for row in rows], 50, ranks=1)
         for batch in plan:
-            sequence = Subject(model.llm, tokenizer, model).read([rows[row] for row in batch])
+            sequence = Answerer(model.llm, tokenizer, model).read([rows[row] for row in batch])
             for row, ids in zip(batch, greedy(model.llm, sequence, 48, eos), strict=True):
                 text = tokenizer.llm_tokenizer.decode(ids, skip_special_tokens=True)
                 right += parse_answer(text) == parse_answer(problems[row].target)

@@ -96,7 +96,7 @@ def one_side(flags: TrainBenchmarkFlags) -> None:
     quiet_libraries()
     augmentation = flags.stage == "augmentation"
     task, languages = find_task("math", TRAINING_TASKS), select_languages(flags.languages)
-    examples = read_training(Path(flags.data_dir), task, flags.stage, languages, 200)
+    examples = list(read_training(Path(flags.data_dir), task, flags.stage, languages, 200))
     dev, train = ([examples[row] for row in part] for part in hold_out(len(examples), DEV_ROWS, seed=0))
     tokenizer = ExampleTokenizer(
         load_tokenizer(flags.mt_path),

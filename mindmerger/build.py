@@ -142,7 +142,9 @@ def _read_rows(flags: TrainingFlags, tokenizer: ExampleTokenizer) -> TokenTable:
 def _read_examples(flags: TrainingFlags) -> Iterable[Example]:
     """The rows of the stage, in the order of the files."""
     task, languages = find_task(flags.task, TRAINING_TASKS), select_languages(flags.languages)
-    return read_training(Path(flags.data_dir), task, flags.stage_name, languages, flags.train_num)
+    return read_training(
+        Path(flags.data_dir), task, flags.stage_name, languages, flags.train_num, with_prompts=flags.uses_prompt
+    )
 
 
 def announce(stage: Stage, process: Process) -> None:

@@ -34,7 +34,7 @@ def write_card(folder: Path, results: Path = Path("results")) -> None:
 
     Args:
         folder: with the mapping's config and tensors.
-        results: searched for evaluations of these very tensors, which their `run.json` knows by their sha256.
+        results: searched for evaluations of these very tensors, by the sha256 in their `run.json`.
 
     Raises:
         InputError: no mapping's config in `folder`.
@@ -119,7 +119,7 @@ class _Base:
 
     @property
     def is_public(self) -> bool:
-        """Whether this can be a name on the Hub: a local folder's path is nobody else's."""
+        """Whether this can be a name on the Hub, and not the path of a local folder."""
         return self.path is not None and self.path.count("/") <= 1 and not Path(self.path).exists()
 
     def __str__(self) -> str:

@@ -255,7 +255,7 @@ class EvaluationFlags(ModelFlags):
                 )
 
     def by_likelihood(self, task: Task) -> bool:
-        """Whether `task` is judged by the likelihood of its labels, with no text generated."""
+        """Whether answers to `task` are its likeliest labels, with no text generated."""
         return bool(task.labels) and self.classification == "likelihood"
 
 

@@ -164,7 +164,7 @@ def write_table(folder: Path, examples: Iterable[Example], tokenizer: ExampleTok
             writer.write_batch(_record_batch(chunk, tokenizer(chunk)))
             lines = "\n".join(f"{row.language.code}\t{row.source.text}\t{row.target}" for row in chunk)
             texts.update((("\n" if number else "") + lines).encode())
-            files |= {row.place.rpartition(", ")[0] for row in chunk}
+            files |= {row.location.rpartition(", ")[0] for row in chunk}
     write_json(folder / RECORD, {"sha256": texts.hexdigest(), "files": sorted(files)})
 
 
@@ -182,7 +182,7 @@ def _record_batch(examples: list[Example], rows: list[Tokens]) -> pa.RecordBatch
         columns[kind] = pa.ListArray.from_arrays(edges, np.concatenate(ids))
     columns["language"] = pa.array([row.language for row in rows])
     columns["cut"] = pa.array([sum(1 << KINDS.index(kind) for kind in row.cut) for row in rows], pa.uint8())
-    columns["location"] = pa.array([example.place for example in examples])
+    columns["location"] = pa.array([example.location for example in examples])
     hashes = [hashlib.blake2b(example.target.encode(), digest_size=8).digest() for example in examples]
     columns["target_hash"] = pa.array(np.frombuffer(b"".join(hashes), np.int64))
     return pa.record_batch(columns, schema=_SCHEMA)

@@ -2,13 +2,13 @@
 
 import html
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from common.io import read_json, write_json, write_text
+from mindmerger.evaluation.report import read_predictions
 
 HOME = Path(__file__).parent
 RESULTS = Path("results")
@@ -105,7 +105,7 @@ def _page(results: dict[str, Any]) -> str:
 
 def _example(code: str) -> str:
     """The first problem in this language, with both answers, whatever they are."""
-    mapped, alone = (_first_prediction(folder / "predictions" / f"{code}.jsonl") for folder in (MAPPED, BASELINE))
+    mapped, alone = (read_predictions(folder, code)[0] for folder in (MAPPED, BASELINE))
     answers = "".join(
         f"<tr><td>{name}</td><td>{html.escape(answer['output'])}</td><td>{'right' if answer['right'] else 'wrong'}</td>"
         for name, answer in (("LLM alone", alone), ("with the mapping", mapped))
@@ -115,11 +115,6 @@ def _example(code: str) -> str:
         f"<h3>{mapped['language']}</h3><p lang={code}>{question} <small>(answer: {html.escape(mapped['gold'])})</small>"
         f"</p><table>{answers}</table>"
     )
-
-
-def _first_prediction(path: Path) -> dict[str, Any]:
-    with path.open(encoding="utf-8") as file:
-        return json.loads(file.readline())
 
 
 def _bars(figures: dict[str, dict[str, float]]) -> Figure:

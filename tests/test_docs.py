@@ -200,10 +200,14 @@ def test_a_language_and_a_task_are_added_as_the_pages_say(tmp_path: Path, materi
 
 
 def apply(diff: str, root: Path) -> None:
-    """Make the changes of a diff without line numbers: what it shows of a file must be there, once."""
+    """Make the changes of a diff without line numbers: what it shows of a file must be there, once; or all is new."""
     for part in re.split(r"^--- ", diff, flags=re.MULTILINE)[1:]:
         name, _, hunks = part.partition("\n")
         path = root / name
+        if not path.exists():
+            assert all(line.startswith("+") for line in hunks.splitlines()), f"there is no {name}"
+            path.write_text("".join(f"{line[1:]}\n" for line in hunks.splitlines()))
+            continue
         for hunk in hunks.split("@@\n"):
             lines = [line or " " for line in hunk.splitlines()]
             before = "\n".join(line[1:] for line in lines if line[0] in " -")

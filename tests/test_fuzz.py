@@ -31,7 +31,7 @@ from common.io import write_text
 from mindmerger.checkpoint import mapping_shapes, read_mapping, write_mapping
 from mindmerger.config import EvaluationFlags, TrainingFlags
 from mindmerger.data import read_evaluation, read_training
-from mindmerger.evaluation.answerer import take_from_checkpoint
+from mindmerger.evaluation.answerer import trained_models
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, select_languages
 from regmean.config import GramFlags, MergeFlags
 from regmean.gram_file import Gram, open_grams, write_grams
@@ -166,12 +166,16 @@ def try_reading(folder: Path, read: Callable[[], Any]) -> None:
 
 GERMAN = (LANGUAGES["German"],)
 DATA_FILES: dict[str, Callable[[Path], Any]] = {
-    "bilingual_pairs/en-de/train_100k.de": lambda d: read_training(d, TRAINING_TASKS["math"], "mapping", GERMAN, 9),
-    "query_translation/math.json": lambda d: read_training(d, TRAINING_TASKS["math"], "augmentation", GERMAN, 9),
-    "query_translation/x-csqa/train_de.jsonl": lambda d: read_training(
-        d, TRAINING_TASKS["x-csqa"], "augmentation", GERMAN, 9
+    "bilingual_pairs/en-de/train_100k.de": lambda d: list(
+        read_training(d, TRAINING_TASKS["math"], "mapping", GERMAN, 9)
     ),
-    "query_translation/xnli_dev.json": lambda d: read_training(d, TRAINING_TASKS["xnli"], "augmentation", GERMAN, 9),
+    "query_translation/math.json": lambda d: list(read_training(d, TRAINING_TASKS["math"], "augmentation", GERMAN, 9)),
+    "query_translation/x-csqa/train_de.jsonl": lambda d: list(
+        read_training(d, TRAINING_TASKS["x-csqa"], "augmentation", GERMAN, 9)
+    ),
+    "query_translation/xnli_dev.json": lambda d: list(
+        read_training(d, TRAINING_TASKS["xnli"], "augmentation", GERMAN, 9)
+    ),
     "evaluation/mgsm/mgsm_de.tsv": lambda d: read_evaluation(d, EVALUATION_TASKS["mgsm"], GERMAN),
     "evaluation/msvamp/test_German.jsonl": lambda d: read_evaluation(d, EVALUATION_TASKS["msvamp"], GERMAN),
 }
@@ -200,7 +204,7 @@ def test_data_files(tmp_path: Path, name: str) -> None:
             found = DATA_FILES[name](datas)
             # What was read can be put into a digest and a file.
             rows = found if isinstance(found, list) else [row for rows in found.values() for row in rows]
-            assert rows and all(row.place and (row.source.text + row.target).encode() for row in rows)
+            assert rows and all(row.location and (row.source.text + row.target).encode() for row in rows)
 
         try_reading(datas, read)
 
@@ -461,9 +465,8 @@ def test_mapping_folders(tmp_path: Path, name: str) -> None:
         path.write_bytes(content)
 
         def read() -> None:
-            flags = EvaluationFlags(init_checkpoint=str(tmp_path))
-            take_from_checkpoint(flags)
-            assert isinstance(flags.llm_path, str) and isinstance(flags.mt_path, str)
+            models = trained_models(EvaluationFlags(init_checkpoint=str(tmp_path)).models, tmp_path)
+            assert isinstance(models.llm_path, str) and isinstance(models.mt_path, str)
             read_mapping(tmp_path, 3, 2)
 
         try_reading(tmp_path, read)

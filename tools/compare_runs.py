@@ -26,7 +26,8 @@ from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES
 
 # Okabe and Ito's palette, told apart by colour-blind readers as well.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_NEEDED = {"language": str, "question": str, "gold": str, "output": str, "right": bool, "stopped": bool, "cut": list}
+_NEEDED = {"problem": int, "language": str, "question": str, "gold": str, "output": str}
+_NEEDED |= {"right": bool, "stopped": bool, "cut": list}
 _TEMPLATE = Path(__file__).with_name("comparison.html")
 # language, question, gold answer, and which of several equal ones.
 Key = tuple[str, str, str, int]
@@ -57,7 +58,7 @@ class Run:
 
     Attributes:
         name: what the page calls it.
-        tasks: the judged answers of each task, by problem.
+        tasks: the graded answers of each task, by problem.
         settings: of each task, as its `run.json` records them.
     """
 
@@ -139,17 +140,18 @@ def read_runs(folders: list[Path]) -> list[Run]:
     """The runs in these folders, each with its tasks, or a task's folder alone.
 
     Raises:
-        InputError: no finished results in one of them, or a line that is no judged answer.
+        InputError: no finished results in one of them, or a line that is no graded answer.
     """
     runs = []
     for folder in folders:
         alone = (folder / "predictions").is_dir()
         places = [folder] if alone else [path.parent for path in sorted(folder.glob("*/predictions"))]
+        records = {place: read_json(place / RUN) if (place / RUN).exists() else {"result": {}} for place in places}
+        places = [place for place in places if "result" in records[place]]
         if not places:
             raise InputError(f"{folder}: no predictions/ of a finished evaluation in it, nor in a task's folder there")
         name = folder.resolve().parent.name if alone else folder.resolve().name
-        settings = {place.name: read_json(place / RUN) if (place / RUN).exists() else {} for place in places}
-        settings = {task: run.get("settings", {}) for task, run in settings.items()}
+        settings = {place.name: records[place].get("settings", {}) for place in places}
         runs.append(Run(name, {place.name: read_answers(place) for place in places}, settings))
     names = Counter(run.name for run in runs)
     return [
@@ -159,9 +161,10 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 
 def read_answers(folder: Path) -> dict[Key, dict[str, Any]]:
-    """The judged answers in `folder/predictions/*.jsonl`, languages in the order of the files."""
+    """The graded answers in `folder/predictions/*.jsonl`, files in order, each language by problem."""
     answers: dict[Key, dict[str, Any]] = {}
     times: Counter[tuple[str, str, str]] = Counter()
+    records: list[tuple[str, int, dict[str, Any]]] = []
     for path in sorted((folder / "predictions").glob("*.jsonl")):
         for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
             try:
@@ -169,14 +172,17 @@ def read_answers(folder: Path) -> dict[Key, dict[str, Any]]:
                 wrong = [name for name, kind in _NEEDED.items() if not isinstance(record[name], kind)]
                 wrong += ["language"] if record["language"] not in LANGUAGES else []
             except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path}, line {number}: not an answer that run_evaluation.py judged") from error
+                raise InputError(f"{path}, line {number}: not an answer that run_evaluation.py graded") from error
             if wrong or "parsed" not in record:
                 raise InputError(
                     f"{path}, line {number}: {', '.join(wrong) or 'parsed'} is not as run_evaluation.py has it"
                 )
-            problem = record["language"], record["question"], record["gold"]
-            answers[*problem, times[problem]] = record
-            times[problem] += 1
+            # A language's answers lie in a file of each rank, in the order in which they were given.
+            records.append((path.name.split(".")[0], record["problem"], record))
+    for *_, record in sorted(records, key=lambda located: located[:2]):
+        problem = record["language"], record["question"], record["gold"]
+        answers[*problem, times[problem]] = record
+        times[problem] += 1
     if not answers:
         raise InputError(f"{folder}: no answers in predictions/")
     return answers

@@ -20,12 +20,12 @@ from common.models import load_tokenizer
 from common.optional import require
 from common.ranks import start_process
 from mindmerger.checkpoint import read_record
-from mindmerger.config import DemoFlags, EvaluationFlags
+from mindmerger.config import DemoFlags, Limits, ModelPair
 from mindmerger.data import Example
-from mindmerger.evaluation.answerer import Subject, load_subject, pick_dtype, prepare
+from mindmerger.evaluation.answerer import Answerer, pick_dtype, prepare_answerer
 from mindmerger.frozen_models import load_llm
 from mindmerger.modeling import Sequence
-from mindmerger.tasks import LANGUAGES, Prompt, math_prompt
+from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, Prompt, math_prompt
 from mindmerger.tokenization import ExampleTokenizer
 
 # Before gradio is imported, which reads it once.
@@ -80,25 +80,20 @@ def mapping_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) 
     Raises:
         InputError: a model cannot be loaded, or does not fit the mapping.
     """
-    evaluation = EvaluationFlags(
-        init_checkpoint=flags.checkpoint,
-        llm_path=flags.llm_path,
-        mt_path=flags.mt_path,
-        max_gen_len=flags.max_gen_len,
-        trust_remote_code=flags.trust_remote_code,
-    )
-    tokenizer, config = prepare(evaluation)
-    task = read_record(Path(flags.checkpoint)).get("task")
-    with_mapping = load_subject(evaluation, tokenizer, config, dtype, device)
-    alone = Subject(with_mapping.llm, _prompts_only(tokenizer.llm_tokenizer, flags))
+    models = ModelPair(flags.llm_path, flags.mt_path, trust_remote_code=flags.trust_remote_code)
+    limits = Limits(**_limits(flags))
+    task = TRAINING_TASKS.get(read_record(Path(flags.checkpoint)).get("task"))
+    parts = prepare_answerer(models, Path(flags.checkpoint), limits, None)
+    with_mapping, tokenizer = parts.load(dtype, device), parts.tokenizer
+    alone = Answerer(with_mapping.llm, _prompts_only(tokenizer.llm_tokenizer, flags))
 
-    def asking(subject: Subject) -> Callable[[str, str], Iterator[str]]:
+    def asking(answerer: Answerer) -> Callable[[str, str], Iterator[str]]:
         def stream(question: str, language: str) -> Iterator[str]:
             text = Prompt("", question, "")
-            # The other tasks' prompts hold more than a question: there the text is taken as it is typed.
-            prompt = text if task in ("x-csqa", "xnli") else math_prompt(question)
-            [row] = subject.tokenizer([Example(text, prompt, "", LANGUAGES[language])], with_targets=False)
-            return subject.stream(subject.read([row]), flags.max_gen_len)
+            # A classification's prompt holds more than a question: there the text is taken as it is typed.
+            prompt = text if task is not None and task.labels else math_prompt(question)
+            [row] = answerer.tokenizer([Example(text, prompt, "", LANGUAGES[language])], with_targets=False)
+            return answerer.stream(answerer.read([row]), flags.max_gen_len)
 
         return stream
 
@@ -116,7 +111,7 @@ def model_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) ->
     def asking(path: str) -> Callable[[str, str], Iterator[str]]:
         tokenizer = load_tokenizer(path, None, flags.trust_remote_code)
         llm = load_llm(path, None, dtype, flags.trust_remote_code).to(device)
-        subject = Subject(llm, _prompts_only(tokenizer, flags))
+        answerer = Answerer(llm, _prompts_only(tokenizer, flags))
 
         def stream(question: str, _: str) -> Iterator[str]:
             if tokenizer.chat_template:
@@ -128,7 +123,7 @@ def model_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) ->
             with torch.inference_mode():
                 inputs = torch.tensor([ids], device=device)
                 sequence = Sequence(llm.get_input_embeddings()(inputs), torch.ones_like(inputs))
-            return subject.stream(sequence, flags.max_gen_len)
+            return answerer.stream(sequence, flags.max_gen_len)
 
         return stream
 
@@ -171,8 +166,11 @@ def page(columns: list[Column], needs_language: bool) -> gr.Blocks:
 
 
 def _prompts_only(llm_tokenizer: PreTrainedTokenizerBase, flags: DemoFlags) -> ExampleTokenizer:
-    limits = {"max_seq_len": 512, "max_prompt_len": 512, "max_gen_len": flags.max_gen_len}
-    return ExampleTokenizer(None, None, llm_tokenizer, augmentation=True, **limits)
+    return ExampleTokenizer(None, None, llm_tokenizer, augmentation=True, **_limits(flags))
+
+
+def _limits(flags: DemoFlags) -> dict[str, int]:
+    return {"max_seq_len": 512, "max_prompt_len": 512, "max_gen_len": flags.max_gen_len}
 
 
 def main() -> None:

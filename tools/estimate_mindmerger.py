@@ -6,7 +6,8 @@ The models are built from their configs on the meta device, and a micro batch is
 
 import math
 from copy import copy
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,9 @@ from common.errors import InputError
 from common.logging import quiet_libraries
 from common.models import base_config
 from common.ranks import Process
+from mindmerger.checkpoint import read_record
 from mindmerger.config import EvaluationFlags, ModelFlags, TrainingFlags
-from mindmerger.evaluation.answerer import pick_dtype, take_from_checkpoint
+from mindmerger.evaluation.answerer import pick_dtype, trained_models
 from mindmerger.frozen_models import cut_layers, without_pooling
 from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, find_task, select_languages
@@ -254,7 +256,9 @@ def plan_evaluation(flags: EvaluationFlags) -> None:
     if flags.llm_path is None or (flags.mt_path is None and not flags.baseline):
         if flags.init_checkpoint is None:
             raise InputError("--llm_path and --mt_path are needed, or an --init_checkpoint that names the models")
-        take_from_checkpoint(flags)
+        checkpoint = Path(flags.init_checkpoint)
+        augmentation = read_record(checkpoint).get("augmentation") if flags.augmentation is None else flags.augmentation
+        flags = replace(flags, augmentation=augmentation, **asdict(trained_models(flags.models, checkpoint)))
     dtype = pick_dtype(flags.dtype, torch.device(device.type))
     for name in flags.task.split(","):
         plan = evaluation_plan(flags, name, device, dtype)
@@ -421,7 +425,8 @@ def _mean_row(flags: TrainingFlags) -> Row:
     if flags.stage_name == "mapping":
         mean = MEAN_PAIR
     else:
-        mean = MEAN_PROBLEM if flags.task == "math" else Row(MEAN_PROBLEM.source, MEAN_PROBLEM.prompt, LABEL_TOKENS)
+        is_choice = bool(find_task(flags.task, TRAINING_TASKS).labels)
+        mean = MEAN_PROBLEM if not is_choice else Row(MEAN_PROBLEM.source, MEAN_PROBLEM.prompt, LABEL_TOKENS)
     return mean.within(_limits(flags))
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from common.ranks import start_process
 from mindmerger.batching import Tokens
 from mindmerger.config import EvaluationFlags
 from mindmerger.data import Example
-from mindmerger.evaluation.answerer import Subject, load_subject, pick_dtype, prepare
+from mindmerger.evaluation.answerer import Answerer, pick_dtype, prepare_answerer
 from mindmerger.tasks import LANGUAGES, Language, Prompt, find_language
 
 # Of the flags of run_evaluation.py those that say what is loaded and how much of a text is read.
@@ -80,9 +81,10 @@ class MindMergerLM(LM):
         self._process = start_process(self._flags.device)
         quiet_libraries()
         self._rank, self._world_size, self._device = self._process.rank, self._process.world_size, self._process.device
-        tokenizer, config = prepare(self._flags)
-        dtype = pick_dtype(self._flags.dtype, self._process.device)
-        self._subject: Subject = load_subject(self._flags, tokenizer, config, dtype, self._process.device)
+        given = self._flags
+        dtype = pick_dtype(given.dtype, self._process.device)
+        parts = prepare_answerer(given.models, Path(checkpoint), given.limits, given.augmentation)
+        self._answerer: Answerer = parts.load(dtype, self._process.device)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy answers, each up to the first of its stop strings.
@@ -94,7 +96,7 @@ class MindMergerLM(LM):
         def answer(rows: list[Tokens], settings: str) -> Iterator[list[tuple[int, str]]]:
             until, max_new_tokens = json.loads(settings)
             slots = self._flags.eval_batch_size
-            for ended in self._subject.generate(rows, max_new_tokens, slots, self._has_ended(until)):
+            for ended in self._answerer.generate(dict(enumerate(rows)), max_new_tokens, slots, self._has_ended(until)):
                 yield [(place, postprocess_generated_text(text, until, None)) for place, text, _ in ended]
 
         settings = []
@@ -125,7 +127,7 @@ class MindMergerLM(LM):
         def score(rows: list[Tokens], words: str) -> Iterator[list[tuple[int, list[tuple[float, bool]]]]]:
             size = self._flags.eval_batch_size
             for start in range(0, len(rows), size):
-                scores, are_greedy = self._subject.log_likelihoods(rows[start : start + size], json.loads(words))
+                scores, are_greedy = self._answerer.log_likelihoods(rows[start : start + size], json.loads(words))
                 pairs = zip(scores.tolist(), are_greedy.tolist(), strict=True)
                 yield [(place, list(zip(*pair, strict=True))) for place, pair in enumerate(pairs, start)]
 
@@ -170,7 +172,7 @@ class MindMergerLM(LM):
         disable_tqdm: bool,
     ) -> Iterator[tuple[int, Any]]:
         """(number of a request, what `answer` says to it), those of equal settings together, longest first."""
-        tokens = self._subject.tokenizer([self._example(request) for request in requests], with_targets=False)
+        tokens = self._answerer.tokenizer([self._example(request) for request in requests], with_targets=False)
         with progress(self._process, total=len(requests), unit="request", leave=not disable_tqdm) as bar:
             for setting in dict.fromkeys(settings):
                 numbers = [number for number, other in enumerate(settings) if other == setting]
@@ -195,7 +197,7 @@ class MindMergerLM(LM):
         for language in LANGUAGES.values():
             if task.endswith((f"_{language.code}", f"_{language.nllb}")):
                 return language
-        if self._subject.tokenizer.names_language:
+        if self._answerer.tokenizer.names_language:
             raise InputError(
                 f"the encoder is told the language of a question: name that of {task}, as in "
                 "--model_args source_language=de"
@@ -205,7 +207,7 @@ class MindMergerLM(LM):
     def _has_ended(self, until: list[str]) -> Callable[[list[int]], bool] | None:
         if not until:
             return None
-        decode = self._subject.tokenizer.llm_tokenizer.decode
+        decode = self._answerer.tokenizer.llm_tokenizer.decode
         # A token is a byte at least; one more, since a decoder may strip a space from the first.
         longest = max(len(stop.encode()) for stop in until) + 1
 

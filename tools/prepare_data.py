@@ -168,13 +168,13 @@ def prepare(flags: PrepareDataFlags) -> None:
             languages = wanted(*EVALUATION_TASKS["xnli"].languages)
             build_xnli_dev(layout, read, languages, questions)
         if languages:
-            read_training(layout.folder, task, "augmentation", languages, 1)
+            list(read_training(layout.folder, task, "augmentation", languages, 1))
     for task in tasks:
         languages = wanted(*task.languages)
         for language in languages:
             build_pairs(layout, read, language, flags.pairs, questions, flags.train_num)
         if languages:
-            read_training(layout.folder, task, "mapping", languages, 1)
+            list(read_training(layout.folder, task, "mapping", languages, 1))
 
 
 def build_evaluation(layout: Layout, read: Callable[..., Reading], name: str, languages: tuple[Language, ...]) -> None:

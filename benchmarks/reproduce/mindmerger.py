@@ -53,7 +53,7 @@ from mindmerger.config import require_positive
 from mindmerger.data import Example, hold_out, read_evaluation, read_training
 from mindmerger.evaluation.answers import parse_answer
 from mindmerger.evaluation.metrics import SCORES
-from mindmerger.evaluation.run import read_answers
+from mindmerger.evaluation.report import read_predictions
 from mindmerger.frozen_models import load_llm
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, Language, math_prompt, select_languages
 from regmean.model_folder import open_checkpoint
@@ -157,7 +157,7 @@ def read_problems(flags: MiniatureFlags, task: str) -> dict[Language, list[Examp
     answers = {language: [parse_answer(row.target) for row in rows] for language, rows in found.items()}
     for language, own in answers.items():
         if own != answers[ENGLISH]:
-            raise InputError(f"{found[language][0].place}: not the problems of the English file, in the same order")
+            raise InputError(f"{found[language][0].location}: not the problems of the English file, in the same order")
     return found
 
 
@@ -180,12 +180,12 @@ def write_data(flags: MiniatureFlags, folder: Path) -> None:
     def owner(question: str) -> Language:
         return owners[crc32(question.encode()) % len(owners)]
 
-    problems = read_training(data, TASK, "augmentation", (*languages, ENGLISH), ALL_ROWS)
+    problems = list(read_training(data, TASK, "augmentation", (*languages, ENGLISH), ALL_ROWS))
     questions = {row.target: words(row.source.text) for row in problems if row.language == ENGLISH}
     own = [row for row in problems if row.target in questions and owner(questions[row.target]) == row.language]
 
     known, paired = set(questions.values()), set()
-    pairs = read_training(data, TASK, "mapping", languages, ALL_ROWS)
+    pairs = list(read_training(data, TASK, "mapping", languages, ALL_ROWS))
     for language in languages:
         kept = [row for row in pairs if row.language == language and owner(words(row.target)) == language]
         kept = [row for row in kept if words(row.target) in known][: flags.mapping_num]
@@ -257,7 +257,7 @@ def held_out(flags: MiniatureFlags, stage: str, seed: int) -> dict[str, list[Exa
     """
     shared = stage_flags(flags, stage)
     languages = select_languages(shared.languages)
-    rows = read_training(Path(shared.data_dir), TASK, stage, languages, shared.train_num)
+    rows = list(read_training(Path(shared.data_dir), TASK, stage, languages, shared.train_num))
     dev = [rows[row] for row in hold_out(len(rows), shared.dev_size, seed)[0]]
     found = {language.name: [row for row in dev if row.language == language] for language in languages}
     if missing := [name for name, own in found.items() if not own]:
@@ -305,7 +305,7 @@ def ask(flags: MiniatureFlags, name: str, words: str, folder: Path) -> None:
         )
         results = Path("results") / (f"{name}-baseline" if "--baseline" in words else name) / task
         scores, right = read_json(results / SCORES), {}
-        for record in sorted(read_answers(results), key=lambda record: record["problem"]):
+        for record in read_predictions(results):
             right.setdefault(record["language"], []).append(record["right"])
         found[task] = scores | {"right": right}
     write_json(folder / RESULT, found)

@@ -1,16 +1,18 @@
-"""Who is asked: an LLM with a mapping, or alone, as evaluation, lm-evaluation-harness and the demo page ask it."""
+"""A causal LM, optionally behind an encoder and a mapping, that answers questions."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from common.errors import InputError
+from common.io import sha256
 from mindmerger.batching import Tokens, lay_out
 from mindmerger.checkpoint import CONFIG, mapping_file, read_mapping, read_record, with_trained_layer
-from mindmerger.config import EvaluationFlags
+from mindmerger.config import Limits, ModelPair
 from mindmerger.evaluation.decoding import greedy_steps, label_log_likelihoods
 from mindmerger.frozen_models import load_llm
 from mindmerger.modeling import (
@@ -22,13 +24,27 @@ from mindmerger.modeling import (
 from mindmerger.tokenization import ExampleTokenizer, load_example_tokenizer
 
 
-class Subject:
-    """Who is asked.
+class Output(NamedTuple):
+    """The answer to one problem.
+
+    Attributes:
+        problem: its index.
+        text: without special tokens.
+        stopped: whether it ended by itself, and not at a limit.
+    """
+
+    problem: int
+    text: str
+    stopped: bool
+
+
+class Answerer:
+    """A causal LM, optionally behind an encoder and a mapping.
 
     Args:
         llm: the language model that answers.
         tokenizer: from examples to tokens.
-        model: the encoder and the mapping in front of `llm`; None for the LLM alone, which reads the prompt only.
+        model: the encoder and the mapping in front of `llm`; None for the LLM alone, whose input is the prompt only.
 
     Attributes:
         eos_token_ids: any of these ends an answer.
@@ -45,97 +61,158 @@ class Subject:
 
     @torch.inference_mode()
     def read(self, rows: list[Tokens]) -> Sequence:
-        """What the LLM reads of `rows`."""
+        """The LLM's input for `rows`."""
         bos_token_id = self.tokenizer.llm_tokenizer.bos_token_id
         batch = lay_out(rows, bos_token_id, self.tokenizer.source_pad_id, mapped=self.model is not None)
         batch = batch.to(self.llm.device)
-        embed = self.llm.get_input_embeddings() if self.model is None else None
-        embeds = self.model.embed(batch) if embed is None else embed(batch.token_ids)
-        return Sequence(embeds, batch.mask)
+        if self.model is not None:
+            return Sequence(self.model.embed(batch), batch.mask)
+        return Sequence(self.llm.get_input_embeddings()(batch.token_ids), batch.mask)
 
     def generate(
         self,
-        rows: list[Tokens],
+        rows: dict[int, Tokens],
         max_new_tokens: int,
         slots: int,
         has_ended: Callable[[list[int]], bool] | None = None,
-    ) -> Iterator[list[tuple[int, str, bool]]]:
-        """Greedy answers to `rows`, of which `slots` are answered at a time; see `greedy_steps`.
+    ) -> Iterator[list[Output]]:
+        """Greedy answers to problems, `slots` of them at a time, as they end; see `greedy_steps`.
+
+        Args:
+            rows: the problems' tokens by their indices, in the order in which they begin.
+            max_new_tokens: of each answer.
+            slots: how many problems run at once.
+            has_ended: from an answer's token ids so far to whether it ends here.
 
         Yields:
-            After every step the answers that it has ended, if any: (place in `rows`, text, whether it ended by itself).
+            After every step the answers that it has ended, if any.
         """
-        steps = greedy_steps(
-            self.llm,
-            lambda places: self.read([rows[place] for place in places]),
-            len(rows),
-            slots,
-            max_new_tokens,
-            self.eos_token_ids,
-            has_ended,
-        )
-        for answers in steps:
-            ended = (answer for answer in answers if answer.is_done)
-            yield [(answer.row, self.text(answer.ids), answer.ids[-1] in self.eos_token_ids) for answer in ended]
+
+        def prefill(problems: list[int]) -> Sequence:
+            return self.read([rows[problem] for problem in problems])
+
+        for answers in greedy_steps(self.llm, rows, prefill, slots, max_new_tokens, self.eos_token_ids, has_ended):
+            yield [self.output(answer.problem, answer.ids) for answer in answers if answer.is_done]
+
+    def choose(self, rows: dict[int, Tokens], labels: dict[int, tuple[str, ...]], slots: int) -> Iterator[list[Output]]:
+        """The most likely of its own `labels` as the answer to each problem, in batches of `slots`."""
+        problems = list(rows)
+        for start in range(0, len(problems), slots):
+            batch = problems[start : start + slots]
+            words = list(dict.fromkeys(label for problem in batch for label in labels[problem]))
+            scores, _ = self.log_likelihoods([rows[problem] for problem in batch], words)
+            by_word = [dict(zip(words, row, strict=True)) for row in scores.tolist()]
+            yield [
+                Output(problem, max(labels[problem], key=likelihoods.get), True)
+                for problem, likelihoods in zip(batch, by_word, strict=True)
+            ]
 
     def stream(self, sequence: Sequence, max_new_tokens: int) -> Iterator[str]:
         """The greedy answer to the one row of `sequence`, as far as it has come, after every token."""
-        for [answer] in greedy_steps(self.llm, lambda _: sequence, 1, 1, max_new_tokens, self.eos_token_ids):
+        for [answer] in greedy_steps(self.llm, [0], lambda _: sequence, 1, max_new_tokens, self.eos_token_ids):
             yield self.text(answer.ids)
 
     def log_likelihoods(self, rows: list[Tokens], words: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Those of each of `words` as the answer to each row; see `label_log_likelihoods`."""
         return label_log_likelihoods(self.llm, self.read(rows), [self.tokenizer.label_ids(word) for word in words])
 
+    def output(self, problem: int, ids: list[int]) -> Output:
+        """The answer that new token ids are."""
+        return Output(problem, self.text(ids), ids[-1] in self.eos_token_ids)
+
     def text(self, ids: list[int]) -> str:
-        """What the LLM's token ids say, without special tokens."""
+        """The text of the LLM's token ids, without special tokens."""
         return self.tokenizer.llm_tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def prepare(flags: EvaluationFlags) -> tuple[ExampleTokenizer, MindMergerConfig | None]:
-    """Tokenizer and config of the subject that the flags name, checked before any model loads.
+@dataclass(frozen=True)
+class AnswererParts:
+    """The parts of an answerer, read and checked, before any model loads.
 
-    What the flags leave open is filled in from the record beside the mapping.
+    Attributes:
+        models: LLM and encoder; no encoder for the LLM alone.
+        augmentation: whether the prompt follows the mapped states.
+        tokenizer: of both models.
+        checkpoint, config, mapping: where the mapping lies, its config and its tensors; None for the LLM alone.
+    """
 
-    Returns:
-        (tokenizer, config); config is None for the LLM alone.
+    models: ModelPair
+    augmentation: bool
+    tokenizer: ExampleTokenizer
+    checkpoint: Path | None = None
+    config: MindMergerConfig | None = None
+    mapping: dict[str, torch.Tensor] | None = None
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Answerer:
+        """The answerer, its models on `device` in `dtype`.
+
+        Raises:
+            InputError: weights are missing.
+        """
+        models = self.models
+        if self.mapping is None:
+            llm = load_llm(models.llm_path, models.llm_revision, dtype, models.trust_remote_code)
+            return Answerer(llm.to(device), self.tokenizer)
+        model = MindMergerForCausalLM.from_base_models(self.config, dtype, models.trust_remote_code)
+        model.mapping.load_state_dict(self.mapping)
+        model.mapping.to(dtype)
+        model.to(device)
+        return Answerer(model.llm, self.tokenizer, model)
+
+    def settings(self) -> dict[str, Any]:
+        """What a results folder records of this answerer."""
+        names = ("llm_path", "llm_revision", "mt_path", "mt_revision", "encoder_layer")
+        return {
+            **{name: getattr(self.models, name) for name in names},
+            "mapping_sha256": None if self.checkpoint is None else sha256(mapping_file(self.checkpoint)),
+            "augmentation": self.augmentation,
+        }
+
+
+def prepare_answerer(
+    models: ModelPair, checkpoint: Path | None, limits: Limits, augmentation: bool | None
+) -> AnswererParts:
+    """Read and check all of an answerer but its two models.
+
+    Args:
+        models: as named by the user; what is left open is filled in from the record beside the mapping.
+        checkpoint: of the mapping; None for the LLM alone.
+        limits: in tokens.
+        augmentation: whether the prompt follows the mapped states; None for as trained.
 
     Raises:
         InputError: whatever of it is missing or does not fit together.
     """
-    if not flags.baseline:
-        take_from_checkpoint(flags)
-    if flags.augmentation is None:
-        # A published .bin says nothing, and was trained to be followed by the prompt.
-        flags.augmentation = True
-    models = replace(flags.models, mt_path=None) if flags.baseline else flags.models
-    tokenizer = load_example_tokenizer(models, flags.limits, flags.augmentation)
-    if flags.baseline:
-        return tokenizer, None
+    if checkpoint is None:
+        models = replace(models, mt_path=None, mt_revision=None)
+        return AnswererParts(models, True, load_example_tokenizer(models, limits, True))
+    models = trained_models(models, checkpoint)
+    if augmentation is None:
+        # A published .bin has no record, and was trained to be followed by the prompt.
+        trained = read_record(checkpoint).get("augmentation")
+        augmentation = True if trained is None else trained
+    tokenizer = load_example_tokenizer(models, limits, augmentation)
     config = mapping_config(models, tokenizer.llm_tokenizer.bos_token_id)
-    read_mapping(Path(flags.init_checkpoint), config.mt_hidden_size, config.llm_hidden_size)
-    return tokenizer, config
+    mapping = read_mapping(checkpoint, config.mt_hidden_size, config.llm_hidden_size)
+    return AnswererParts(models, augmentation, tokenizer, checkpoint, config, mapping)
 
 
-def load_subject(
-    flags: EvaluationFlags,
-    tokenizer: ExampleTokenizer,
-    config: MindMergerConfig | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Subject:
-    """Load what `prepare` has checked.
+def trained_models(models: ModelPair, checkpoint: Path) -> ModelPair:
+    """`models`, filled in from the record beside the mapping in `checkpoint`.
 
     Raises:
-        InputError: weights are missing.
+        InputError: there is no such mapping, or neither `models` nor record name the models.
     """
-    if config is None:
-        llm = load_llm(flags.llm_path, flags.llm_revision, dtype, flags.trust_remote_code)
-        return Subject(llm.to(device), tokenizer)
-    model = MindMergerForCausalLM.from_pretrained(
-        flags.init_checkpoint, config=config, dtype=dtype, trust_remote_code=flags.trust_remote_code
-    ).to(device)
-    return Subject(model.llm, tokenizer, model)
+    record = read_record(checkpoint)
+    models = with_trained_layer(models, checkpoint)
+    for name in ("llm", "mt"):
+        path, revision = getattr(models, f"{name}_path"), getattr(models, f"{name}_revision")
+        if path is None:
+            path, revision = record.get(f"{name}_path"), revision or record.get(f"{name}_revision")
+        if path is None:
+            raise InputError(f"--{name}_path is needed: no {CONFIG} beside {mapping_file(checkpoint)} names the models")
+        models = replace(models, **{f"{name}_path": path, f"{name}_revision": revision})
+    return models
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -143,23 +220,3 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
-
-
-def take_from_checkpoint(flags: EvaluationFlags) -> None:
-    """Fill in, from the record beside the mapping, which models it joins and whether the prompt follows it.
-
-    Raises:
-        InputError: there is no such mapping, or neither flags nor record name the models.
-    """
-    checkpoint = Path(flags.init_checkpoint)
-    saved = read_record(checkpoint)
-    flags.encoder_layer = with_trained_layer(flags.models, checkpoint).encoder_layer
-    for name in ("llm", "mt"):
-        if getattr(flags, f"{name}_path") is None:
-            setattr(flags, f"{name}_path", saved.get(f"{name}_path"))
-            if getattr(flags, f"{name}_revision") is None:
-                setattr(flags, f"{name}_revision", saved.get(f"{name}_revision"))
-        if getattr(flags, f"{name}_path") is None:
-            raise InputError(f"--{name}_path is needed: no {CONFIG} beside {mapping_file(checkpoint)} names the models")
-    if flags.augmentation is None:
-        flags.augmentation = saved.get("augmentation")

@@ -1,7 +1,7 @@
-"""What an LLM says after a sequence of vectors: greedy text, or the likelihood of given words."""
+"""Continuations of a sequence of vectors by an LLM: greedy text, or the likelihood of given words."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,98 +11,86 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from mindmerger.evaluation.slot_cache import SlotCache
 from mindmerger.modeling import Sequence
 
-# Rows that begin together are padded to the longest, and their activations are in memory together.
-_READ_AT_ONCE = 4
+# Problems that begin together are padded to the longest, and their activations are in memory together.
+_BEGIN_AT_ONCE = 4
 
 
 @dataclass
 class Answer:
-    """What the LLM has said to one row so far.
+    """The LLM's answer to one problem so far.
 
     Attributes:
-        row: its number.
+        problem: its index.
         ids: new token ids; an eos that ended it is included, so that an answer without one was stopped.
         is_done: whether it gets no more.
     """
 
-    row: int
+    problem: int
     ids: list[int] = field(default_factory=list)
     is_done: bool = False
 
 
 def greedy(llm: PreTrainedModel, sequence: Sequence, max_new_tokens: int, eos_token_ids: set[int]) -> list[list[int]]:
     """The most likely continuation of every row of `sequence`, all at once; `Answer.ids` of each."""
-    rows = len(sequence.mask)
-    outputs: list[list[int]] = [[] for _ in range(rows)]
+    rows = range(len(sequence.mask))
+    outputs: list[list[int]] = [[] for _ in rows]
 
-    def read(numbers: list[int]) -> Sequence:
-        return Sequence(sequence.embeds[numbers], sequence.mask[numbers])
+    def prefill(chosen: list[int]) -> Sequence:
+        return Sequence(sequence.embeds[chosen], sequence.mask[chosen])
 
-    for answers in greedy_steps(llm, read, rows, rows, max_new_tokens, eos_token_ids):
+    for answers in greedy_steps(llm, rows, prefill, len(rows), max_new_tokens, eos_token_ids):
         for answer in answers:
-            outputs[answer.row] = answer.ids
+            outputs[answer.problem] = answer.ids
     return outputs
 
 
 @torch.inference_mode()
 def greedy_steps(
     llm: PreTrainedModel,
-    read: Callable[[list[int]], Sequence],
-    rows: int,
+    problems: Iterable[int],
+    prefill: Callable[[list[int]], Sequence],
     slots: int,
     max_new_tokens: int,
     eos_token_ids: set[int],
     has_ended: Callable[[list[int]], bool] | None = None,
 ) -> Iterator[list[Answer]]:
-    """Greedy decoding of any number of rows, `slots` of them at a time, one token after the other.
+    """Greedy decoding of any number of problems, `slots` of them at a time, one token after the other.
 
-    A row that ends makes way for the next one that waits, so that every step runs full until none waits: the
+    A problem that ends makes way for the next one that waits, so that every step runs full until none waits: the
     iteration-level scheduling of Orca (Yu et al., OSDI 2022). Hugging Face's `generate` computes finished rows until
     the batch's last one ends.
 
-    Beside an LLM that keeps anything else of a row than keys and values, as a recurrent one does, no row can begin
+    Beside an LLM that keeps anything else of a row than keys and values, as a recurrent one does, no problem can begin
     while others run: there the next ones begin when all have ended.
 
     Args:
         llm: a causal language model.
-        read: what the LLM reads of the rows of these numbers, which come in ascending order. Rows of falling length
-            need the least memory, and the least padding.
-        rows: how many there are.
+        problems: their indices, in the order in which they begin. Falling length needs the least memory and padding.
+        prefill: from the indices of some problems to the input of the LLM's first forward pass.
         slots: how many run at once.
-        max_new_tokens: of each row.
-        eos_token_ids: any of these ends a row.
-        has_ended: told a row's new token ids after each of them; a row ends when it says so.
+        max_new_tokens: of each problem.
+        eos_token_ids: any of these ends an answer.
+        has_ended: from an answer's token ids so far to whether it ends here.
 
     Yields:
         The answers that have got one more token.
     """
-    waiting = deque(Answer(row) for row in range(rows))
+    waiting = deque(Answer(problem) for problem in problems)
     while waiting:
         batch = _Slots(llm, min(slots, len(waiting)))
-        while True:
-            free = [place for place, answer in enumerate(batch.answers) if answer.is_done]
-            if free and waiting and batch.can_read:
-                places = free[: min(len(waiting), batch.read_at_once)]
-                told = [waiting.popleft() for _ in places]
-                tokens = batch.read(places, told, read([answer.row for answer in told]))
-            elif len(free) < len(batch.answers):
-                if free:
-                    batch.drop(free)
-                told, tokens = batch.answers, batch.step()
-            else:
-                break
-            for answer, token in zip(told, tokens.tolist(), strict=True):
+        while active := batch.advance(waiting, prefill):
+            for answer, token in active:
                 answer.ids.append(token)
                 answer.is_done = (
                     token in eos_token_ids
                     or len(answer.ids) == max_new_tokens
                     or (has_ended is not None and has_ended(answer.ids))
                 )
-            yield told
+            yield [answer for answer, _ in active]
 
 
 class _Slots:
-    """The rows that run: a key-value cache, and of each row of it the answer, the last token and the length.
+    """The active rows: a key-value cache, and of each of its rows the answer, the last token and the length.
 
     Args:
         llm: a causal language model.
@@ -115,37 +103,58 @@ class _Slots:
         self._takes_rows = SlotCache.can_hold(self._cache)
         if self._takes_rows:
             self._cache = SlotCache(self._cache, count)
-        self.answers = [Answer(-1, is_done=True) for _ in range(count)]
-        self.can_read, self.read_at_once = True, _READ_AT_ONCE if self._takes_rows else count
+        self._answers = [Answer(-1, is_done=True) for _ in range(count)]
+        self._can_begin, self._begin_at_once = True, _BEGIN_AT_ONCE if self._takes_rows else count
         self._tokens, self._lengths = torch.zeros(2, count, dtype=torch.int64, device=llm.device)
         self._columns = 0
 
-    def read(self, places: list[int], answers: list[Answer], sequence: Sequence) -> torch.Tensor:
-        """Let rows begin in free slots; the first token of each."""
+    def advance(
+        self, waiting: deque[Answer], prefill: Callable[[list[int]], Sequence]
+    ) -> list[tuple[Answer, int]] | None:
+        """One forward pass: of problems that begin in free slots, or else of all active ones.
+
+        Returns:
+            The answers in the pass, each with its next token; None when all have ended and none can begin.
+        """
+        free = [slot for slot, answer in enumerate(self._answers) if answer.is_done]
+        if free and waiting and self._can_begin:
+            slots = free[: min(len(waiting), self._begin_at_once)]
+            active = [waiting.popleft() for _ in slots]
+            tokens = self._begin(slots, active, prefill([answer.problem for answer in active]))
+        elif len(free) < len(self._answers):
+            if free:
+                self._drop(free)
+            active, tokens = self._answers, self._continue()
+        else:
+            return None
+        return list(zip(active, tokens.tolist(), strict=True))
+
+    def _begin(self, slots: list[int], answers: list[Answer], sequence: Sequence) -> torch.Tensor:
+        """Let problems begin in free slots; the first token of each."""
         cache = DynamicCache(config=self._llm.config)
         inputs = {"inputs_embeds": sequence.embeds}
         tokens = _step(self._llm, inputs, sequence.mask, sequence.position_ids, cache).argmax(dim=-1)
-        self._tokens[places], self._lengths[places] = tokens, sequence.mask.sum(dim=1)
-        for place, answer in zip(places, answers, strict=True):
-            self.answers[place] = answer
+        self._tokens[slots], self._lengths[slots] = tokens, sequence.mask.sum(dim=1)
+        for slot, answer in zip(slots, answers, strict=True):
+            self._answers[slot] = answer
         if self._takes_rows:
             self._columns = int(self._lengths.max())
-            self._cache.fill(places, cache, self._columns)
+            self._cache.fill(slots, cache, self._columns)
         else:
-            self._cache, self._columns, self.can_read = cache, sequence.mask.shape[1], False
+            self._cache, self._columns, self._can_begin = cache, sequence.mask.shape[1], False
         return tokens
 
-    def drop(self, places: list[int]) -> None:
+    def _drop(self, slots: list[int]) -> None:
         """Do without these slots from now on."""
-        kept = [place for place in range(len(self.answers)) if place not in places]
-        self.answers = [self.answers[place] for place in kept]
+        kept = [slot for slot in range(len(self._answers)) if slot not in slots]
+        self._answers = [self._answers[slot] for slot in kept]
         self._tokens, self._lengths = self._tokens[kept], self._lengths[kept]
         self._cache.reorder_cache(torch.tensor(kept, device=self._tokens.device))
         if self._takes_rows:
             self._columns = int(self._lengths.max())
             self._cache.trim(self._columns)
 
-    def step(self) -> torch.Tensor:
+    def _continue(self) -> torch.Tensor:
         """The next token of every slot, none of which is free."""
         self._columns, self._lengths = self._columns + 1, self._lengths + 1
         columns = torch.arange(self._columns, device=self._tokens.device)
@@ -164,7 +173,7 @@ def label_log_likelihoods(
 
     Args:
         llm: a causal language model.
-        sequence: what it has read.
+        sequence: its input before the label.
         labels: token ids of each label word, without eos.
 
     Returns:
@@ -181,7 +190,7 @@ def label_log_likelihoods(
     if longest == 1:
         return scores, are_greedy
 
-    # One copy of the cache for each label; its tokens but the last are read, all but the first are scored.
+    # One copy of the cache for each label; its tokens but the last are input, all but the first are scored.
     cache.batch_repeat_interleave(count)
     ids = torch.tensor([label + [0] * (longest - len(label)) for label in labels], device=device).repeat(rows, 1)
     is_scored = torch.tensor([[n < len(label) for n in range(1, longest)] for label in labels], device=device)
@@ -202,7 +211,7 @@ def _step(
     positions: torch.Tensor,
     cache: Cache,
 ) -> torch.Tensor:
-    """Logits [rows, vocabulary] of the next token; the cache grows by what was read."""
+    """Logits [rows, vocabulary] of the next token; the cache grows by the inputs."""
     return llm(
         **inputs,
         attention_mask=mask,

@@ -1,4 +1,4 @@
-"""From judged answers to scores: accuracies, their intervals, a table."""
+"""From graded answers to scores: accuracies, their intervals, a table."""
 
 import math
 from collections.abc import Iterable
@@ -9,9 +9,9 @@ SCORES = "scores.json"
 
 def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
     """The Wilson score interval of a proportion, 95% at the default z (Wilson 1927; Brown, Cai, DasGupta 2001)."""
-    share, spread = right / count, z * z / count
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
+    fraction, spread = right / count, z * z / count
+    centre = (fraction + spread / 2) / (1 + spread)
+    half = z * math.sqrt(fraction * (1 - fraction) / count + spread / (4 * count)) / (1 + spread)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -20,12 +20,12 @@ def score(task: str, records: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
     Args:
         task: its name.
-        records: judged answers, each with `language`, `right`, `parsed`, `cut` and `stopped`.
+        records: graded answers, each with `language`, `right`, `parsed`, `cut` and `stopped`.
 
     Returns:
         `languages`: for each, `accuracy`, `low` and `high` (95% Wilson interval), `count`, `unanswered` (no number
         or label was found), `cut` (source or prompt shortened), `unfinished` (ran into --max_gen_len);
-        `average`: over languages; `average_without_english`: None where only English was asked.
+        `average`: over languages; `average_without_english`: None where there is only English.
     """
     by_language: dict[str, list[dict[str, Any]]] = {}
     for record in records:

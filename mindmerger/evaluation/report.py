@@ -1,22 +1,59 @@
-"""What an evaluation leaves behind: answers, a table, a chart."""
+"""What an evaluation leaves on disk: every answer, a table, a chart."""
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.io import atomic_path, write_json, write_text
+from common.io import atomic_path, write_json, write_text, writing
 from mindmerger.evaluation.metrics import SCORES, table
 from mindmerger.tasks import LANGUAGES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PREDICTIONS = "predictions"
 
-def write_report(folder: Path, scores: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    """Write `predictions/{code}.jsonl`, `scores.tsv`, `accuracy.png` and, last, `scores.json`."""
-    for language in scores["languages"]:
-        lines = [json.dumps(r, ensure_ascii=False) for r in records if r["language"] == language]
-        write_text(folder / "predictions" / f"{LANGUAGES[language].code}.jsonl", "\n".join(lines) + "\n")
+
+def append_predictions(folder: Path, records: list[dict[str, Any]], rank: int) -> None:
+    """Append graded answers to `predictions/{code}.jsonl`, of ranks above 0 to `predictions/{code}.rank_{n}.jsonl`."""
+    for record in records:
+        code = LANGUAGES[record["language"]].code
+        path = folder / PREDICTIONS / (f"{code}.rank_{rank}.jsonl" if rank else f"{code}.jsonl")
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def drop_cut_lines(folder: Path) -> None:
+    """Remove what stands behind the last line feed of each file of predictions: a line that a kill has cut short."""
+    for path in (folder / PREDICTIONS).glob("*.jsonl"):
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            with writing(path), path.open("r+b") as file:
+                file.truncate(content.rfind(b"\n") + 1)
+
+
+def read_predictions(folder: Path, code: str = "*") -> list[dict[str, Any]]:
+    """The graded answers that all ranks have written, sorted by problem; lines that are none are passed over.
+
+    Args:
+        folder: of one task's results.
+        code: of the one language to read; default: all.
+    """
+    records: dict[int, dict[str, Any]] = {}
+    for path in (folder / PREDICTIONS).glob(f"{code}.*jsonl"):
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                record = json.loads(line)
+                records[record["problem"]] = record
+            except (json.JSONDecodeError, TypeError, KeyError):
+                continue
+    return [records[problem] for problem in sorted(records)]
+
+
+def write_report(folder: Path, scores: dict[str, Any]) -> None:
+    """Write `scores.tsv`, `accuracy.png` and, last, `scores.json`."""
     write_text(folder / "scores.tsv", table(scores))
     with atomic_path(folder / "accuracy.png") as partial:
         _bar_chart(scores).savefig(partial, format="png", dpi=150)

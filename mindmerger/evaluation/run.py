@@ -1,36 +1,85 @@
-"""Ask, generate or score, judge: accuracies per language of an LLM with a mapping, or alone."""
+"""An evaluation: problems are answered, by generation or likelihood, answers graded, accuracies written by language."""
 
 import contextlib
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import runs
 from common.errors import InputError
-from common.io import read_json, sha256, writing
-from common.locks import locked
+from common.io import read_json
 from common.logging import progress, quiet_libraries, say
 from common.ranks import Process, is_out_of_memory, start_process
+from common.runs import RunFolder, open_run
 from common.signals import Stopped, StopSignals
 from mindmerger.batching import Tokens, plan_once
-from mindmerger.checkpoint import mapping_file
-from mindmerger.config import EvaluationFlags
+from mindmerger.config import EvaluationFlags, Limits
 from mindmerger.data import Example, read_evaluation
-from mindmerger.evaluation.answerer import Subject, load_subject, pick_dtype, prepare
-from mindmerger.evaluation.answers import PARSERS, is_same_number, parse_answer
+from mindmerger.evaluation.answerer import Answerer, AnswererParts, Output, pick_dtype, prepare_answerer
 from mindmerger.evaluation.metrics import SCORES, score, table
-from mindmerger.evaluation.report import write_report
-from mindmerger.evaluation.vllm_answerer import VllmSubject, check_vllm
+from mindmerger.evaluation.report import (
+    PREDICTIONS,
+    append_predictions,
+    drop_cut_lines,
+    read_predictions,
+    write_report,
+)
+from mindmerger.evaluation.vllm_answerer import VllmAnswerer, check_vllm
 from mindmerger.frozen_models import check_context
 from mindmerger.tasks import EVALUATION_TASKS, Task, find_task, select_languages
 from mindmerger.tokenization import ExampleTokenizer
 
-ANSWERS = "answers"
+
+@dataclass(frozen=True)
+class ProblemSet:
+    """The problems of one task, and how they are answered and graded. A problem is its index in both lists.
+
+    Attributes:
+        task: how an answer is graded.
+        examples, tokens: of all problems.
+        by_likelihood: whether labels are scored, and no text is generated.
+        max_gen_len: tokens of a generated answer.
+        slots: problems at once.
+        answer_parser: how a number is read from an answer; one of `PARSERS`.
+    """
+
+    task: Task
+    examples: list[Example]
+    tokens: list[Tokens]
+    by_likelihood: bool
+    max_gen_len: int
+    slots: int
+    answer_parser: str
+
+    def longest_input(self, tokenizer: ExampleTokenizer) -> int:
+        """Tokens of the longest input that the LLM may get; the last token of an answer is no input."""
+        answer = self.max_gen_len
+        if self.by_likelihood:
+            words = {word for example in self.examples for word in example.labels}
+            answer = max(len(tokenizer.label_ids(word)) for word in words)
+        return max(map(len, self.tokens)) + answer - 1
+
+    def record(self, output: Output) -> dict[str, Any]:
+        """One answer, graded."""
+        example = self.examples[output.problem]
+        parsed, right = self.task.grade(example, output.text, self.answer_parser)
+        return {
+            "language": example.language.name,
+            "question": example.source.text,
+            "output": output.text,
+            "parsed": parsed,
+            "gold": example.target,
+            "right": right,
+            "problem": output.problem,
+            "cut": list(self.tokens[output.problem].cut),
+            "stopped": output.stopped,
+        }
 
 
 def evaluate(flags: EvaluationFlags) -> None:
@@ -43,238 +92,148 @@ def evaluate(flags: EvaluationFlags) -> None:
     """
     process = start_process(flags.device)
     quiet_libraries()
-    with contextlib.ExitStack() as locks:
-        _evaluate(flags, process, locks)
+    tasks = [find_task(name, EVALUATION_TASKS) for name in dict.fromkeys(flags.task.split(","))]
+    languages = select_languages(flags.languages)
+    examples = {}
+    for task in tasks:
+        rows = read_evaluation(Path(flags.data_dir), task, languages or task.languages, flags.test_num)
+        examples[task.name] = list(itertools.chain.from_iterable(rows.values()))
+    checkpoint = None if flags.baseline else Path(flags.init_checkpoint)
+    parts = prepare_answerer(flags.models, checkpoint, flags.limits, flags.augmentation)
+    dtype = pick_dtype(flags.dtype, process.device)
+    settings = {**parts.settings(), **_settings(flags.limits, flags.answer_parser, flags.classification, dtype)}
+    if flags.backend != "transformers":
+        # Not where it is, for the records of runs that were finished before there was another.
+        settings["backend"] = flags.backend
+    root = Path("results") / (f"{flags.save_name}-baseline" if flags.baseline else flags.save_name)
+
+    with contextlib.ExitStack() as stack:
+        runs, left = {}, {}
+        for task in tasks:
+            rows = examples[task.name]
+            own = settings | {"problems_sha256": _fingerprint(rows)}
+            run = runs[task.name] = stack.enter_context(open_run(root / task.name, own, flags.overwrite, process))
+            if not run.is_finished:
+                tokens, by_likelihood = parts.tokenizer(rows, with_targets=False), flags.by_likelihood(task)
+                left[task.name] = ProblemSet(
+                    task, rows, tokens, by_likelihood, flags.max_gen_len, flags.eval_batch_size, flags.answer_parser
+                )
+        answerer = _load(parts, list(left.values()), flags.backend, dtype, process) if left else None
+        for name, run in runs.items():
+            if name in left:
+                _evaluate_task(answerer, left[name], run, process)
+            say(process, f"\n{name}: {run.folder}\n{table(read_json(run.folder / SCORES)).expandtabs(14)}")
     # Not after an error: peers that wait in a collective would keep this process, and its message, waiting too.
     process.close()
 
 
-def _evaluate(flags: EvaluationFlags, process: Process, locks: contextlib.ExitStack) -> None:
-    tasks = [find_task(name, EVALUATION_TASKS) for name in flags.task.split(",")]
-    languages = select_languages(flags.languages)
-    problems = {
-        task.name: [
-            example
-            for rows in read_evaluation(
-                Path(flags.data_dir), task, languages or task.languages, flags.test_num
-            ).values()
-            for example in rows
-        ]
-        for task in tasks
-    }
-    tokenizer, config = prepare(flags)
-    dtype = pick_dtype(flags.dtype, process.device)
+def _load(parts: AnswererParts, sets: list[ProblemSet], backend: str, dtype: torch.dtype, process: Process) -> Answerer:
+    """The answerer of `backend`, after a check that no problem is too long for its LLM."""
+    if backend == "vllm":
+        longest = max(len(row) for problems in sets for row in problems.tokens)
+        max_model_len = check_vllm(parts.models, longest, sets[0].max_gen_len, process)
+        answerer = parts.load(dtype, torch.device("cpu"))
+        return VllmAnswerer(answerer, parts.models, dtype, process.device, max_model_len)
+    check_context(parts.models, max(problems.longest_input(parts.tokenizer) for problems in sets))
+    return parts.load(dtype, process.device)
 
-    root = Path("results") / (f"{flags.save_name}-baseline" if flags.baseline else flags.save_name)
+
+def _evaluate_task(answerer: Answerer, problems: ProblemSet, run: RunFolder, process: Process) -> None:
+    """Answer what is left of one task, and write its scores."""
+    run.start()
+    started, folder = time.monotonic(), run.folder
+    answer_all(answerer, problems, folder, process)
     if process.is_main:
-        for name in problems:
-            locks.enter_context(locked(root / name))
-    settings = {task.name: _settings(flags, problems[task.name], dtype) for task in tasks}
-    finished = {task.name: runs.is_finished(root / task.name, settings[task.name], flags.overwrite) for task in tasks}
-    tokens = {
-        name: tokenizer(examples, with_targets=False) for name, examples in problems.items() if not finished[name]
-    }
-    rows = [row for those in tokens.values() for row in those]
-    if flags.backend == "vllm":
-        max_model_len = check_vllm(flags, process, rows)
-    else:
-        # Nothing is read after an answer's last token.
-        longest = [
-            max(map(len, tokens[task.name])) + _longest_answer(flags, task, problems[task.name], tokenizer) - 1
-            for task in tasks
-            if task.name in tokens
-        ]
-        check_context(flags.models, max(longest, default=0))
-    subject = None
-    for task in tasks:
-        folder = root / task.name
-        if not finished[task.name]:
-            if subject is None and flags.backend == "vllm":
-                subject = load_subject(flags, tokenizer, config, dtype, torch.device("cpu"))
-                subject = VllmSubject(subject, flags, dtype, process.device, max_model_len)
-            elif subject is None:
-                subject = load_subject(flags, tokenizer, config, dtype, process.device)
-            runs.start(folder, settings[task.name], flags.overwrite, process)
-            started = time.monotonic()
-            answer_all(subject, task, problems[task.name], tokens[task.name], flags, folder, process)
-            if process.is_main:
-                records = sorted(read_answers(folder), key=lambda record: record["problem"])
-                asked = len(problems[task.name])
-                if len(records) < asked:
-                    raise InputError(
-                        f"{folder} shows {len(records)} of {asked} answers: a shared file system may be behind with "
-                        "what another machine has written; the same command goes on from what is there"
-                    )
-                scores = score(task.name, records)
-                write_report(folder, scores, records)
-                seconds = round(time.monotonic() - started, 1)
-                result = {"average": scores["average"], "seconds": seconds, **process.peak_memory()}
-                runs.finish(folder, settings[task.name], result)
-            process.barrier()
-        say(process, f"\n{task.name}: {folder}\n{table(read_json(folder / SCORES)).expandtabs(14)}")
+        records, count = read_predictions(folder), len(problems.examples)
+        if len(records) < count:
+            raise InputError(
+                f"{folder} shows {len(records)} of {count} answers: a shared file system may be behind with "
+                "what another machine has written; the same command goes on from what is there"
+            )
+        scores = score(problems.task.name, records)
+        write_report(folder, scores)
+        seconds = round(time.monotonic() - started, 1)
+        run.finish({"average": scores["average"], "seconds": seconds, **process.peak_memory()})
+    process.barrier()
 
 
-def answer_all(
-    subject: Subject,
-    task: Task,
-    examples: list[Example],
-    tokens: list[Tokens],
-    flags: EvaluationFlags,
-    folder: Path,
-    process: Process,
-) -> None:
-    """Answer and judge the problems that no earlier run has; this rank's share goes to its file of JSON lines."""
-    done = {record["problem"] for record in read_answers(folder)}
+def answer_all(answerer: Answerer, problems: ProblemSet, folder: Path, process: Process) -> None:
+    """Answer and grade the problems that no earlier run has, this rank its part of them."""
+    if process.is_main:
+        drop_cut_lines(folder)
+    process.barrier()
+    done = {record["problem"] for record in read_predictions(folder)}
     # Every rank has read what is done before any rank adds to it.
     process.barrier()
-    left = [number for number in range(len(examples)) if number not in done]
+    name, count = problems.task.name, len(problems.examples)
     if done:
-        say(process, f"{task.name}: {len(done)} of {len(examples)} problems were answered before")
-    lengths = [len(tokens[number]) for number in left]
-    share = plan_once(lengths, batch_size=1, ranks=process.world_size)[process.rank]
-    left = [left[row] for rows in share for row in rows]
+        say(process, f"{name}: {len(done)} of {count} problems were answered before")
+    left = [problem for problem in range(count) if problem not in done]
+    lengths = [len(problems.tokens[problem]) for problem in left]
+    batches = plan_once(lengths, batch_size=1, ranks=process.world_size)[process.rank]
+    own = [left[row] for batch in batches for row in batch]
 
-    bar = progress(process, total=len(left), desc=task.name, unit="problem")
-    path = folder / ANSWERS / f"rank_{process.rank}.jsonl"
-    right, count = 0, 0
-    (folder / ANSWERS).mkdir(exist_ok=True)
-    with writing(path), path.open("a", encoding="utf-8") as file, StopSignals() as signals:
-        # The line that an earlier run was writing when it was killed has no end.
-        file.write("\n" if file.tell() else "")
-        for answers in _ask(subject, task, examples, tokens, left, flags, process):
-            for number, output, stopped in answers:
-                record = judge(examples[number], output, flags.answer_parser)
-                record |= {"problem": number, "cut": list(tokens[number].cut), "stopped": stopped}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                right, count = right + record["right"], count + 1
-            if answers:
-                file.flush()
-                bar.set_postfix(accuracy=f"{100 * right / count:.1f}")
-                bar.update(len(answers))
-            if signals.received and count < len(left):
-                raise Stopped(f"{signals.received}: the answers so far are in {path}; the same command continues")
-    bar.close()
+    answered = right = 0
+    with StopSignals() as signals, progress(process, total=len(own), desc=name, unit="problem") as bar:
+        for outputs in _answers(answerer, problems, own, process):
+            records = [problems.record(output) for output in outputs]
+            append_predictions(folder, records, process.rank)
+            if records:
+                answered, right = answered + len(records), right + sum(record["right"] for record in records)
+                bar.set_postfix(accuracy=f"{100 * right / answered:.1f}")
+                bar.update(len(records))
+            if signals.received and answered < len(own):
+                where = folder / PREDICTIONS
+                raise Stopped(f"{signals.received}: the answers so far are in {where}; the same command continues")
     process.barrier()
 
 
-def _ask(
-    subject: Subject,
-    task: Task,
-    examples: list[Example],
-    tokens: list[Tokens],
-    left: list[int],
-    flags: EvaluationFlags,
-    process: Process,
-) -> Iterator[list[tuple[int, str, bool]]]:
-    """Answers to the problems of these numbers, as they come: (number, output, whether it ended by itself).
+def _answers(answerer: Answerer, problems: ProblemSet, own: list[int], process: Process) -> Iterator[list[Output]]:
+    """Answers to these problems, as they come.
 
-    Where memory is too little, what was begun is asked again, half as many problems at once.
+    Where memory is too little, what was begun is answered anew, half as many problems at once.
     """
-    by_likelihood = flags.by_likelihood(task)
-    slots = flags.eval_batch_size
+    left, slots = {problem: problems.tokens[problem] for problem in own}, problems.slots
     while left:
-        rows = [tokens[number] for number in left]
-        answered: set[int] = set()
         try:
-            if by_likelihood:
-                steps = _choose(subject, [examples[number] for number in left], rows, slots)
+            if problems.by_likelihood:
+                labels = {problem: problems.examples[problem].labels for problem in left}
+                steps = answerer.choose(dict(left), labels, slots)
             else:
-                steps = subject.generate(rows, flags.max_gen_len, slots)
-            for answers in steps:
-                answered.update(place for place, *_ in answers)
-                yield [(left[place], output, stopped) for place, output, stopped in answers]
+                steps = answerer.generate(dict(left), problems.max_gen_len, slots)
+            for outputs in steps:
+                for output in outputs:
+                    del left[output.problem]
+                yield outputs
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            tried = min(slots, len(left) - len(answered))
+            tried = min(slots, len(left))
             if tried == 1:
-                first = next(number for place, number in enumerate(left) if place not in answered)
-                raise InputError(_too_large(flags, examples[first], tokens[first])) from error
+                raise InputError(_too_large(problems, next(iter(left)))) from error
             slots = tried // 2
             say(process, f"out of memory with {tried} problems at once: going on with {slots}")
-        left = [number for place, number in enumerate(left) if place not in answered]
 
 
-def _longest_answer(flags: EvaluationFlags, task: Task, examples: list[Example], tokenizer: ExampleTokenizer) -> int:
-    """Tokens that an answer may have."""
-    if flags.by_likelihood(task):
-        return max(len(tokenizer.label_ids(word)) for word in {word for example in examples for word in example.labels})
-    return flags.max_gen_len
-
-
-def _too_large(flags: EvaluationFlags, problem: Example, read: Tokens) -> str:
+def _too_large(problems: ProblemSet, problem: int) -> str:
+    tokens = problems.tokens[problem]
     return (
-        f"out of memory with the one problem of {problem.place}, {len(read)} tokens long: take a --max_gen_len below "
-        f"{flags.max_gen_len}, a --max_seq_len below {len(read.source)} or a --max_prompt_len below "
-        f"{len(read.prompt)}, or a narrower --dtype"
+        f"out of memory with the one problem of {problems.examples[problem].location}, {len(tokens)} tokens long: "
+        f"take a --max_gen_len below {problems.max_gen_len}, a --max_seq_len below {len(tokens.source)} or a "
+        f"--max_prompt_len below {len(tokens.prompt)}, or a narrower --dtype"
     )
 
 
-def judge(example: Example, output: str, answer_parser: str) -> dict[str, Any]:
-    """One answer, read and compared with the gold one."""
-    if example.labels:
-        parsed = output.strip() if output.strip() in example.labels else None
-        right = parsed == example.target
-    else:
-        number = PARSERS[answer_parser](output)
-        right = is_same_number(number, parse_answer(example.target))
-        parsed = None if number is None else float(number)
+def _settings(limits: Limits, answer_parser: str, classification: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What a results folder records of how problems are put and graded."""
     return {
-        "language": example.language.name,
-        "question": example.source.text,
-        "output": output,
-        "parsed": parsed,
-        "gold": example.target,
-        "right": right,
-    }
-
-
-def read_answers(folder: Path) -> list[dict[str, Any]]:
-    """The answers that all ranks have written so far; lines cut short by a kill are passed over."""
-    records: dict[int, dict[str, Any]] = {}
-    for path in sorted((folder / ANSWERS).glob("rank_*.jsonl")):
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                record = json.loads(line)
-                records[record["problem"]] = record
-            except (json.JSONDecodeError, TypeError, KeyError):
-                continue
-    return list(records.values())
-
-
-def _choose(
-    subject: Subject, examples: list[Example], rows: list[Tokens], slots: int
-) -> Iterator[list[tuple[int, str, bool]]]:
-    """(place in `rows`, most likely label of its own, True) of each row, in batches of `slots`."""
-    for start in range(0, len(rows), slots):
-        batch = examples[start : start + slots]
-        words = list(dict.fromkeys(label for example in batch for label in example.labels))
-        scores, _ = subject.log_likelihoods(rows[start : start + slots], words)
-        chosen = []
-        for place, (example, row) in enumerate(zip(batch, scores.tolist(), strict=True), start):
-            label = max(example.labels, key=lambda label, row=row: row[words.index(label)])
-            chosen.append((place, label, True))
-        yield chosen
-
-
-def _settings(flags: EvaluationFlags, examples: list[Example], dtype: torch.dtype) -> dict[str, Any]:
-    """What makes two evaluations the same one: models, mapping, problems and how they are put and judged."""
-    texts = json.dumps([[e.language.name, e.source.text, e.target] for e in examples], ensure_ascii=False)
-    return {
-        "llm_path": flags.llm_path,
-        "llm_revision": flags.llm_revision,
-        "mt_path": None if flags.baseline else flags.mt_path,
-        "mt_revision": None if flags.baseline else flags.mt_revision,
-        "encoder_layer": flags.encoder_layer,
-        "mapping_sha256": None if flags.baseline else sha256(mapping_file(Path(flags.init_checkpoint))),
-        "augmentation": flags.augmentation,
-        "problems_sha256": hashlib.sha256(texts.encode()).hexdigest(),
-        "max_seq_len": flags.max_seq_len,
-        "max_prompt_len": flags.max_prompt_len,
-        "max_gen_len": flags.max_gen_len,
-        "answer_parser": flags.answer_parser,
-        "classification": flags.classification,
+        **asdict(limits),
+        "answer_parser": answer_parser,
+        "classification": classification,
         "dtype": str(dtype).removeprefix("torch."),
-        # Only where it is another, for the records of runs that were finished before there was one.
-        **({} if flags.backend == "transformers" else {"backend": flags.backend}),
     }
+
+
+def _fingerprint(examples: list[Example]) -> str:
+    texts = json.dumps([[e.language.name, e.source.text, e.target] for e in examples], ensure_ascii=False)
+    return hashlib.sha256(texts.encode()).hexdigest()

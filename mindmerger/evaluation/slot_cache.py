@@ -1,4 +1,4 @@
-"""A key-value cache of slots: a token is written in place, and a row that has ended makes way for the next."""
+"""A key-value cache of slots: a token is written in place, and a row that has ended gives its slot to the next."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ class SlotCache(Cache):
     """Keys and values of rows that begin and end at different times.
 
     Rows are left-padded: all end in the last column, wherever they began, so that distances between a row's columns
-    are those between its tokens, which is all that a sliding window sees.
+    are those between its tokens, which is all that a sliding window depends on.
 
     Args:
         like: an empty cache of the LLM, of those that this class `can_hold`.
@@ -29,16 +29,16 @@ class SlotCache(Cache):
         """Whether all that the LLM keeps of a row is a key and a value for each token (no recurrent states)."""
         return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
-    def fill(self, places: list[int], read: DynamicCache, columns: int) -> None:
-        """Put the rows of `read` in the place of others, which are forgotten.
+    def fill(self, slots: list[int], prefilled: DynamicCache, columns: int) -> None:
+        """Put new rows into slots, whose old rows are forgotten.
 
         Args:
-            places: one for each row of `read`.
-            read: what the new rows have left.
+            slots: one for each new row.
+            prefilled: keys and values of the new rows.
             columns: of the longest row from now on.
         """
-        for layer, new in zip(self.layers, read.layers, strict=True):
-            layer.fill(places, new, columns)
+        for layer, new in zip(self.layers, prefilled.layers, strict=True):
+            layer.fill(slots, new, columns)
 
     def trim(self, columns: int) -> None:
         """Forget all columns but the last, as many as the longest row has."""
@@ -80,22 +80,22 @@ class SlotLayer(DynamicLayer):
             buffer[:, :, self._end - 1 : self._end] = states
         return self.keys[:, :, start : self._end], self.values[:, :, start : self._end]
 
-    def fill(self, places: list[int], read: DynamicLayer, columns: int) -> None:
+    def fill(self, slots: list[int], prefilled: DynamicLayer, columns: int) -> None:
         """See `SlotCache.fill`."""
         if not self.is_initialized:
             self.keys, self.values = (
-                new.new_zeros(self._slots, new.shape[1], 0, new.shape[3]) for new in (read.keys, read.values)
+                new.new_zeros(self._slots, new.shape[1], 0, new.shape[3]) for new in (prefilled.keys, prefilled.values)
             )
             self.is_initialized = True
         in_use, self.columns = self._kept, columns
-        count = min(read.keys.shape[2], self._kept)
+        count = min(prefilled.keys.shape[2], self._kept)
         if count > self._end:
             self._move(in_use, count)
-        for buffer, new in ((self.keys, read.keys), (self.values, read.values)):
-            buffer[places, :, self._end - count : self._end] = new[:, :, -count:]
+        for buffer, new in ((self.keys, prefilled.keys), (self.values, prefilled.values)):
+            buffer[slots, :, self._end - count : self._end] = new[:, :, -count:]
 
     def _move(self, in_use: int, columns: int = 0) -> None:
-        """Take the last `in_use` columns to buffers with room behind them, and before them up to `columns`."""
+        """Move the last `in_use` columns to buffers with room behind them, and before them up to `columns`."""
         end = max(in_use, columns)
         for name in ("keys", "values"):
             old = getattr(self, name)

@@ -1,4 +1,4 @@
-"""Answers by vLLM: encoder, mapping and the LLM's embedding table stay here, vLLM reads what they give."""
+"""Answers by vLLM: encoder, mapping and the LLM's embedding table stay here, vLLM gets their vectors."""
 
 import os
 from collections.abc import Iterator
@@ -12,17 +12,17 @@ from common.models import base_config
 from common.optional import require
 from common.ranks import Process
 from mindmerger.batching import Tokens
-from mindmerger.config import EvaluationFlags
-from mindmerger.evaluation.answerer import Subject
+from mindmerger.config import ModelPair
+from mindmerger.evaluation.answerer import Answerer, Output
 
 # Of the GPU memory that the encoder leaves.
-_SHARE_OF_MEMORY = 0.9
-# Rows that encoder and mapping read at once: they have the memory that vLLM leaves.
-_ROWS_READ = 8
+_MEMORY_FRACTION = 0.9
+# Rows of a batch of encoder and mapping: they have the memory that vLLM leaves.
+_ROWS_AT_ONCE = 8
 
 
-def check_vllm(flags: EvaluationFlags, process: Process, rows: list[Tokens]) -> int:
-    """Whether vLLM can answer `rows`, before anything loads.
+def check_vllm(models: ModelPair, longest: int, max_gen_len: int, process: Process) -> int:
+    """Whether vLLM can answer problems of at most `longest` tokens, before anything loads.
 
     Returns:
         The longest sequence that it is to hold, in tokens.
@@ -38,43 +38,42 @@ def check_vllm(flags: EvaluationFlags, process: Process, rows: list[Tokens]) -> 
         raise InputError(
             "--backend vllm runs on the first GPU that it sees: choose it by CUDA_VISIBLE_DEVICES, leave --device out"
         )
-    longest = max(map(len, rows), default=0)
-    config = base_config(flags.llm_path, flags.llm_revision, flags.trust_remote_code).get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or longest + flags.max_gen_len
+    config = base_config(models.llm_path, models.llm_revision, models.trust_remote_code).get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or longest + max_gen_len
     if longest >= limit:
         raise InputError(
-            f"--backend vllm: a problem has {longest} tokens and {flags.llm_path} a context of {limit}: lower "
+            f"--backend vllm: a problem has {longest} tokens and {models.llm_path} a context of {limit}: lower "
             "--max_seq_len or --max_prompt_len"
         )
-    return min(limit, longest + flags.max_gen_len)
+    return min(limit, longest + max_gen_len)
 
 
-class VllmSubject(Subject):
-    """A subject whose LLM runs in vLLM, which is sent prompt embeddings and batches them continuously.
+class VllmAnswerer(Answerer):
+    """An answerer whose LLM runs in vLLM, which gets prompt embeddings and batches them continuously.
 
     Args:
-        subject: loaded, on the CPU; of its LLM only the embedding table is kept.
-        flags: of the evaluation.
+        answerer: loaded, on the CPU; of its LLM only the embedding table is kept.
+        models: the LLM's name among them.
         dtype: of the LLM.
         device: for encoder, mapping and embedding table.
         max_model_len: tokens of the longest sequence, answer included.
 
     Raises:
-        InputError: vLLM does not know the LLM's architecture, or lacks memory.
+        InputError: vLLM has no such architecture, or lacks memory.
     """
 
     def __init__(
-        self, subject: Subject, flags: EvaluationFlags, dtype: torch.dtype, device: torch.device, max_model_len: int
+        self, answerer: Answerer, models: ModelPair, dtype: torch.dtype, device: torch.device, max_model_len: int
     ):
-        super().__init__(subject.llm, subject.tokenizer, subject.model)
-        self.llm = _EmbeddingTable(subject.llm).to(device)
+        super().__init__(answerer.llm, answerer.tokenizer, answerer.model)
+        self.llm = _EmbeddingTable(answerer.llm).to(device)
         if self.model is not None:
             self.model.llm = self.llm
             self.model.to(device)
 
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        # Of a CPU vLLM would keep a core for its scheduler, half of two, though it has nothing to schedule meanwhile.
+        # On a CPU vLLM would reserve a core for its scheduler, half of two, which is idle while the model runs.
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         from vllm import LLM, SamplingParams
 
@@ -82,12 +81,12 @@ class VllmSubject(Subject):
         options: dict[str, Any] = {}
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
-            options["gpu_memory_utilization"] = _SHARE_OF_MEMORY * free / total
+            options["gpu_memory_utilization"] = _MEMORY_FRACTION * free / total
         try:
             self._engine = LLM(
-                flags.llm_path,
-                revision=flags.llm_revision,
-                trust_remote_code=flags.trust_remote_code,
+                models.llm_path,
+                revision=models.llm_revision,
+                trust_remote_code=models.trust_remote_code,
                 dtype=str(dtype).removeprefix("torch."),
                 enable_prompt_embeds=True,
                 # Nothing but the bos is common to two problems.
@@ -99,33 +98,35 @@ class VllmSubject(Subject):
                 **options,
             )
         except (ValueError, RuntimeError) as error:
-            raise InputError(f"vLLM could not load {flags.llm_path}: {first_line(error)}") from error
+            raise InputError(f"vLLM could not load {models.llm_path}: {first_line(error)}") from error
 
     def generate(  # type: ignore[override]
-        self, rows: list[Tokens], max_new_tokens: int, slots: int
-    ) -> Iterator[list[tuple[int, str, bool]]]:
-        """As for any subject, but vLLM is handed `slots` rows at a time, and gives their answers together."""
+        self, rows: dict[int, Tokens], max_new_tokens: int, slots: int
+    ) -> Iterator[list[Output]]:
+        """As `Answerer.generate`, but vLLM gets `slots` problems at a time and returns their answers together."""
         greedily = self._sampling_params(
             temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=sorted(self.eos_token_ids), detokenize=False
         )
-        for start in range(0, len(rows), slots):
-            prompts = self._prompts(rows[start : start + slots])
-            outputs = self._engine.generate(prompts, greedily, use_tqdm=False)
-            answers = enumerate((list(output.outputs[0].token_ids) for output in outputs), start)
-            yield [(place, self.text(ids), ids[-1] in self.eos_token_ids) for place, ids in answers]
+        problems = list(rows)
+        for start in range(0, len(problems), slots):
+            batch = problems[start : start + slots]
+            prompts = self._prompts([rows[problem] for problem in batch])
+            answers = self._engine.generate(prompts, greedily, use_tqdm=False)
+            ids = [list(answer.outputs[0].token_ids) for answer in answers]
+            yield [self.output(*answer) for answer in zip(batch, ids, strict=True)]
 
     def _prompts(self, rows: list[Tokens]) -> list[dict[str, torch.Tensor]]:
         """vLLM's input for each row, {"prompt_embeds": [length, hidden] on the CPU}."""
         prompts = []
-        for start in range(0, len(rows), _ROWS_READ):
-            sequence = self.read(rows[start : start + _ROWS_READ])
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            sequence = self.read(rows[start : start + _ROWS_AT_ONCE])
             masks = sequence.mask.bool()
             prompts += [{"prompt_embeds": row[mask].cpu()} for row, mask in zip(sequence.embeds, masks, strict=True)]
         return prompts
 
 
 class _EmbeddingTable(nn.Module):
-    """What is left of an LLM whose layers run elsewhere."""
+    """The embedding table of an LLM whose layers run elsewhere."""
 
     def __init__(self, llm: nn.Module):
         super().__init__()

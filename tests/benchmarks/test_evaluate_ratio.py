@@ -42,8 +42,8 @@ def test_slots_take_half_the_steps_and_compute_nothing_that_has_ended() -> None:
     for slots, ratio in ((BATCH_SIZE, 1.7), (2 * BATCH_SIZE, 3.0)):
         sizes.clear()
         answers = {}
-        for told in greedy_steps(llm, read, ROWS, slots, MAX_NEW_TOKENS, eos):
-            answers |= {answer.row: answer.ids for answer in told}
+        for active in greedy_steps(llm, range(ROWS), read, slots, MAX_NEW_TOKENS, eos):
+            answers |= {answer.problem: answer.ids for answer in active}
         assert [answers[row] for row in range(ROWS)] == expected
         assert sum(sizes) == tokens - ROWS, "every row of a step gives a token; a problem's reading gives the first"
         assert steps / len(sizes) > ratio, (slots, steps, len(sizes))

@@ -5,9 +5,22 @@ from pathlib import Path
 import pytest
 
 from common.errors import InputError
-from mindmerger.data import hold_out, read_evaluation, read_training
-from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, prompt_template, select_languages
+from mindmerger.data import hold_out, read_evaluation
+from mindmerger.data import read_training as iterate_training
+from mindmerger.tasks import (
+    EVALUATION_TASKS,
+    LANGUAGES,
+    TRAINING_TASKS,
+    Example,
+    prompt_template,
+    select_languages,
+    translation,
+)
 from tests.mindmerger.datas import ROWS, sentence, write_datas
+
+
+def read_training(*given: object, **more: object) -> list[Example]:
+    return list(iterate_training(*given, **more))
 
 
 @pytest.fixture
@@ -36,6 +49,27 @@ def test_augmentation_stage_reads_what_languages_there_are(datas: Path) -> None:
     assert counts["xnli"] == {language.code: ROWS for language in TRAINING_TASKS["xnli"].languages}
     chosen = read_training(datas, TRAINING_TASKS["math"], "augmentation", select_languages("Swahili,en"), 3)
     assert [row.language.code for row in chosen] == ["sw"] * 3 + ["en"] * 3
+
+
+def test_training_rows_are_read_one_by_one_and_prompts_built_where_they_are_used(
+    datas: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (datas / "bilingual_pairs/en-sw/train_100k.sw").write_text("a\n\nb\n")
+    monkeypatch.setattr(translation, "translation_prompt", lambda *_: pytest.fail("a prompt is built"))
+    german = iterate_training(
+        datas, TRAINING_TASKS["math"], "mapping", select_languages("de,sw"), 5, with_prompts=False
+    )
+    rows = [next(german) for _ in range(5)]
+    assert {row.prompt.text for row in rows} == {""} and rows[0].target == sentence("English", 0)
+    with pytest.raises(InputError, match=r"train_100k\.sw, line 2: the line is empty"):
+        next(german)
+
+
+def test_rows_beyond_the_limit_are_checked_too(datas: Path) -> None:
+    path = datas / CSQA
+    path.write_text(path.read_text() + "[]\n")
+    with pytest.raises(InputError, match=rf"train_de.jsonl, line {ROWS + 1}: expected a JSON object"):
+        read_training(datas, TRAINING_TASKS["x-csqa"], "augmentation", select_languages("de"), 2)
 
 
 def test_published_prompts_to_the_letter(datas: Path) -> None:

@@ -20,7 +20,7 @@ Words = tuple[object, ...]
 
 @pytest.fixture
 def located(examples: list[Example]) -> list[Example]:
-    return [replace(example, place=f"datas/{n % 2}.tsv, line {n}") for n, example in enumerate(examples)]
+    return [replace(example, location=f"datas/{n % 2}.tsv, line {n}") for n, example in enumerate(examples)]
 
 
 def reader(rows: list[Example], reads: list[int]) -> Callable[[], Iterable[Example]]:

@@ -23,7 +23,14 @@ def write_results(folder: Path, accuracy: float, answer: str) -> None:
     write_json(folder / "scores.json", {"languages": languages})
     (folder / "predictions").mkdir()
     for code, language in zip(("de", "es", "sw", "ru", "zh", "en"), LANGUAGES, strict=True):
-        row = {"language": language, "question": "2 < 3?", "output": answer, "gold": "5", "right": answer == "5"}
+        row = {
+            "problem": 0,
+            "language": language,
+            "question": "2 < 3?",
+            "output": answer,
+            "gold": "5",
+            "right": answer == "5",
+        }
         (folder / "predictions" / f"{code}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
 
 

@@ -82,9 +82,9 @@ def test_sentences_begin_with_a_capital() -> None:
 def test_the_ordinary_readers_read_it(tmp_path: Path) -> None:
     write_world(tmp_path / "datas", pairs=6, queries=4, tests=5, seed=0, split="dev")
     languages = tuple(language for language in WORLD_LANGUAGES if language.code != "en")
-    pairs = read_training(tmp_path / "datas", TRAINING_TASKS["math"], "mapping", languages, 100)
+    pairs = list(read_training(tmp_path / "datas", TRAINING_TASKS["math"], "mapping", languages, 100))
     assert len(pairs) == 30
-    queries = read_training(tmp_path / "datas", TRAINING_TASKS["math"], "augmentation", WORLD_LANGUAGES, 100)
+    queries = list(read_training(tmp_path / "datas", TRAINING_TASKS["math"], "augmentation", WORLD_LANGUAGES, 100))
     assert len(queries) == 24
     asked = read_evaluation(tmp_path / "datas", EVALUATION_TASKS["mgsm"], WORLD_LANGUAGES, None)
     assert [len(rows) for rows in asked.values()] == [5] * 6

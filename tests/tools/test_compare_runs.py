@@ -47,7 +47,7 @@ def write_results(folder: Path, german: list[dict], swahili: list[dict] | None =
         if records:
             lines = [json.dumps(record, ensure_ascii=False) for record in records]
             write_lines(folder / "mgsm" / "predictions" / f"{code}.jsonl", lines)
-    write_json(folder / "mgsm" / "run.json", {"settings": {"llm_path": folder.name, "dtype": "float32"}})
+    write_json(folder / "mgsm" / "run.json", {"settings": {"llm_path": folder.name, "dtype": "float32"}, "result": {}})
     return folder
 
 
@@ -73,6 +73,23 @@ def test_runs_are_paired_by_question(results: list[Path]) -> None:
     # The same question twice is two problems.
     assert (both["Swahili"].count, both["Swahili"].difference, both["Swahili"].p_value) == (2, 0, 1)
     assert pair(first, third)["German"].count == 4 and "Swahili" not in pair(first, third)
+
+
+def test_the_files_of_several_ranks_are_one_language_in_the_order_of_its_problems(tmp_path: Path) -> None:
+    rows = [answer("twice", n == 2, problem=n) for n in range(4)]
+    one = write_results(tmp_path / "one", rows)
+    two = write_results(tmp_path / "two", [rows[3], rows[1]])
+    lines = [json.dumps(row) for row in (rows[2], rows[0])]
+    write_lines(two / "mgsm/predictions/de.rank_1.jsonl", lines)
+    assert list(read_answers(one / "mgsm").items()) == list(read_answers(two / "mgsm").items())
+
+
+def test_an_unfinished_task_is_left_out(results: list[Path]) -> None:
+    (results[0] / "msvamp/predictions").mkdir(parents=True)
+    write_json(results[0] / "msvamp/run.json", {"settings": {}})
+    assert read_runs(results[:1])[0].tasks.keys() == {"mgsm"}
+    with pytest.raises(InputError, match=r"msvamp: no predictions/ of a finished evaluation"):
+        read_runs([results[0] / "msvamp"])
 
 
 def test_the_markdown_table(results: list[Path], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from common.errors import InputError
 from common.models import load_tokenizer
 from mindmerger.config import DemoFlags
 from mindmerger.data import Example
-from mindmerger.evaluation.answerer import Subject
+from mindmerger.evaluation.answerer import Answerer
 from mindmerger.frozen_models import load_llm
 from mindmerger.tasks import LANGUAGES, Prompt, math_prompt
 from mindmerger.tokenization import ExampleTokenizer
@@ -84,9 +84,10 @@ def test_the_llm_alone_beside_the_llm_with_the_mapping(tmp_path: Path, build: Ca
     )
     example = Example(Prompt("", QUESTION, ""), math_prompt(QUESTION), "", LANGUAGES["English"])
     texts = []
-    for subject in (Subject(model.llm, alone), Subject(model.llm, tokenizer, model)):
-        [(text, _)] = subject.generate(subject.tokenizer([example], with_targets=False), 40)
-        texts.append(text)
+    for answerer in (Answerer(model.llm, alone), Answerer(model.llm, tokenizer, model)):
+        [row] = answerer.tokenizer([example], with_targets=False)
+        [output] = [output for outputs in answerer.generate({0: row}, 40, 1) for output in outputs]
+        texts.append(output.text)
     assert texts[0] != texts[1]
     with served(tmp_path, "--checkpoint", "checkpoint", "--max_gen_len", 40) as address:
         ask(browser, address, dict(zip(["The LLM alone", "The LLM with the mapping"], texts, strict=True)))

@@ -15,8 +15,10 @@ from common.cli import parse_flags
 from common.errors import InputError
 from common.ranks import Process
 from mindmerger.config import EvaluationFlags
+from mindmerger.evaluation.answerer import Answerer
+from mindmerger.evaluation.report import read_predictions
 from mindmerger.evaluation.run import evaluate
-from mindmerger.tasks import EVALUATION_TASKS
+from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES
 from tests.conftest import REPOSITORY
 from tests.mindmerger.scripts import run, torchrun_command
 from tools import harness, lm_eval
@@ -66,8 +68,10 @@ def logged() -> dict[str, list[dict]]:
 def ours(task: str, *words: object) -> dict[str, list[dict]]:
     words = ("--init_checkpoint", "checkpoint", "--save_name", "ours", "--task", task, "--overwrite", *words)
     evaluate(parse_flags(EvaluationFlags, [str(word) for word in words]))
-    paths = Path("results/ours", task, "predictions").iterdir()
-    return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in paths}
+    found: dict[str, list[dict]] = {}
+    for record in read_predictions(Path("results/ours", task)):
+        found.setdefault(LANGUAGES[record["language"]].code, []).append(record)
+    return found
 
 
 # The second of them cuts questions: to the same tokens here and there.
@@ -191,7 +195,7 @@ def test_an_encoder_that_is_told_the_language_gets_the_tasks_own(build: Callable
     model, tokenizer = build(mt="nllb")
     lm = harness.MindMergerLM.__new__(harness.MindMergerLM)
     lm._process, lm._source_language = Process(0, 1, torch.device("cpu")), None
-    lm._subject = harness.Subject(model.llm, tokenizer, model)
+    lm._answerer = Answerer(model.llm, tokenizer, model)
     assert [lm._language(task).code for task in ("msvamp_sw", "mgsm_direct_zh", "belebele_deu_Latn")] == [
         "sw", "zh", "de"
     ]  # fmt: skip

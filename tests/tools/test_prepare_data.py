@@ -164,21 +164,21 @@ def test_what_is_built_is_what_training_and_evaluation_read(built: Path) -> None
     xnli_test = read_evaluation(built, EVALUATION_TASKS["xnli"], (LANGUAGES["Swahili"],))[LANGUAGES["Swahili"]]
     assert [row.target for row in xnli_test] == ["entailment", "neutral", "contradiction", "entailment"]
 
-    pairs = read_training(built, TRAINING_TASKS["math"], "mapping", languages, 100)
+    pairs = list(read_training(built, TRAINING_TASKS["math"], "mapping", languages, 100))
     assert [len([row for row in pairs if row.language == language]) for language in languages] == [4, 4, 4]
     swahili = next(row for row in pairs if row.language.code == "sw")
     assert (swahili.source.text, swahili.target) == ("mstari wa kiswahili\u2028 0", 'an "english line 0')
 
-    math = read_training(built, TRAINING_TASKS["math"], "augmentation", None, 100)
+    math = list(read_training(built, TRAINING_TASKS["math"], "augmentation", None, 100))
     counts = {name: sum(row.language.name == name for row in math) for name in ("German", "Swahili", "English")}
     assert counts == {"German": 19, "Swahili": 20, "English": 23}
     german = next(row for row in math if row.language.code == "de")
     assert german.source.text == "German question 0?"
     assert german.target == "Anna hat 0 + 2 = 2.\nThe answer is: 2"
 
-    rows = read_training(built, TRAINING_TASKS["x-csqa"], "augmentation", (LANGUAGES["English"],), 100)
+    rows = list(read_training(built, TRAINING_TASKS["x-csqa"], "augmentation", (LANGUAGES["English"],), 100))
     assert [row.source.query for row in rows] == [f"en Frage {n}?" for n in (3, 4, 5)]
-    rows = read_training(built, TRAINING_TASKS["xnli"], "augmentation", None, 100)
+    rows = list(read_training(built, TRAINING_TASKS["xnli"], "augmentation", None, 100))
     assert len(rows) == 3 * 2
 
 
@@ -186,7 +186,7 @@ def test_questions_and_their_translations_are_pairs_too(local_copies: Path, tmp_
     words = ("--source_dir", local_copies, "--languages", "de,sw", "--check_counts", "False", "--pairs", "questions")
     run("--output_dir", tmp_path / "datas", "--task", "math", *words)
     languages = (LANGUAGES["German"], LANGUAGES["Swahili"])
-    pairs = read_training(tmp_path / "datas", TRAINING_TASKS["math"], "mapping", languages, 100)
+    pairs = list(read_training(tmp_path / "datas", TRAINING_TASKS["math"], "mapping", languages, 100))
     assert [(row.source.text, row.target) for row in pairs if row.language.code == "de"] == [
         (f"German question {n}?", f"How many of {n}?") for n in range(20) if n != 7
     ]
@@ -242,9 +242,9 @@ def test_nothing_of_the_evaluation_is_in_training(built: Path) -> None:
     }
     languages = (LANGUAGES["German"], LANGUAGES["Swahili"])
     for task in TRAINING_TASKS.values():
-        rows = read_training(built, task, "mapping", languages, 100)
+        rows = list(read_training(built, task, "mapping", languages, 100))
         assert not any(sentence_key(text) in questions for row in rows for text in (row.source.text, row.target))
-    rows = read_training(built, TRAINING_TASKS["math"], "augmentation", None, 100)
+    rows = list(read_training(built, TRAINING_TASKS["math"], "augmentation", None, 100))
     assert not any(sentence_key(row.source.query) in questions for row in rows)
 
 

@@ -20,7 +20,7 @@ from transformers import (
 from mindmerger.evaluation import decoding, slot_cache
 from mindmerger.evaluation.decoding import greedy_steps
 from mindmerger.evaluation.slot_cache import SlotCache
-from mindmerger.modeling import Sequence, join
+from mindmerger.modeling import Sequence
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 90}  # fmt: skip
@@ -77,18 +77,18 @@ def in_slots(
 ) -> Iterator[dict[int, list[int]]]:
     """After every step the answers that are whole."""
 
-    def read(numbers: list[int]) -> Sequence:
-        longest = max(len(rows[number]) for number in numbers)
-        embeds = torch.zeros(len(numbers), longest, 32)
-        mask = torch.zeros(len(numbers), longest, dtype=torch.int64)
-        for place, number in enumerate(numbers):
-            embeds[place, : len(rows[number])], mask[place, : len(rows[number])] = rows[number], 1
-        return join([(embeds, mask)])
+    def prefill(problems: list[int]) -> Sequence:
+        longest = max(len(rows[problem]) for problem in problems)
+        embeds = torch.zeros(len(problems), longest, 32)
+        mask = torch.zeros(len(problems), longest, dtype=torch.int64)
+        for row, problem in enumerate(problems):
+            embeds[row, -len(rows[problem]) :], mask[row, -len(rows[problem]) :] = rows[problem], 1
+        return Sequence(embeds, mask)
 
     done: dict[int, list[int]] = {}
-    for answers in greedy_steps(llm, read, len(rows), slots, MAX_NEW_TOKENS, set(), has_ended):
+    for answers in greedy_steps(llm, range(len(rows)), prefill, slots, MAX_NEW_TOKENS, set(), has_ended):
         assert len(answers) <= slots
-        done |= {answer.row: answer.ids for answer in answers if answer.is_done}
+        done |= {answer.problem: answer.ids for answer in answers if answer.is_done}
         yield done
 
 

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import binomtest
 
 from mindmerger.evaluation.metrics import score, table, wilson_interval
-from mindmerger.evaluation.report import write_report
+from mindmerger.evaluation.report import append_predictions, drop_cut_lines, read_predictions, write_report
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 6), (3, 250), (125, 250), (250, 250), (1, 1)])
@@ -33,9 +33,27 @@ def test_scores_count_what_they_say(tmp_path: Path) -> None:
     assert scores["average_without_english"] == pytest.approx(0.25)
     assert score("mgsm", [record("English", True)])["average_without_english"] is None
 
-    write_report(tmp_path, scores, records)
+    write_report(tmp_path, scores)
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
     assert (tmp_path / "scores.tsv").read_text() == table(scores)
     assert "German\t50.0" in table(scores)
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    assert len((tmp_path / "predictions" / "de.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_line_that_a_kill_has_cut_short_is_dropped_and_spoils_no_other(tmp_path: Path) -> None:
+    def answers(*problems: int, language: str = "German") -> list[dict]:
+        return [record(language, True) | {"problem": problem} for problem in problems]
+
+    append_predictions(tmp_path, answers(4, 2), rank=0)
+    append_predictions(tmp_path, answers(3), rank=1)
+    append_predictions(tmp_path, answers(9, language="Thai"), rank=0)
+    files = [tmp_path / "predictions" / name for name in ("de.jsonl", "de.rank_1.jsonl", "th.jsonl")]
+    assert sorted((tmp_path / "predictions").iterdir()) == files
+    assert [len(path.read_text().splitlines()) for path in files] == [2, 1, 1]
+    whole = [path.read_bytes() for path in files]
+    files[0].write_bytes(whole[0] + whole[0][:30])
+    files[2].write_bytes(whole[2][:-1])
+    drop_cut_lines(tmp_path)
+    assert [path.read_bytes() for path in files] == [*whole[:2], b""]
+    append_predictions(tmp_path, answers(1), rank=0)
+    assert [answer["problem"] for answer in read_predictions(tmp_path)] == [1, 2, 3, 4]

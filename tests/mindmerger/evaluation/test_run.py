@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,19 @@ from common.cli import parse_flags
 from common.errors import InputError
 from common.locks import locked
 from common.signals import Stopped
-from mindmerger.batching import collate
+from mindmerger import modeling
+from mindmerger.batching import lay_out
 from mindmerger.config import EvaluationFlags
 from mindmerger.data import Example
+from mindmerger.evaluation import answerer as answerer_module
 from mindmerger.evaluation import decoding
 from mindmerger.evaluation import run as evaluation
-from mindmerger.evaluation.answerer import Subject
+from mindmerger.evaluation.answerer import Answerer
+from mindmerger.evaluation.answers import parse_answer
 from mindmerger.evaluation.decoding import greedy, label_log_likelihoods
-from mindmerger.evaluation.run import evaluate, judge, read_answers
-from mindmerger.tasks import LANGUAGES, Prompt
+from mindmerger.evaluation.report import read_predictions
+from mindmerger.evaluation.run import evaluate
+from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, Prompt, math
 from tests.mindmerger.scripts import run, torchrun_command
 
 Words = tuple[object, ...]
@@ -44,10 +49,14 @@ def evaluate_words(*words: object) -> None:
 
 
 def predictions(folder: Path) -> dict[str, list[dict]]:
-    return {
-        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
-        for path in sorted((folder / "predictions").iterdir())
-    }
+    """By language's code; every line of every file must be an answer."""
+    lines = [line for path in (folder / "predictions").iterdir() for line in path.read_text().splitlines()]
+    records = read_predictions(folder)
+    assert sorted(map(json.loads, lines), key=lambda record: record["problem"]) == records
+    found: dict[str, list[dict]] = {}
+    for record in records:
+        found.setdefault(LANGUAGES[record["language"]].code, []).append(record)
+    return found
 
 
 def test_all_tasks_with_every_output(words: Words) -> None:
@@ -73,18 +82,23 @@ def test_two_ranks_answer_each_problem_once_and_as_one_does(work: Path, words: W
     run(command, work)
     evaluate_words(*words, "--save_name", "one", "--eval_batch_size", 8)
     assert predictions(Path("results/two/mgsm")) == predictions(Path("results/one/mgsm"))
-    shares = [len(path.read_text().splitlines()) for path in Path("results/two/mgsm/answers").iterdir()]
-    assert sum(shares) == 22 and min(shares) >= 8
+    paths = list(Path("results/two/mgsm/predictions").iterdir())
+    of_second = sum(len(path.read_text().splitlines()) for path in paths if path.name.endswith(".rank_1.jsonl"))
+    assert sum(len(path.read_text().splitlines()) for path in paths) == 22 and 8 <= of_second <= 14
 
 
 def test_a_second_run_continues_where_the_first_stopped(words: Words, capsys: pytest.CaptureFixture) -> None:
     evaluate_words(*words, "--save_name", "stopped")
     folder = Path("results/stopped/mgsm")
     before = predictions(folder)
-    answers = folder / "answers/rank_0.jsonl"
-    lines = answers.read_text().splitlines(keepends=True)
-    # As a kill in the middle of a line leaves it.
-    answers.write_text("".join(lines[:9]) + lines[9][:40])
+    # As a kill in the middle of a line leaves it, of two ranks: nine whole answers and two that are cut.
+    paths = sorted((folder / "predictions").iterdir())
+    for path in paths[6:]:
+        path.unlink()
+    for path in paths[4:6]:
+        first, second = path.read_text().splitlines(keepends=True)
+        path.write_text((first if path == paths[4] else "") + second[:40])
+    paths[4].rename(paths[4].with_suffix(".rank_1.jsonl"))
     settings = json.loads((folder / "run.json").read_text())["settings"]
     (folder / "run.json").write_text(json.dumps({"settings": settings}))
     capsys.readouterr()
@@ -125,8 +139,6 @@ def test_out_of_memory_halves_the_slots_and_goes_on(
     assert "out of memory with 8 problems at once: going on with 4" in printed
     assert "out of memory with 4 problems at once: going on with 2" in printed
     assert predictions(Path("results/short/mgsm")) == predictions(Path("results/room/mgsm"))
-    answers = Path("results/short/mgsm/answers/rank_0.jsonl").read_text().splitlines()
-    assert len({json.loads(line)["problem"] for line in answers}) == len(answers) == 22
     monkeypatch.setattr(decoding, "_step", short_of_memory(0, after=0))
     with pytest.raises(InputError, match=r"one problem of .*mgsm_\w+\.tsv, line \d.*--max_gen_len below 12"):
         evaluate_words(*words, "--save_name", "none")
@@ -134,16 +146,16 @@ def test_out_of_memory_halves_the_slots_and_goes_on(
 
 def test_labels_scored_out_of_memory_are_halved_too(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    score = Subject.log_likelihoods
+    score = Answerer.log_likelihoods
 
-    def short_of_memory(subject: Subject, rows: list, labels: list[str]) -> tuple:
+    def short_of_memory(answerer: Answerer, rows: list, labels: list[str]) -> tuple:
         sizes.append(len(rows))
         if len(rows) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return score(subject, rows, labels)
+        return score(answerer, rows, labels)
 
     evaluate_words(*words, "--task", "xnli", "--save_name", "room")
-    monkeypatch.setattr(Subject, "log_likelihoods", short_of_memory)
+    monkeypatch.setattr(Answerer, "log_likelihoods", short_of_memory)
     evaluate_words(*words, "--task", "xnli", "--save_name", "short", "--eval_batch_size", 8)
     assert sizes[:3] == [8, 4, 2] and set(sizes[3:]) == {2}
     assert predictions(Path("results/short/xnli")) == predictions(Path("results/room/xnli"))
@@ -162,10 +174,10 @@ def test_a_signal_stops_between_two_steps_and_the_answers_so_far_stay(
 
     evaluate_words(*words, "--save_name", "calm", "--eval_batch_size", 4)
     monkeypatch.setattr(decoding, "_step", step)
-    with pytest.raises(Stopped, match="SIGUSR1: the answers so far are in results/signalled/mgsm/answers/rank_0.jsonl"):
+    with pytest.raises(Stopped, match="SIGUSR1: the answers so far are in results/signalled/mgsm/predictions;"):
         evaluate_words(*words, "--save_name", "signalled", "--eval_batch_size", 4)
     assert len(steps) == 20
-    assert 4 <= len(read_answers(Path("results/signalled/mgsm"))) < 22
+    assert 4 <= len(read_predictions(Path("results/signalled/mgsm"))) < 22
     evaluate_words(*words, "--save_name", "signalled", "--eval_batch_size", 4)
     assert predictions(Path("results/signalled/mgsm")) == predictions(Path("results/calm/mgsm"))
 
@@ -180,7 +192,7 @@ def test_answers_that_have_not_arrived_are_not_left_out_of_the_score(
     words: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "read_answers", lambda folder: read_answers(folder)[:-1])
+        patch.setattr(evaluation, "read_predictions", lambda folder: read_predictions(folder)[:-1])
         with pytest.raises(InputError, match="results/late/mgsm shows 21 of 22 answers: .* the same command goes on"):
             evaluate_words(*words, "--save_name", "late")
     assert not Path("results/late/mgsm/scores.json").exists()
@@ -224,14 +236,12 @@ def test_label_likelihoods_equal_the_loss_of_each_label_as_target(build: Callabl
     assert len({len(ids) for ids in label_ids}) > 2
     questions = tokenizer(examples, with_targets=False)
     with torch.no_grad():
-        batch = collate(questions, tokenizer.source_pad_id)
-        sequence = model.embed(**vars(batch) | {"labels": None})
+        sequence = Answerer(model.llm, tokenizer, model).read(questions)
         scores, are_greedy = label_log_likelihoods(model.llm, sequence, label_ids)
         for row, question in enumerate(questions):
             for column, ids in enumerate(label_ids):
-                one = collate([question], tokenizer.source_pad_id)
-                one.labels = torch.tensor([ids])
-                loss = model(**vars(one), num_items_in_batch=1.0).loss
+                one = lay_out([replace(question, target=ids)], 1, tokenizer.source_pad_id)
+                loss = model(batch=one, num_items_in_batch=1.0).loss
                 assert float(scores[row, column]) == pytest.approx(-float(loss), abs=1e-4)
         singles, are_greedy_singles = label_log_likelihoods(model.llm, sequence, label_ids[:1])
         torch.testing.assert_close(singles, scores[:, :1])
@@ -251,21 +261,25 @@ def test_classification_by_generation_as_published(words: Words) -> None:
     assert scores["languages"]["German"]["unanswered"] == 2
 
 
-def test_answers_are_judged_as_numbers_or_as_labels() -> None:
-    def example(target: str, labels: tuple[str, ...] = ()) -> Example:
-        return Example(Prompt("", "q", ""), Prompt("", "q", ""), target, LANGUAGES["German"], labels)
+def test_answers_are_graded_as_numbers_or_as_labels() -> None:
+    def grade(target: str, output: str, answer_parser: str) -> tuple[float | None, bool]:
+        prompt = Prompt("", "q", "")
+        example = Example(prompt, prompt, target, LANGUAGES["German"], number=parse_answer(target))
+        return EVALUATION_TASKS["mgsm"].grade(example, output, answer_parser)
 
-    assert judge(example("2,125"), "So 2125.0 it is", "default")["right"]
-    assert judge(example("8.0"), "The answer is: 8", "default")["right"]
-    assert not judge(example("0"), "I do not know", "default")["right"]
-    assert judge(example("0"), "I do not know", "published")["right"]
-    assert not judge(example("-5"), "-5", "published")["right"]
-    assert (
-        not judge(example("5"), "9" * 5000, "published")["right"]
-        and not judge(example("5"), "9" * 99, "default")["right"]
-    )
-    assert judge(example("B", tuple("ABC")), " B\n", "default")["right"]
-    assert judge(example("B", tuple("ABC")), "D", "default")["parsed"] is None
+    def choose(target: str, output: str) -> tuple[str | None, bool]:
+        prompt = Prompt("", "q", "")
+        example = Example(prompt, prompt, target, LANGUAGES["German"], tuple("ABC"))
+        return EVALUATION_TASKS["x-csqa"].grade(example, output, "default")
+
+    assert grade("2,125", "So 2125.0 it is", "default") == (2125.0, True)
+    assert grade("8.0", "The answer is: 8", "default")[1]
+    assert grade("0", "I do not know", "default") == (None, False)
+    assert grade("0", "I do not know", "published")[1]
+    assert not grade("-5", "-5", "published")[1]
+    assert not grade("5", "9" * 5000, "published")[1] and not grade("5", "9" * 99, "default")[1]
+    assert choose("B", " B\n") == ("B", True)
+    assert choose("B", "D") == (None, False)
 
 
 @pytest.mark.parametrize(
@@ -292,6 +306,26 @@ def test_a_mapping_of_another_encoder_is_refused(words: Words, models: dict[str,
 
 
 def test_answers_of_a_broken_file_are_those_that_are_whole(tmp_path: Path) -> None:
-    (tmp_path / "answers").mkdir()
-    (tmp_path / "answers/rank_0.jsonl").write_bytes(b'{"problem": 3}\n[1]\n\xff\xfe\n{"problem": 4}\n{"prob')
-    assert [record["problem"] for record in read_answers(tmp_path)] == [3, 4]
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions/de.jsonl").write_bytes(b'{"problem": 3}\n[1]\n\xff\xfe\n{"problem": 4}\n{"prob')
+    (tmp_path / "predictions/de.rank_1.jsonl").write_bytes(b'{"problem": 1}\n')
+    (tmp_path / "predictions/el.jsonl").write_bytes(b'{"problem": 0}\n')
+    assert [record["problem"] for record in read_predictions(tmp_path)] == [0, 1, 3, 4]
+    assert [record["problem"] for record in read_predictions(tmp_path, "de")] == [1, 3, 4]
+
+
+def test_an_evaluation_reads_the_mapping_once_and_writes_each_answer_once(
+    words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, seen, parsed = answerer_module.read_mapping, [], []
+    monkeypatch.setattr(answerer_module, "read_mapping", lambda *given: seen.append(given) or read(*given))
+    monkeypatch.setattr(modeling, "read_mapping", lambda *given: pytest.fail("read again"))
+    monkeypatch.setattr(math, "parse_answer", lambda text: parsed.append(text) or parse_answer(text))
+    evaluate_words(*words, "--save_name", "once", "--task", "mgsm,msvamp", "--languages", "de,sw")
+    assert len(seen) == 1 and len(parsed) == 8
+    for task in ("mgsm", "msvamp"):
+        folder = Path("results/once") / task
+        assert {path.name for path in folder.iterdir()} == {
+            "predictions", "run.json", "scores.json", "scores.tsv", "accuracy.png"
+        }  # fmt: skip
+        assert {code: len(rows) for code, rows in predictions(folder).items()} == {"de": 2, "sw": 2}

@@ -1,6 +1,5 @@
 """`run_evaluation.py --backend vllm`: what it refuses everywhere, and its answers where vLLM is installed."""
 
-import json
 import sys
 from importlib.util import find_spec
 from itertools import islice
@@ -16,10 +15,13 @@ from transformers import AutoModelForCausalLM
 from common.cli import parse_flags
 from common.errors import InputError
 from common.models import load_tokenizer
+from mindmerger.batching import Tokens, lay_out
 from mindmerger.config import EvaluationFlags, ModelFlags
 from mindmerger.evaluation import vllm_answerer as vllm_backend
+from mindmerger.evaluation.report import read_predictions
 from mindmerger.evaluation.run import evaluate
-from mindmerger.modeling import MindMergerForCausalLM, embedding_scale, mapping_config
+from mindmerger.init.scaled import embedding_scale
+from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 from quickstart.world import WORLD_LANGUAGES, problems
 from tests.conftest import REPOSITORY
 from tests.mindmerger.datas import write_datas, write_lines
@@ -33,9 +35,8 @@ def evaluate_words(*words: object) -> None:
 
 def answers(save_name: str) -> dict[str, list[tuple[str, bool]]]:
     rows = {}
-    for path in Path("results", save_name, "mgsm/predictions").iterdir():
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        rows[path.stem] = [(record["output"], record["stopped"]) for record in records]
+    for record in read_predictions(Path("results", save_name, "mgsm")):
+        rows.setdefault(record["language"], []).append((record["output"], record["stopped"]))
     return rows
 
 
@@ -76,8 +77,7 @@ def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     flags = ModelFlags(llm_path=str(MODELS / "llm"), mt_path=str(MODELS / "mt"))
     torch.manual_seed(0)
     model = MindMergerForCausalLM.from_base_models(mapping_config(flags.models, tokenizer.bos_token_id))
-    ids = torch.arange(3, 60).unsqueeze(0)
-    mean, scale = embedding_scale(model, ids, torch.ones_like(ids))
+    mean, scale = embedding_scale(model, lay_out([Tokens(range(3, 60), [], [])], tokenizer.bos_token_id))
     with torch.no_grad():
         model.mapping.mlp.linear2.weight *= scale
         model.mapping.mlp.linear2.bias *= scale

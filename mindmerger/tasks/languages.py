@@ -1,0 +1,86 @@
+"""Languages under the names of data files, prompts and multilingual models."""
+
+import difflib
+import reprlib
+from dataclasses import dataclass
+
+from common.errors import InputError
+
+
+@dataclass(frozen=True)
+class Language:
+    """A language under the three names that data files and multilingual models use.
+
+    Attributes:
+        name: English name, as in the data and the prompts.
+        code: ISO 639-1, as in file names; M2M100's language token is `__code__`.
+        nllb: FLORES-200 code, NLLB's language token.
+    """
+
+    name: str
+    code: str
+    nllb: str
+
+
+LANGUAGES = {
+    language.name: language
+    for language in (
+        Language("Arabic", "ar", "arb_Arab"),
+        Language("Bengali", "bn", "ben_Beng"),
+        Language("Bulgarian", "bg", "bul_Cyrl"),
+        Language("Chinese", "zh", "zho_Hans"),
+        Language("English", "en", "eng_Latn"),
+        Language("Flemish", "nl", "nld_Latn"),
+        Language("French", "fr", "fra_Latn"),
+        Language("German", "de", "deu_Latn"),
+        Language("Greek", "el", "ell_Grek"),
+        Language("Hindi", "hi", "hin_Deva"),
+        Language("Italian", "it", "ita_Latn"),
+        Language("Japanese", "ja", "jpn_Jpan"),
+        Language("Polish", "pl", "pol_Latn"),
+        Language("Portuguese", "pt", "por_Latn"),
+        Language("Russian", "ru", "rus_Cyrl"),
+        Language("Spanish", "es", "spa_Latn"),
+        Language("Swahili", "sw", "swh_Latn"),
+        Language("Telugu", "te", "tel_Telu"),
+        Language("Thai", "th", "tha_Thai"),
+        Language("Turkish", "tr", "tur_Latn"),
+        Language("Urdu", "ur", "urd_Arab"),
+        Language("Vietnamese", "vi", "vie_Latn"),
+    )
+}
+ENGLISH = LANGUAGES["English"]
+_BY_WORD = {word.lower(): language for language in LANGUAGES.values() for word in (language.name, language.code)}
+
+
+def find_language(word: str) -> Language:
+    """The language that `word` names, by English name or ISO code, whatever its case.
+
+    Raises:
+        InputError: no task has such a language; the nearest name is suggested.
+    """
+    language = _BY_WORD.get(word.strip().lower())
+    if language is None:
+        nearest = difflib.get_close_matches(word, LANGUAGES, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(LANGUAGES)}"
+        raise InputError(f"unknown language {reprlib.repr(word)}; {hint}")
+    return language
+
+
+def named(names: str) -> tuple[Language, ...]:
+    """The languages of these English names, separated by spaces."""
+    return tuple(LANGUAGES[name] for name in names.split())
+
+
+def select_languages(words: str | None) -> tuple[Language, ...] | None:
+    """The languages named in the comma-separated `--languages`; None where the flag is not given.
+
+    Raises:
+        InputError: an unknown language, or one named twice.
+    """
+    if words is None:
+        return None
+    chosen = tuple(find_language(word) for word in words.split(","))
+    if len(set(chosen)) < len(chosen):
+        raise InputError(f"--languages {words}: a language is named twice")
+    return chosen

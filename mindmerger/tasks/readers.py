@@ -1,0 +1,123 @@
+"""Readers of text lines, JSON lines and JSON lists; every error names file and line."""
+
+import json
+import reprlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from common.errors import InputError
+from mindmerger.tasks.languages import Language, find_language
+from mindmerger.tasks.task import Example, Reader
+
+
+def one_file_each(
+    path: str, read: Callable[[Path, Language], Iterator[Example]], default: tuple[Language, ...] = ()
+) -> Reader:
+    """A reader of one file for each language.
+
+    Args:
+        path: in the data folder, with `{language.code}` or `{language.name}` in it.
+        read: reader of one such file.
+        default: the languages to read where none are named.
+    """
+
+    def read_files(data_dir: Path, languages: tuple[Language, ...] | None) -> dict[Language, Iterable[Example]]:
+        return {
+            language: read(data_dir / path.format(language=language), language) for language in languages or default
+        }
+
+    return read_files
+
+
+def one_list(path: str, language_key: str, make_example: Callable[[dict[str, Any], Language, str], Example]) -> Reader:
+    """A reader of one JSON list of objects, in the languages that it holds.
+
+    Args:
+        path: in the data folder.
+        language_key: the key under which a row names its language.
+        make_example: from (row, language, location) to the example.
+    """
+
+    def read_list(data_dir: Path, _: tuple[Language, ...] | None) -> dict[Language, Iterable[Example]]:
+        examples: dict[Language, list[Example]] = {}
+        for location, row in json_list(data_dir / path):
+            try:
+                language = find_language(string(row, language_key, location))
+            except InputError as error:
+                raise InputError(f"{location}: {error}") from error
+            examples.setdefault(language, []).append(make_example(row, language, location))
+        return examples
+
+    return read_list
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        InputError: no such file, or not UTF-8.
+    """
+    try:
+        # Not Path.read_text, which would take a lone carriage return inside a sentence for the end of a line.
+        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file (--data_dir names the folder in the published layout)") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}") from error
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+
+
+def text_lines(path: Path) -> list[str]:
+    """The lines of a text file, none of which is empty."""
+    # Only line feeds end a row: a sentence may hold U+2028 or U+0085, at which splitlines() would split it.
+    lines = read_text(path).replace("\r\n", "\n").split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    if not lines:
+        raise InputError(f"{path}: the file is empty")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise InputError(f"{path}, line {number}: the line is empty")
+    return lines
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(location, object) of every line."""
+    for number, line in enumerate(text_lines(path), start=1):
+        location = f"{path}, line {number}"
+        yield location, _object(_parse(line, location), location)
+
+
+def json_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(location, object) of every row of a JSON list."""
+    rows = _parse(read_text(path), str(path))
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: expected a JSON list of objects")
+    for number, row in enumerate(rows, start=1):
+        location = f"{path}, row {number}"
+        yield location, _object(row, location)
+
+
+def string(row: dict[str, Any], key: str, location: str) -> str:
+    """The text under `key`, which must be there and not blank."""
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{location}: {key!r} must be a text, found {reprlib.repr(value)}")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise InputError(f"{location}: {key!r} holds half of a surrogate pair, which is no character")
+    return value
+
+
+def _parse(text: str, location: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of 5000 digits
+        raise InputError(f"{location}: not JSON: {error}") from error
+
+
+def _object(row: Any, location: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise InputError(f"{location}: expected a JSON object")
+    return row
