@@ -15,8 +15,6 @@ import yaml
 from common.errors import InputError
 
 Flags = TypeVar("Flags")
-MAX_YAML = 8192
-MAX_BRACKETS = 200
 
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
@@ -52,7 +50,8 @@ def parse_flags(flags_class: type[Flags], argv: list[str] | None = None, presets
     # Before the dataclass is made: its own checks would blame a misspelt flag on the one that it stands for.
     values, unknown = parser.parse_known_args(from_file + words)
     if unknown:
-        raise InputError(f"unknown flag or word {unknown[0]!r}{_nearest(unknown[0], parser.flag_names())}")
+        names = ["--config", *(f"--{name}" for name in parser.flags)]
+        raise InputError(f"unknown flag or word {unknown[0]!r}{_nearest(unknown[0], names)}")
     return parser.make_flags(values)
 
 
@@ -65,11 +64,15 @@ class FlagParser(argparse.ArgumentParser):
 
     Args:
         flags_class: the dataclass; None for a parser of no flags.
+
+    Attributes:
+        flags: from a flag's name, without dashes, to its action.
     """
 
     def __init__(self, flags_class: type | None = None, **options: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
         self._flags_class = flags_class
+        self.flags: dict[str, argparse.Action] = {}
         if flags_class is not None:
             hints = get_type_hints(flags_class)
             for field in dataclasses.fields(flags_class):
@@ -97,20 +100,17 @@ class FlagParser(argparse.ArgumentParser):
             options["type"] = kind
         # Of argparse's own options, what a flag has been given.
         options |= {name: value for name, value in field.metadata.items() if name != "help"}
-        self.add_argument(*_spellings(field.name), **options)
+        self._add_spellings(field.name, **options)
         if hint is bool and default is True:
-            words = _spellings(f"no_{field.name}")
-            self.add_argument(*words, action="store_false", dest=field.name, help=field.metadata["help"])
+            options = {"action": "store_false", "dest": field.name, "help": field.metadata["help"]}
+            self._add_spellings(f"no_{field.name}", **options)
+
+    def _add_spellings(self, name: str, **options: Any) -> None:
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        self.flags[name] = self.add_argument(*spellings, **options)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (--help lists the flags)")
-
-    def flag_names(self) -> list[str]:
-        return [option for option in self._option_string_actions if option.startswith("--") and "-" not in option[2:]]
-
-
-def _spellings(name: str) -> list[str]:
-    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
 def _boolean(word: str) -> bool:
@@ -135,21 +135,17 @@ def _preset(presets: Path, name: str) -> Path:
 
 def _words_of_yaml(path: Path, parser: FlagParser) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
-        # PyYAML takes seconds for a few thousand brackets, and a file of flags has a few.
-        if len(text) > MAX_YAML or text.count("[") + text.count("{") > MAX_BRACKETS:
-            raise InputError(f"--config {path}: more than {MAX_YAML} characters or {MAX_BRACKETS} brackets")
-        content = yaml.safe_load(text)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, the 99th of May
         raise InputError(f"--config {path}: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"--config {path}: expected `flag: value` lines at the top level")
 
     words: list[str] = []
-    keys = [name[2:] for name in parser.flag_names() if name not in ("--help", "--config")]
     for key, value in content.items():
-        if key not in keys:
-            raise InputError(f"--config {path}: unknown key {reprlib.repr(key)}{_nearest(str(key)[:100], keys)}")
+        if key not in parser.flags:
+            nearest = _nearest(str(key)[:100], list(parser.flags))
+            raise InputError(f"--config {path}: unknown key {reprlib.repr(key)}{nearest}")
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
@@ -161,7 +157,7 @@ def _words_of_yaml(path: Path, parser: FlagParser) -> list[str]:
             "".join(texts).encode()
         except ValueError as error:
             raise InputError(f"--config {path}: {key} holds what is no text, or too long a number") from error
-        if isinstance(value, list) and parser._option_string_actions[f"--{key}"].nargs == "+":
+        if isinstance(value, list) and parser.flags[key].nargs == "+":
             words += [f"--{key}", *texts]
         else:
             words.append(f"--{key}={','.join(texts)}")

@@ -1,6 +1,7 @@
-"""Devices to plan for: what they hold, and how fast they are in practice. Known before anything heavy is imported."""
+"""Devices of an estimate: memory and sustained speed of each, and their number. Imports no torch."""
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 
@@ -82,6 +83,11 @@ def parse_devices(text: str) -> tuple[str, int | None]:
             "this machine"
         )
     return name, int(count) if count else None
+
+
+def launched_world_size() -> int:
+    """Number of processes that the launcher (deepspeed, torchrun) started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def known_device(name: str, count: int) -> Device:

@@ -8,14 +8,16 @@ import time
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
 from common.errors import InputError, first_line
 from common.io import writing
 from common.optional import require
-from common.ranks import Process
+
+if TYPE_CHECKING:
+    from common.ranks import Process
 
 ReportTo = Literal["tensorboard", "wandb", "trackio", "none"]
 _OPTIONAL = ("wandb", "trackio")
@@ -31,13 +33,13 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
 
 
-def say(process: Process, message: str) -> None:
+def say(process: "Process", message: str) -> None:
     """Print `message` once, above any progress bar."""
     if process.is_main:
         tqdm.write(message)
 
 
-def progress(process: Process, iterable: Iterable | None = None, **options: Any) -> tqdm:
+def progress(process: "Process", iterable: Iterable | None = None, **options: Any) -> tqdm:
     """A progress bar, shown by one process only."""
     return tqdm(iterable, disable=not process.is_main, dynamic_ncols=True, smoothing=0.05, **options)
 
@@ -64,7 +66,7 @@ class Metrics:
 
     def __init__(
         self,
-        process: Process,
+        process: "Process",
         folder: Path,
         step: int = 0,
         size: int = 0,

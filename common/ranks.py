@@ -16,12 +16,13 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from common import errors
 from common.errors import InputError
 
 # A rank that waits on a GPU for a dead one may not notice, and DeepSpeed's launcher ends such ranks one by one, with
 # half a minute for each. So each rank looks itself, this often.
 LOOK_SECONDS = 5.0
-_joined, _closed = threading.Event(), threading.Event()
+_closed = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -111,22 +112,16 @@ def leave_together() -> None:
 
 
 def end_rank(code: int) -> None:
-    """End a process that has been in a process group as `sys.exit(code)` would, but for the interpreter's own end.
+    """End a process that has been in a process group: as `sys.exit(code)`, without the interpreter's shutdown.
 
     A thread of Gloo's lets go of a collective's tensors when it next runs, and asks the interpreter to free them: one
     that is ending aborts the process, and the launcher calls a run failed that is complete. DeepSpeed keeps groups, and
     with them their threads, beyond `Process.close`. `multiprocessing` ends its processes this way.
     """
-    if _joined.is_set():
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def launched_world_size() -> int:
-    """How many processes the launcher (deepspeed, torchrun) started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def available_memory(device: torch.device) -> int:
@@ -230,7 +225,7 @@ def _leave_with_peers(process: Process) -> None:
                 )
                 os._exit(1)
 
-    _joined.set()
+    errors.end_process = end_rank
     _closed.clear()
     if peers:
         threading.Thread(target=look, daemon=True).start()

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from common.cli import flag
-from common.devices import HERE, PLAN_HELP, parse_devices
+from common.devices import HERE, PLAN_HELP, launched_world_size, parse_devices
 from common.errors import InputError
 from common.logging import ReportTo, require_board
-from common.ranks import launched_world_size
 from mindmerger.tasks import EVALUATION_TASKS, TRAINING_TASKS, Task
 
 

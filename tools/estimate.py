@@ -20,10 +20,10 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from common.devices import HERE, Device, known_device, parse_devices
+from common.devices import HERE, Device, known_device, launched_world_size, parse_devices
 from common.errors import InputError, first_line
 from common.models import base_config
-from common.ranks import available_memory, launched_world_size
+from common.ranks import available_memory
 
 ATTENTION = "shapes_only"
 # Of a model's layers, so many are run: they are alike, and each adds the same.
