@@ -241,31 +241,6 @@ class EvaluationFlags(ModelFlags):
         return bool(task.labels) and self.classification == "likelihood"
 
 
-@dataclass
-class DemoFlags:
-    """A page that puts questions to an LLM alone and with its mapping, or to merged models and their parents."""
-
-    checkpoint: str | None = flag(None, "mapping: folder, .safetensors or pytorch_model.bin")
-    llm_path: str | None = flag(None, "LLM of the mapping; default: as the record beside it names it")
-    mt_path: str | None = flag(None, "multilingual model of the mapping; default: as the record beside it names it")
-    models: list[str] = flag([], "instead: LLMs to show side by side, as parents and their merge")
-    max_gen_len: int = flag(512, "tokens of an answer")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
-    device: str = flag("auto", "auto takes the GPU where there is one")
-    trust_remote_code: bool = flag(False, "run code that a model's repository brings")
-    host: str = flag("127.0.0.1", "address to serve at; 0.0.0.0 lets other machines in")
-    port: int = flag(7860, "port to serve at")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "max_gen_len")
-        if (self.checkpoint is None) == (not self.models):
-            raise InputError("give --checkpoint (a mapping), or --models (LLMs to compare), one of the two")
-        if self.models and (self.llm_path or self.mt_path):
-            raise InputError("--llm_path and --mt_path are those of a --checkpoint: with --models leave them out")
-        if not 0 < self.port < 2**16:
-            raise InputError(f"--port {self.port} must be from 1 to 65535")
-
-
 def require_positive(flags: object, name: str) -> None:
     """Raise InputError unless the flag's value is above 0."""
     # Written so that not-a-number fails too.

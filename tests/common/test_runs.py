@@ -64,8 +64,12 @@ def test_what_is_no_record_of_a_run_is_named(tmp_path: Path, content: str) -> No
 
 def test_the_first_rank_holds_the_folder_for_all(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with open_run(folder, SETTINGS, False, MAIN), open_run(folder, SETTINGS, False, OTHER):
-        with pytest.raises(InputError, match="run is in use by process"), open_run(folder, SETTINGS, False, ALONE):
-            pass
+    with (
+        open_run(folder, SETTINGS, False, MAIN),
+        open_run(folder, SETTINGS, False, OTHER),
+        pytest.raises(InputError, match="run is in use by process"),
+        open_run(folder, SETTINGS, False, ALONE),
+    ):
+        pass
     with open_run(folder, SETTINGS, False, ALONE):
         pass
