@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import math
-import statistics
 import string
 import sys
 from collections import Counter
@@ -20,8 +19,7 @@ from matplotlib.ticker import LogFormatter
 
 from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
-from common.io import read_json, write_text
-from common.runs import RUN
+from common.io import write_text
 from mindmerger.evaluation.metrics import score
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES
 
@@ -60,12 +58,10 @@ class Run:
     Attributes:
         name: what the page calls it.
         tasks: the graded answers of each task, by problem.
-        settings: of each task, as its `run.json` records them.
     """
 
     name: str
     tasks: dict[str, Answers]
-    settings: dict[str, dict[str, Any]]
 
 
 def parse_comparison(words: list[str]) -> ReportFlags:
@@ -144,9 +140,7 @@ def read_runs(folders: list[Path]) -> list[Run]:
         if not tasks:
             raise InputError(f"{folder}: no predictions/ of a finished evaluation in it, nor in a task's folder there")
         name = folder.resolve().parent.name if alone else folder.resolve().name
-        records = {task.name: read_json(task / RUN) if (task / RUN).exists() else {} for task in tasks}
-        settings = {task: record.get("settings", {}) for task, record in records.items()}
-        runs.append(Run(name, {task.name: read_answers(task) for task in tasks}, settings))
+        runs.append(Run(name, {task.name: read_answers(task) for task in tasks}))
     names = Counter(run.name for run in runs)
     return [
         run if names[run.name] == 1 else replace(run, name=str(folder))
@@ -264,9 +258,7 @@ def _languages(task: str, runs: list[Run]) -> list[str]:
 
 def page(tasks: list[str], runs: list[Run], curves: dict[str, list[dict[str, Any]]]) -> str:
     """The whole page. What a model or a user wrote is escaped."""
-    sections = [_legend(run.name for run in runs), _settings(tasks, runs)]
-    if curves:
-        sections.append(_curves(curves))
+    sections = [_legend(run.name for run in runs), *([_curves(curves)] if curves else [])]
     sections += [_section(task, runs) for task in tasks]
     title = " vs. ".join(run.name for run in runs)
     template = string.Template(_TEMPLATE.read_text(encoding="utf-8"))
@@ -278,7 +270,6 @@ def _section(task: str, runs: list[Run]) -> str:
     notes = html.escape(_notes(task, runs))
     return (
         f'<section><h2>{html.escape(task)}</h2>{_table(heads, rows)}<p class="note">{notes}</p>'
-        f"<h3>Lengths and what was cut</h3>{_lengths(task, runs)}"
         f"<h3>Where the runs differ</h3>{_differences(task, runs)}</section>"
     )
 
@@ -297,19 +288,6 @@ def _table(heads: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
         lines.append(f"<th>{html.escape(first)}</th>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
     rows = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="scroll"><table class="figures">{rows}</table></div>'
-
-
-def _settings(tasks: list[str], runs: list[Run]) -> str:
-    """The settings in which the runs differ."""
-    names = dict.fromkeys(name for task in tasks for run in runs for name in run.settings.get(task, {}))
-    rows = []
-    for name in names:
-        values = [dict.fromkeys(str(run.settings.get(task, {}).get(name)) for task in tasks) for run in runs]
-        texts = [", ".join(value if len(value) < 60 else f"{value[:12]}..." for value in own) for own in values]
-        if len(set(texts)) > 1:
-            rows.append([name, *texts])
-    table = _table(["", *(run.name for run in runs)], rows)
-    return f"<details><summary>Settings in which the evaluations differ</summary>{table}</details>"
 
 
 def _curves(curves: dict[str, list[dict[str, Any]]]) -> str:
@@ -331,25 +309,6 @@ def _curves(curves: dict[str, list[dict[str, Any]]]) -> str:
         svg = buffer.getvalue()
         charts.append(svg[svg.index("<svg") :])
     return f'<section><h2>Training</h2>{_legend(curves)}<div class="curves">{"".join(charts)}</div></section>'
-
-
-def _lengths(task: str, runs: list[Run]) -> str:
-    """Lengths of answers, and fractions of problems that were cut, unfinished or without a readable answer."""
-    heads = "language", "run", "characters: median", "longest", "cut", "ran into --max_gen_len", "no answer read"
-    rows = []
-    for language in _languages(task, runs):
-        for run in runs:
-            records = [record for key, record in run.tasks[task].items() if key[0] == language]
-            if records:
-                lengths = [len(record["output"]) for record in records]
-                counts = (
-                    sum(bool(record["cut"]) for record in records),
-                    sum(not record["stopped"] for record in records),
-                    sum(record["parsed"] is None for record in records),
-                )
-                fractions = (f"{100 * count / len(records):.1f}%" for count in counts)
-                rows.append((language, run.name, f"{statistics.median(lengths):.0f}", str(max(lengths)), *fractions))
-    return _table(heads, rows)
 
 
 def _differences(task: str, runs: list[Run]) -> str:

@@ -7,7 +7,6 @@ import pytest
 from scipy.stats import binomtest
 
 from common.errors import InputError
-from common.io import write_json
 from tests.conftest import REPOSITORY
 from tests.mindmerger.datas import write_lines
 from tests.mindmerger.scripts import run
@@ -47,7 +46,6 @@ def write_results(folder: Path, german: list[dict], swahili: list[dict] | None =
         if records:
             lines = [json.dumps(record, ensure_ascii=False) for record in records]
             write_lines(folder / "mgsm" / "predictions" / f"{code}.jsonl", lines)
-    write_json(folder / "mgsm" / "run.json", {"settings": {"llm_path": folder.name, "dtype": "float32"}})
     return folder
 
 
