@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.side_by_side import machine, measured, run
-from common.devices import HERE, Device
+from common.devices import HERE
 
 # Rows that take a GB or so with models of some 100 million parameters.
 STEP = {"rows": 8, "source": 96, "prompt": 128, "target": 96}
@@ -52,7 +52,7 @@ def predictions(llm_path: str, mt_path: str, wide: str) -> dict[str, float]:
 
     from mindmerger.config import ModelFlags
     from regmean.config import GramFlags, MergeFlags
-    from tools.estimate import causal_lm_on_meta
+    from tools.estimate import Device, causal_lm_on_meta
     from tools.estimate_mindmerger import Row, encoder_cost, model_on_meta, step_cost
     from tools.estimate_regmean import estimate_grams, estimate_merge
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from common.devices import HERE, Device, known_device, launched_world_size, parse_devices
+from common.devices import GPUS, HERE, launched_world_size, parse_devices
 from common.errors import InputError, first_line
 from common.models import base_config
 from common.ranks import available_memory
@@ -30,6 +30,9 @@ ATTENTION = "shapes_only"
 FEW, MORE = 2, 4
 # Backward through attention: the scores once more, and the products for dq, dk, dv and dp.
 BACKWARD_PRODUCTS = 2.5
+# Of the data sheets' figures, what matrix products and streams over memory reach in practice.
+SUSTAINED_FLOPS = 0.4
+SUSTAINED_BANDWIDTH = 0.7
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,53 @@ def _attend(
 
 
 AttentionInterface.register(ATTENTION, _attend)
+
+
+@dataclass(frozen=True)
+class Device:
+    """One of `count` like devices.
+
+    Attributes:
+        type: cuda or cpu.
+        memory: bytes that PyTorch may allocate on each.
+        half_flops, single_flops: operations per second that matrix products of 16 bits, and of float32, sustain.
+        bandwidth: bytes per second of its memory, sustained.
+        basis: where these figures come from.
+    """
+
+    name: str
+    type: str
+    count: int
+    memory: float
+    half_flops: float
+    single_flops: float
+    bandwidth: float
+    basis: str
+
+    @property
+    def title(self) -> str:
+        """As in `8 x h100`."""
+        return self.name if self.count == 1 else f"{self.count} x {self.name}"
+
+    def flops(self, itemsize: int) -> float:
+        """Operations per second of one device for products of numbers of that many bytes."""
+        return self.half_flops if itemsize < 4 else self.single_flops
+
+
+def known_device(name: str, count: int) -> Device:
+    """`count` devices of the table, at what they sustain."""
+    memory, half, single, bandwidth = GPUS[name]
+    return Device(
+        name,
+        "cuda",
+        count,
+        memory * 2**30,
+        half * 1e12 * SUSTAINED_FLOPS,
+        single * 1e12 * SUSTAINED_FLOPS,
+        bandwidth * 1e9 * SUSTAINED_BANDWIDTH,
+        f"assumed: {SUSTAINED_FLOPS:.0%} of {half:g} TFLOP/s in 16 bits and {single:g} in float32, "
+        f"{SUSTAINED_BANDWIDTH:.0%} of {bandwidth:g} GB/s",
+    )
 
 
 def find_device(text: str, device: str) -> Device:

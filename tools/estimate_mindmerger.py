@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel, DynamicCache, PreTrainedModel
 
-from common.devices import Device
 from common.errors import InputError
 from common.logging import quiet_libraries
 from common.models import base_config
@@ -24,6 +23,7 @@ from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, find_task, select_languages
 from tools.estimate import (
     Cost,
+    Device,
     Estimate,
     causal_lm_on_meta,
     cost_of_layers,

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from common.devices import Device
 from common.errors import InputError
 from common.logging import quiet_libraries
 from regmean.config import GramFlags, MergeFlags
@@ -22,6 +21,7 @@ from regmean.hooks import LinearInputs, input_width, linear_layers, untied_head
 from regmean.merge import BLOCK_ELEMENTS, array_bytes
 from tools.estimate import (
     Cost,
+    Device,
     Estimate,
     causal_lm_on_meta,
     cost_of,

@@ -7,10 +7,19 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from common.devices import HERE, known_device, parse_devices
+from common.devices import HERE, parse_devices
 from common.errors import InputError
 from tests.tiny_models import tiny_llama
-from tools.estimate import causal_lm_on_meta, cost_of, cost_of_layers, duration, find_device, parameters, weight_bytes
+from tools.estimate import (
+    causal_lm_on_meta,
+    cost_of,
+    cost_of_layers,
+    duration,
+    find_device,
+    known_device,
+    parameters,
+    weight_bytes,
+)
 
 SIZES = {
     "hidden_size": 96,

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.devices import known_device
 from common.errors import InputError
 from mindmerger.config import EvaluationFlags, ModelFlags, TrainingFlags
 from mindmerger.frozen_models import load_encoder
@@ -13,7 +12,7 @@ from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 from tests.commands import run
 from tests.conftest import REPOSITORY
 from tests.tiny_models import tiny_llama, tiny_mt5, tiny_nllb, tiny_qwen, tiny_xlm_roberta
-from tools.estimate import cost_of, parameters, weight_bytes
+from tools.estimate import cost_of, known_device, parameters, weight_bytes
 from tools.estimate_mindmerger import (
     Row,
     encoder_cost,

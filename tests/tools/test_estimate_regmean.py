@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from common.devices import HERE, Device, known_device
+from common.devices import HERE
 from regmean.config import GramFlags, MergeFlags
 from regmean.gram import probe
 from regmean.hooks import LinearInputs, linear_layers
@@ -16,7 +16,7 @@ from regmean.merge import AVERAGERS, CHUNK_ELEMENTS
 from tests.commands import run
 from tests.conftest import REPOSITORY
 from tests.regmean.conftest import make_gpt2, make_llama
-from tools.estimate import causal_lm_on_meta, cost_of
+from tools.estimate import Device, causal_lm_on_meta, cost_of, known_device
 from tools.estimate_regmean import batch_cost, estimate_grams, estimate_merge, layer_inputs
 
 LLAMA_3_8B = str(REPOSITORY / "configs/models/llama-3-8b")
