@@ -36,7 +36,7 @@ _REDIRECTIONS = {">", ">>", "<"}
 _UNCHECKED = {
     *("[", "cd", "echo", "export", "git", "hf", "hostname", "mkdir", "scontrol", "sbatch", "sed", "source", "trap"),
 }
-_FOLDERS = "benchmarks|common|configs|docs|mindmerger|quickstart|regmean|tests"
+_FOLDERS = "benchmarks|common|configs|docs|mindmerger|quickstart|regmean|tests|tools"
 _PATH = re.compile(rf"(?<![\w/.-])(?:{_FOLDERS})/[\w./-]*")
 _MADE_HERE = ("quickstart/build", "quickstart/results")
 
