@@ -36,14 +36,12 @@ def parse_flags(flags_class: type[Flags], argv: list[str] | None = None, presets
             unreadable YAML file. Cross-field checks are the dataclass's own, in `__post_init__`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = FlagParser(flags_class, description=flags_class.__doc__)
+    parser = FlagParser(flags_class)
     parser.add_argument("--config", type=Path, help="YAML file of flags; the command line wins over it")
     if presets is not None and words and not words[0].startswith("-"):
         words[:1] = ["--config", str(_preset(presets, words[0]))]
 
-    config_parser = FlagParser(add_help=False)
-    config_parser.add_argument("--config", type=Path)
-    config = config_parser.parse_known_args(words)[0].config
+    config = parser.parse_known_args(words)[0].config
     from_file = [] if config is None else _words_of_yaml(config, parser)
     if any("\0" in word for word in (*from_file, *words)):
         raise InputError("a flag's value holds a NUL character, which no text or file name has")
@@ -62,21 +60,18 @@ class FlagParser(argparse.ArgumentParser):
     several words. A bool that cannot be None needs no value to be true, and has `--no_name` where that is the default.
     Not that parser itself, because all of transformers is imported with it: a second or more before a word is read.
 
-    Args:
-        flags_class: the dataclass; None for a parser of no flags.
-
     Attributes:
         flags: from a flag's name, without dashes, to its action.
     """
 
-    def __init__(self, flags_class: type | None = None, **options: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+    def __init__(self, flags_class: type):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=formatter, description=flags_class.__doc__)
         self._flags_class = flags_class
         self.flags: dict[str, argparse.Action] = {}
-        if flags_class is not None:
-            hints = get_type_hints(flags_class)
-            for field in dataclasses.fields(flags_class):
-                self._add(field, hints[field.name])
+        hints = get_type_hints(flags_class)
+        for field in dataclasses.fields(flags_class):
+            self._add(field, hints[field.name])
 
     def make_flags(self, values: argparse.Namespace) -> Any:
         """The dataclass of what was parsed; its own checks may raise."""

@@ -6,7 +6,6 @@ tensor that it makes is counted for as long as it lives.
 
 import itertools
 import os
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -285,25 +285,17 @@ def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     # Some CPUs take seconds for larger ones in bfloat16.
     size = 8192 if device.type == "cuda" else 256 * dtype.itemsize
     a = torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / _seconds(lambda: a @ a, device)
+    return 2 * size**3 / _seconds("a @ a", a=a)
 
 
 def _measured_bandwidth(device: torch.device) -> float:
     a = torch.ones(1 << (28 if device.type == "cuda" else 25), device=device)
-    b = torch.zeros_like(a)
-    return 2 * a.nbytes / _seconds(lambda: b.copy_(a), device)
+    return 2 * a.nbytes / _seconds("b.copy_(a)", a=a, b=torch.zeros_like(a))
 
 
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """The shortest of a few runs, the first ones warming up."""
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return best
+def _seconds(statement: str, **tensors: torch.Tensor) -> float:
+    timer = Timer(statement, globals=tensors, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.1).median
 
 
 @dataclass(frozen=True)
