@@ -93,7 +93,7 @@ class FlagParser(argparse.ArgumentParser):
                 options |= {"nargs": "?", "const": True}
         else:
             options["type"] = kind
-        # Of argparse's own options, what a flag has been given.
+        # argparse's own options of a flag.
         options |= {name: value for name, value in field.metadata.items() if name != "help"}
         self._add_spellings(field.name, **options)
         if hint is bool and default is True:

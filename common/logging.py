@@ -1,4 +1,4 @@
-"""What a run says: lines on the terminal, progress bars, metrics on disk."""
+"""Lines on the terminal, progress bars, and metrics on disk."""
 
 import importlib
 import json
@@ -24,7 +24,7 @@ _OPTIONAL = ("wandb", "trackio")
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' notes about their own inner workings off the terminal; their errors still come through."""
+    """Silence the libraries' notes and progress bars; their errors are still shown."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -129,7 +129,7 @@ class _TensorBoard:
 
 
 class _Tracker:
-    """Weights & Biases, and Trackio, which speaks its language."""
+    """Weights & Biases, and Trackio, which has the same interface."""
 
     def __init__(self, package: str, folder: Path, settings: dict[str, Any]):
         project = os.environ.get(f"{package.upper()}_PROJECT", folder.parent.name)

@@ -1,4 +1,4 @@
-"""A page to try a mapping or a merge: one question, the answers of several models side by side.
+"""A page to try a mapping or a merge: the answers of several models to one question, side by side.
 
 python -m tools.demo --checkpoint C
 python -m tools.demo --models A B MERGED
@@ -101,7 +101,7 @@ def serve(flags: DemoFlags) -> None:
 
 
 def mapping_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) -> tuple[list[Column], bool]:
-    """(the LLM alone and the LLM with the mapping, whether the encoder is told a question's language).
+    """(the LLM alone and the LLM with the mapping, whether the encoder needs a question's language).
 
     The LLM alone reads the prompt of `run_evaluation.py --baseline`; the LLM is in memory once.
 
@@ -151,7 +151,7 @@ def model_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) ->
                 turn = [{"role": "user", "content": question}]
                 ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True).input_ids
             else:
-                # The break says that the question is at its end.
+                # The break marks the end of the question.
                 ids = tokenizer(question + "\n").input_ids
             with torch.inference_mode():
                 inputs = torch.tensor([ids], device=device)
