@@ -63,7 +63,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
         try:
             yield partial
-            for file in partial.rglob("*"):
+            for file in (*partial.rglob("*"), partial):
                 _sync(file)
             partial.chmod(0o777 & ~_umask())
             partial.rename(path)
