@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.side_by_side import machine, measured, run
-from common.devices import HERE, Device
+from common.devices import HERE
 
 # Rows that take a GB or so with models of some 100 million parameters.
 STEP = {"rows": 8, "source": 96, "prompt": 128, "target": 96}
@@ -52,9 +52,9 @@ def predictions(llm_path: str, mt_path: str, wide: str) -> dict[str, float]:
 
     from mindmerger.config import ModelFlags
     from regmean.config import GramFlags, MergeFlags
-    from tools.estimate import causal_lm_on_meta
+    from tools.estimate import Device, causal_lm_on_meta
     from tools.estimate_mindmerger import Row, encoder_cost, model_on_meta, step_cost
-    from tools.estimate_regmean import gram_plan, merge_cost
+    from tools.estimate_regmean import estimate_grams, estimate_merge
 
     model = model_on_meta(ModelFlags(llm_path=llm_path, mt_path=mt_path), torch.float32)
     row = Row(STEP["source"], STEP["prompt"], STEP["target"])
@@ -62,9 +62,9 @@ def predictions(llm_path: str, mt_path: str, wide: str) -> dict[str, float]:
     options = {"tokens_per_batch": TOKENS_PER_BATCH, "max_length": LENGTH, "num_examples": TEXTS}
     here = Device(HERE, "cpu", 1, 2**50, 1, 1, 1, "")
     flags = GramFlags(model=llm_path, dtype="float32", plan=HERE, **options)
-    grams = gram_plan(flags, causal_lm_on_meta(llm_path, dtype=torch.float32), here)
-    merge = merge_cost(MergeFlags(method="regmean", models=[wide] * 2, plan=HERE))
-    return {"train": step, "gram": grams.peak, "merge": merge.arrays}
+    grams = estimate_grams(flags, causal_lm_on_meta(llm_path, dtype=torch.float32), here)
+    merge = estimate_merge(MergeFlags(method="regmean", models=[wide] * 2, plan=HERE), here)
+    return {"train": step, "gram": grams.peak, "merge": merge.peak}
 
 
 def write_texts(path: Path) -> None:

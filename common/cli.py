@@ -15,8 +15,6 @@ import yaml
 from common.errors import InputError
 
 Flags = TypeVar("Flags")
-MAX_YAML = 8192
-MAX_BRACKETS = 200
 
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
@@ -38,21 +36,20 @@ def parse_flags(flags_class: type[Flags], argv: list[str] | None = None, presets
             unreadable YAML file. Cross-field checks are the dataclass's own, in `__post_init__`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = FlagParser(flags_class, description=flags_class.__doc__)
+    parser = FlagParser(flags_class)
     parser.add_argument("--config", type=Path, help="YAML file of flags; the command line wins over it")
     if presets is not None and words and not words[0].startswith("-"):
         words[:1] = ["--config", str(_preset(presets, words[0]))]
 
-    config_parser = FlagParser(add_help=False)
-    config_parser.add_argument("--config", type=Path)
-    config = config_parser.parse_known_args(words)[0].config
+    config = parser.parse_known_args(words)[0].config
     from_file = [] if config is None else _words_of_yaml(config, parser)
     if any("\0" in word for word in (*from_file, *words)):
         raise InputError("a flag's value holds a NUL character, which no text or file name has")
     # Before the dataclass is made: its own checks would blame a misspelt flag on the one that it stands for.
     values, unknown = parser.parse_known_args(from_file + words)
     if unknown:
-        raise InputError(f"unknown flag or word {unknown[0]!r}{_nearest(unknown[0], parser.flag_names())}")
+        names = ["--config", *(f"--{name}" for name in parser.flags)]
+        raise InputError(f"unknown flag or word {unknown[0]!r}{_nearest(unknown[0], names)}")
     return parser.make_flags(values)
 
 
@@ -63,17 +60,18 @@ class FlagParser(argparse.ArgumentParser):
     several words. A bool that cannot be None needs no value to be true, and has `--no_name` where that is the default.
     Not that parser itself, because all of transformers is imported with it: a second or more before a word is read.
 
-    Args:
-        flags_class: the dataclass; None for a parser of no flags.
+    Attributes:
+        flags: from a flag's name, without dashes, to its action.
     """
 
-    def __init__(self, flags_class: type | None = None, **options: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+    def __init__(self, flags_class: type):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=formatter, description=flags_class.__doc__)
         self._flags_class = flags_class
-        if flags_class is not None:
-            hints = get_type_hints(flags_class)
-            for field in dataclasses.fields(flags_class):
-                self._add(field, hints[field.name])
+        self.flags: dict[str, argparse.Action] = {}
+        hints = get_type_hints(flags_class)
+        for field in dataclasses.fields(flags_class):
+            self._add(field, hints[field.name])
 
     def make_flags(self, values: argparse.Namespace) -> Any:
         """The dataclass of what was parsed; its own checks may raise."""
@@ -95,22 +93,19 @@ class FlagParser(argparse.ArgumentParser):
                 options |= {"nargs": "?", "const": True}
         else:
             options["type"] = kind
-        # Of argparse's own options, what a flag has been given.
+        # argparse's own options of a flag.
         options |= {name: value for name, value in field.metadata.items() if name != "help"}
-        self.add_argument(*_spellings(field.name), **options)
+        self._add_spellings(field.name, **options)
         if hint is bool and default is True:
-            words = _spellings(f"no_{field.name}")
-            self.add_argument(*words, action="store_false", dest=field.name, help=field.metadata["help"])
+            options = {"action": "store_false", "dest": field.name, "help": field.metadata["help"]}
+            self._add_spellings(f"no_{field.name}", **options)
+
+    def _add_spellings(self, name: str, **options: Any) -> None:
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        self.flags[name] = self.add_argument(*spellings, **options)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (--help lists the flags)")
-
-    def flag_names(self) -> list[str]:
-        return [option for option in self._option_string_actions if option.startswith("--") and "-" not in option[2:]]
-
-
-def _spellings(name: str) -> list[str]:
-    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
 def _boolean(word: str) -> bool:
@@ -135,21 +130,17 @@ def _preset(presets: Path, name: str) -> Path:
 
 def _words_of_yaml(path: Path, parser: FlagParser) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
-        # PyYAML takes seconds for a few thousand brackets, and a file of flags has a few.
-        if len(text) > MAX_YAML or text.count("[") + text.count("{") > MAX_BRACKETS:
-            raise InputError(f"--config {path}: more than {MAX_YAML} characters or {MAX_BRACKETS} brackets")
-        content = yaml.safe_load(text)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, the 99th of May
         raise InputError(f"--config {path}: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"--config {path}: expected `flag: value` lines at the top level")
 
     words: list[str] = []
-    keys = [name[2:] for name in parser.flag_names() if name not in ("--help", "--config")]
     for key, value in content.items():
-        if key not in keys:
-            raise InputError(f"--config {path}: unknown key {reprlib.repr(key)}{_nearest(str(key)[:100], keys)}")
+        if key not in parser.flags:
+            nearest = _nearest(str(key)[:100], list(parser.flags))
+            raise InputError(f"--config {path}: unknown key {reprlib.repr(key)}{nearest}")
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
@@ -161,7 +152,7 @@ def _words_of_yaml(path: Path, parser: FlagParser) -> list[str]:
             "".join(texts).encode()
         except ValueError as error:
             raise InputError(f"--config {path}: {key} holds what is no text, or too long a number") from error
-        if isinstance(value, list) and parser._option_string_actions[f"--{key}"].nargs == "+":
+        if isinstance(value, list) and parser.flags[key].nargs == "+":
             words += [f"--{key}", *texts]
         else:
             words.append(f"--{key}={','.join(texts)}")

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The exception for what the user can mend, and how a script ends on it."""
 
 import os
 import sys
@@ -6,15 +6,12 @@ from collections.abc import Callable
 
 from common.signals import EXIT_STOPPED, Stopped
 
-LONGEST = 10_000
+# Ends the process with an exit code; `common.ranks` sets its own in a process that joins a process group.
+end_process: Callable[[int], None] = sys.exit
 
 
 class InputError(Exception):
     """Bad input: the message names the file, line, flag or tensor, and says what to do."""
-
-    def __init__(self, message: str):
-        # What it quotes of a spoilt file may be megabytes.
-        super().__init__(message if len(message) <= LONGEST else f"{message[:LONGEST]} ...")
 
 
 def first_line(error: Exception) -> str:
@@ -39,9 +36,4 @@ def exit_with_message(main: Callable[[], None]) -> None:
         kind = ("stopped" if stopped else "error") + ("" if rank == "0" else f" (rank {rank})")
         print(f"{kind}: {error}", file=sys.stderr, flush=True)
         code = EXIT_STOPPED if stopped else 2
-    # Loaded, with torch, by those scripts only that may have been ranks.
-    if "common.ranks" in sys.modules:
-        from common.ranks import end_rank
-
-        end_rank(code)
-    sys.exit(code)
+    end_process(code)

@@ -15,10 +15,10 @@ from common.errors import InputError
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say in one clear error what keeps `path` from being written in this block: a full disk, no permission.
+    """Around a block that writes `path`.
 
     Raises:
-        InputError: with the file system's own words.
+        InputError: the file system's error, such as a full disk or a missing permission.
     """
     try:
         yield
@@ -63,7 +63,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
         try:
             yield partial
-            for file in partial.rglob("*"):
+            for file in (*partial.rglob("*"), partial):
                 _sync(file)
             partial.chmod(0o777 & ~_umask())
             partial.rename(path)
@@ -105,7 +105,7 @@ def read_json(path: Path) -> Any:
 def inside(folder: Path, name: str) -> Path:
     """The file `name` of `folder`, which nothing in the folder may lead out of.
 
-    A hub download is one folder with its neighbours: its files are links to `../../blobs`.
+    In a hub download the links may lead to its neighbour `../../blobs`, where the files are.
 
     Raises:
         InputError: `name` is no plain file name, or a link to somewhere else.

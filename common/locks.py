@@ -16,7 +16,7 @@ from common.io import writing
 
 # A pattern for the random letters of `tempfile`: `.a.*.partial` would be that of a folder `a.5`, too.
 UNIQUE = "[a-z0-9_]" * 8
-# What file systems without locks answer: Lustre mounted without them, some that run in user space.
+# Errors of file systems without locks: Lustre mounted without them, some that run in user space.
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -25,13 +25,13 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold `folder`, which need not exist yet, for this process alone.
 
     The lock is the kernel's, on a file beside the folder: it ends with the process, however that ends, and emptying
-    the folder does not lift it. What an earlier holder was killed while writing is removed, but for what has a lock
-    file of its own.
+    the folder does not lift it. Partial files of a killed holder are removed, except those with a lock file of their
+    own.
 
     On a file system without locks there is a warning, no lock, and nothing is removed: it may be a live run's.
 
     Raises:
-        InputError: another process holds it; where it runs is told.
+        InputError: another process holds it; its id and machine are named.
     """
     path = folder.parent / f".{folder.name}.lock"
     made = not path.parent.exists()
@@ -54,7 +54,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _left_behind(folder: Path) -> list[Path]:
-    """What was to become `folder`, and what was to become something in it that has no lock file of its own."""
+    """Partial folders and files: of `folder`, and of what is in it and has no lock file of its own."""
     inside = []
     for partial in folder.glob(f".*.{UNIQUE}.partial"):
         name = partial.name.removesuffix(".partial").rpartition(".")[0]

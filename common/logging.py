@@ -1,4 +1,4 @@
-"""What a run says: lines on the terminal, progress bars, metrics on disk."""
+"""Lines on the terminal, progress bars, and metrics on disk."""
 
 import importlib
 import json
@@ -8,21 +8,23 @@ import time
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
 from common.errors import InputError, first_line
 from common.io import writing
 from common.optional import require
-from common.ranks import Process
+
+if TYPE_CHECKING:
+    from common.ranks import Process
 
 ReportTo = Literal["tensorboard", "wandb", "trackio", "none"]
 _OPTIONAL = ("wandb", "trackio")
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' notes about their own inner workings off the terminal; their errors still come through."""
+    """Silence the libraries' notes and progress bars; their errors are still shown."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -31,13 +33,13 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
 
 
-def say(process: Process, message: str) -> None:
+def say(process: "Process", message: str) -> None:
     """Print `message` once, above any progress bar."""
     if process.is_main:
         tqdm.write(message)
 
 
-def progress(process: Process, iterable: Iterable | None = None, **options: Any) -> tqdm:
+def progress(process: "Process", iterable: Iterable | None = None, **options: Any) -> tqdm:
     """A progress bar, shown by one process only."""
     return tqdm(iterable, disable=not process.is_main, dynamic_ncols=True, smoothing=0.05, **options)
 
@@ -64,7 +66,7 @@ class Metrics:
 
     def __init__(
         self,
-        process: Process,
+        process: "Process",
         folder: Path,
         step: int = 0,
         size: int = 0,
@@ -127,7 +129,7 @@ class _TensorBoard:
 
 
 class _Tracker:
-    """Weights & Biases, and Trackio, which speaks its language."""
+    """Weights & Biases, and Trackio, which has the same interface."""
 
     def __init__(self, package: str, folder: Path, settings: dict[str, Any]):
         project = os.environ.get(f"{package.upper()}_PROJECT", folder.parent.name)

@@ -16,10 +16,7 @@ def base_config(path: str, revision: str | None = None, trust_remote_code: bool 
     Raises:
         InputError: there is none.
     """
-    try:
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a damaged config raises whatever its readers stumble over
-        raise InputError(f"no model config could be loaded from {path}: {first_line(error)}") from error
+    return _loaded("model config", AutoConfig, path, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -28,10 +25,14 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     Raises:
         InputError: there is none.
     """
+    return _loaded("tokenizer", AutoTokenizer, path, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _loaded(what: str, auto_class: Any, path: str, **options: Any) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a damaged tokenizer raises whatever its readers stumble over
-        raise InputError(f"no tokenizer could be loaded from {path}: {first_line(error)}") from error
+        return auto_class.from_pretrained(path, **options)
+    except Exception as error:  # a damaged file raises whatever its readers stumble over
+        raise InputError(f"no {what} could be loaded from {path}: {first_line(error)}") from error
 
 
 def load_model(model_class: Any, path: str, needs_head: bool = True, **options: Any) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Packages that one part needs and the others do without."""
+"""Optional packages."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""Ranks and devices: the only file that knows which process this is and where its tensors live."""
+"""Ranks and devices: this process among its peers, and where its tensors are."""
 
 import atexit
 import math
@@ -16,12 +16,13 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from common import errors
 from common.errors import InputError
 
 # A rank that waits on a GPU for a dead one may not notice, and DeepSpeed's launcher ends such ranks one by one, with
-# half a minute for each. So each rank looks itself, this often.
+# half a minute for each. So each rank checks its peers, this often.
 LOOK_SECONDS = 5.0
-_joined, _closed = threading.Event(), threading.Event()
+_closed = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Process:
     Attributes:
         rank: 0 to `world_size` - 1, over all nodes.
         world_size: number of processes.
-        device: where this process's models and batches live.
+        device: of this process's models and batches.
     """
 
     rank: int
@@ -89,7 +90,7 @@ class Process:
         return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
 
     def set_rng_state(self, state: torch.Tensor) -> None:
-        """Go on drawing as from a `rng_state` of this kind of device."""
+        """Restore the state of that generator, a `rng_state` of this kind of device."""
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state, self.device)
         else:
@@ -103,7 +104,7 @@ class Process:
 
 
 def leave_together() -> None:
-    """After all work, in code that holds no `Process`: wait for the others, who would take leaving for dying."""
+    """Wait for all ranks and leave the process group, in code that holds no `Process`."""
     if dist.is_initialized():
         dist.barrier()
         _closed.set()
@@ -111,22 +112,16 @@ def leave_together() -> None:
 
 
 def end_rank(code: int) -> None:
-    """End a process that has been in a process group as `sys.exit(code)` would, but for the interpreter's own end.
+    """End a process that has been in a process group: as `sys.exit(code)`, without the interpreter's shutdown.
 
     A thread of Gloo's lets go of a collective's tensors when it next runs, and asks the interpreter to free them: one
     that is ending aborts the process, and the launcher calls a run failed that is complete. DeepSpeed keeps groups, and
     with them their threads, beyond `Process.close`. `multiprocessing` ends its processes this way.
     """
-    if _joined.is_set():
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def launched_world_size() -> int:
-    """How many processes the launcher (deepspeed, torchrun) started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def available_memory(device: torch.device) -> int:
@@ -150,7 +145,7 @@ def free_in_groups(root: Path = Path("/sys/fs/cgroup")) -> float:
     except OSError:
         return math.inf
     free = math.inf
-    # A container may be told the host's path, of which it sees the last part alone, at the root.
+    # In a container the path may be the host's, of which only the last part exists, at the root.
     for group in (root / own, *(root / own).parents):
         try:
             limit, taken = (float((group / name).read_text()) for name in ("memory.max", "memory.current"))
@@ -165,13 +160,13 @@ def free_in_groups(root: Path = Path("/sys/fs/cgroup")) -> float:
 
 
 def finish(device: torch.device) -> None:
-    """Wait until `device` has done all that it was told to: a GPU goes on after the call, and a clock must not."""
+    """Synchronize: wait until `device` has done all work that was started on it, as before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a computation failed for want of memory, on a GPU or in PyTorch's allocator of host memory."""
+    """Whether a computation ran out of memory, on a GPU or in PyTorch's allocator of host memory."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
@@ -183,8 +178,8 @@ def start_process(
     Args:
         device: "auto" takes this rank's GPU where there is one, else the CPU; "cuda" this rank's GPU; any other torch
             device name that very device.
-        timeout: how long a collective may wait for a peer before the run is given up.
-        needs_group: without a launcher, form a group of one, as DeepSpeed asks for.
+        timeout: of a collective.
+        needs_group: without a launcher, form a group of one, which DeepSpeed needs.
 
     Raises:
         InputError: no such device.
@@ -230,14 +225,14 @@ def _leave_with_peers(process: Process) -> None:
                 )
                 os._exit(1)
 
-    _joined.set()
+    errors.end_process = end_rank
     _closed.clear()
     if peers:
         threading.Thread(target=look, daemon=True).start()
 
 
 def _where_pids_count() -> tuple[str, ...]:
-    """What processes that see each other's ids have in common: machines and containers may share a host name."""
+    """Equal for processes with one space of process ids: machines and containers may have the same host name."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     linux = (boot.read_text(), str(Path("/proc/self/ns/pid").readlink())) if boot.exists() else ()
     return socket.gethostname(), *linux

@@ -1,4 +1,4 @@
-"""Signals that ask a run to leave: it does so where it can be continued from, and its exit code says so."""
+"""Signals that stop a run where it can be continued, and the exit code of such a run."""
 
 import signal
 from types import FrameType, TracebackType
@@ -13,7 +13,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """While this context is open, SIGTERM and SIGUSR1 (which Slurm sends before the time is up) only leave a note.
+    """While this context is open, SIGTERM and SIGUSR1 (which Slurm sends before the time is up) are only recorded.
 
     Attributes:
         received: the name of the last one received, None before.

@@ -1,4 +1,4 @@
-"""What an interrupted run continues from: numbered folders with checksums, the last two of which are kept."""
+"""Snapshots that an interrupted run continues from: numbered folders with checksums, of which the last two are kept."""
 
 import shutil
 from collections.abc import Callable
@@ -38,15 +38,15 @@ def newest(root: Path, warn: Callable[[str], None]) -> Path | None:
 
     Args:
         root: as for `save`.
-        warn: is told of each later one, which is damaged and is removed.
+        warn: called with a message for each later one, which is damaged and is removed.
 
     Raises:
         InputError: there are snapshots, and all of them are damaged.
     """
     snapshots = _snapshots(root)
-    for place, folder in enumerate(snapshots):
+    for index, folder in enumerate(snapshots):
         if _is_whole(folder):
-            for damaged in snapshots[:place]:
+            for damaged in snapshots[:index]:
                 warn(f"warning: {damaged} is damaged (see `sha256sum --check {SUMS}`): {folder} is taken instead")
                 shutil.rmtree(damaged)
             return folder

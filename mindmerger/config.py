@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from common.cli import flag
-from common.devices import HERE, PLAN_HELP, parse_devices
+from common.devices import HERE, PLAN_HELP, launched_world_size, parse_devices
 from common.errors import InputError
 from common.logging import ReportTo, require_board
-from common.ranks import launched_world_size
 from mindmerger.tasks import EVALUATION_TASKS, TRAINING_TASKS, Task
 
 
@@ -56,7 +55,7 @@ class BatchSizes:
     gradient_accumulation: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelFlags:
     """Which models and data, and how much of them: what both scripts take."""
 
@@ -111,7 +110,7 @@ class ModelFlags:
         return Limits(self.max_seq_len, self.max_prompt_len, self.max_gen_len)
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainingFlags(ModelFlags):
     """Train MindMerger's mapping: one stage at a time, under the deepspeed launcher."""
 
@@ -151,7 +150,7 @@ class TrainingFlags(ModelFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.boundary_lr is None:
-            self.boundary_lr = self.lr
+            _fill_in(self, boundary_lr=self.lr)
         for name in ("train_num", "epoch_num", "lr", "boundary_lr", "eval_steps", "save_steps"):
             require_positive(self, name)
         if self.llm_path is None or self.mt_path is None:
@@ -205,12 +204,10 @@ class TrainingFlags(ModelFlags):
                 f"--gradient_accumulation {accumulation} x {world_size} rank(s) = {micro * accumulation * world_size}: "
                 "leave one of the three out, and it is derived"
             )
-        self.train_batch_size = batch
-        self.train_micro_batch_size_per_gpu = micro
-        self.gradient_accumulation = accumulation
+        _fill_in(self, train_batch_size=batch, train_micro_batch_size_per_gpu=micro, gradient_accumulation=accumulation)
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluationFlags(ModelFlags):
     """Evaluate an LLM with a mapping, or with --baseline alone, on multilingual tasks."""
 
@@ -233,7 +230,7 @@ class EvaluationFlags(ModelFlags):
 
     def __post_init__(self) -> None:
         if self.eval_batch_size is None:
-            self.eval_batch_size = 256 if self.backend == "vllm" else 16
+            _fill_in(self, eval_batch_size=256 if self.backend == "vllm" else 16)
         super().__post_init__()
         if self.test_num is not None:
             require_positive(self, "test_num")
@@ -259,29 +256,10 @@ class EvaluationFlags(ModelFlags):
         return bool(task.labels) and self.classification == "likelihood"
 
 
-@dataclass
-class DemoFlags:
-    """A page that puts questions to an LLM alone and with its mapping, or to merged models and their parents."""
-
-    checkpoint: str | None = flag(None, "mapping: folder, .safetensors or pytorch_model.bin")
-    llm_path: str | None = flag(None, "LLM of the mapping; default: as the record beside it names it")
-    mt_path: str | None = flag(None, "multilingual model of the mapping; default: as the record beside it names it")
-    models: list[str] = flag([], "instead: LLMs to show side by side, as parents and their merge")
-    max_gen_len: int = flag(512, "tokens of an answer")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
-    device: str = flag("auto", "auto takes the GPU where there is one")
-    trust_remote_code: bool = flag(False, "run code that a model's repository brings")
-    host: str = flag("127.0.0.1", "address to serve at; 0.0.0.0 lets other machines in")
-    port: int = flag(7860, "port to serve at")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "max_gen_len")
-        if (self.checkpoint is None) == (not self.models):
-            raise InputError("give --checkpoint (a mapping), or --models (LLMs to compare), one of the two")
-        if self.models and (self.llm_path or self.mt_path):
-            raise InputError("--llm_path and --mt_path are those of a --checkpoint: with --models leave them out")
-        if not 0 < self.port < 2**16:
-            raise InputError(f"--port {self.port} must be from 1 to 65535")
+def _fill_in(flags: object, **values: object) -> None:
+    """Replace defaults that depend on other flags, in `__post_init__`; afterwards flags are frozen."""
+    for name, value in values.items():
+        object.__setattr__(flags, name, value)
 
 
 def require_positive(flags: object, name: str) -> None:

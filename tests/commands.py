@@ -36,7 +36,7 @@ _REDIRECTIONS = {">", ">>", "<"}
 _UNCHECKED = {
     *("[", "cd", "echo", "export", "git", "hf", "hostname", "mkdir", "scontrol", "sbatch", "sed", "source", "trap"),
 }
-_FOLDERS = "benchmarks|common|configs|docs|mindmerger|quickstart|regmean|tests"
+_FOLDERS = "benchmarks|common|configs|docs|mindmerger|quickstart|regmean|tests|tools"
 _PATH = re.compile(rf"(?<![\w/.-])(?:{_FOLDERS})/[\w./-]*")
 _MADE_HERE = ("quickstart/build", "quickstart/results")
 
@@ -196,7 +196,11 @@ def _check_python(words: list[str]) -> None:
 
 def _start(words: list[str]) -> None:
     # end_rank would end the tests.
-    with patch.object(sys, "argv", words[1:] if words[0] == "-m" else words), patch("common.ranks.end_rank"):
+    with (
+        patch.object(sys, "argv", words[1:] if words[0] == "-m" else words),
+        patch("common.ranks.end_rank", sys.exit),
+        patch("common.errors.end_process", sys.exit),
+    ):
         if words[0] == "-m":
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:

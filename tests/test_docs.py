@@ -251,7 +251,7 @@ def test_links_files_and_flags_in_the_text_exist(page: Path) -> None:
 @cache
 def our_flags() -> set[str]:
     """Every flag of every program here."""
-    sources = [path for pattern in ("*.py", "[!.t]*/*.py") for path in REPOSITORY.glob(pattern)]
+    sources = [path for pattern in ("*.py", "[!.t]*/*.py", "tools/*.py") for path in REPOSITORY.glob(pattern)]
     text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     dataclass_fields = re.findall(r"^    (\w+): .* = flag\(", text, flags=re.MULTILINE)
     return {f"--{name}" for name in dataclass_fields} | set(re.findall(r'add_argument\("(--\w+)"', text))

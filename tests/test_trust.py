@@ -25,9 +25,10 @@ from tests.conftest import REPOSITORY
 
 SOURCES = [
     path
-    for folder in ("common", "mindmerger", "regmean", "quickstart", "benchmarks", ".")
-    for path in sorted((REPOSITORY / folder).glob("*.py"))
+    for pattern in ("*.py", *(f"{name}/**/*.py" for name in ("common", "mindmerger", "regmean", "tools", "quickstart")))
+    for path in sorted(REPOSITORY.glob(pattern))
 ]
+SOURCES += sorted((REPOSITORY / "benchmarks").rglob("*.py"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A page to try a mapping or a merge: one question, the answers of several models side by side.
+"""A page to try a mapping or a merge: the answers of several models to one question, side by side.
 
 python -m tools.demo --checkpoint C
 python -m tools.demo --models A B MERGED
@@ -9,18 +9,19 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from common.cli import parse_flags
+from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
 from common.logging import quiet_libraries
 from common.models import load_tokenizer
 from common.optional import require
 from common.ranks import start_process
 from mindmerger.checkpoint import read_record
-from mindmerger.config import DemoFlags, Limits, ModelPair
+from mindmerger.config import Limits, ModelPair, require_positive
 from mindmerger.data import Example
 from mindmerger.evaluation.answerer import Answerer, pick_dtype, prepare_answerer
 from mindmerger.frozen_models import load_llm
@@ -28,13 +29,36 @@ from mindmerger.modeling import Sequence
 from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, Prompt, math_prompt
 from mindmerger.tokenization import ExampleTokenizer
 
+if TYPE_CHECKING:
+    import gradio as gr
+
 # Before gradio is imported, which reads it once.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
-import gradio as gr
 
-# The default theme's fonts come from Google.
-_THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+@dataclass
+class DemoFlags:
+    """A page that puts questions to an LLM alone and with its mapping, or to merged models and their parents."""
+
+    checkpoint: str | None = flag(None, "mapping: folder, .safetensors or pytorch_model.bin")
+    llm_path: str | None = flag(None, "LLM of the mapping; default: as the record beside it names it")
+    mt_path: str | None = flag(None, "multilingual model of the mapping; default: as the record beside it names it")
+    models: list[str] = flag([], "instead: LLMs to show side by side, as parents and their merge")
+    max_gen_len: int = flag(512, "tokens of an answer")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
+    device: str = flag("auto", "auto takes the GPU where there is one")
+    trust_remote_code: bool = flag(False, "run code that a model's repository brings")
+    host: str = flag("127.0.0.1", "address to serve at; 0.0.0.0 lets other machines in")
+    port: int = flag(7860, "port to serve at")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_gen_len")
+        if (self.checkpoint is None) == (not self.models):
+            raise InputError("give --checkpoint (a mapping), or --models (LLMs to compare), one of the two")
+        if self.models and (self.llm_path or self.mt_path):
+            raise InputError("--llm_path and --mt_path are those of a --checkpoint: with --models leave them out")
+        if not 0 < self.port < 2**16:
+            raise InputError(f"--port {self.port} must be from 1 to 65535")
 
 
 @dataclass(frozen=True)
@@ -56,6 +80,8 @@ def serve(flags: DemoFlags) -> None:
     Raises:
         InputError: a model cannot be loaded, or the port is taken.
     """
+    import gradio as gr
+
     process = start_process(flags.device)
     quiet_libraries()
     dtype = pick_dtype(flags.dtype, process.device)
@@ -64,16 +90,18 @@ def serve(flags: DemoFlags) -> None:
         needs_language = False
     else:
         columns, needs_language = mapping_columns(flags, dtype, process.device)
+    # The default theme's fonts come from Google.
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
         page(columns, needs_language).launch(
-            server_name=flags.host, server_port=flags.port, share=False, theme=_THEME, footer_links=[]
+            server_name=flags.host, server_port=flags.port, share=False, theme=theme, footer_links=[]
         )
     except OSError as error:
         raise InputError(f"--host {flags.host} --port {flags.port}: {error}") from error
 
 
 def mapping_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) -> tuple[list[Column], bool]:
-    """(the LLM alone and the LLM with the mapping, whether the encoder is told a question's language).
+    """(the LLM alone and the LLM with the mapping, whether the encoder needs a question's language).
 
     The LLM alone reads the prompt of `run_evaluation.py --baseline`; the LLM is in memory once.
 
@@ -118,7 +146,7 @@ def model_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) ->
                 turn = [{"role": "user", "content": question}]
                 ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True).input_ids
             else:
-                # The break says that the question is at its end.
+                # The break marks the end of the question.
                 ids = tokenizer(question + "\n").input_ids
             with torch.inference_mode():
                 inputs = torch.tensor([ids], device=device)
@@ -130,13 +158,14 @@ def model_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) ->
     return [Column(path, asking(path)) for path in flags.models]
 
 
-def page(columns: list[Column], needs_language: bool) -> gr.Blocks:
+def page(columns: list[Column], needs_language: bool) -> "gr.Blocks":
     """The page: a question, a column of answers for each model.
 
     Args:
         columns: from left to right; on a phone, from top to bottom.
         needs_language: whether to ask for the question's language.
     """
+    import gradio as gr
 
     def answer(question: str, language: str) -> Iterator[list[str]]:
         if not question.strip():

@@ -1,35 +1,38 @@
-"""What a computation takes, found by running it on torch's meta device, where tensors have shapes and no data.
+"""Estimates of memory and work, by running a computation on torch's meta device, where tensors have no data.
 
 Nothing is estimated from formulas that could go stale: the models' own code runs, built from their configs, and every
 tensor that it makes is counted for as long as it lives.
 """
 
+import itertools
 import os
-import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from common.devices import HERE, Device, known_device, parse_devices
+from common.devices import GPUS, HERE, launched_world_size, parse_devices
 from common.errors import InputError, first_line
 from common.models import base_config
-from common.ranks import available_memory, launched_world_size
+from common.ranks import available_memory
 
 ATTENTION = "shapes_only"
 # Of a model's layers, so many are run: they are alike, and each adds the same.
 FEW, MORE = 2, 4
 # Backward through attention: the scores once more, and the products for dq, dk, dv and dp.
 BACKWARD_PRODUCTS = 2.5
+# Of the data sheets' figures, what matrix products and streams over memory reach in practice.
+SUSTAINED_FLOPS = 0.4
+SUSTAINED_BANDWIDTH = 0.7
 
 
 @dataclass(frozen=True)
@@ -106,36 +109,19 @@ def cost_of(run: Callable[[], Any], *given: nn.Module) -> Cost:
 
 def cost_of_layers(run: Callable[[], Any], model: PreTrainedModel, *given: nn.Module) -> Cost:
     """As `cost_of`, of a model of many layers, from runs with few: each further one adds as much as the one before."""
-    depth = len(model_layers(model))
-    if depth <= MORE:
+    layers = max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
+    every = layers._modules
+    if len(every) <= MORE:
         return cost_of(run, model, *given)
     costs = []
-    for layers in (FEW, MORE):
-        with _with_layers(model, layers):
-            costs.append(cost_of(run, model, *given))
-    few, more = costs
-
-    def at_depth(name: str) -> float:
-        a, b = getattr(few, name), getattr(more, name)
-        return a + (b - a) / (MORE - FEW) * (depth - FEW)
-
-    return Cost(*map(at_depth, ("peak_bytes", "kept_bytes", "flops")))
-
-
-def model_layers(model: nn.Module) -> nn.ModuleList:
-    """A model's stack of layers, the longest list of modules in it."""
-    return max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
-
-
-@contextmanager
-def _with_layers(model: nn.Module, count: int) -> Iterator[None]:
-    layers = model_layers(model)
-    whole = layers._modules
-    layers._modules = dict(list(whole.items())[:count])
     try:
-        yield
+        for count in (FEW, MORE):
+            layers._modules = dict(itertools.islice(every.items(), count))
+            costs.append(cost_of(run, model, *given))
     finally:
-        layers._modules = whole
+        layers._modules = every
+    few, more = map(astuple, costs)
+    return Cost(*(a + (b - a) / (MORE - FEW) * (len(every) - FEW) for a, b in zip(few, more, strict=True)))
 
 
 def causal_lm_on_meta(
@@ -227,7 +213,54 @@ def _attend(
 AttentionInterface.register(ATTENTION, _attend)
 
 
-def plan_device(text: str, device: str) -> Device:
+@dataclass(frozen=True)
+class Device:
+    """One of `count` like devices.
+
+    Attributes:
+        type: cuda or cpu.
+        memory: bytes that PyTorch may allocate on each.
+        half_flops, single_flops: operations per second that matrix products of 16 bits, and of float32, sustain.
+        bandwidth: bytes per second of its memory, sustained.
+        basis: where these figures come from.
+    """
+
+    name: str
+    type: str
+    count: int
+    memory: float
+    half_flops: float
+    single_flops: float
+    bandwidth: float
+    basis: str
+
+    @property
+    def title(self) -> str:
+        """As in `8 x h100`."""
+        return self.name if self.count == 1 else f"{self.count} x {self.name}"
+
+    def flops(self, itemsize: int) -> float:
+        """Operations per second of one device for products of numbers of that many bytes."""
+        return self.half_flops if itemsize < 4 else self.single_flops
+
+
+def known_device(name: str, count: int) -> Device:
+    """`count` devices of the table, at what they sustain."""
+    memory, half, single, bandwidth = GPUS[name]
+    return Device(
+        name,
+        "cuda",
+        count,
+        memory * 2**30,
+        half * 1e12 * SUSTAINED_FLOPS,
+        single * 1e12 * SUSTAINED_FLOPS,
+        bandwidth * 1e9 * SUSTAINED_BANDWIDTH,
+        f"assumed: {SUSTAINED_FLOPS:.0%} of {half:g} TFLOP/s in 16 bits and {single:g} in float32, "
+        f"{SUSTAINED_BANDWIDTH:.0%} of {bandwidth:g} GB/s",
+    )
+
+
+def find_device(text: str, device: str) -> Device:
     """The device that `--plan` names, as many as it says or, where it does not, as the launcher has started.
 
     This machine's are measured, for a second: its CPU, or its GPU where `--device` does not say otherwise.
@@ -249,43 +282,69 @@ def plan_device(text: str, device: str) -> Device:
 
 
 def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    size = 8192 if device.type == "cuda" else 1024
+    # Some CPUs take seconds for larger ones in bfloat16.
+    size = 8192 if device.type == "cuda" else 256 * dtype.itemsize
     a = torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / _seconds(lambda: a @ a, device)
+    return 2 * size**3 / _seconds("a @ a", a=a)
 
 
 def _measured_bandwidth(device: torch.device) -> float:
     a = torch.ones(1 << (28 if device.type == "cuda" else 25), device=device)
-    b = torch.zeros_like(a)
-    return 2 * a.nbytes / _seconds(lambda: b.copy_(a), device)
+    return 2 * a.nbytes / _seconds("b.copy_(a)", a=a, b=torch.zeros_like(a))
 
 
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """The shortest of a few runs, the first ones warming up."""
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return best
+def _seconds(statement: str, **tensors: torch.Tensor) -> float:
+    timer = Timer(statement, globals=tensors, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.1).median
 
 
-def show(title: str, device: Device, lines: list[tuple[str, str]]) -> None:
-    """Print a plan, on the first rank alone."""
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes.
+
+    Attributes:
+        parameters: of each model, by its name.
+        memory: bytes that a device holds at once, by what they are.
+        counts: how much there is to do: steps, tokens, problems, passes, systems.
+        flops: operations of matrix products, on all devices.
+        seconds: the time of these.
+        transfers: bytes that are written, read or sent, by name.
+        notes: what the report adds to a figure, by its name.
+    """
+
+    parameters: dict[str, int]
+    memory: dict[str, float]
+    counts: dict[str, int]
+    flops: float
+    seconds: float
+    transfers: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> float:
+        """Bytes that a device has to hold at most."""
+        return sum(self.memory.values())
+
+
+def show(title: str, device: Device, estimate: Estimate) -> None:
+    """Print an estimate, on the first rank alone."""
     if int(os.environ.get("RANK", "0")):
         return
-    width = max(len(name) for name, _ in lines)
-    print(f"plan: {title}\n  {'device'.ljust(width)}  {device.title}, {gb(device.memory)} each; {device.basis}")
-    for name, text in lines:
-        print(f"  {name.ljust(width)}  {text}")
-
-
-def fits(needed: float, device: Device) -> str:
-    """One line on whether so many bytes fit a device."""
-    verdict = "fits" if needed <= device.memory else "DOES NOT FIT"
-    return f"{gb(needed)} of {gb(device.memory)}: {verdict}"
+    verdict = "fits" if estimate.peak <= device.memory else "DOES NOT FIT"
+    lines = {
+        "device": f"{device.title}, {gb(device.memory)} each; {device.basis}",
+        "parameters": ", ".join(f"{name} {amount(count)}" for name, count in estimate.parameters.items()),
+        **{name: gb(size) for name, size in estimate.memory.items()},
+        "memory": f"{gb(estimate.peak)} of {gb(device.memory)}: {verdict}",
+        **{name: f"{count:,}" for name, count in estimate.counts.items()},
+        "work": f"{amount(estimate.flops)}FLOP",
+        "time": duration(estimate.seconds),
+        **{name: gb(size) for name, size in estimate.transfers.items()},
+    }
+    print(f"plan: {title}")
+    for name, text in lines.items():
+        note = f"; {estimate.notes[name]}" if name in estimate.notes else ""
+        print(f"  {name.ljust(max(map(len, lines)))}  {text}{note}")
 
 
 def gb(size: float) -> str:
@@ -298,15 +357,13 @@ def gb(size: float) -> str:
 
 def amount(count: float) -> str:
     """A number as in `6.74 B`."""
-    for unit, name in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count:.3g}"
+    units = {1e18: "E", 1e15: "P", 1e12: "T", 1e9: "B", 1e6: "M", 1e3: "K"}
+    unit = next((unit for unit in units if count >= unit), 1)
+    return f"{count / unit:.3g} {units.get(unit, '')}".rstrip()
 
 
 def duration(seconds: float) -> str:
     """Seconds as in `2.5 h`."""
-    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.1f} s"
+    units = {86400: "days", 3600: "h", 60: "min"}
+    unit = next((unit for unit in units if seconds >= 2 * unit), 1)
+    return f"{seconds / unit:.1f} {units.get(unit, 's')}"

@@ -21,7 +21,7 @@ from mindmerger.data import Example
 from mindmerger.evaluation.answerer import Answerer, pick_dtype, prepare_answerer
 from mindmerger.tasks import LANGUAGES, Language, Prompt, find_language
 
-# Of the flags of run_evaluation.py those that say what is loaded and how much of a text is read.
+# The flags of run_evaluation.py on models and limits.
 _FLAGS = (
     *("llm_path", "llm_revision", "mt_path", "mt_revision", "trust_remote_code", "dtype"),
     *("encoder_layer", "augmentation", "max_seq_len", "max_prompt_len", "max_gen_len"),
@@ -97,7 +97,7 @@ class MindMergerLM(LM):
             until, max_new_tokens = json.loads(settings)
             slots = self._flags.eval_batch_size
             for ended in self._answerer.generate(dict(enumerate(rows)), max_new_tokens, slots, self._has_ended(until)):
-                yield [(place, postprocess_generated_text(text, until, None)) for place, text, _ in ended]
+                yield [(index, postprocess_generated_text(text, until, None)) for index, text, _ in ended]
 
         settings = []
         for request in requests:
@@ -106,7 +106,7 @@ class MindMergerLM(LM):
                 raise InputError(f"task {request.task_name} asks for sampling: MindMerger answers greedily")
             settings.append(json.dumps([[stop for stop in kwargs["until"] if stop], kwargs["max_gen_toks"]]))
         texts = [""] * len(requests)
-        for number, text in self._ask(requests, settings, answer, disable_tqdm):
+        for number, text in self._answers(requests, settings, answer, disable_tqdm):
             texts[number] = text
             self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return texts
@@ -129,12 +129,12 @@ class MindMergerLM(LM):
             for start in range(0, len(rows), size):
                 scores, are_greedy = self._answerer.log_likelihoods(rows[start : start + size], json.loads(words))
                 pairs = zip(scores.tolist(), are_greedy.tolist(), strict=True)
-                yield [(place, list(zip(*pair, strict=True))) for place, pair in enumerate(pairs, start)]
+                yield [(index, list(zip(*pair, strict=True))) for index, pair in enumerate(pairs, start)]
 
         results = [(0.0, False)] * len(requests)
         firsts = [requests[group[0]] for group in members]
-        for place, scored in self._ask(firsts, words, score, disable_tqdm):
-            for number, result in zip(members[place], scored, strict=True):
+        for index, scored in self._answers(firsts, words, score, disable_tqdm):
+            for number, result in zip(members[index], scored, strict=True):
                 results[number] = result
                 self.cache_hook.add_partial("loglikelihood", requests[number].args, result)
         return results
@@ -164,21 +164,21 @@ class MindMergerLM(LM):
         """Wait for all ranks."""
         self._process.barrier()
 
-    def _ask(
+    def _answers(
         self,
         requests: list[Instance],
         settings: list[str],
         answer: Callable[[list[Tokens], str], Iterator[list[tuple[int, Any]]]],
         disable_tqdm: bool,
     ) -> Iterator[tuple[int, Any]]:
-        """(number of a request, what `answer` says to it), those of equal settings together, longest first."""
+        """(number of a request, what `answer` yields for it), those of equal settings together, longest first."""
         tokens = self._answerer.tokenizer([self._example(request) for request in requests], with_targets=False)
         with progress(self._process, total=len(requests), unit="request", leave=not disable_tqdm) as bar:
             for setting in dict.fromkeys(settings):
                 numbers = [number for number, other in enumerate(settings) if other == setting]
                 numbers.sort(key=lambda number: -len(tokens[number]))
                 for answers in answer([tokens[number] for number in numbers], setting):
-                    yield from ((numbers[place], said) for place, said in answers)
+                    yield from ((numbers[index], result) for index, result in answers)
                     bar.update(len(answers))
 
     def _example(self, request: Instance) -> Example:
@@ -199,7 +199,7 @@ class MindMergerLM(LM):
                 return language
         if self._answerer.tokenizer.names_language:
             raise InputError(
-                f"the encoder is told the language of a question: name that of {task}, as in "
+                f"the encoder needs the language of a question: name that of {task}, as in "
                 "--model_args source_language=de"
             )
         return LANGUAGES["English"]

@@ -12,7 +12,7 @@ def main() -> None:
     require("lm_eval", "requirements-lm_eval.txt")
     from lm_eval.__main__ import cli_evaluate
 
-    # The harness knows a model once its class is imported.
+    # The import registers the model.
     import tools.harness  # noqa: F401
 
     cli_evaluate()

@@ -1,6 +1,5 @@
 """Builds the `datas` layout of all tasks from public sources: `python -m tools.prepare_data`"""
 
-import functools
 import itertools
 import json
 import unicodedata
@@ -8,15 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
 from common.io import read_json, sha256, write_json, write_text
 from mindmerger.config import require_positive
-from mindmerger.data import MANIFEST, read_evaluation, read_training
+from mindmerger.data import MANIFEST, Example, read_evaluation, read_training
 from mindmerger.evaluation.answers import parse_answer
-from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, Language, find_task, select_languages
+from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, Language, Task, find_task, select_languages
 from tools import sources
 from tools.sources import SOURCES, Reading, pairs_source
 
@@ -24,11 +23,18 @@ from tools.sources import SOURCES, Reading, pairs_source
 MATH_ROWS = 30_000
 # Characters of a sentence, and how many times as long its translation may be (Chinese to English: about 3).
 SHORTEST, LONGEST, RATIO = 3, 500, 6
-# Translated solutions whose answer is the English one's; fewer mean that the rows are not in the order that is assumed.
+# Fraction of translated solutions whose answer is the English one's: of fewer, the rows are not in the assumed order.
 LEAST_ALIGNED = 0.9
 
 _EVALUATIONS = {"math": ("mgsm", "msvamp"), "x-csqa": ("x-csqa",), "xnli": ("xnli",)}
-Row = TypeVar("Row")
+# Path in the layout, of a language, and source; XNLI has all languages in one file.
+_EVALUATION_FILES = {
+    "mgsm": ("evaluation/mgsm/mgsm_{0.code}.tsv", "mgsm"),
+    "msvamp": ("evaluation/msvamp/test_{0.name}.jsonl", "msvamp"),
+    "x-csqa": ("evaluation/x-csqa/{0.code}/dev.jsonl", "x_csqa_dev"),
+}
+_XNLI_TEST = "evaluation/xnli/test.json"
+Row = dict[str, Any]
 
 
 @dataclass
@@ -96,192 +102,130 @@ class Layout:
         print(f"{' and '.join(texts)}: {rows} rows{left_out}", flush=True)
 
 
-@dataclass(frozen=True)
-class EvaluationFiles:
-    """One file for each language of an evaluation task.
-
-    Attributes:
-        path: pattern of the file's path in the layout, of a language.
-        source: name of its source.
-        convert: from the source's row to the file's.
-        question: from a line of the file to the question in it.
-    """
-
-    path: str
-    source: str
-    convert: Callable[[dict[str, Any]], Any]
-    question: Callable[[str], str]
-
-
-_EVALUATION_FILES = {
-    "mgsm": EvaluationFiles(
-        "evaluation/mgsm/mgsm_{0.code}.tsv", "mgsm", sources.mgsm, lambda line: line.split("\t")[0]
-    ),
-    "msvamp": EvaluationFiles(
-        "evaluation/msvamp/test_{0.name}.jsonl", "msvamp", sources.msvamp, lambda line: json.loads(line)["m_query"]
-    ),
-    "x-csqa": EvaluationFiles(
-        "evaluation/x-csqa/{0.code}/dev.jsonl",
-        "x_csqa_dev",
-        sources.x_csqa,
-        lambda line: json.loads(line)["question"]["stem"],
-    ),
-}
-_XNLI_TEST = "evaluation/xnli/test.json"
-
-
 def prepare(flags: PrepareDataFlags) -> None:
     """Build every file of the tasks, evaluation first, since nothing of it may be in training.
 
     Raises:
         InputError: a source that cannot be read, or is not as published; a folder that is not this command's.
     """
-    source_dir = None if flags.source_dir is None else Path(flags.source_dir)
     tasks = [find_task(name, TRAINING_TASKS) for name in flags.task.split(",")]
-    chosen = select_languages(flags.languages)
-    settings = {name: getattr(flags, name) for name in ("task", "languages", "pairs", "train_num", "source_dir")}
-    layout = Layout(Path(flags.output_dir), settings)
-    read = functools.partial(Reading, source_dir=source_dir, check_count=flags.check_counts)
-
-    def wanted(*languages: Language) -> tuple[Language, ...]:
-        return tuple(language for language in languages if chosen is None or language in chosen)
-
-    questions: set[str] = set()
+    builder = Builder(flags)
     for task in tasks:
         for name in _EVALUATIONS[task.name]:
-            languages = wanted(*EVALUATION_TASKS[name].languages)
-            if languages:
-                build_evaluation(layout, read, name, languages)
-                # What training or evaluation would refuse in a row is refused here.
-                read_evaluation(layout.folder, EVALUATION_TASKS[name], languages)
-                questions |= evaluation_keys(layout.folder, name, languages)
-
-    english = wanted(LANGUAGES["English"])
+            builder.build_evaluation(EVALUATION_TASKS[name])
     for task in tasks:
-        if task.name == "math":
-            languages = wanted(*task.languages, LANGUAGES["English"])
-            build_math(layout, read, languages, questions)
-        elif task.name == "x-csqa":
-            languages = english
-            build_x_csqa_training(layout, read, languages, questions)
-        else:
-            languages = wanted(*EVALUATION_TASKS["xnli"].languages)
-            build_xnli_dev(layout, read, languages, questions)
-        if languages:
-            list(read_training(layout.folder, task, "augmentation", languages, 1))
+        builder.build_questions(task)
     for task in tasks:
-        languages = wanted(*task.languages)
-        for language in languages:
-            build_pairs(layout, read, language, flags.pairs, questions, flags.train_num)
-        if languages:
-            list(read_training(layout.folder, task, "mapping", languages, 1))
+        builder.build_pairs(task)
 
 
-def build_evaluation(layout: Layout, read: Callable[..., Reading], name: str, languages: tuple[Language, ...]) -> None:
-    """The problems of one evaluation task: a file for each language, or XNLI's one file."""
-    if name == "xnli":
-        if not layout.has(_XNLI_TEST):
-            readings, rows = _xnli_rows(read, "xnli_test", languages)
-            layout.write(readings, {_XNLI_TEST: _json_list(rows)}, len(rows))
-        return
-    files = _EVALUATION_FILES[name]
-    for language in languages:
-        path = files.path.format(language)
-        if not layout.has(path):
-            reading = read(SOURCES[files.source], language)
-            rows = list(converted(reading, files.convert))
-            layout.write([reading], {path: _lines(rows)}, len(rows))
+class Builder:
+    """Builds the files of the languages that the flags choose; what is in the folder as it was written stays.
 
-
-def build_math(
-    layout: Layout, read: Callable[..., Reading], languages: tuple[Language, ...], questions: set[str]
-) -> None:
-    """GSM8K questions in all languages and MetaMathQA in English, each with its English solution."""
-    name = "query_translation/math.json"
-    if not languages or layout.has(name):
-        return
-    parallel = read(SOURCES["gsm8k_instruct"], None)
-    rows, dropped = translated_questions(converted(parallel, sources.gsm8k_instruct), parallel.place)
-    readings = [parallel]
-    if LANGUAGES["English"] in languages:
-        readings.append(read(SOURCES["metamath"], None))
-        rows += converted(readings[-1], sources.metamath)
-    kept = []
-    for language in languages:
-        mine = (row for row in rows if row["lang"] == language.name)
-        mine, left_out = clean(mine, lambda row: sentence_key(row["query"]), questions)
-        kept += mine[:MATH_ROWS]
-        dropped += left_out
-    layout.write(readings, {name: _json_list(kept)}, len(kept), dropped)
-
-
-def build_x_csqa_training(
-    layout: Layout, read: Callable[..., Reading], languages: tuple[Language, ...], questions: set[str]
-) -> None:
-    """The English training questions, the only ones that are published."""
-    for language in languages:
-        name = f"query_translation/x-csqa/train_{language.code}.jsonl"
-        if not layout.has(name):
-            rows = converted(reading := read(SOURCES["x_csqa_train"], language), sources.x_csqa)
-            kept, dropped = clean(rows, lambda row: sentence_key(row["question"]["stem"]), questions)
-            layout.write([reading], {name: _lines(kept)}, len(kept), dropped)
-
-
-def build_xnli_dev(
-    layout: Layout, read: Callable[..., Reading], languages: tuple[Language, ...], questions: set[str]
-) -> None:
-    """XNLI's dev set, which is what the published mappings were trained on."""
-    name = "query_translation/xnli_dev.json"
-    if languages and not layout.has(name):
-        readings, rows = _xnli_rows(read, "xnli_dev", languages)
-        kept, dropped = clean(rows, lambda row: sentence_key(row["sentence1"] + row["sentence2"]), questions)
-        layout.write(readings, {name: _json_list(kept)}, len(kept), dropped)
-
-
-def build_pairs(
-    layout: Layout, read: Callable[..., Reading], language: Language, kind: str, questions: set[str], limit: int
-) -> None:
-    """Sentence pairs of one language, line n of one file translating line n of the other; `kind` as in `--pairs`."""
-    folder = f"bilingual_pairs/en-{language.code}"
-    names = f"{folder}/train_100k.{language.code}", f"{folder}/train_100k.en"
-    if layout.has(*names):
-        return
-    if kind == "questions":
-        reading = read(SOURCES["gsm8k_instruct"], None)
-        rows, _ = translated_questions(converted(reading, sources.gsm8k_instruct), reading.place)
-        found = question_pairs(rows, language)
-    else:
-        reading = read(pairs_source(language), language)
-        found = converted(reading, lambda row: sources.sentence_pair(row, language))
-    pairs, dropped = clean_pairs(found, questions, limit)
-    if not pairs:
-        raise InputError(f"{reading.place}: no sentence pair in {language.name} is left after cleaning")
-    texts = {name: _lines(side) for name, side in zip(names, zip(*pairs, strict=True), strict=True)}
-    layout.write([reading], texts, len(pairs), dropped)
-
-
-def converted(reading: Reading, convert: Callable[[dict[str, Any]], Row]) -> Iterator[Row]:
-    """Every row through `convert`.
-
-    Raises:
-        InputError: a row is not of the schema that `convert` knows.
+    Attributes:
+        questions: keys of all evaluation questions so far, which training files must not hold.
     """
-    for row in reading:
-        try:
-            yield convert(row)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"{reading.place}: not the schema that {reading.source.dataset} was published in: "
-                f"{type(error).__name__}: {error}; its columns are {', '.join(row)}"
-            ) from error
+
+    def __init__(self, flags: PrepareDataFlags):
+        settings = {name: getattr(flags, name) for name in ("task", "languages", "pairs", "train_num", "source_dir")}
+        self.questions: set[str] = set()
+        self._flags, self._chosen = flags, select_languages(flags.languages)
+        self._layout = Layout(Path(flags.output_dir), settings)
+        self._source_dir = None if flags.source_dir is None else Path(flags.source_dir)
+
+    def build_evaluation(self, task: Task) -> None:
+        """The problems of one evaluation task: a file for each language, or XNLI's one file."""
+        languages = self._wanted(*task.languages)
+        if task.name == "xnli" and languages and not self._layout.has(_XNLI_TEST):
+            readings = [self._read("xnli_test", language) for language in languages]
+            rows = list(itertools.chain.from_iterable(readings))
+            self._layout.write(readings, {_XNLI_TEST: _json_list(rows)}, len(rows))
+        for language in languages if task.name in _EVALUATION_FILES else ():
+            name, source = _EVALUATION_FILES[task.name]
+            if not self._layout.has(path := name.format(language)):
+                rows = list(reading := self._read(source, language))
+                self._layout.write([reading], {path: _lines(rows)}, len(rows))
+        if languages:
+            # What evaluation would refuse in a row is refused here.
+            problems = read_evaluation(self._layout.folder, task, languages)
+            self.questions |= evaluation_keys(self._layout.folder, task, problems)
+
+    def build_questions(self, task: Task) -> None:
+        """The file of a task's augmentation stage."""
+        english = LANGUAGES["English"]
+        if task.name == "math":
+            languages = self._wanted(*task.languages, english)
+            name, build = "query_translation/math.json", self._math
+        elif task.name == "x-csqa":
+            # The English training questions are the only ones that are published.
+            languages = self._wanted(english)
+            name, build = f"query_translation/x-csqa/train_{english.code}.jsonl", self._x_csqa
+        else:
+            # XNLI's dev set, which is what the published mappings were trained on.
+            languages = self._wanted(*EVALUATION_TASKS["xnli"].languages)
+            name, build = "query_translation/xnli_dev.json", self._xnli
+        if languages:
+            if not self._layout.has(name):
+                readings, rows, dropped = build(languages)
+                text = _json_list(rows) if name.endswith(".json") else _lines(rows)
+                self._layout.write(readings, {name: text}, len(rows), dropped)
+            list(read_training(self._layout.folder, task, "augmentation", languages, 1))
+
+    def build_pairs(self, task: Task) -> None:
+        """Sentence pairs of every language, line n of one file translating line n of the other."""
+        languages = self._wanted(*task.languages)
+        for language in languages:
+            names = [f"bilingual_pairs/en-{language.code}/train_100k.{code}" for code in (language.code, "en")]
+            if not self._layout.has(*names):
+                reading = self._read(pairs_source(language, self._flags.pairs), language)
+                found = reading
+                if self._flags.pairs == "questions":
+                    found = question_pairs(translated_questions(reading)[0], language)
+                pairs, dropped = clean_pairs(found, self.questions, self._flags.train_num)
+                if not pairs:
+                    raise InputError(f"{reading.location}: no sentence pair in {language.name} is left after cleaning")
+                texts = {name: _lines(side) for name, side in zip(names, zip(*pairs, strict=True), strict=True)}
+                self._layout.write([reading], texts, len(pairs), dropped)
+        if languages:
+            list(read_training(self._layout.folder, task, "mapping", languages, 1))
+
+    def _wanted(self, *languages: Language) -> tuple[Language, ...]:
+        return tuple(language for language in languages if self._chosen is None or language in self._chosen)
+
+    def _read(self, name: str, language: Language) -> Reading:
+        return Reading(SOURCES[name], language, self._source_dir, self._flags.check_counts)
+
+    def _math(self, languages: tuple[Language, ...]) -> tuple[list[Reading], list[Row], Counter[str]]:
+        """GSM8K questions in all languages and MetaMathQA in English, each with its English solution."""
+        readings = [self._read("gsm8k_instruct", languages[0])]
+        rows, dropped = translated_questions(readings[0])
+        if LANGUAGES["English"] in languages:
+            readings.append(self._read("metamath", LANGUAGES["English"]))
+            rows += readings[-1]
+        kept = []
+        for language in languages:
+            own = (row for row in rows if row["lang"] == language.name)
+            own, left_out = clean(own, lambda row: sentence_key(row["query"]), self.questions)
+            kept += own[:MATH_ROWS]
+            dropped += left_out
+        return readings, kept, dropped
+
+    def _x_csqa(self, languages: tuple[Language, ...]) -> tuple[list[Reading], list[Row], Counter[str]]:
+        reading = self._read("x_csqa_train", languages[0])
+        return [reading], *clean(reading, lambda row: sentence_key(row["question"]["stem"]), self.questions)
+
+    def _xnli(self, languages: tuple[Language, ...]) -> tuple[list[Reading], list[Row], Counter[str]]:
+        readings = [self._read("xnli_dev", language) for language in languages]
+        rows = itertools.chain.from_iterable(readings)
+        return readings, *clean(rows, lambda row: sentence_key(row["sentence1"] + row["sentence2"]), self.questions)
 
 
-def translated_questions(rows: Iterable[tuple[str, str, str]], place: str) -> tuple[list[dict[str, str]], Counter[str]]:
+def translated_questions(rows: Iterable[tuple[str, str, str]]) -> tuple[list[Row], Counter[str]]:
     """Give every translated question the English solution.
 
     Args:
-        rows: (language, question, solution); an English row, then its translations, then the next English one.
-        place: of the source, for messages.
+        rows: (language, question, solution); an English row, then its translations, then the next English one. A
+            `Reading` of them is named in the error.
 
     Returns:
         Rows of `{query, response, lang}`, and how many were left out for which reason: a translation counts only
@@ -307,14 +251,15 @@ def translated_questions(rows: Iterable[tuple[str, str, str]], place: str) -> tu
         else:
             kept.append({"query": question, "response": english, "lang": language})
     if aligned < LEAST_ALIGNED * translations:
+        location = rows.location if isinstance(rows, Reading) else "these rows"
         raise InputError(
-            f"{place}: only {aligned} of {translations} translated solutions end in the answer of the English row "
+            f"{location}: only {aligned} of {translations} translated solutions end in the answer of the English row "
             "before them: the rows are not in the published order"
         )
     return kept, dropped
 
 
-def question_pairs(rows: Iterable[dict[str, str]], language: Language) -> Iterator[tuple[str, str]]:
+def question_pairs(rows: Iterable[Row], language: Language) -> Iterator[tuple[str, str]]:
     """(question in `language`, English question) of `translated_questions`' rows, each question on one line."""
     english = ""
     for row in rows:
@@ -340,31 +285,25 @@ def sentence_key(text: str) -> str:
     return unicodedata.normalize("NFKC", text).casefold().translate(_LETTERS_ONLY)
 
 
-def evaluation_keys(folder: Path, name: str, languages: Iterable[Language]) -> set[str]:
+def evaluation_keys(folder: Path, task: Task, problems: dict[Language, list[Example]]) -> set[str]:
     """The keys of a task's questions in `folder`; of XNLI each sentence, and premise and hypothesis together."""
-    if name == "xnli":
+    if task.name == "xnli":
         rows = [(sentence_key(r["sentence1"]), sentence_key(r["sentence2"])) for r in read_json(folder / _XNLI_TEST)]
         return {key for one, two in rows for key in (one, two, one + two)}
-    files = _EVALUATION_FILES[name]
-    return {
-        sentence_key(files.question(line))
-        for language in languages
-        for line in (folder / files.path.format(language)).read_text(encoding="utf-8").split("\n")
-        if line
-    }
+    return {sentence_key(problem.source.query) for rows in problems.values() for problem in rows}
 
 
 def clean(rows: Iterable[Row], key: Callable[[Row], str], questions: set[str]) -> tuple[list[Row], Counter[str]]:
     """The rows that are no evaluation question and came only once, and how many were left out for which reason."""
     kept, seen, dropped = [], set(), Counter()
     for row in rows:
-        mine = key(row)
-        if mine in questions:
+        text = key(row)
+        if text in questions:
             dropped["evaluation question(s)"] += 1
-        elif mine in seen:
+        elif text in seen:
             dropped["duplicate(s)"] += 1
         else:
-            seen.add(mine)
+            seen.add(text)
             kept.append(row)
     return kept, dropped
 
@@ -384,33 +323,22 @@ def clean_pairs(
             dropped["not translated"] += 1
         elif not questions.isdisjoint(keys):
             dropped["evaluation question(s)"] += 1
-        elif any(mine in side for mine, side in zip(keys, seen, strict=True)):
+        elif keys[0] in seen[0] or keys[1] in seen[1]:
             dropped["duplicate(s)"] += 1
         else:
-            for mine, side in zip(keys, seen, strict=True):
-                side.add(mine)
+            seen[0].add(keys[0])
+            seen[1].add(keys[1])
             kept.append(pair)
             if len(kept) == limit:
                 break
     return kept, dropped
 
 
-def _xnli_rows(
-    read: Callable[..., Reading], name: str, languages: tuple[Language, ...]
-) -> tuple[list[Reading], list[dict[str, str]]]:
-    readings = [read(SOURCES[name], language) for language in languages]
-    rows = itertools.chain.from_iterable(
-        converted(reading, functools.partial(sources.xnli, language=language))
-        for reading, language in zip(readings, languages, strict=True)
-    )
-    return readings, list(rows)
-
-
-def _lines(rows: Iterable[str | dict[str, Any]]) -> str:
+def _lines(rows: Iterable[str | Row]) -> str:
     return "".join(f"{row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)}\n" for row in rows)
 
 
-def _json_list(rows: list[dict[str, Any]]) -> str:
+def _json_list(rows: list[Row]) -> str:
     # A row a line, so that a person can look at them.
     return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
 

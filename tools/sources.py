@@ -3,7 +3,7 @@
 import fnmatch
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ class Source:
         files: patterns of file names, of which the first that matches anything counts; `{code}`, `{name}`, `{pair}`
             and `{nllb}` stand for a language.
         licence: as the data set's card names it, or its authors do.
+        convert: from a row and its language to the layout's row.
         rows: how many each language's files hold, as published; None where only some are read.
         url: of the folder that has the files, where the Hub has none of them.
         revision: commit, or branch whose commit at the time is recorded, of the Hub's repository.
@@ -30,49 +31,22 @@ class Source:
     dataset: str
     files: tuple[str, ...]
     licence: str
+    convert: Callable[[dict[str, Any], Language], Any]
     rows: int | None = None
     url: str | None = None
     revision: str = "main"
 
 
 _X_CSQA = "INK-USC/xcsr"
-_XNLI = "facebook/xnli"
-_XNLI_COMMIT = "b8dd5d7af51114dbda02c0e3f6133f332186418e"
-SOURCES = {
-    "mgsm": Source("juletxara/mgsm", ("{code}/test-*.parquet", "mgsm_{code}.tsv"), "cc-by-sa-4.0", 250),
-    "msvamp": Source("Mathoctopus/MSVAMP", ("test_{name}.json",), "apache-2.0", 1000),
-    "gsm8k_instruct": Source(
-        "Mathoctopus/GSM8KInstruct_Parallel", ("MGSM8KInstruct_Parallel.json",), "apache-2.0", 73_559
-    ),
-    "metamath": Source("meta-math/MetaMathQA", ("MetaMathQA-395K.json",), "mit", 395_000),
-    "x_csqa_train": Source(_X_CSQA, ("X-CSQA-{code}/train-*.parquet",), "mit", 8888),
-    "x_csqa_dev": Source(_X_CSQA, ("X-CSQA-{code}/validation-*.parquet",), "mit", 1000),
-    "xnli_dev": Source(_XNLI, ("{code}/validation-*.parquet",), "cc-by-nc-4.0", 2490, revision=_XNLI_COMMIT),
-    "xnli_test": Source(_XNLI, ("{code}/test-*.parquet",), "cc-by-nc-4.0", 5010, revision=_XNLI_COMMIT),
-    "opus": Source("Helsinki-NLP/opus-100", ("{pair}/train-*.parquet",), "unknown"),
-    "nllb": Source(
-        "allenai/nllb",
-        ("{nllb}.gz",),
-        "odc-by",
-        url="https://storage.googleapis.com/allennlp-data-bucket/nllb",
-    ),
-}
-# Not in OPUS-100.
-_NLLB_LANGUAGES = ("sw",)
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".tsv": "text", ".gz": "text"}
 
 
-def pairs_source(language: Language) -> Source:
-    """Where sentence pairs of English and `language` come from."""
-    return SOURCES["nllb" if language.code in _NLLB_LANGUAGES else "opus"]
-
-
 class Reading:
-    """The rows of one source in one language, read as they are iterated over, from the Hub or from local files.
+    """The rows of one source in one language, as the layout has them, read as they are iterated over.
 
     Args:
         source: from the table.
-        language: None for a source that has all in one file.
+        language: of the rows, where the source has a file for each.
         source_dir: holds `{dataset id}/{files}`, to be read in place of the Hub.
         check_count: whether another number of rows than the published one is an error.
 
@@ -80,8 +54,9 @@ class Reading:
         InputError: here, no such files, or no hub; while iterating, a broken connection or file, or the count.
     """
 
-    def __init__(self, source: Source, language: Language | None, source_dir: Path | None, check_count: bool = True):
+    def __init__(self, source: Source, language: Language, source_dir: Path | None, check_count: bool = True):
         self.source = source
+        self._language = language
         self.check_count = check_count
         self.rows = 0
         root, self.revision, names = _repository(source.dataset, source.revision, source.url, source_dir)
@@ -92,28 +67,40 @@ class Reading:
             raise InputError(f"{root} has no file {' or '.join(patterns)}: is it a download of {source.dataset}?")
         self._paths = [f"{root}/{name}" for name in self.files]
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Any]:
         # Seconds to import.
         from datasets import disable_progress_bars, load_dataset
 
         disable_progress_bars()
         builder = _BUILDERS[Path(self.files[0]).suffix]
+        self.rows = 0
         try:
             for row in load_dataset(builder, data_files=self._paths, split="train", streaming=True):
                 self.rows += 1
-                yield row
-        # Whatever a connection, a disk or a file format has to say, this source cannot be read.
+                yield self._converted(row)
+        except InputError:
+            raise
+        # A connection, a disk or a file format may raise anything.
         except Exception as error:
-            raise InputError(f"{self.place}: cannot be read: {first_line(error)}") from error
+            raise InputError(f"{self.location}: cannot be read: {first_line(error)}") from error
         if self.check_count and self.source.rows not in (None, self.rows):
             raise InputError(
                 f"{', '.join(self._paths)}: {self.rows} rows, but {self.source.rows} are published: the download is "
                 "not whole, or the data has changed (--check_counts False takes it as it is)"
             )
 
+    def _converted(self, row: dict[str, Any]) -> Any:
+        try:
+            return self.source.convert(row, self._language)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{self.location}: not the schema that {self.source.dataset} was published in: "
+                f"{type(error).__name__}: {error}; its columns are {', '.join(row)}"
+            ) from error
+
     @property
-    def place(self) -> str:
-        """The row read last, for messages."""
+    def location(self) -> str:
+        """File and number of the row read last."""
         return f"{self._paths[0]}, row {self.rows}"
 
     def record(self) -> dict[str, Any]:
@@ -127,9 +114,7 @@ class Reading:
         }
 
 
-def _words(source: Source, language: Language | None) -> dict[str, str]:
-    if language is None:
-        return {}
+def _words(source: Source, language: Language) -> dict[str, str]:
     # X-CSQA's own code for Japanese.
     code = "jap" if source.dataset == _X_CSQA and language.code == "ja" else language.code
     english = LANGUAGES["English"]
@@ -168,18 +153,18 @@ def _repository(
     return f"hf://datasets/{dataset}@{info.sha}", info.sha, tuple(sibling.rfilename for sibling in info.siblings)
 
 
-def mgsm(row: dict[str, Any]) -> str:
+def mgsm(row: dict[str, Any], _: Language) -> str:
     """MGSM, as a line of the published TSV or a row of the converted set, to `question<TAB>answer`."""
     question, answer = row["text"].split("\t") if "text" in row else (row["question"], row["answer_number"])
     return f"{one_line(question)}\t{str(answer).strip()}"
 
 
-def msvamp(row: dict[str, Any]) -> dict[str, str]:
+def msvamp(row: dict[str, Any], _: Language) -> dict[str, str]:
     """MSVAMP to `{m_query, response}`."""
     return {"m_query": row["m_query"].strip(), "response": str(row["response"])}
 
 
-def x_csqa(row: dict[str, Any]) -> dict[str, Any]:
+def x_csqa(row: dict[str, Any], _: Language) -> dict[str, Any]:
     """X-CSQA to `{answerKey, question: {stem, choices: [{label, text}, ...]}}`."""
     choices = row["question"]["choices"]
     if isinstance(choices, dict):
@@ -198,12 +183,12 @@ def xnli(row: dict[str, Any], language: Language) -> dict[str, str]:
     return texts | {"label": label, "language": language.name}
 
 
-def metamath(row: dict[str, Any]) -> dict[str, str]:
+def metamath(row: dict[str, Any], _: Language) -> dict[str, str]:
     """MetaMathQA to `{query, response, lang}`."""
     return {"query": row["query"].strip(), "response": row["response"].strip(), "lang": "English"}
 
 
-def gsm8k_instruct(row: dict[str, Any]) -> tuple[str, str, str]:
+def gsm8k_instruct(row: dict[str, Any], _: Language) -> tuple[str, str, str]:
     """GSM8KInstruct's `{prompt, chosen}` to (language's name, question, solution)."""
     language = re.search(r"(?:request|answer) in (\w+)", row["prompt"])[1]
     question = re.search(r"### Instruction:\n(.*?)\n\n### Response:", row["prompt"], flags=re.DOTALL)[1]
@@ -232,3 +217,29 @@ def sentence_pair(row: dict[str, Any], language: Language) -> tuple[str, str]:
 def one_line(text: str) -> str:
     """`text` without tabs and line breaks, which separate the fields and rows of a file."""
     return re.sub(r"[\t\r\n]+", " ", text).strip()
+
+
+_XNLI = "facebook/xnli"
+_XNLI_COMMIT = "b8dd5d7af51114dbda02c0e3f6133f332186418e"
+_NLLB = "https://storage.googleapis.com/allennlp-data-bucket/nllb"
+_PARALLEL = "Mathoctopus/GSM8KInstruct_Parallel"
+SOURCES = {
+    "mgsm": Source("juletxara/mgsm", ("{code}/test-*.parquet", "mgsm_{code}.tsv"), "cc-by-sa-4.0", mgsm, 250),
+    "msvamp": Source("Mathoctopus/MSVAMP", ("test_{name}.json",), "apache-2.0", msvamp, 1000),
+    "gsm8k_instruct": Source(_PARALLEL, ("MGSM8KInstruct_Parallel.json",), "apache-2.0", gsm8k_instruct, 73_559),
+    "metamath": Source("meta-math/MetaMathQA", ("MetaMathQA-395K.json",), "mit", metamath, 395_000),
+    "x_csqa_train": Source(_X_CSQA, ("X-CSQA-{code}/train-*.parquet",), "mit", x_csqa, 8888),
+    "x_csqa_dev": Source(_X_CSQA, ("X-CSQA-{code}/validation-*.parquet",), "mit", x_csqa, 1000),
+    "xnli_dev": Source(_XNLI, ("{code}/validation-*.parquet",), "cc-by-nc-4.0", xnli, 2490, revision=_XNLI_COMMIT),
+    "xnli_test": Source(_XNLI, ("{code}/test-*.parquet",), "cc-by-nc-4.0", xnli, 5010, revision=_XNLI_COMMIT),
+    "opus": Source("Helsinki-NLP/opus-100", ("{pair}/train-*.parquet",), "unknown", sentence_pair),
+    "nllb": Source("allenai/nllb", ("{nllb}.gz",), "odc-by", sentence_pair, url=_NLLB),
+}
+
+
+def pairs_source(language: Language, kind: str) -> str:
+    """The name of the source of sentence pairs of English and `language`; `kind` as in `--pairs`."""
+    if kind == "questions":
+        return "gsm8k_instruct"
+    # OPUS-100 has no Swahili.
+    return "nllb" if language.code == "sw" else "opus"

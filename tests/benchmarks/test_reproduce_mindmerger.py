@@ -35,7 +35,8 @@ def flags(work: Path, monkeypatch: pytest.MonkeyPatch) -> reproduce.MiniatureFla
     monkeypatch.setattr(datas, "ROWS", 80)
     monkeypatch.setattr(reproduce, "launch", launch_here)
     monkeypatch.setattr(benchmarks.aligned_start, "launch", launch_here)
-    monkeypatch.setattr(reproduce, "ANSWER_TOKENS", 4)
+    for limit, tokens in (("ANSWER_TOKENS", 4), ("QUESTION_TOKENS", 32), ("MAX_TOKENS", 64)):
+        monkeypatch.setattr(reproduce, limit, tokens)
     # One start of the two: both go through the same steps.
     monkeypatch.delitem(reproduce.STARTS, "scaled")
     datas.write_datas(work / "datas")

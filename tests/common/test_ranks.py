@@ -48,7 +48,9 @@ def test_a_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch, device: str, expe
 RANK = """
 import sys, time
 from datetime import timedelta
+from common import ranks
 from common.ranks import start_process
+ranks.LOOK_SECONDS = 0.5
 process = start_process("cpu", timeout=timedelta(seconds=4))
 print("started", flush=True)
 if sys.argv[1] == "computes":

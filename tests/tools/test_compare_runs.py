@@ -47,7 +47,7 @@ def write_results(folder: Path, german: list[dict], swahili: list[dict] | None =
         if records:
             lines = [json.dumps(record, ensure_ascii=False) for record in records]
             write_lines(folder / "mgsm" / "predictions" / f"{code}.jsonl", lines)
-    write_json(folder / "mgsm" / "run.json", {"settings": {"llm_path": folder.name, "dtype": "float32"}, "result": {}})
+    write_json(folder / "mgsm" / "run.json", {"settings": {}, "result": {}})
     return folder
 
 
@@ -136,8 +136,8 @@ def test_what_a_model_wrote_stays_text(results: list[Path], tmp_path: Path) -> N
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert [tag for tag, _ in page.tags].count("script") == 1
     # Two runs differ in nine problems, of which all three have the first four.
-    problems = [attributes for tag, attributes in page.tags if "data-pattern" in attributes]
-    assert [problem["data-pattern"] for problem in problems] == ["100", "011", "011"]
+    problems = [attributes for tag, attributes in page.tags if "data-solved" in attributes]
+    assert [problem["data-solved"] for problem in problems] == ["A", "B|B and C<i>", "B|B and C<i>"]
     assert f"{SCRIPT} & so on" in page.words
     assert not any(name in ("src", "href") for tag, attributes in page.tags if tag != "use" for name in attributes)
 

@@ -13,13 +13,13 @@ import torch
 from common.cli import parse_flags
 from common.errors import InputError
 from common.models import load_tokenizer
-from mindmerger.config import DemoFlags
 from mindmerger.data import Example
 from mindmerger.evaluation.answerer import Answerer
 from mindmerger.frozen_models import load_llm
 from mindmerger.tasks import LANGUAGES, Prompt, math_prompt
 from mindmerger.tokenization import ExampleTokenizer
 from tests.mindmerger.scripts import free_port, module_command, run, started, wait_for
+from tools.demo import DemoFlags
 
 QUESTION = "Wie viele Äpfel hat Anna?"
 RECORD = """() => {

@@ -7,10 +7,19 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from common.devices import HERE, known_device, parse_devices
+from common.devices import HERE, parse_devices
 from common.errors import InputError
 from tests.tiny_models import tiny_llama
-from tools.estimate import causal_lm_on_meta, cost_of, cost_of_layers, duration, parameters, plan_device, weight_bytes
+from tools.estimate import (
+    causal_lm_on_meta,
+    cost_of,
+    cost_of_layers,
+    duration,
+    find_device,
+    known_device,
+    parameters,
+    weight_bytes,
+)
 
 SIZES = {
     "hidden_size": 96,
@@ -50,10 +59,10 @@ def test_unknown_devices_are_told(text: str) -> None:
 
 def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    device = plan_device(HERE, "auto")
+    device = find_device(HERE, "auto")
     assert (device.type, device.count) == ("cpu", 2)
     assert device.memory > 1e8 and device.single_flops > 1e9 and device.bandwidth > 1e8
-    assert plan_device("4xh100", "cpu") == known_device("h100", 4)
+    assert find_device("4xh100", "cpu") == known_device("h100", 4)
 
 
 def test_a_product_is_counted() -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.devices import known_device
 from common.errors import InputError
 from mindmerger.config import EvaluationFlags, ModelFlags, TrainingFlags
 from mindmerger.frozen_models import load_encoder
@@ -13,15 +12,15 @@ from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 from tests.commands import run
 from tests.conftest import REPOSITORY
 from tests.tiny_models import tiny_llama, tiny_mt5, tiny_nllb, tiny_qwen, tiny_xlm_roberta
-from tools.estimate import cost_of, parameters, weight_bytes
+from tools.estimate import cost_of, known_device, parameters, weight_bytes
 from tools.estimate_mindmerger import (
     Row,
     encoder_cost,
     encoder_on_meta,
-    evaluation_plan,
+    estimate_evaluation,
+    estimate_training,
     model_on_meta,
     step_cost,
-    training_plan,
 )
 
 MODELS = REPOSITORY / "configs" / "models"
@@ -35,7 +34,7 @@ def flags(plan: str, **more: object) -> TrainingFlags:
 
 
 def plan(device: str, count: int = 1, zero: dict = ZERO2, **more: object):
-    return training_plan(flags(f"{count}x{device}", **more), known_device(device, count), zero, torch.bfloat16)
+    return estimate_training(flags(f"{count}x{device}", **more), known_device(device, count), zero, torch.bfloat16)
 
 
 @pytest.mark.parametrize("write", [tiny_mt5, tiny_nllb, tiny_xlm_roberta, tiny_qwen])
@@ -70,50 +69,56 @@ def test_a_step_takes_what_its_plan_says(tmp_path: Path, write) -> None:
 
 def test_the_published_training_fits_one_gpu() -> None:
     mapping = plan("a100-80gb", stage_name="mapping")
-    assert (mapping.llm, mapping.mapping) == (6_738_423_808, 25_178_112)
+    size = mapping.parameters
+    assert (size["LLM"], size["mapping"]) == (6_738_423_808, 25_178_112)
     m, inner, layers, vocabulary = 2048, 5120, 24, 250112
     # Of each layer four attention matrices, three of the feed-forward and two norms; one norm, and one table of biases.
-    assert mapping.encoder == vocabulary * m + layers * (4 * m * m + 3 * m * inner + 2 * m) + m + 32 * 32
-    assert mapping.weights == pytest.approx(2 * (mapping.llm + mapping.encoder), rel=1e-6)
-    assert mapping.optimizer == 20 * mapping.mapping + 2 * 500_000_000
-    assert mapping.disk == 48 * mapping.mapping
-    assert (mapping.steps, mapping.micro_batches) == (3 * 7008, 3 * 7008 * 16)
+    assert size["encoder"] == vocabulary * m + layers * (4 * m * m + 3 * m * inner + 2 * m) + m + 32 * 32
+    assert mapping.memory["weights"] == pytest.approx(2 * (size["LLM"] + size["encoder"]), rel=1e-6)
+    assert mapping.memory["optimizer"] == 20 * size["mapping"] + 2 * 500_000_000
+    assert mapping.transfers == {"disk": 48 * size["mapping"]}
+    assert mapping.counts["steps"] == 3 * 7008
     # A token of LLaMA-7B keeps 131 KB a layer in bf16; 8 rows of 1 + 512 + 1 + 512 tokens.
     kept = 32 * 8 * 1026 * (2 * 4 * 4096 + 2 * (4 * 4096 + 3 * 11008))
-    assert kept < mapping.activations < 1.1 * kept
+    assert kept < mapping.memory["activations"] < 1.1 * kept
     assert mapping.peak < known_device("a100-80gb", 1).memory
     # 2 n forward, 2 n backward, for 897,000 rows three times, and the encoder.
     work = 3 * 897_000 * (137 * 4 * 6.6e9 + 73 * 2 * 1.16e9)
     assert mapping.flops == pytest.approx(work, rel=0.1)
-    assert mapping.mean_activations < mapping.activations / 5
     rows = 3 * 7008 * 128 + (1 + 3 * 7008 // 500 + 3) * 3000  # learned from, and evaluated
-    assert (mapping.llm_tokens, mapping.encoder_tokens) == (137 * rows, 73 * rows)
+    assert (mapping.counts["LLM tokens"], mapping.counts["encoder tokens"]) == (137 * rows, 73 * rows)
+
+
+def activations(**more: object) -> float:
+    return plan("h100", gradient_checkpointing=True, **more).memory["activations"]
 
 
 def test_dev_rows_are_part_of_the_peak() -> None:
-    few, many = (plan("h100", eval_batch_size=rows, gradient_checkpointing=True) for rows in (1, 64))
-    assert many.activations > 2 * few.activations
-    assert plan("h100", eval_batch_size=64, gradient_checkpointing=True, dev_size=0).activations == few.activations
-    assert plan("h100", eval_batch_size=64, gradient_checkpointing=True, dev_size=1).activations == few.activations
+    few, many = (activations(eval_batch_size=rows) for rows in (1, 64))
+    assert many > 2 * few
+    assert activations(eval_batch_size=64, dev_size=0) == activations(eval_batch_size=64, dev_size=1) == few
 
 
 def test_recomputation_and_zero3_take_less() -> None:
     whole = plan("a100-80gb", 8)
     split = plan("a100-80gb", 8, ZERO3)
     gathered = 1_000_000_000
-    assert whole.traffic == 0 and split.traffic == pytest.approx(2 * 7 / 8 * whole.weights * whole.steps * 2)
-    assert split.weights == pytest.approx(whole.weights / 8 + 2 * gathered)
-    assert whole.optimizer == pytest.approx((4 + 16 / 8) * whole.mapping + 2 * 500_000_000)
-    assert plan("a100-80gb", 8, gradient_checkpointing=True).activations < whole.activations / 4
+    read = 2 * 7 / 8 * whole.memory["weights"] * whole.counts["steps"] * 2
+    assert "traffic" not in whole.transfers and split.transfers["traffic"] == pytest.approx(read)
+    assert split.memory["weights"] == pytest.approx(whole.memory["weights"] / 8 + 2 * gathered)
+    mapping = whole.parameters["mapping"]
+    assert whole.memory["optimizer"] == pytest.approx((4 + 16 / 8) * mapping + 2 * 500_000_000)
+    recomputed = plan("a100-80gb", 8, gradient_checkpointing=True)
+    assert recomputed.memory["activations"] < whole.memory["activations"] / 4
 
 
 def test_under_zero3_linear_layers_keep_their_inputs() -> None:
     """A frozen one keeps nothing by itself. These are, of a layer, both norms' outputs, and what o and down read."""
-    plain, divided = plan("a100-80gb", 8), plan("a100-80gb", 8, ZERO3)
-    inputs = 32 * 8 * 1026 * 2 * (3 * 4096 + 11008)
-    assert inputs < divided.activations - plain.activations < 1.25 * inputs
     usual = {"zero_optimization": {"stage": 3, "memory_efficient_linear": False}}
-    assert plan("a100-80gb", 8, usual).activations == plain.activations
+    plain, divided, stage3 = (plan("a100-80gb", 8, zero).memory["activations"] for zero in (ZERO2, ZERO3, usual))
+    inputs = 32 * 8 * 1026 * 2 * (3 * 4096 + 11008)
+    assert inputs < divided - plain < 1.25 * inputs
+    assert stage3 == plain
     assert torch.nn.functional.linear is torch._C._nn.linear
 
 
@@ -125,18 +130,19 @@ def test_a_planned_number_of_devices_stands_for_the_ranks() -> None:
 def test_the_cache_of_an_evaluation() -> None:
     device = known_device("a100-80gb", 1)
     evaluation = EvaluationFlags(**PUBLISHED, plan="a100-80gb")
-    planned = evaluation_plan(evaluation, "mgsm", device, torch.bfloat16)
-    assert planned.cache == 2 * 32 * 4096 * 2 * 16 * (1 + 512 + 1 + 512 + 512)
-    assert planned.problems == 11 * 250
-    assert (planned.llm_tokens, planned.encoder_tokens) == (2750 * (1 + 73 + 1 + 190 + 103), 2750 * 73)
-    assert planned.weights == pytest.approx(2 * (planned.llm + planned.encoder + planned.mapping), rel=1e-6)
+    planned = estimate_evaluation(evaluation, "mgsm", device, torch.bfloat16)
+    assert planned.memory["cache"] == 2 * 32 * 4096 * 2 * 16 * (1 + 512 + 1 + 512 + 512)
+    tokens = {"LLM tokens": 2750 * (1 + 73 + 1 + 190 + 103), "encoder tokens": 2750 * 73}
+    assert planned.counts == {"problems": 11 * 250, **tokens}
+    assert planned.memory["weights"] == pytest.approx(2 * sum(planned.parameters.values()), rel=1e-6)
     assert planned.peak < device.memory
-    alone = evaluation_plan(
+    alone = estimate_evaluation(
         EvaluationFlags(llm_path=PUBLISHED["llm_path"], baseline=True, plan="h100"), "mgsm", device, torch.bfloat16
     )
-    assert alone.encoder == alone.mapping == alone.encoder_tokens == 0 and alone.cache < planned.cache
-    labels = evaluation_plan(evaluation, "xnli", device, torch.bfloat16)
-    assert labels.cache == 4 * 2 * 32 * 4096 * 2 * 16 * (1 + 512 + 1 + 512 + 2)
+    assert alone.parameters == {"LLM": planned.parameters["LLM"]} and alone.counts["encoder tokens"] == 0
+    assert alone.memory["cache"] < planned.memory["cache"]
+    labels = estimate_evaluation(evaluation, "xnli", device, torch.bfloat16)
+    assert labels.memory["cache"] == 4 * 2 * 32 * 4096 * 2 * 16 * (1 + 512 + 1 + 512 + 2)
 
 
 def test_a_plan_needs_two_configs_and_leaves_nothing(

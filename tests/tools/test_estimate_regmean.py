@@ -1,5 +1,6 @@
 """Plans of Grams and merges: published sizes, and small ones against real runs."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from common.devices import HERE, Device, known_device
+from common.devices import HERE
 from regmean.config import GramFlags, MergeFlags
 from regmean.gram import probe
 from regmean.hooks import LinearInputs, linear_layers
@@ -15,8 +16,8 @@ from regmean.merge import AVERAGERS, CHUNK_ELEMENTS
 from tests.commands import run
 from tests.conftest import REPOSITORY
 from tests.regmean.conftest import make_gpt2, make_llama
-from tools.estimate import causal_lm_on_meta, cost_of
-from tools.estimate_regmean import batch_cost, gram_plan, layer_inputs, merge_cost
+from tools.estimate import Device, causal_lm_on_meta, cost_of, known_device
+from tools.estimate_regmean import batch_cost, estimate_grams, estimate_merge, layer_inputs
 
 LLAMA_3_8B = str(REPOSITORY / "configs/models/llama-3-8b")
 LARGE = Device(HERE, "cpu", 1, 2**50, 1e9, 1e9, 1e9, "")
@@ -47,20 +48,21 @@ def test_a_batch_takes_what_its_plan_says(save: Callable[..., Path]) -> None:
 def test_llama_3_8b_on_one_gpu(device: str, passes: int) -> None:
     model = causal_lm_on_meta(LLAMA_3_8B)
     flags = GramFlags(model=LLAMA_3_8B, plan=device)
-    planned = gram_plan(flags, model, known_device(device, 1))
+    planned = estimate_grams(flags, model, known_device(device, 1))
     widths = 32 * [4096, 4096, 4096, 14336] + [4096]
-    assert (planned.parameters, planned.inputs) == (8_030_261_248, 129)
-    assert planned.sums == sum(4 * width**2 for width in widths)
-    assert planned.file == sum(2 * width * (width + 1) for width in widths)
+    total = planned.parameters["model"]
+    assert (total, planned.counts["inputs"]) == (8_030_261_248, 129)
+    assert sum(each.sum_bytes for each in layer_inputs(model)) == sum(4 * width**2 for width in widths)
+    assert planned.transfers["disk"] == sum(2 * width * (width + 1) for width in widths)
     # All but the head.
-    assert planned.weights == pytest.approx(2 * (planned.parameters - 4096 * 128256), rel=1e-6)
-    assert planned.passes == passes
+    assert planned.memory["weights"] == pytest.approx(2 * (total - 4096 * 128256), rel=1e-6)
+    assert planned.counts["passes"] == passes
     assert planned.peak < known_device(device, 1).memory
     layers = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     attention = 32 * 4 * 256 * 4096 / 2
     # Four passes end after about one, two, three quarters of the layers, and all of them.
     forwards = (passes + 1) / 2
-    work = planned.tokens * (forwards * (2 * layers + attention) + sum(width**2 for width in widths))
+    work = planned.counts["tokens"] * (forwards * (2 * layers + attention) + sum(width**2 for width in widths))
     assert planned.flops == pytest.approx(work, rel=0.01 if passes == 1 else 0.05)
 
 
@@ -72,15 +74,17 @@ def test_a_model_that_does_not_fit_is_told(capsys: pytest.CaptureFixture) -> Non
 
 
 def test_llama_3_8b_merges_in_four_gigabytes() -> None:
-    planned = merge_cost(MergeFlags(method="regmean", models=[LLAMA_3_8B] * 2, plan="h100"))
-    assert planned.systems == 129
-    assert 2.7e9 < planned.arrays < 2.8e9
+    device = known_device("h100", 1)
+    planned = estimate_merge(MergeFlags(method="regmean", models=[LLAMA_3_8B] * 2, plan="h100"), device)
+    assert planned.counts == {"systems": 129}
+    assert 2.7e9 < planned.peak < 2.8e9
     widths = 32 * [4096, 4096, 4096, 14336] + [4096]
-    assert planned.read == 2 * (2 * planned.parameters + sum(2 * width * (width + 1) for width in widths))
-    assert planned.written == 2 * planned.parameters
-    average = merge_cost(MergeFlags(method="avg", models=[LLAMA_3_8B] * 3, plan="h100"))
-    assert average.arrays == 36 * AVERAGERS * CHUNK_ELEMENTS
-    assert (average.flops, average.read) == (0, 6 * planned.parameters)
+    total = planned.parameters["each model"]
+    assert planned.transfers["read"] == 2 * (2 * total + sum(2 * width * (width + 1) for width in widths))
+    assert planned.transfers["written"] == 2 * total
+    average = estimate_merge(MergeFlags(method="avg", models=[LLAMA_3_8B] * 3, plan="h100"), device)
+    assert average.peak == 36 * AVERAGERS * CHUNK_ELEMENTS
+    assert (average.flops, average.transfers["read"]) == (0, 6 * total)
 
 
 def test_the_plan_of_a_merge_is_the_one_that_it_prints(
@@ -98,6 +102,7 @@ def test_the_plan_of_a_merge_is_the_one_that_it_prints(
     plan = capsys.readouterr().out
     run([*merge, "--grams", *(f"{model}-grams" for model in models)])
     printed = capsys.readouterr().out
-    planned = merge_cost(MergeFlags(method="regmean", models=models, plan="h100"))
-    assert f"at most about {planned.arrays / 1e9:.2f} GB of arrays" in printed
-    assert f"in {planned.systems} systems" in printed and f"{planned.systems} systems" in plan
+    planned = estimate_merge(MergeFlags(method="regmean", models=models, plan="h100"), known_device("h100", 1))
+    assert f"at most about {planned.peak / 1e9:.2f} GB of arrays" in printed
+    systems = planned.counts["systems"]
+    assert f"in {systems} systems" in printed and re.search(rf"systems +{systems}$", plan, re.MULTILINE)

@@ -298,7 +298,7 @@ def test_a_source_is_as_published_or_refused(local_copies: Path, tmp_path: Path)
 
 def test_rows_of_the_converted_mgsm_are_the_published_ones() -> None:
     row = {"question": "Wie\tviele?\n", "answer": None, "answer_number": 18, "equation_solution": None}
-    assert sources.mgsm(row) == "Wie viele?\t18"
+    assert sources.mgsm(row, LANGUAGES["German"]) == "Wie viele?\t18"
 
 
 def test_real_files_come_through_unchanged(shared_datas: Path, tmp_path: Path) -> None:
@@ -314,8 +314,7 @@ def test_real_files_come_through_unchanged(shared_datas: Path, tmp_path: Path) -
             original = evaluation / name / file.format(language)
             if not original.exists():
                 continue
-            reading = sources.Reading(SOURCES[source], language, tmp_path / "sources")
-            rows = [getattr(sources, name)(row) for row in reading]
+            rows = list(sources.Reading(SOURCES[source], language, tmp_path / "sources"))
             if name == "mgsm":
                 assert "".join(f"{row}\n" for row in rows).split() == original.read_text(encoding="utf-8").split()
             else:
@@ -326,14 +325,14 @@ def test_real_files_come_through_unchanged(shared_datas: Path, tmp_path: Path) -
 def test_a_translation_needs_the_answer_of_the_english_row() -> None:
     rows = [("English", f"q{n}", f"{n} apples\n#### 1,{n:03}") for n in range(30)]
     in_order = [row for english in rows for row in (english, ("German", f"de {english[1]}", english[2]))]
-    kept, dropped = translated_questions(in_order, "here")
+    kept, dropped = translated_questions(in_order)
     assert len(kept) == 60 and not dropped
     assert kept[1] == {"query": "de q0", "response": "0 apples\nThe answer is: 1000", "lang": "German"}
 
     german = [("German", f"de {question}", text) for _, question, text in rows]
     with pytest.raises(InputError, match="only 1 of 30 translated solutions"):
-        translated_questions(rows + german, "here")
-    kept, dropped = translated_questions([("English", "q", "No number."), ("German", "q", "#### 1"), *in_order], "here")
+        translated_questions(rows + german)
+    kept, dropped = translated_questions([("English", "q", "No number."), ("German", "q", "#### 1"), *in_order])
     assert len(kept) == 60 and dropped == {"without an English answer": 2}
 
 
