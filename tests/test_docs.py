@@ -243,7 +243,7 @@ def test_links_files_and_flags_in_the_text_exist(page: Path) -> None:
     spans = re.findall(r"`([^`\n]+)`", text)
     assert not (missing := [path for span in spans for path in missing_paths(span)]), f"{page.name}: {missing}"
     for file, test in re.findall(r"`(test_\w+\.py)::(test_\w+)`", text):
-        assert any(f"def {test}(" in path.read_text() for path in REPOSITORY.glob(f"tests/*/{file}")), (file, test)
+        assert any(f"def {test}(" in path.read_text() for path in REPOSITORY.glob(f"tests/**/{file}")), (file, test)
     named = {flag for span in spans for flag in re.findall(r"(?<![\w-])--\w[\w-]*", span)}
     assert not (unknown := named - our_flags() - FOREIGN), f"{page.name}: no program has {sorted(unknown)}"
 
