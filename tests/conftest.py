@@ -1,6 +1,7 @@
 import os
 import resource
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests compare float32 results to 1e-5, on ranks that a machine's GPUs may be too few for.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
+# Tokenised rows and prepared data sets of the tests are theirs alone.
+CACHE = tempfile.TemporaryDirectory(prefix="datasets-")
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
 # How many cases the fuzz tests try of each reader. Every case writes the test's folder anew.
 _FUZZ = {
