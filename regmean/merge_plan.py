@@ -1,14 +1,18 @@
-"""Whether models and Grams fit together, from headers alone: told in one error, before a tensor is read."""
+"""What happens to each tensor, and whether models and Grams fit together: from headers alone, with every difference in
+one error before a tensor is read."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.errors import InputError
-from regmean.config import MergeFlags
 from regmean.gram_file import Grams
 from regmean.model_folder import Checkpoint, base_vocabulary, same_tokenizer_file
-from regmean.tensor_file import FLOATS, STORAGE
+from regmean.tensor_file import FLOATS, encode
 
 MAX_LISTED = 20
 # Settings that must be the same for weights to mean the same, and those that a merge can only take from one model.
@@ -42,7 +46,7 @@ class LayerGroup:
     conv1d: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class MergePlan:
     """What happens to every tensor of the merged model.
 
@@ -55,55 +59,72 @@ class MergePlan:
     """
 
     layout: dict[str, tuple[str, tuple[int, ...]]]
-    groups: list[LayerGroup] = field(default_factory=list)
-    averaged: list[str] = field(default_factory=list)
-    copied: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    groups: list[LayerGroup]
+    averaged: list[str]
+    copied: list[str]
+    notes: list[str]
+
+    def systems(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of each group."""
+        return [(g.width, sum(math.prod(self.layout[name][1]) for name in g.tensors) // g.width) for g in self.groups]
+
+    def encode(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Values of the tensor `name` in the dtype that it is written in.
+
+        Raises:
+            InputError: a value does not fit.
+        """
+        try:
+            return encode(values, self.layout[name][0])
+        except OverflowError as error:
+            raise InputError(f"tensor {name}: {error}; choose a wider --dtype") from error
 
 
-def plan_merge(flags: MergeFlags, models: list[Checkpoint], grams: list[Grams]) -> MergePlan:
+def plan_merge(
+    models: list[Checkpoint], grams: list[Grams], selects: Callable[[str], bool], dtype: str, outputs: list[Path]
+) -> MergePlan:
     """Check that the models, and the Grams where there are any, fit together, and decide on every tensor.
+
+    Args:
+        models: the first lends its layout.
+        grams: of each model, for RegMean; none for an average.
+        selects: whether the tensor of a name is merged.
+        dtype: of the merged floats; "auto" is the first model's.
+        outputs: folders that must not exist yet.
 
     Raises:
         InputError: they do not; the message lists every difference.
     """
-    problems: list[str] = []
+    problems = [
+        f"{path} exists already: remove it, or choose another --output_dir" for path in outputs if path.exists()
+    ]
     notes: list[str] = []
     first = models[0]
-    for path in flags.output_dirs():
-        if path.exists():
-            problems.append(f"{path} exists already: remove it, or choose another --output_dir")
     for model in models[1:]:
         _compare_configs(first, model, problems, notes)
         _compare_vocabularies(first, model, problems, notes)
     # Where embeddings are tied, a stored head is a copy of them that loading ignores.
     tied = all(model.ties_embeddings for model in models)
     names = [{name for name in model.tensors if not (tied and name == "lm_head.weight")} for model in models]
-    selected = {name for name in set().union(*names) if flags.selects(name)}
+    selected = {name for name in set().union(*names) if selects(name)}
     if not selected:
         problems.append("--include and --exclude leave no tensor to merge")
     _compare_tensors(models, names, selected, problems)
-    if problems:
-        _refuse(problems)
+    _refuse(problems)
 
-    dtype = STORED_AS.get(flags.dtype)
-    plan = MergePlan(
-        {
-            name: (dtype if dtype and info.dtype in FLOATS else info.dtype, info.shape)
-            for name, info in first.tensors.items()
-            if name in names[0]
-        },
-        notes=notes,
-    )
-    plan.copied = [name for name in plan.layout if name not in selected]
-    plan.groups = _group_layers(models, grams, [name for name in plan.layout if name in selected], tied, problems)
-    if problems:
-        _refuse(problems)
-    solved = {name for group in plan.groups for name in group.tensors}
-    plan.averaged = [name for name in plan.layout if name in selected and name not in solved]
-    if grams and not solved:
-        _refuse(["none of the selected tensors has a Gram in every file"])
-    return plan
+    layout = {
+        name: (STORED_AS.get(dtype, info.dtype) if info.dtype in FLOATS else info.dtype, info.shape)
+        for name, info in first.tensors.items()
+        if name in names[0]
+    }
+    merged = [name for name in layout if name in selected]
+    groups = _group_layers(models, grams, merged, tied, problems)
+    if grams and not groups and not problems:
+        problems.append("none of the selected tensors has a Gram in every file")
+    _refuse(problems)
+    solved = {name for group in groups for name in group.tensors}
+    averaged = [name for name in merged if name not in solved]
+    return MergePlan(layout, groups, averaged, [name for name in layout if name not in selected], notes)
 
 
 def _compare_configs(first: Checkpoint, other: Checkpoint, problems: list[str], notes: list[str]) -> None:
@@ -219,13 +240,8 @@ def _weight_name(module: str, model: Checkpoint) -> str | None:
 
 
 def _refuse(problems: list[str]) -> None:
+    if not problems:
+        return
     listed = "".join(f"\n  - {problem}" for problem in problems[:MAX_LISTED])
     more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
     raise InputError(f"these do not merge:{listed}{more}")
-
-
-def describe_size(plan: MergePlan, models: list[Checkpoint]) -> tuple[int, int]:
-    """Bytes of weights that the merge reads, and bytes that each merged model takes."""
-    read = sum(model.tensors[name].nbytes for model in models for name in plan.layout if name in model.tensors)
-    written = sum(math.prod(shape) * STORAGE[dtype].itemsize for dtype, shape in plan.layout.values())
-    return read, written

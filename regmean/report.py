@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from common.io import write_json, write_text
-from regmean.config import MergeFlags
 from regmean.gram_file import Grams
 from regmean.merge_plan import MergePlan
 from regmean.model_folder import Checkpoint
@@ -52,17 +51,24 @@ class Provenance:
 
     @classmethod
     def of(
-        cls, flags: MergeFlags, alpha: float | None, command: str, models: list[Checkpoint], grams: list[Grams]
+        cls,
+        method: str,
+        alpha: float | None,
+        solver: str,
+        command: str,
+        models: list[Checkpoint],
+        model_weights: list[float],
+        grams: list[Grams],
     ) -> "Provenance":
-        """Collect it."""
+        """Collect it; without Grams there is no solver."""
         return cls(
-            flags.method,
+            method,
             alpha,
-            flags.solver if grams else None,
+            solver if grams else None,
             command,
             [
                 {"model": model.name, "weight": weight, "fingerprint": model.fingerprint()}
-                for model, weight in zip(models, flags.weights(), strict=True)
+                for model, weight in zip(models, model_weights, strict=True)
             ],
             [{**file.provenance, "file": str(file.path)} for file in grams],
             {name: version(name) for name in ("torch", "numpy")},
@@ -108,7 +114,9 @@ def model_card(provenance: Provenance) -> str:
 
 def print_table(alpha: float, models: list[str], layers: list[LayerReport]) -> None:
     """Print one line per system: solver, condition, and the objective relative to the mean's."""
-    print(f"\nalpha {alpha:g}; RegMean's objective at the mean, and as a share of that at each model and at the merge")
+    print(
+        f"\nalpha {alpha:g}; RegMean's objective at the mean, and as a fraction of that at each model and at the merge"
+    )
     names = [Path(model).name[:14] for model in models]
     print(f"{'layers':<58} {'solver':<26} {'condition':>9} {'mean':>10} {' '.join(f'{n:>14}' for n in names)}  merged")
     for layer in layers:

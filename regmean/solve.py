@@ -5,26 +5,34 @@ layer, with inputs X_i and weights W_i of models i, find the W closest to all of
 
     minimise  f(W) = sum_i w_i ||X_i W - X_i W_i||^2 / n_i  =  sum_i w_i tr((W - W_i)^T G_i (W - W_i)),
 
-where G_i = X_i^T X_i / n_i is the Gram per token and w_i the model's share. Off-diagonals of every G_i are first scaled
-by alpha (their equation 3's shrinking towards the diagonal). The solution, written around the weighted mean M, is
+where G_i = X_i^T X_i / n_i is the Gram per token and w_i the model's weight. Off-diagonals of every G_i are first
+scaled by alpha (their equation 3's shrinking towards the diagonal). The solution, written around the weighted mean M,
+is
 
     W = M + G^-1 sum_i w_i G_i (W_i - M),    G = sum_i w_i G_i.
 
 It equals the published form G^-1 sum_i w_i G_i W_i, but rounds a correction where that one rounds the whole weight,
 and where G says nothing (an input that is always zero) the mean stays.
 
-Weights here are as nn.Linear keeps them, (outputs, inputs): rows are independent problems of one matrix G.
+The layers' weights are here as nn.Linear keeps them, `rows` of shape (outputs, inputs): independent problems of one
+matrix G. `System` solves them block by block; `model_weights` are the w_i, which sum to 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
+import numpy as np
 import torch
 
 from common.onednn import linear
 from regmean.triangular import Factor
 
+# Of outputs solved at a time, elements per model: 28 MB in float32. From 32 MB on the C library takes the memory of
+# every array anew from the system, page by page.
+BLOCK_ELEMENTS = 7 << 20
+# The same where several systems are solved side by side, and a block costs no reading of Grams.
+SIDE_BY_SIDE_BLOCK_ELEMENTS = 1 << 19
 # Tried in turn until the factorisation succeeds; the jitter is relative to the equilibrated diagonal of ones.
 ATTEMPTS = tuple((dtype, jitter) for dtype in (torch.float32, torch.float64) for jitter in (0.0, 1e-5, 1e-4, 1e-3))
 # Residuals |R - D G| / |R|: what a Cholesky solution is refined to, and what no solution may exceed.
@@ -38,10 +46,14 @@ PROBE_MARGIN = 1 / 3
 PANEL = 1024  # rows and columns of a tile of an inner product matrix that is never held whole
 
 
+SINGULAR = "the scaled Gram is singular; use --solver cholesky, or a smaller --alpha"
+
+
 class SolveError(Exception):
-    """The system could not be solved; the message says why, the caller knows which layer it is."""
+    """The system could not be solved; the message gives the reason, not the layer."""
 
 
+@dataclass(frozen=True)
 class GramSum:
     """G = sum_i w_i G_i of one layer input, for any alpha.
 
@@ -49,18 +61,7 @@ class GramSum:
         matrix: float32 (inputs, inputs), off-diagonals as they are.
     """
 
-    def __init__(self, matrix: torch.Tensor):
-        self.matrix = matrix
-
-    @classmethod
-    def of_two(cls, first: torch.Tensor, second: torch.Tensor, shares: list[float]) -> tuple[Self, torch.Tensor]:
-        """The sum for two models, and G_1 - G_2, in the memory of the two Grams per token."""
-        difference = first.sub_(second)
-        return cls(second.add_(difference, alpha=shares[0])), difference
-
-    def add(self, gram: torch.Tensor, weight: float) -> None:
-        """Add one model's Gram per token, float32 (inputs, inputs), with the model's share."""
-        self.matrix.add_(gram, alpha=weight)
+    matrix: torch.Tensor
 
     def scaled(self, alpha: float) -> torch.Tensor:
         """A copy with off-diagonals times alpha; an input that is always zero gets a one on the diagonal.
@@ -137,7 +138,7 @@ class Lstsq:
         try:
             return torch.linalg.lstsq(self._system, rhs.T, driver="gels").solution.T
         except torch.linalg.LinAlgError as error:
-            raise SolveError("the scaled Gram is singular; use --solver cholesky, or a smaller --alpha") from error
+            raise SolveError(SINGULAR) from error
 
 
 class Inverse:
@@ -150,7 +151,7 @@ class Inverse:
         system = total.scaled(alpha)
         self._inverse, singular = torch.linalg.inv_ex(system)
         if singular:
-            raise SolveError("the scaled Gram is singular; use --solver cholesky, or a smaller --alpha")
+            raise SolveError(SINGULAR)
         self.condition: float | None = (torch.linalg.norm(system, 1) * torch.linalg.norm(self._inverse, 1)).item()
 
     def solve(self, rhs: torch.Tensor) -> torch.Tensor:
@@ -158,7 +159,7 @@ class Inverse:
         return rhs @ self._inverse.T
 
 
-SOLVERS: dict[str, Any] = {"cholesky": Cholesky, "lstsq": Lstsq, "inverse": Inverse}
+SOLVERS: dict[str, type] = {"cholesky": Cholesky, "lstsq": Lstsq, "inverse": Inverse}
 
 
 @dataclass
@@ -176,26 +177,119 @@ class Objective:
         self.inputs = [a + b for a, b in zip(self.inputs or [0.0] * len(other.inputs), other.inputs, strict=True)]
 
 
+class System:
+    """The regression of all layers that share one input, solved block by block of their outputs, for any alpha.
+
+    Of two models the Grams are read once and kept as their sum and their difference: with D_i = W_i - M,
+    w_1 D_1 + w_2 D_2 = 0, so that sum_i w_i D_i G_i = w_1 D_1 (G_1 - G_2), one product in place of two. Of more they
+    are read again for each block, one at a time: keeping every model's Gram would take more memory than all else.
+
+    Args:
+        read: gives the sum of x x^T of a model by its index: float32 (inputs, inputs), the caller's no longer.
+        tokens: how many each of these sums.
+        model_weights: w_i, summing to 1.
+        solver: a name of `SOLVERS`.
+        for_each: the `map` to call `read` by, where that may be done for several models at once.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], np.ndarray],
+        tokens: list[int],
+        model_weights: list[float],
+        solver: str,
+        for_each: Callable[..., Iterator] = map,
+    ):
+        self._read = read
+        self._tokens = tokens
+        self._model_weights = model_weights
+        self._solver_class = SOLVERS[solver]
+        self._for_each = for_each
+        self._total: GramSum | None = None
+        self._difference: torch.Tensor | None = None
+        self._solutions: dict[float, Solution] = {}
+
+    def regress(self, rows: list[torch.Tensor], mean: torch.Tensor) -> "Regression":
+        """The regression of a block of outputs.
+
+        Args:
+            rows: each model's weights, float32 (outputs, inputs); overwritten by their differences to the mean.
+            mean: their weighted mean, of the same shape, on the device that solves.
+        """
+        regression = Regression(rows, mean, self._model_weights)
+        if len(rows) == 2:
+            if self._difference is None:
+                # Threads read and no more: PyTorch would start a pool of its own in each.
+                grams = self._for_each(self._read, range(2))
+                first, second = (self._per_token(gram, index, mean.device) for index, gram in enumerate(grams))
+                self._difference = first.sub_(second)
+                self._total = GramSum(second.add_(self._difference, alpha=self._model_weights[0]))
+            regression.add(self._difference)
+            return regression
+        total = None if self._total else torch.zeros(mean.shape[1], mean.shape[1], device=mean.device)
+        for index, weight in enumerate(self._model_weights):
+            gram = self._per_token(self._read(index), index, mean.device)
+            if total is not None:
+                total.add_(gram, alpha=weight)
+            regression.add(gram, index)
+            del gram
+        self._total = self._total or GramSum(total)
+        return regression
+
+    def solve(self, regression: "Regression", alpha: float) -> torch.Tensor:
+        """The merged weights of the block, float32 (outputs, inputs).
+
+        Raises:
+            SolveError: the system has no factor, or the solution is not finite or does not solve the system.
+        """
+        if alpha not in self._solutions:
+            self._solutions[alpha] = Solution(self._solver_class(self._total, alpha))
+        solution = self._solutions[alpha]
+        merged, objective = regression.solve(self._total, solution.solver, alpha)
+        solution.objective.add(objective)
+        return merged
+
+    def solution(self, alpha: float) -> "Solution":
+        """How the blocks that were solved for this alpha were solved."""
+        return self._solutions[alpha]
+
+    def _per_token(self, gram: np.ndarray, index: int, device: torch.device) -> torch.Tensor:
+        return torch.from_numpy(gram).to(device).div_(self._tokens[index])
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A system's solver for one alpha, and the objective's values over all blocks solved by it."""
+
+    solver: Any
+    objective: Objective = field(default_factory=Objective)
+
+
+def block_elements(models: int, side_by_side: bool) -> int:
+    """Elements of the outputs, per model, that a system is to be solved for at a time."""
+    return SIDE_BY_SIDE_BLOCK_ELEMENTS if side_by_side and models == 2 else BLOCK_ELEMENTS
+
+
+def system_bytes(models: int, inputs: int, outputs: int, alphas: int, side_by_side: bool) -> int:
+    """The most bytes of arrays that a `System` and its blocks hold at once."""
+    # Squares (the sum of Grams, one more Gram or the difference of two, a factor for each alpha), and blocks: one per
+    # model, eight in the solver.
+    block = min(block_elements(models, side_by_side), inputs * outputs)
+    return 4 * ((2 + alphas) * inputs**2 + (models + 8) * block)
+
+
 class Regression:
     """Right-hand sides and objectives of some outputs, for any alpha: what several alphas share.
 
     Everything is kept twice, with whole Grams and with their diagonals alone: at alpha it is alpha times the one plus
-    (1 - alpha) times the other.
-
-    Of two models only the difference of the Grams is asked for. With D_i = W_i - M, w_1 D_1 + w_2 D_2 = 0, so that
-    sum_i w_i D_i G_i = w_1 D_1 (G_1 - G_2): one product in place of two.
-
-    Args:
-        weights: each model's weights, float32 (outputs, inputs); overwritten by their differences to the mean.
-        mean: the weighted mean, of the same shape.
-        shares: the models' weights w_i, summing to 1.
+    (1 - alpha) times the other. Arguments are those of `System.regress`.
     """
 
-    def __init__(self, weights: list[torch.Tensor], mean: torch.Tensor, shares: list[float]):
+    def __init__(self, rows: list[torch.Tensor], mean: torch.Tensor, model_weights: list[float]):
         self._mean = mean
         # The second of two is a multiple of the first.
-        self._deltas = [weight.sub_(mean) for weight in (weights[:1] if len(weights) == 2 else weights)]
-        self._shares = shares
+        self._deltas = [row.sub_(mean) for row in (rows[:1] if len(rows) == 2 else rows)]
+        self._model_weights = model_weights
         self._rhs: torch.Tensor | None = None
         self._diagonal_rhs: torch.Tensor | None = None
         # tr(D A D^T) for each matrix A added and the D that goes with it: with A whole, and its diagonal alone.
@@ -210,14 +304,14 @@ class Regression:
             matrix: float32 (inputs, inputs), symmetric.
             index: of the model; 0 for two.
         """
-        delta, share = self._deltas[index], self._shares[index]
+        delta, weight = self._deltas[index], self._model_weights[index]
         product, diagonal_product = linear(delta, matrix), delta * matrix.diagonal()
         self._own.append((_inner(delta, product), _inner(delta, diagonal_product)))
         if self._rhs is None:
-            self._rhs, self._diagonal_rhs = product.mul_(share), diagonal_product.mul_(share)
+            self._rhs, self._diagonal_rhs = product.mul_(weight), diagonal_product.mul_(weight)
         else:
-            self._rhs.add_(product, alpha=share)
-            self._diagonal_rhs.add_(diagonal_product, alpha=share)
+            self._rhs.add_(product, alpha=weight)
+            self._diagonal_rhs.add_(diagonal_product, alpha=weight)
 
     def solve(self, total: GramSum, solver: Any, alpha: float) -> tuple[torch.Tensor, Objective]:
         """The merged weights, float32 (outputs, inputs), and the objective's values.
@@ -259,10 +353,10 @@ class Regression:
         residual_norm = (rhs - product).norm().item()
         # `not <=` also catches NaN.
         if not residual_norm <= ACCEPTED_RESIDUAL * rhs_norm:
-            share = residual_norm / (rhs_norm or 1.0)
+            relative = residual_norm / (rhs_norm or 1.0)
             raise SolveError(
-                f"{solver.label} left a residual of {share:.1g} of the right-hand side, as happens on singular Grams; "
-                "use --solver cholesky, or a smaller --alpha"
+                f"{solver.label} left a residual of {relative:.1g} of the right-hand side, as happens on singular "
+                "Grams; use --solver cholesky, or a smaller --alpha"
             )
         return delta, 2 * _inner(delta, rhs) - _inner(delta, product)
 
@@ -274,14 +368,14 @@ class Regression:
             [alpha * whole + (1 - alpha) * diagonal for whole, diagonal in values]
             for values in (self._own, self._under_total)
         )
-        if len(self._shares) == 2:
+        if len(self._model_weights) == 2:
             # G_1 = G + w_2 (G_1 - G_2), G_2 = G - w_1 (G_1 - G_2) and D_2 = -(w_1 / w_2) D_1; and the objective at
             # W_1 is w_2 tr((W_1 - W_2) G_2 (W_1 - W_2)^T), with W_1 - W_2 = D_1 / w_2.
-            first, second = self._shares
+            first, second = self._model_weights
             under_first, under_second = under_total[0] + second * own[0], under_total[0] - first * own[0]
             at_mean = first * under_first + first**2 / second * under_second
             return at_mean, [under_second / second, first * under_first / second**2]
-        at_mean = sum(share * value for share, value in zip(self._shares, own, strict=True))
+        at_mean = sum(weight * value for weight, value in zip(self._model_weights, own, strict=True))
         return at_mean, [
             value - 2 * _inner(delta, rhs) + at_mean for delta, value in zip(self._deltas, under_total, strict=True)
         ]

@@ -1,0 +1,125 @@
+"""The weighted mean of models, tensor by tensor: a merging method of its own, and RegMean's for what has no Gram.
+
+Threads read, average and write chunks of the tensors. Nothing here imports torch.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.errors import InputError
+from regmean.merge_plan import MergePlan
+from regmean.model_folder import Checkpoint, CheckpointWriter
+from regmean.tensor_file import FLOATS
+
+CHUNK_ELEMENTS = 1 << 17  # of a tensor read at a time
+AVERAGERS = 2  # threads
+CACHED_ELEMENTS = 1 << 16  # of a chunk averaged at a time: their float64 sums stay in the processor's cache
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Elements `start` to `stop` of the tensor `name`, the weighted mean of `models`."""
+
+    name: str
+    models: list[Checkpoint]
+    model_weights: list[float]
+    start: int
+    stop: int
+
+
+def write_averages(
+    plan: MergePlan,
+    models: list[Checkpoint],
+    model_weights: list[float],
+    writers: Iterable[CheckpointWriter],
+    advance: Callable[[int], None],
+) -> None:
+    """Write all tensors that the plan averages, or copies from the first model.
+
+    Args:
+        plan: what happens to each tensor.
+        models: in the plan's order.
+        model_weights: the models' weights, which sum to 1.
+        writers: of every merged model; they get the same values.
+        advance: called, from any thread, with the number of elements written.
+
+    Raises:
+        InputError: a value that is not finite or does not fit its dtype; integers that differ between models.
+    """
+    chunks, lock = _chunks(plan, models, model_weights), threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            values = _mean_of(chunk, plan)
+            for writer in writers:
+                writer.write(chunk.name, values, chunk.start)
+            advance(chunk.stop - chunk.start)
+
+    with ThreadPoolExecutor(AVERAGERS) as threads:
+        workers = [threads.submit(work) for _ in range(AVERAGERS)]
+        try:
+            wait(workers, return_when=FIRST_EXCEPTION)
+        finally:
+            # After an error, or a signal, no thread begins another chunk.
+            with lock:
+                chunks.close()
+    for worker in workers:
+        worker.result()
+
+
+def weighted_mean(arrays: list[np.ndarray], weights: list[float]) -> np.ndarray:
+    """sum_i weights_i arrays_i over flat arrays of one size, added up in float64 and returned in the first's dtype.
+
+    float64 makes the mean of identical float32 models those models again, whatever the weights.
+    """
+    mean = np.empty_like(arrays[0])
+    room = min(CACHED_ELEMENTS, mean.size)
+    sums, terms = np.empty(room), np.empty(room)
+    for start in range(0, mean.size, CACHED_ELEMENTS):
+        chunk = slice(start, start + CACHED_ELEMENTS)
+        total, term = sums[: mean[chunk].size], terms[: mean[chunk].size]
+        np.multiply(arrays[0][chunk], weights[0], out=total, dtype=np.float64)
+        for array, weight in zip(arrays[1:], weights[1:], strict=True):
+            total += np.multiply(array[chunk], weight, out=term, dtype=np.float64)
+        mean[chunk] = total
+    return mean
+
+
+def average_bytes(models: int) -> int:
+    """The most bytes of arrays that averaging holds at once."""
+    # Of each chunk the models' values, their mean as computed and as written, and float64 sums and terms.
+    return 4 * (models + 6) * AVERAGERS * CHUNK_ELEMENTS
+
+
+def _chunks(plan: MergePlan, models: list[Checkpoint], model_weights: list[float]) -> Iterator[Chunk]:
+    tensors = [(name, models[:1], [1.0]) for name in plan.copied]
+    tensors += [(name, models, model_weights) for name in plan.averaged]
+    for name, sources, weights in tensors:
+        size = models[0].tensors[name].size
+        for start in range(0, size, CHUNK_ELEMENTS):
+            yield Chunk(name, sources, weights, start, min(start + CHUNK_ELEMENTS, size))
+
+
+def _mean_of(chunk: Chunk, plan: MergePlan) -> np.ndarray:
+    """The chunk's values, in the dtype that they are written in."""
+    infos = [model.tensors[chunk.name] for model in chunk.models]
+    dtype = plan.layout[chunk.name][0]
+    if dtype in FLOATS:
+        floats = [info.read_floats(chunk.start, chunk.stop) for info in infos]
+        return plan.encode(chunk.name, weighted_mean(floats, chunk.model_weights))
+    values = infos[0].read(chunk.start, chunk.stop)
+    for info in infos[1:]:
+        if not np.array_equal(values, info.read(chunk.start, chunk.stop)):
+            raise InputError(
+                f"tensor {chunk.name} of {dtype} differs between {infos[0].path} and {info.path}, and cannot be "
+                "averaged; --exclude takes the first model's"
+            )
+    return values

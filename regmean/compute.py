@@ -1,0 +1,414 @@
+"""Grams of one model: what RegMean needs of its training data, one sum of x x^T per distinct layer input.
+
+From the top: `compute_grams` loads texts and model, probes the model once to learn which layers share an input,
+plans as many passes as memory asks for, and runs them; the sums themselves are in gram.py.
+"""
+
+import hashlib
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from common import snapshots
+from common.errors import InputError
+from common.io import read_json, write_json
+from common.logging import progress, quiet_libraries, say
+from common.models import load_model, load_tokenizer
+from common.onednn import use_onednn
+from common.ranks import Process, available_memory, finish
+from common.runs import open_run
+from common.signals import Stopped, StopSignals
+from regmean.calibration import Calibration, collate, load_calibration, make_batches
+from regmean.config import GramFlags, TextSource
+from regmean.gram import GramSums
+from regmean.gram_file import FILE_NAME, GramFile, write_grams
+from regmean.hooks import LinearInputs, aligned_with, input_width, linear_layers, untied_head
+from regmean.model_folder import Checkpoint, open_checkpoint
+
+SNAPSHOT_SECONDS = 600.0
+SUMS_NAME = "sums.safetensors"
+PLAN = "plan.json"
+# Of the memory that is free beside the model, what the activations of a batch and fragmentation may take.
+RESERVED = 0.1
+
+
+def compute_grams(
+    flags: GramFlags,
+    process: Process,
+    snapshot_seconds: float = SNAPSHOT_SECONDS,
+    model: PreTrainedModel | None = None,
+) -> None:
+    """Compute the Grams of `flags.model` over its calibration texts and write `gram.safetensors`.
+
+    A run that was cut short leaves `gram.partial/` in the output folder; the same command continues from there and
+    ends with the same Gram.
+
+    Args:
+        flags: what to compute.
+        process: this rank; every rank takes its shard of the batches.
+        snapshot_seconds: the time between two snapshots.
+        model: that of `flags.model`, where it is loaded already; it loses its output head.
+
+    Raises:
+        InputError: bad flags, model or data; a Gram that fits no memory; activations that are not finite.
+        Stopped: by a signal; a snapshot of all that was done is on disk.
+    """
+    target = Path(flags.output_dir) / FILE_NAME
+    if target.exists() and not flags.overwrite:
+        raise InputError(f"{target} exists already: --overwrite it, or choose another --output_dir")
+    checkpoint = open_checkpoint(flags.model, flags.revision)
+    quiet_libraries()
+    tokenizer = load_tokenizer(str(checkpoint.folder), trust_remote_code=flags.trust_remote_code)
+    source = flags.texts()
+    calibration = load_calibration(source, tokenizer)
+    say(
+        process,
+        f"{len(calibration.examples):,} examples, {calibration.tokens:,} tokens; "
+        f"{calibration.truncated:,} cut at {source.max_length} tokens, {calibration.empty:,} empty",
+    )
+    options = {"dtype": flags.dtype, "trust_remote_code": flags.trust_remote_code}
+    model = model or load_model(AutoModelForCausalLM, str(checkpoint.folder), needs_head=False, **options)
+    tokens_per_batch = flags.batch_tokens(process.device.type)
+    identity = _identity(checkpoint, calibration, tokens_per_batch, model, process)
+    provenance = _provenance(identity, checkpoint, source, tokenizer, calibration)
+    with open_run(target.with_suffix(".partial"), identity, flags.overwrite, process) as run:
+        run.start()
+        layers = _prepare(model, checkpoint, process.device)
+        passes = _Passes(model, layers, calibration, tokens_per_batch, run.folder, process, snapshot_seconds)
+        passes.run(target, provenance)
+
+
+def _prepare(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device) -> dict[str, nn.Module]:
+    """Put the model on `device`, without an output head of its own; gives the layers that have a Gram, by name."""
+    model.to(device).eval()
+    use_onednn(model)
+    head = untied_head(model)
+    # A base model's checkpoint has no head: the one here is random, and no merge has a use for its Gram.
+    layers = {
+        name: layer
+        for name, layer in linear_layers(model).items()
+        if layer is not head or f"{name}.weight" in checkpoint.tensors
+    }
+    if head is not None:
+        # A forward pass ends before it, and that of Llama-3-8B takes as much as a layer's sums.
+        head.to("meta")
+    return layers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the work is cut: the layers of each pass over the texts, and whether batches may hold padding."""
+
+    passes: list[list[str]]
+    padding: bool
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one example tells.
+
+    Attributes:
+        inputs: the layers that share an input, for each distinct input.
+        padding: as in `Plan`.
+        seconds: what a forward pass with its products takes.
+    """
+
+    inputs: list[list[str]]
+    padding: bool
+    seconds: float
+
+
+def probe(model: PreTrainedModel, layers: dict[str, nn.Module], ids: list[int], device: torch.device) -> Probe:
+    """Run one example to see which layers share an input, and whether every layer's rows are the example's tokens.
+
+    Where they are not (an expert gets some of the tokens, in its own order), padding cannot be told from tokens
+    inside the model, and batches must do without.
+    """
+    example, mask = (tensor.to(device) for tensor in collate([ids]))
+    aligned: list[bool] = []
+
+    def receive(name: str, x: torch.Tensor) -> None:
+        aligned.append(aligned_with(x, mask))
+        GramSums().add(name, x.reshape(-1, x.shape[-1]))
+
+    with LinearInputs(layers, model.get_output_embeddings(), receive) as inputs:
+        inputs.run(model, example, mask)  # the first pass also warms up; the second is timed
+        finish(device)
+        started = time.monotonic()
+        inputs.run(model, example, mask)
+        finish(device)
+        seconds = time.monotonic() - started
+    return Probe(inputs.groups(), all(aligned) and len(inputs.shared_name) == len(layers), seconds)
+
+
+def plan_passes(inputs: list[list[str]], widths: list[int], memory: int) -> list[list[str]]:
+    """Distribute layers over as few passes as memory allows, those that share an input together.
+
+    Args:
+        inputs: the layers of each distinct input, in the model's order.
+        widths: features of each of these inputs.
+        memory: bytes for the sums of one pass.
+
+    Raises:
+        InputError: the largest sum does not fit.
+    """
+    largest = 4 * max(widths) ** 2
+    if largest > memory:
+        raise InputError(
+            f"the widest layer ({max(widths)} features) needs {largest / 1e9:.1f} GB beside the model, "
+            f"and {memory / 1e9:.1f} GB are free; take a larger --device or a narrower --dtype"
+        )
+    passes: list[list[str]] = []
+    free = 0
+    for names, width in zip(inputs, widths, strict=True):
+        if not passes or 4 * width**2 > free:
+            passes.append([])
+            free = memory
+        passes[-1] += names
+        free -= 4 * width**2
+    return passes
+
+
+def _make_plan(
+    model: PreTrainedModel, layers: dict[str, nn.Module], calibration: Calibration, process: Process
+) -> Plan:
+    longest = max(calibration.examples, key=len)
+    probed = probe(model, layers, longest, process.device)
+    widths = [input_width(layers[names[0]]) for names in probed.inputs]
+    memory = int(min(process.gather(available_memory(process.device))) * (1 - RESERVED))
+    plan = Plan(plan_passes(probed.inputs, widths, memory), probed.padding)
+    minutes = probed.seconds / len(longest) * calibration.tokens * len(plan.passes) / process.world_size / 60
+    sums = sum(4 * width**2 for width in widths)
+    passes = "1 pass" if len(plan.passes) == 1 else f"{len(plan.passes)} passes"
+    say(
+        process,
+        f"plan: {len(layers)} layers with {len(widths)} distinct inputs, {sums / 1e9:.2f} GB of sums where "
+        f"{memory / 1e9:.1f} GB are free: {passes}, at most about {minutes:.1f} min"
+        + ("" if plan.padding else "; only examples of equal length share a batch"),
+    )
+    return plan
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """All passes of a run over its texts; `folder` holds what an interrupted one continues from."""
+
+    model: PreTrainedModel
+    layers: dict[str, nn.Module]
+    calibration: Calibration
+    tokens_per_batch: int
+    folder: Path
+    process: Process
+    snapshot_seconds: float
+
+    def run(self, target: Path, provenance: dict[str, Any]) -> None:
+        """Do what is left to do, write the Grams to `target`, and remove the folder."""
+        process, plan = self.process, self._agreed_plan()
+        started = time.monotonic()
+        parts = [self.folder / f"pass{number}.safetensors" for number in range(len(plan.passes))]
+        for number, part in enumerate(parts):
+            if not process.gather(part.exists())[0]:
+                sums = self._sums_of_pass(number, plan)
+                sums.add_ranks(process)
+                if process.is_main:
+                    sums.write(part, self._conv1d(), provenance)
+                # The next pass is planned to fill the memory.
+                del sums
+                process.barrier()
+            # Also where an earlier run was killed before it came to this.
+            shutil.rmtree(self._snapshots(number), ignore_errors=True)
+        if process.is_main:
+            _assemble(parts, self.folder / FILE_NAME, provenance).replace(target)
+            shutil.rmtree(self.folder)
+            self._report(target, time.monotonic() - started)
+        process.barrier()
+
+    def _agreed_plan(self) -> Plan:
+        """The plan that an interrupted run began with, else a new one; the first rank decides, and keeps it."""
+        path = self.folder / PLAN
+        known = Plan(**read_json(path)) if self.process.is_main and path.exists() else None
+        plan = self.process.gather(known)[0]
+        if plan is None:
+            plan = _make_plan(self.model, self.layers, self.calibration, self.process)
+            if self.process.is_main:
+                write_json(path, asdict(plan))
+        return plan
+
+    def _snapshots(self, number: int) -> Path:
+        """This rank's snapshots of pass `number`."""
+        return self.folder / f"pass{number}-rank{self.process.rank}"
+
+    def _conv1d(self) -> set[str]:
+        return {name for name, layer in self.layers.items() if isinstance(layer, Conv1D)}
+
+    def _sums_of_pass(self, number: int, plan: Plan) -> GramSums:
+        """This rank's sums for the layers of pass `number`, from its snapshot on where there is one."""
+        lengths, process = [len(example) for example in self.calibration.examples], self.process
+        batches = make_batches(lengths, self.tokens_per_batch, plan.padding)[process.rank :: process.world_size]
+        root, (done, sums) = self._snapshots(number), self._continued(number, len(batches))
+        adder = _TokenAdder(sums)
+        layers = {name: self.layers[name] for name in plan.passes[number]}
+        # Where every layer reads every token, no forward pass calls other layers than the one before.
+        inputs = LinearInputs(layers, self.model.get_output_embeddings(), adder.receive, same_calls=plan.padding)
+        # A continued pass has the layers that share an input from its snapshot.
+        inputs.shared_name = sums.shared_name
+        tokens = [sum(lengths[index] for index in batch) for batch in batches]
+        bar = progress(
+            process,
+            total=sum(tokens),
+            initial=sum(tokens[:done]),
+            unit="tok",
+            unit_scale=True,
+            desc=f"pass {number + 1} of {len(plan.passes)}",
+        )
+        saved = time.monotonic()
+        with inputs, bar, StopSignals() as signals:
+            for position in range(done, len(batches)):
+                self._add_batch(batches[position], inputs, adder)
+                bar.update(tokens[position])
+                signal = signals.received
+                if signal or time.monotonic() - saved >= self.snapshot_seconds:
+                    snapshots.save(root, position + 1, lambda to: sums.write(to / SUMS_NAME, self._conv1d(), {}))
+                    saved = time.monotonic()
+                if signal:
+                    raise Stopped(
+                        f"{signal} after {position + 1} of {len(batches)} batches, which are kept in {self.folder}: "
+                        "the same command continues"
+                    )
+        return sums
+
+    def _continued(self, number: int, batches: int) -> tuple[int, GramSums]:
+        """How many of the batches are done, and their sums."""
+        snapshot = snapshots.newest(self._snapshots(number), tqdm.write)
+        if snapshot is None:
+            return 0, GramSums()
+        done = snapshots.step_of(snapshot)
+        say(self.process, f"continuing after {done} of {batches} batches")
+        return done, GramSums.read(snapshot / SUMS_NAME, self.process.device)
+
+    def _add_batch(self, batch: list[int], inputs: LinearInputs, adder: "_TokenAdder") -> None:
+        """Run the examples of these indices, whose products `adder` adds up."""
+        examples = [self.calibration.examples[index] for index in batch]
+        ids, mask = (tensor.to(self.process.device) for tensor in collate(examples))
+        adder.start(mask)
+        inputs.run(self.model, ids, mask)
+        if found := adder.find_not_finite():
+            layer, positions = found
+            rows = ", ".join(str(self.calibration.rows[batch[position]]) for position in positions)
+            raise InputError(
+                f"the input of {layer} is NaN or infinite in row(s) {rows} of the data set (from 0): mend or leave "
+                "out these rows, or take a wider --dtype (bfloat16 or float32)"
+            )
+
+    def _report(self, target: Path, seconds: float) -> None:
+        grams = GramFile(target).grams.values()
+        covered = {module for gram in grams for module in gram.modules}
+        size = target.stat().st_size / 1e9
+        say(self.process, f"{target}: {len(grams)} Grams of {len(covered)} layers, {size:.2f} GB, {seconds:.1f} s")
+        unseen = [name for name in self.layers if name not in covered]
+        if unseen:
+            say(self.process, f"no token reached {len(unseen)} layers, which a merge will average: {', '.join(unseen)}")
+
+
+class _TokenAdder:
+    """Adds the products of what layers read to `sums`, of real tokens only, batch by batch."""
+
+    def __init__(self, sums: GramSums):
+        self._sums = sums
+        self._row_sums: dict[str, torch.Tensor] = {}
+
+    def start(self, mask: torch.Tensor) -> None:
+        """Begin a batch with this mask, int64 of shape (examples, length), 0 at padding."""
+        self._mask = mask
+        self._kept = mask.flatten().nonzero().flatten()
+        self._row_sums.clear()
+
+    def receive(self, name: str, x: torch.Tensor) -> None:
+        """Add the products of an input of shape (..., width).
+
+        Raises:
+            InputError: the batch has padding, and the input's rows are not its tokens in order.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        if len(self._kept) < self._mask.numel():
+            if not aligned_with(x, self._mask):
+                raise InputError(f"layer {name} reads {tuple(x.shape)}, where padding cannot be told from tokens")
+            rows = rows.index_select(0, self._kept)
+        # A sum is finite where every term is; in float32, since half precision would overflow.
+        self._row_sums[name] = rows.sum(dim=1, dtype=torch.float32)
+        self._sums.add(name, rows)
+
+    def find_not_finite(self) -> tuple[str, list[int]] | None:
+        """The layer, in the order of the forward pass, that first read NaN or infinity, and in which examples."""
+        # One look for all layers: each makes a GPU's queue run empty.
+        if not self._row_sums or torch.cat(list(self._row_sums.values())).isfinite().all():
+            return None
+        finite = {name: sums.isfinite() for name, sums in self._row_sums.items()}
+        layer = next(name for name, rows in finite.items() if not rows.all())
+        owners = self._mask.nonzero()[:, 0]
+        # An expert's rows are some of the batch's, in its own order: then any of the examples may be the one.
+        if len(finite[layer]) != len(owners):
+            return layer, list(range(len(self._mask)))
+        return layer, owners[~finite[layer]].unique().tolist()
+
+
+def _assemble(parts: list[Path], target: Path, provenance: dict[str, Any]) -> Path:
+    """One Gram file of all passes' files."""
+    if len(parts) == 1:
+        return parts[0]
+    files = [GramFile(part) for part in parts]
+    source = {name: file for file in files for name in file.grams}
+    grams = [gram for file in files for gram in file.grams.values()]
+    write_grams(target, grams, lambda name: source[name].read(name), provenance)
+    return target
+
+
+def _identity(
+    checkpoint: Checkpoint, calibration: Calibration, tokens_per_batch: int, model: PreTrainedModel, process: Process
+) -> dict[str, Any]:
+    """All that makes two runs the same run."""
+    return {
+        "model": checkpoint.name,
+        "fingerprint": checkpoint.fingerprint(),
+        "examples": calibration.digest(),
+        "tokens_per_batch": tokens_per_batch,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "world_size": process.world_size,
+    }
+
+
+def _provenance(
+    identity: dict[str, Any],
+    checkpoint: Checkpoint,
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Calibration,
+) -> dict[str, Any]:
+    """Where the Grams come from, for their file."""
+    is_chat = "text" not in source.columns
+    # A downloaded model lies in a folder named by its commit.
+    is_downloaded = checkpoint.folder.parent.name == "snapshots"
+    return {
+        "model": checkpoint.name,
+        "revision": checkpoint.folder.name if is_downloaded else None,
+        "fingerprint": identity["fingerprint"],
+        "dataset": source.dataset,
+        "dataset_revision": source.revision,
+        "split": source.split,
+        "columns": source.columns,
+        "chat_template_sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if is_chat else None,
+        "examples": len(calibration.examples),
+        "tokens": calibration.tokens,
+        "max_length": source.max_length,
+        "dtype": identity["dtype"],
+        "versions": {name: version(name) for name in ("torch", "transformers", "datasets")},
+    }

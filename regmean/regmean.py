@@ -1,0 +1,173 @@
+"""RegMean: each group of layers that share a Gram is read, solved and written, block by block of its rows."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
+
+import numpy as np
+import torch
+
+from common.errors import InputError
+from regmean.average import weighted_mean
+from regmean.gram_file import Grams
+from regmean.merge_plan import LayerGroup, MergePlan
+from regmean.model_folder import Checkpoint, CheckpointWriter
+from regmean.report import LayerReport
+from regmean.solve import SolveError, System, block_elements, system_bytes
+
+READERS = 2  # threads that read weights and Grams for a system
+# Small systems are solved side by side on a CPU, since their products do not divide well among threads: as many as hold
+# so many bytes of arrays together.
+SIDE_BY_SIDE_BYTES = 256 << 20
+
+
+def systems_at_once(models: int, systems: list[tuple[int, int]], alphas: int, threads: int) -> int:
+    """How many systems a CPU solves side by side, sharing `threads` evenly; the rest is as of `array_bytes`."""
+    largest = _largest_bytes(models, systems, alphas, side_by_side=True)
+    fitting = min(threads, len(systems), SIDE_BY_SIDE_BYTES // max(largest, 1))
+    return max((count for count in range(1, fitting + 1) if threads % count == 0), default=1)
+
+
+def array_bytes(models: int, systems: list[tuple[int, int]], alphas: int) -> int:
+    """The most bytes of arrays that RegMean holds at once.
+
+    Args:
+        models: how many there are.
+        systems: (inputs, outputs) of each.
+        alphas: how many values of alpha they are solved for.
+    """
+    at_once = systems_at_once(models, systems, alphas, os.cpu_count() or 1)
+    alone, beside = (_largest_bytes(models, systems, alphas, side_by_side) for side_by_side in (False, True))
+    return max(alone, at_once * beside)
+
+
+def _largest_bytes(models: int, systems: list[tuple[int, int]], alphas: int, side_by_side: bool) -> int:
+    return max((system_bytes(models, *sizes, alphas, side_by_side) for sizes in systems), default=0)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows `first` to `last` of a weight seen as (outputs, inputs)."""
+
+    name: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class RegMean:
+    """The method: what every group of layers is solved with.
+
+    Attributes:
+        plan: what happens to each tensor.
+        models: in the plan's order.
+        model_weights: their weights, which sum to 1.
+        grams: of each model.
+        writers: of the merged model of each alpha.
+        solver: a name of `solve.SOLVERS`.
+        device: where the systems are solved.
+        advance: called, from any thread, with the number of elements written.
+    """
+
+    plan: MergePlan
+    models: list[Checkpoint]
+    model_weights: list[float]
+    grams: list[Grams]
+    writers: dict[float, CheckpointWriter]
+    solver: str
+    device: torch.device
+    advance: Callable[[int], None]
+
+    def write(self) -> dict[float, list[LayerReport]]:
+        """Write all weights that have a Gram.
+
+        Returns:
+            By alpha, how each group was solved.
+
+        Raises:
+            InputError: a Gram or weight that is damaged or not finite, or a system that the solver cannot solve.
+        """
+        threads = torch.get_num_threads()
+        at_once = systems_at_once(len(self.models), self.plan.systems(), len(self.writers), threads)
+        # A Conv1D's block is the whole weight, however large.
+        if self.device.type == "cuda" or any(group.conv1d for group in self.plan.groups):
+            at_once = 1
+        groups, elements = self.plan.groups, block_elements(len(self.models), at_once > 1)
+        if at_once == 1:
+            with ThreadPoolExecutor(READERS) as readers:
+                solved = [self._write_group(group, elements, readers.map) for group in groups]
+        else:
+            try:
+                # Each thread has PyTorch's number of threads of its own.
+                with ThreadPoolExecutor(at_once, "solver", torch.set_num_threads, (threads // at_once,)) as solvers:
+                    solved = list(solvers.map(self._write_group, groups, repeat(elements), repeat(map)))
+            finally:
+                torch.set_num_threads(threads)
+        return {alpha: [reports[alpha] for reports in solved] for alpha in self.writers}
+
+    def _write_group(
+        self, group: LayerGroup, elements: int, for_each: Callable[..., Iterator]
+    ) -> dict[float, LayerReport]:
+        """Write the weights of one group, in blocks of so many elements; `for_each` is the `map` to read models by."""
+        tokens = [file.grams[name].tokens for file, name in zip(self.grams, group.grams, strict=True)]
+        system = System(
+            lambda index: self.grams[index].read(group.grams[index]), tokens, self.model_weights, self.solver, for_each
+        )
+        for block in self._blocks(group, elements):
+            rows = list(for_each(_read_rows, self.models, repeat(block), repeat(group)))
+            mean = weighted_mean([values.reshape(-1) for values in rows], self.model_weights).reshape(rows[0].shape)
+            regression = system.regress(
+                [torch.from_numpy(values).to(self.device) for values in rows], torch.from_numpy(mean).to(self.device)
+            )
+            for alpha, writer in self.writers.items():
+                try:
+                    merged = system.solve(regression, alpha)
+                except SolveError as error:
+                    paths, layers = ", ".join(str(file.path) for file in self.grams), ", ".join(group.tensors)
+                    raise InputError(f"alpha {alpha:g}, layers {layers}, Grams {paths}: {error}") from error
+                self._write_rows(writer, block, group, merged.cpu().numpy())
+            self.advance(sum(piece.last - piece.first for piece in block) * group.width)
+        solutions = {alpha: system.solution(alpha) for alpha in self.writers}
+        return {
+            alpha: LayerReport(group.tensors, tokens, solved.solver.label, solved.solver.condition, solved.objective)
+            for alpha, solved in solutions.items()
+        }
+
+    def _blocks(self, group: LayerGroup, elements: int) -> Iterator[list[Piece]]:
+        """The group's outputs in blocks of so many. A Conv1D weight, whose outputs are columns, stays whole."""
+        limit = max(1, elements // group.width)
+        block: list[Piece] = []
+        room = limit
+        for name in group.tensors:
+            shape = self.plan.layout[name][1]
+            rows = shape[1] if group.conv1d else shape[0]
+            first = 0
+            while first < rows:
+                last = rows if group.conv1d else min(rows, first + room)
+                block.append(Piece(name, first, last))
+                room -= last - first
+                first = last
+                if room <= 0:
+                    yield block
+                    block, room = [], limit
+        if block:
+            yield block
+
+    def _write_rows(self, writer: CheckpointWriter, block: list[Piece], group: LayerGroup, merged: np.ndarray) -> None:
+        row = 0
+        for piece in block:
+            rows = merged[row : row + piece.last - piece.first]
+            row += len(rows)
+            values = self.plan.encode(piece.name, rows.T if group.conv1d else rows)
+            writer.write(piece.name, values, piece.first * group.width)
+
+
+def _read_rows(model: Checkpoint, block: list[Piece], group: LayerGroup) -> np.ndarray:
+    """The block's weights, float32 of shape (outputs, inputs), contiguous and writable."""
+    parts = []
+    for piece in block:
+        values = model.tensors[piece.name].read_floats(piece.first * group.width, piece.last * group.width)
+        parts.append(values.reshape(group.width, -1).T if group.conv1d else values.reshape(-1, group.width))
+    return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts), np.float32)
