@@ -12,8 +12,8 @@ import numpy as np
 
 from common.errors import InputError
 from regmean.merge_plan import MergePlan
-from regmean.model_folder import Checkpoint, CheckpointWriter
-from regmean.tensor_file import FLOATS
+from regmean.model_folder import CheckpointWriter
+from regmean.tensor_file import FLOATS, TensorInfo
 
 CHUNK_ELEMENTS = 1 << 17  # of a tensor read at a time
 AVERAGERS = 2  # threads
@@ -22,35 +22,26 @@ CACHED_ELEMENTS = 1 << 16  # of a chunk averaged at a time: their float64 sums s
 
 @dataclass(frozen=True)
 class Chunk:
-    """Elements `start` to `stop` of the tensor `name`, the weighted mean of `models`."""
+    """Elements `start` to `stop` of one tensor: the models' own, and the weight of each in their mean."""
 
-    name: str
-    models: list[Checkpoint]
-    model_weights: list[float]
+    infos: list[TensorInfo]
+    weights: list[float]
     start: int
     stop: int
 
 
-def write_averages(
-    plan: MergePlan,
-    models: list[Checkpoint],
-    model_weights: list[float],
-    writers: Iterable[CheckpointWriter],
-    advance: Callable[[int], None],
-) -> None:
+def write_averages(plan: MergePlan, writers: Iterable[CheckpointWriter], advance: Callable[[int], None]) -> None:
     """Write all tensors that the plan averages, or copies from the first model.
 
     Args:
         plan: what happens to each tensor.
-        models: in the plan's order.
-        model_weights: the models' weights, which sum to 1.
         writers: of every merged model; they get the same values.
         advance: called, from any thread, with the number of elements written.
 
     Raises:
         InputError: a value that is not finite or does not fit its dtype; integers that differ between models.
     """
-    chunks, lock = _chunks(plan, models, model_weights), threading.Lock()
+    chunks, lock = _chunks(plan), threading.Lock()
 
     def work() -> None:
         while True:
@@ -60,7 +51,7 @@ def write_averages(
                 return
             values = _mean_of(chunk, plan)
             for writer in writers:
-                writer.write(chunk.name, values, chunk.start)
+                writer.write(chunk.infos[0].name, values, chunk.start)
             advance(chunk.stop - chunk.start)
 
     with ThreadPoolExecutor(AVERAGERS) as threads:
@@ -93,33 +84,26 @@ def weighted_mean(arrays: list[np.ndarray], weights: list[float]) -> np.ndarray:
     return mean
 
 
-def average_bytes(models: int) -> int:
-    """The most bytes of arrays that averaging holds at once."""
-    # Of each chunk the models' values, their mean as computed and as written, and float64 sums and terms.
-    return 4 * (models + 6) * AVERAGERS * CHUNK_ELEMENTS
-
-
-def _chunks(plan: MergePlan, models: list[Checkpoint], model_weights: list[float]) -> Iterator[Chunk]:
-    tensors = [(name, models[:1], [1.0]) for name in plan.copied]
-    tensors += [(name, models, model_weights) for name in plan.averaged]
-    for name, sources, weights in tensors:
-        size = models[0].tensors[name].size
-        for start in range(0, size, CHUNK_ELEMENTS):
-            yield Chunk(name, sources, weights, start, min(start + CHUNK_ELEMENTS, size))
+def _chunks(plan: MergePlan) -> Iterator[Chunk]:
+    tensors = [(name, plan.models[:1], [1.0]) for name in plan.copied]
+    tensors += [(name, plan.models, plan.model_weights) for name in plan.averaged]
+    for name, models, weights in tensors:
+        infos = [model.tensors[name] for model in models]
+        for start in range(0, infos[0].size, CHUNK_ELEMENTS):
+            yield Chunk(infos, weights, start, min(start + CHUNK_ELEMENTS, infos[0].size))
 
 
 def _mean_of(chunk: Chunk, plan: MergePlan) -> np.ndarray:
     """The chunk's values, in the dtype that they are written in."""
-    infos = [model.tensors[chunk.name] for model in chunk.models]
-    dtype = plan.layout[chunk.name][0]
-    if dtype in FLOATS:
-        floats = [info.read_floats(chunk.start, chunk.stop) for info in infos]
-        return plan.encode(chunk.name, weighted_mean(floats, chunk.model_weights))
-    values = infos[0].read(chunk.start, chunk.stop)
-    for info in infos[1:]:
+    first, *others = chunk.infos
+    if plan.layout[first.name][0] in FLOATS:
+        floats = [info.read_floats(chunk.start, chunk.stop) for info in chunk.infos]
+        return plan.encode(first.name, weighted_mean(floats, chunk.weights))
+    values = first.read(chunk.start, chunk.stop)
+    for info in others:
         if not np.array_equal(values, info.read(chunk.start, chunk.stop)):
             raise InputError(
-                f"tensor {chunk.name} of {dtype} differs between {infos[0].path} and {info.path}, and cannot be "
+                f"tensor {first.name} of {first.dtype} differs between {first.path} and {info.path}, and cannot be "
                 "averaged; --exclude takes the first model's"
             )
     return values

@@ -2,20 +2,18 @@
 
 import contextlib
 import math
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
 from common.io import atomic_folder
 from common.locks import locked
-from regmean.average import average_bytes, write_averages
+from regmean.average import AVERAGERS, CHUNK_ELEMENTS, write_averages
 from regmean.config import MergeFlags
-from regmean.gram_file import Grams, open_grams
+from regmean.gram_file import open_grams
 from regmean.merge_plan import MergePlan, plan_merge
-from regmean.model_folder import Checkpoint, CheckpointWriter, open_checkpoint
+from regmean.model_folder import CheckpointWriter, open_checkpoint
 from regmean.report import LayerReport, Provenance, print_table, write_report
 from regmean.tensor_file import STORAGE
 
@@ -35,8 +33,8 @@ def merge(flags: MergeFlags, command: str) -> None:
     models = [open_checkpoint(name, revision) for name, revision in zip(flags.models, revisions, strict=True)]
     grams = [open_grams(Path(path)) for path in flags.grams]
     outputs, model_weights = flags.output_dirs(), flags.weights()
-    plan = plan_merge(models, grams, flags.selects, flags.dtype, outputs)
-    _print_plan(flags.method, plan, models, grams, len(outputs))
+    plan = plan_merge(models, model_weights, grams, flags.selects, flags.dtype, outputs)
+    _print_plan(flags.method, plan, len(outputs))
 
     alphas = flags.alpha if grams else [None]
     with contextlib.ExitStack() as folders:
@@ -48,11 +46,11 @@ def merge(flags: MergeFlags, command: str) -> None:
             alpha: CheckpointWriter(folder, plan.layout, models[0], dtype, flags.max_shard_size)
             for alpha, folder in zip(alphas, partial, strict=True)
         }
-        reports = _write(plan, models, model_weights, grams, writers, flags.solver, flags.device)
+        reports = _write(plan, writers, flags.solver, flags.device)
         for alpha, folder in zip(alphas, partial, strict=True):
             writers[alpha].close()
             provenance = Provenance.of(flags.method, alpha, flags.solver, command, models, model_weights, grams)
-            write_report(folder, provenance, plan, reports.get(alpha, []))
+            write_report(folder, provenance, plan, reports[alpha])
     for alpha, path in zip(alphas, outputs, strict=True):
         if alpha is not None:
             print_table(alpha, flags.models, reports[alpha])
@@ -68,50 +66,40 @@ def array_bytes(models: int, systems: list[tuple[int, int]], alphas: int) -> int
         systems: (inputs, outputs) of each that RegMean solves; none for an average.
         alphas: how many values of alpha they are solved for.
     """
-    averaging = average_bytes(models)
+    # Of each chunk the models' values, their mean as computed and as written, and float64 sums and terms.
+    averaging = 4 * (models + 6) * AVERAGERS * CHUNK_ELEMENTS
     if not systems:
         return averaging
-    from regmean import regmean  # with torch, which takes seconds
+    from regmean.regmean import solving_bytes  # with torch, which an average does without
 
-    return max(averaging, regmean.array_bytes(models, systems, alphas))
+    return max(averaging, solving_bytes(models, systems, alphas))
 
 
 def _write(
-    plan: MergePlan,
-    models: list[Checkpoint],
-    model_weights: list[float],
-    grams: list[Grams],
-    writers: dict[float | None, CheckpointWriter],
-    solver: str,
-    device: str,
+    plan: MergePlan, writers: dict[float | None, CheckpointWriter], solver: str, device: str
 ) -> dict[float | None, list[LayerReport]]:
     """Write every tensor of the plan; gives, by alpha, how RegMean's layers were solved."""
     elements = sum(math.prod(shape) for _, shape in plan.layout.values())
     with tqdm(total=elements, unit="el", unit_scale=True, desc="merging", dynamic_ncols=True) as bar:
-        advance = _from_any_thread(bar.update)
+
+        def advance(elements: int) -> None:
+            with bar.get_lock():
+                bar.update(elements)
+
         if not plan.groups:
-            write_averages(plan, models, model_weights, writers.values(), advance)
-            return {}
-        # An average needs neither torch nor the seconds that it takes to import.
+            write_averages(plan, writers.values(), advance)
+            return {alpha: [] for alpha in writers}
+        # Imported late: an average needs neither torch nor the seconds that it takes to import.
         from common.ranks import start_process
         from regmean.regmean import RegMean
 
-        place = start_process(device).device
-        write_averages(plan, models, model_weights, writers.values(), advance)
-        return RegMean(plan, models, model_weights, grams, writers, solver, place, advance).write()
+        method = RegMean(plan, writers, solver, start_process(device).device, advance)
+        write_averages(plan, writers.values(), advance)
+        return method.write()
 
 
-def _from_any_thread(update: Callable[[int], object]) -> Callable[[int], None]:
-    lock = threading.Lock()
-
-    def advance(elements: int) -> None:
-        with lock:
-            update(elements)
-
-    return advance
-
-
-def _print_plan(method: str, plan: MergePlan, models: list[Checkpoint], grams: list[Grams], outputs: int) -> None:
+def _print_plan(method: str, plan: MergePlan, outputs: int) -> None:
+    models = plan.models
     read = sum(model.tensors[name].nbytes for model in models for name in plan.layout if name in model.tensors)
     written = sum(math.prod(shape) * STORAGE[dtype].itemsize for dtype, shape in plan.layout.values())
     peak = array_bytes(len(models), plan.systems(), outputs)
@@ -126,6 +114,6 @@ def _print_plan(method: str, plan: MergePlan, models: list[Checkpoint], grams: l
     )
     for note in plan.notes:
         print(f"note: {note}")
-    matrices = [name for name in plan.averaged if len(plan.layout[name][1]) > 1] if grams else []
+    matrices = [name for name in plan.averaged if len(plan.layout[name][1]) > 1] if plan.grams else []
     if matrices:
         print(f"note: no Gram, averaged instead: {', '.join(matrices)}")

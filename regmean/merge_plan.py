@@ -48,9 +48,12 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What happens to every tensor of the merged model.
+    """What is merged, and what happens to every tensor.
 
     Attributes:
+        models: to merge; the first lends its layout.
+        model_weights: the models' weights, which sum to 1.
+        grams: of each model, for RegMean; none for an average.
         layout: dtype and shape of each tensor written, in the first model's order.
         groups: solved by RegMean.
         averaged: averaged over all models.
@@ -58,6 +61,9 @@ class MergePlan:
         notes: what the user should know but need not mend.
     """
 
+    models: list[Checkpoint]
+    model_weights: list[float]
+    grams: list[Grams]
     layout: dict[str, tuple[str, tuple[int, ...]]]
     groups: list[LayerGroup]
     averaged: list[str]
@@ -81,13 +87,17 @@ class MergePlan:
 
 
 def plan_merge(
-    models: list[Checkpoint], grams: list[Grams], selects: Callable[[str], bool], dtype: str, outputs: list[Path]
+    models: list[Checkpoint],
+    model_weights: list[float],
+    grams: list[Grams],
+    selects: Callable[[str], bool],
+    dtype: str,
+    outputs: list[Path],
 ) -> MergePlan:
     """Check that the models, and the Grams where there are any, fit together, and decide on every tensor.
 
     Args:
-        models: the first lends its layout.
-        grams: of each model, for RegMean; none for an average.
+        models, model_weights, grams: as in `MergePlan`.
         selects: whether the tensor of a name is merged.
         dtype: of the merged floats; "auto" is the first model's.
         outputs: folders that must not exist yet.
@@ -124,7 +134,8 @@ def plan_merge(
     _refuse(problems)
     solved = {name for group in groups for name in group.tensors}
     averaged = [name for name in merged if name not in solved]
-    return MergePlan(layout, groups, averaged, [name for name in layout if name not in selected], notes)
+    copied = [name for name in layout if name not in selected]
+    return MergePlan(models, model_weights, grams, layout, groups, averaged, copied, notes)
 
 
 def _compare_configs(first: Checkpoint, other: Checkpoint, problems: list[str], notes: list[str]) -> None:

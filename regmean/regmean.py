@@ -11,7 +11,6 @@ import torch
 
 from common.errors import InputError
 from regmean.average import weighted_mean
-from regmean.gram_file import Grams
 from regmean.merge_plan import LayerGroup, MergePlan
 from regmean.model_folder import Checkpoint, CheckpointWriter
 from regmean.report import LayerReport
@@ -24,20 +23,14 @@ SIDE_BY_SIDE_BYTES = 256 << 20
 
 
 def systems_at_once(models: int, systems: list[tuple[int, int]], alphas: int, threads: int) -> int:
-    """How many systems a CPU solves side by side, sharing `threads` evenly; the rest is as of `array_bytes`."""
+    """How many systems a CPU solves side by side, sharing `threads` evenly; the rest is as of `merge.array_bytes`."""
     largest = _largest_bytes(models, systems, alphas, side_by_side=True)
     fitting = min(threads, len(systems), SIDE_BY_SIDE_BYTES // max(largest, 1))
     return max((count for count in range(1, fitting + 1) if threads % count == 0), default=1)
 
 
-def array_bytes(models: int, systems: list[tuple[int, int]], alphas: int) -> int:
-    """The most bytes of arrays that RegMean holds at once.
-
-    Args:
-        models: how many there are.
-        systems: (inputs, outputs) of each.
-        alphas: how many values of alpha they are solved for.
-    """
+def solving_bytes(models: int, systems: list[tuple[int, int]], alphas: int) -> int:
+    """The most bytes of arrays that RegMean holds at once; arguments as of `merge.array_bytes`."""
     at_once = systems_at_once(models, systems, alphas, os.cpu_count() or 1)
     alone, beside = (_largest_bytes(models, systems, alphas, side_by_side) for side_by_side in (False, True))
     return max(alone, at_once * beside)
@@ -61,10 +54,7 @@ class RegMean:
     """The method: what every group of layers is solved with.
 
     Attributes:
-        plan: what happens to each tensor.
-        models: in the plan's order.
-        model_weights: their weights, which sum to 1.
-        grams: of each model.
+        plan: which weights are solved, and from what.
         writers: of the merged model of each alpha.
         solver: a name of `solve.SOLVERS`.
         device: where the systems are solved.
@@ -72,9 +62,6 @@ class RegMean:
     """
 
     plan: MergePlan
-    models: list[Checkpoint]
-    model_weights: list[float]
-    grams: list[Grams]
     writers: dict[float, CheckpointWriter]
     solver: str
     device: torch.device
@@ -90,11 +77,11 @@ class RegMean:
             InputError: a Gram or weight that is damaged or not finite, or a system that the solver cannot solve.
         """
         threads = torch.get_num_threads()
-        at_once = systems_at_once(len(self.models), self.plan.systems(), len(self.writers), threads)
+        at_once = systems_at_once(len(self.plan.models), self.plan.systems(), len(self.writers), threads)
         # A Conv1D's block is the whole weight, however large.
         if self.device.type == "cuda" or any(group.conv1d for group in self.plan.groups):
             at_once = 1
-        groups, elements = self.plan.groups, block_elements(len(self.models), at_once > 1)
+        groups, elements = self.plan.groups, block_elements(len(self.plan.models), at_once > 1)
         if at_once == 1:
             with ThreadPoolExecutor(READERS) as readers:
                 solved = [self._write_group(group, elements, readers.map) for group in groups]
@@ -111,13 +98,19 @@ class RegMean:
         self, group: LayerGroup, elements: int, for_each: Callable[..., Iterator]
     ) -> dict[float, LayerReport]:
         """Write the weights of one group, in blocks of so many elements; `for_each` is the `map` to read models by."""
-        tokens = [file.grams[name].tokens for file, name in zip(self.grams, group.grams, strict=True)]
+        tokens = [file.grams[name].tokens for file, name in zip(self.plan.grams, group.grams, strict=True)]
         system = System(
-            lambda index: self.grams[index].read(group.grams[index]), tokens, self.model_weights, self.solver, for_each
+            lambda index: self.plan.grams[index].read(group.grams[index]),
+            tokens,
+            self.plan.model_weights,
+            self.solver,
+            for_each,
         )
         for block in self._blocks(group, elements):
-            rows = list(for_each(_read_rows, self.models, repeat(block), repeat(group)))
-            mean = weighted_mean([values.reshape(-1) for values in rows], self.model_weights).reshape(rows[0].shape)
+            rows = list(for_each(_read_rows, self.plan.models, repeat(block), repeat(group)))
+            mean = weighted_mean([values.reshape(-1) for values in rows], self.plan.model_weights).reshape(
+                rows[0].shape
+            )
             regression = system.regress(
                 [torch.from_numpy(values).to(self.device) for values in rows], torch.from_numpy(mean).to(self.device)
             )
@@ -125,14 +118,13 @@ class RegMean:
                 try:
                     merged = system.solve(regression, alpha)
                 except SolveError as error:
-                    paths, layers = ", ".join(str(file.path) for file in self.grams), ", ".join(group.tensors)
+                    paths, layers = ", ".join(str(file.path) for file in self.plan.grams), ", ".join(group.tensors)
                     raise InputError(f"alpha {alpha:g}, layers {layers}, Grams {paths}: {error}") from error
                 self._write_rows(writer, block, group, merged.cpu().numpy())
             self.advance(sum(piece.last - piece.first for piece in block) * group.width)
-        solutions = {alpha: system.solution(alpha) for alpha in self.writers}
         return {
-            alpha: LayerReport(group.tensors, tokens, solved.solver.label, solved.solver.condition, solved.objective)
-            for alpha, solved in solutions.items()
+            alpha: LayerReport(group.tensors, tokens, solver.label, solver.condition, system.objectives[alpha])
+            for alpha, solver in system.solvers.items()
         }
 
     def _blocks(self, group: LayerGroup, elements: int) -> Iterator[list[Piece]]:

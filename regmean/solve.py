@@ -44,8 +44,6 @@ ACCEPTED_RESIDUAL = 1e-2
 PROBES = 16
 PROBE_MARGIN = 1 / 3
 PANEL = 1024  # rows and columns of a tile of an inner product matrix that is never held whole
-
-
 SINGULAR = "the scaled Gram is singular; use --solver cholesky, or a smaller --alpha"
 
 
@@ -53,25 +51,15 @@ class SolveError(Exception):
     """The system could not be solved; the message gives the reason, not the layer."""
 
 
-@dataclass(frozen=True)
-class GramSum:
-    """G = sum_i w_i G_i of one layer input, for any alpha.
+def scaled(total: torch.Tensor, alpha: float) -> torch.Tensor:
+    """A copy of the Gram G with off-diagonals times alpha; an input that is always zero gets a one on the diagonal.
 
-    Attributes:
-        matrix: float32 (inputs, inputs), off-diagonals as they are.
+    Such an input's right-hand side is zero too, so the one leaves its weights at the mean.
     """
-
-    matrix: torch.Tensor
-
-    def scaled(self, alpha: float) -> torch.Tensor:
-        """A copy with off-diagonals times alpha; an input that is always zero gets a one on the diagonal.
-
-        Such an input's right-hand side is zero too, so the one leaves its weights at the mean.
-        """
-        diagonal = self.matrix.diagonal()
-        scaled = self.matrix * alpha
-        scaled.diagonal().copy_(torch.where(diagonal > 0, diagonal, 1.0))
-        return scaled
+    diagonal = total.diagonal()
+    system = total * alpha
+    system.diagonal().copy_(torch.where(diagonal > 0, diagonal, 1.0))
+    return system
 
 
 class Cholesky:
@@ -90,9 +78,9 @@ class Cholesky:
 
     refinements = 5
 
-    def __init__(self, total: GramSum, alpha: float):
+    def __init__(self, total: torch.Tensor, alpha: float):
         for dtype, jitter in ATTEMPTS:
-            system = total.scaled(alpha).to(dtype)
+            system = scaled(total, alpha).to(dtype)
             scale = system.diagonal().rsqrt()
             system.mul_(scale).mul_(scale[:, None])
             system.diagonal().fill_(1 + jitter)
@@ -130,8 +118,8 @@ class Lstsq:
     refinements = 0
     condition: float | None = None
 
-    def __init__(self, total: GramSum, alpha: float):
-        self._system = total.scaled(alpha)
+    def __init__(self, total: torch.Tensor, alpha: float):
+        self._system = scaled(total, alpha)
 
     def solve(self, rhs: torch.Tensor) -> torch.Tensor:
         """As `Cholesky.solve`; gels itself sees only a singular matrix that rounding has left exactly so."""
@@ -147,8 +135,8 @@ class Inverse:
     label = "inverse"
     refinements = 0
 
-    def __init__(self, total: GramSum, alpha: float):
-        system = total.scaled(alpha)
+    def __init__(self, total: torch.Tensor, alpha: float):
+        system = scaled(total, alpha)
         self._inverse, singular = torch.linalg.inv_ex(system)
         if singular:
             raise SolveError(SINGULAR)
@@ -190,6 +178,10 @@ class System:
         model_weights: w_i, summing to 1.
         solver: a name of `SOLVERS`.
         for_each: the `map` to call `read` by, where that may be done for several models at once.
+
+    Attributes:
+        solvers: by alpha, made for the first block that is solved for it.
+        objectives: by alpha, their values over all blocks solved.
     """
 
     def __init__(
@@ -205,9 +197,10 @@ class System:
         self._model_weights = model_weights
         self._solver_class = SOLVERS[solver]
         self._for_each = for_each
-        self._total: GramSum | None = None
+        self._total: torch.Tensor | None = None
         self._difference: torch.Tensor | None = None
-        self._solutions: dict[float, Solution] = {}
+        self.solvers: dict[float, Any] = {}
+        self.objectives: dict[float, Objective] = {}
 
     def regress(self, rows: list[torch.Tensor], mean: torch.Tensor) -> "Regression":
         """The regression of a block of outputs.
@@ -223,17 +216,17 @@ class System:
                 grams = self._for_each(self._read, range(2))
                 first, second = (self._per_token(gram, index, mean.device) for index, gram in enumerate(grams))
                 self._difference = first.sub_(second)
-                self._total = GramSum(second.add_(self._difference, alpha=self._model_weights[0]))
+                self._total = second.add_(self._difference, alpha=self._model_weights[0])
             regression.add(self._difference)
             return regression
-        total = None if self._total else torch.zeros(mean.shape[1], mean.shape[1], device=mean.device)
+        is_first = self._total is None
         for index, weight in enumerate(self._model_weights):
             gram = self._per_token(self._read(index), index, mean.device)
-            if total is not None:
-                total.add_(gram, alpha=weight)
+            if is_first:
+                self._total = torch.zeros_like(gram) if index == 0 else self._total
+                self._total.add_(gram, alpha=weight)
             regression.add(gram, index)
             del gram
-        self._total = self._total or GramSum(total)
         return regression
 
     def solve(self, regression: "Regression", alpha: float) -> torch.Tensor:
@@ -242,27 +235,14 @@ class System:
         Raises:
             SolveError: the system has no factor, or the solution is not finite or does not solve the system.
         """
-        if alpha not in self._solutions:
-            self._solutions[alpha] = Solution(self._solver_class(self._total, alpha))
-        solution = self._solutions[alpha]
-        merged, objective = regression.solve(self._total, solution.solver, alpha)
-        solution.objective.add(objective)
+        if alpha not in self.solvers:
+            self.solvers[alpha] = self._solver_class(self._total, alpha)
+        merged, objective = regression.solve(self._total, self.solvers[alpha], alpha)
+        self.objectives.setdefault(alpha, Objective()).add(objective)
         return merged
-
-    def solution(self, alpha: float) -> "Solution":
-        """How the blocks that were solved for this alpha were solved."""
-        return self._solutions[alpha]
 
     def _per_token(self, gram: np.ndarray, index: int, device: torch.device) -> torch.Tensor:
         return torch.from_numpy(gram).to(device).div_(self._tokens[index])
-
-
-@dataclass(frozen=True)
-class Solution:
-    """A system's solver for one alpha, and the objective's values over all blocks solved by it."""
-
-    solver: Any
-    objective: Objective = field(default_factory=Objective)
 
 
 def block_elements(models: int, side_by_side: bool) -> int:
@@ -298,12 +278,7 @@ class Regression:
         self._under_total: list[tuple[float, float]] = []
 
     def add(self, matrix: torch.Tensor, index: int = 0) -> None:
-        """Take in, per token, of two models G_1 - G_2, of more the Gram of model `index`.
-
-        Args:
-            matrix: float32 (inputs, inputs), symmetric.
-            index: of the model; 0 for two.
-        """
+        """Take in, per token, of two models G_1 - G_2 (under index 0), of more the Gram of model `index`."""
         delta, weight = self._deltas[index], self._model_weights[index]
         product, diagonal_product = linear(delta, matrix), delta * matrix.diagonal()
         self._own.append((_inner(delta, product), _inner(delta, diagonal_product)))
@@ -313,17 +288,8 @@ class Regression:
             self._rhs.add_(product, alpha=weight)
             self._diagonal_rhs.add_(diagonal_product, alpha=weight)
 
-    def solve(self, total: GramSum, solver: Any, alpha: float) -> tuple[torch.Tensor, Objective]:
-        """The merged weights, float32 (outputs, inputs), and the objective's values.
-
-        Args:
-            total: the sum of the same Grams.
-            solver: one of `SOLVERS`, made from `total` and `alpha`.
-            alpha: the off-diagonals' factor.
-
-        Raises:
-            SolveError: the solution is not finite, or does not solve the system.
-        """
+    def solve(self, total: torch.Tensor, solver: Any, alpha: float) -> tuple[torch.Tensor, Objective]:
+        """The merged weights and the objective's values, by one of `SOLVERS` made from G, `total`, and alpha."""
         rhs = torch.lerp(self._diagonal_rhs, self._rhs, alpha)
         delta = solver.solve(rhs)
         residual_norm, against_delta = _probed_residual(rhs, delta, total, alpha)
@@ -339,7 +305,7 @@ class Regression:
         return delta.add_(self._mean), Objective(at_mean, at_inputs, at_mean - gain)
 
     def _refined(
-        self, rhs: torch.Tensor, delta: torch.Tensor, total: GramSum, solver: Any, alpha: float
+        self, rhs: torch.Tensor, delta: torch.Tensor, total: torch.Tensor, solver: Any, alpha: float
     ) -> tuple[torch.Tensor, float]:
         """The solution refined against the whole residual where the solver allows for it, and what it gains."""
         rhs_norm = rhs.norm().item()
@@ -360,10 +326,10 @@ class Regression:
             )
         return delta, 2 * _inner(delta, rhs) - _inner(delta, product)
 
-    def _at_mean_and_inputs(self, rhs: torch.Tensor, total: GramSum, alpha: float) -> tuple[float, list[float]]:
+    def _at_mean_and_inputs(self, rhs: torch.Tensor, total: torch.Tensor, alpha: float) -> tuple[float, list[float]]:
         """The objective at the mean and at each model's weights."""
         if not self._under_total:
-            self._under_total = [_quadratic_form(delta, total.matrix) for delta in self._deltas]
+            self._under_total = [_quadratic_form(delta, total) for delta in self._deltas]
         own, under_total = (
             [alpha * whole + (1 - alpha) * diagonal for whole, diagonal in values]
             for values in (self._own, self._under_total)
@@ -381,12 +347,12 @@ class Regression:
         ]
 
 
-def _times(delta: torch.Tensor, total: GramSum, alpha: float) -> torch.Tensor:
+def _times(delta: torch.Tensor, total: torch.Tensor, alpha: float) -> torch.Tensor:
     """delta times G, which is symmetric, with its off-diagonals scaled, without a scaled copy of G."""
-    return torch.lerp(delta * total.matrix.diagonal(), linear(delta, total.matrix), alpha)
+    return torch.lerp(delta * total.diagonal(), linear(delta, total), alpha)
 
 
-def _probed_residual(rhs: torch.Tensor, delta: torch.Tensor, total: GramSum, alpha: float) -> tuple[float, float]:
+def _probed_residual(rhs: torch.Tensor, delta: torch.Tensor, total: torch.Tensor, alpha: float) -> tuple[float, float]:
     """|r| and <D, r> of the residual r = R - D G, estimated without the product D G.
 
     From sums of the outputs with random signs s: the mean of |s r|^2 is |r|^2, that of <s D, s r> is <D, r>, and

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from regmean import solve
-from regmean.solve import Cholesky, GramSum, Inverse, Lstsq, SolveError, System
+from regmean.solve import Cholesky, Inverse, Lstsq, SolveError, System, scaled
 
 MODEL_WEIGHTS = [0.25, 0.75]
 
@@ -54,8 +54,7 @@ def merge(weights, grams, model_weights, alpha: float, solver: str = "cholesky")
     mean = sum(w * tensor for w, tensor in zip(model_weights, tensors, strict=True))
     system = System(lambda index: grams[index].copy(), [1] * len(grams), model_weights, solver)
     merged = system.solve(system.regress(tensors, mean), alpha)
-    solution = system.solution(alpha)
-    return merged.numpy().astype(np.float64), solution.objective, solution.solver
+    return merged.numpy().astype(np.float64), system.objectives[alpha], system.solvers[alpha]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.9, 1.0])
@@ -187,15 +186,15 @@ def test_float64_is_used_when_float32_cannot(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_matrix_that_is_no_gram_is_refused() -> None:
-    total = GramSum(torch.tensor([[1.0, 5.0], [5.0, 1.0]]))
+    total = torch.tensor([[1.0, 5.0], [5.0, 1.0]])
     with pytest.raises(SolveError, match="positive semi-definite"):
         Cholesky(total, 1.0)
 
 
 def test_the_condition_number_is_estimated() -> None:
     _, grams = problem(4000, ratio=10.0)
-    total = GramSum(torch.from_numpy(grams[0]))
-    system = total.scaled(0.9).double().numpy()
+    total = torch.from_numpy(grams[0])
+    system = scaled(total, 0.9).double().numpy()
     root = 1 / np.sqrt(np.diag(system))
     assert Cholesky(total, 0.9).condition == pytest.approx(np.linalg.cond(system * root * root[:, None]), rel=0.3)
     assert Inverse(total, 0.9).condition == pytest.approx(np.linalg.cond(system, 1), rel=1e-3)
@@ -220,7 +219,7 @@ def test_a_residual_is_estimated_from_random_sums_of_the_outputs(alike: bool) ->
     error = generator.normal(size=(400, 48))
     if alike:
         error = np.outer(error[:, 0], error[0])
-    delta, total = weights[0] - weights[1], GramSum(torch.from_numpy(grams[0]))
+    delta, total = weights[0] - weights[1], torch.from_numpy(grams[0])
     rhs = delta.astype(np.float64) @ scale(grams[0].astype(np.float64), 0.9) + 1e-3 * error
     norm, inner = solve._probed_residual(
         torch.from_numpy(rhs.astype(np.float32)), torch.from_numpy(delta), total, alpha=0.9
