@@ -10,13 +10,12 @@ import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from common import snapshots
 from common.errors import InputError
@@ -31,7 +30,7 @@ from regmean.calibration import Calibration, collate, load_calibration, make_bat
 from regmean.config import GramFlags, TextSource
 from regmean.gram import GramSums
 from regmean.gram_file import FILE_NAME, GramFile, write_grams
-from regmean.hooks import LinearInputs, aligned_with, input_width, linear_layers, untied_head
+from regmean.hooks import LinearInputs, input_width, linear_layers, untied_head
 from regmean.model_folder import Checkpoint, open_checkpoint
 
 SNAPSHOT_SECONDS = 600.0
@@ -78,7 +77,14 @@ def compute_grams(
     options = {"dtype": flags.dtype, "trust_remote_code": flags.trust_remote_code}
     model = model or load_model(AutoModelForCausalLM, str(checkpoint.folder), needs_head=False, **options)
     tokens_per_batch = flags.batch_tokens(process.device.type)
-    identity = _identity(checkpoint, calibration, tokens_per_batch, model, process)
+    identity = {
+        "model": checkpoint.name,
+        "fingerprint": checkpoint.fingerprint(),
+        "examples": calibration.digest(),
+        "tokens_per_batch": tokens_per_batch,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "world_size": process.world_size,
+    }
     provenance = _provenance(identity, checkpoint, source, tokenizer, calibration)
     with open_run(target.with_suffix(".partial"), identity, flags.overwrite, process) as run:
         run.start()
@@ -112,15 +118,8 @@ class Plan:
     padding: bool
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What one example tells.
-
-    Attributes:
-        inputs: the layers that share an input, for each distinct input.
-        padding: as in `Plan`.
-        seconds: what a forward pass with its products takes.
-    """
+class Probe(NamedTuple):
+    """What one example tells: the layers of each distinct input, `Plan`'s padding, and the seconds that it takes."""
 
     inputs: list[list[str]]
     padding: bool
@@ -134,20 +133,15 @@ def probe(model: PreTrainedModel, layers: dict[str, nn.Module], ids: list[int], 
     inside the model, and batches must do without.
     """
     example, mask = (tensor.to(device) for tensor in collate([ids]))
-    aligned: list[bool] = []
-
-    def receive(name: str, x: torch.Tensor) -> None:
-        aligned.append(aligned_with(x, mask))
-        GramSums().add(name, x.reshape(-1, x.shape[-1]))
-
-    with LinearInputs(layers, model.get_output_embeddings(), receive) as inputs:
+    head = model.get_output_embeddings()
+    with LinearInputs(layers, head, lambda name, rows: GramSums().add(name, rows)) as inputs:
         inputs.run(model, example, mask)  # the first pass also warms up; the second is timed
         finish(device)
         started = time.monotonic()
         inputs.run(model, example, mask)
         finish(device)
         seconds = time.monotonic() - started
-    return Probe(inputs.groups(), all(aligned) and len(inputs.shared_name) == len(layers), seconds)
+    return Probe(inputs.groups(), inputs.aligned and len(inputs.shared_name) == len(layers), seconds)
 
 
 def plan_passes(inputs: list[list[str]], widths: list[int], memory: int) -> list[list[str]]:
@@ -220,7 +214,7 @@ class _Passes:
                 sums = self._sums_of_pass(number, plan)
                 sums.add_ranks(process)
                 if process.is_main:
-                    sums.write(part, self._conv1d(), provenance)
+                    sums.write(part, self.layers, provenance)
                 # The next pass is planned to fill the memory.
                 del sums
                 process.barrier()
@@ -247,37 +241,37 @@ class _Passes:
         """This rank's snapshots of pass `number`."""
         return self.folder / f"pass{number}-rank{self.process.rank}"
 
-    def _conv1d(self) -> set[str]:
-        return {name for name, layer in self.layers.items() if isinstance(layer, Conv1D)}
-
     def _sums_of_pass(self, number: int, plan: Plan) -> GramSums:
         """This rank's sums for the layers of pass `number`, from its snapshot on where there is one."""
         lengths, process = [len(example) for example in self.calibration.examples], self.process
         batches = make_batches(lengths, self.tokens_per_batch, plan.padding)[process.rank :: process.world_size]
-        root, (done, sums) = self._snapshots(number), self._continued(number, len(batches))
-        adder = _TokenAdder(sums)
+        root, done, sums = self._snapshots(number), 0, GramSums()
+        if snapshot := snapshots.newest(root, tqdm.write):
+            done, sums = snapshots.step_of(snapshot), GramSums.read(snapshot / SUMS_NAME, process.device)
+            say(process, f"continuing after {done} of {len(batches)} batches")
+        row_sums: dict[str, torch.Tensor] = {}
+
+        def receive(name: str, rows: torch.Tensor) -> None:
+            # A sum is finite where every term is; in float32, since half precision would overflow.
+            row_sums[name] = rows.sum(dim=1, dtype=torch.float32)
+            sums.add(name, rows)
+
         layers = {name: self.layers[name] for name in plan.passes[number]}
         # Where every layer reads every token, no forward pass calls other layers than the one before.
-        inputs = LinearInputs(layers, self.model.get_output_embeddings(), adder.receive, same_calls=plan.padding)
+        inputs = LinearInputs(layers, self.model.get_output_embeddings(), receive, same_calls=plan.padding)
         # A continued pass has the layers that share an input from its snapshot.
         inputs.shared_name = sums.shared_name
         tokens = [sum(lengths[index] for index in batch) for batch in batches]
-        bar = progress(
-            process,
-            total=sum(tokens),
-            initial=sum(tokens[:done]),
-            unit="tok",
-            unit_scale=True,
-            desc=f"pass {number + 1} of {len(plan.passes)}",
-        )
+        title, counts = f"pass {number + 1} of {len(plan.passes)}", (sum(tokens), sum(tokens[:done]))
+        bar = progress(process, total=counts[0], initial=counts[1], unit="tok", unit_scale=True, desc=title)
         saved = time.monotonic()
         with inputs, bar, StopSignals() as signals:
             for position in range(done, len(batches)):
-                self._add_batch(batches[position], inputs, adder)
+                self._run_batch(batches[position], inputs, row_sums)
                 bar.update(tokens[position])
                 signal = signals.received
                 if signal or time.monotonic() - saved >= self.snapshot_seconds:
-                    snapshots.save(root, position + 1, lambda to: sums.write(to / SUMS_NAME, self._conv1d(), {}))
+                    snapshots.save(root, position + 1, lambda to: sums.write(to / SUMS_NAME, self.layers, {}))
                     saved = time.monotonic()
                 if signal:
                     raise Stopped(
@@ -286,28 +280,28 @@ class _Passes:
                     )
         return sums
 
-    def _continued(self, number: int, batches: int) -> tuple[int, GramSums]:
-        """How many of the batches are done, and their sums."""
-        snapshot = snapshots.newest(self._snapshots(number), tqdm.write)
-        if snapshot is None:
-            return 0, GramSums()
-        done = snapshots.step_of(snapshot)
-        say(self.process, f"continuing after {done} of {batches} batches")
-        return done, GramSums.read(snapshot / SUMS_NAME, self.process.device)
+    def _run_batch(self, batch: list[int], inputs: LinearInputs, row_sums: dict[str, torch.Tensor]) -> None:
+        """Run the examples of these indices; `row_sums` gets the sum of each row that a layer reads.
 
-    def _add_batch(self, batch: list[int], inputs: LinearInputs, adder: "_TokenAdder") -> None:
-        """Run the examples of these indices, whose products `adder` adds up."""
-        examples = [self.calibration.examples[index] for index in batch]
-        ids, mask = (tensor.to(self.process.device) for tensor in collate(examples))
-        adder.start(mask)
-        inputs.run(self.model, ids, mask)
-        if found := adder.find_not_finite():
-            layer, positions = found
-            rows = ", ".join(str(self.calibration.rows[batch[position]]) for position in positions)
-            raise InputError(
-                f"the input of {layer} is NaN or infinite in row(s) {rows} of the data set (from 0): mend or leave "
-                "out these rows, or take a wider --dtype (bfloat16 or float32)"
-            )
+        Raises:
+            InputError: a layer, the first of the forward pass is named, read NaN or infinity.
+        """
+        ids, mask = collate([self.calibration.examples[index] for index in batch])
+        owners, real = mask.nonzero()[:, 0], mask.flatten().nonzero().flatten()
+        device = self.process.device
+        row_sums.clear()
+        inputs.run(self.model, ids.to(device), mask.to(device), real.to(device) if len(real) < mask.numel() else None)
+        # One look for all layers: each makes a GPU's queue run empty.
+        if not row_sums or torch.cat(list(row_sums.values())).isfinite().all():
+            return
+        layer, rows = next((name, finite) for name, sums in row_sums.items() if not (finite := sums.isfinite()).all())
+        # An expert's rows are some of the batch's, in its own order: then any of the examples may be the one.
+        suspects = owners[~rows.cpu()].unique().tolist() if len(rows) == len(owners) else range(len(batch))
+        examples = ", ".join(str(self.calibration.rows[batch[suspect]]) for suspect in suspects)
+        raise InputError(
+            f"the input of {layer} is NaN or infinite in row(s) {examples} of the data set (from 0): mend or leave out "
+            "these rows, or take a wider --dtype (bfloat16 or float32)"
+        )
 
     def _report(self, target: Path, seconds: float) -> None:
         grams = GramFile(target).grams.values()
@@ -319,48 +313,6 @@ class _Passes:
             say(self.process, f"no token reached {len(unseen)} layers, which a merge will average: {', '.join(unseen)}")
 
 
-class _TokenAdder:
-    """Adds the products of what layers read to `sums`, of real tokens only, batch by batch."""
-
-    def __init__(self, sums: GramSums):
-        self._sums = sums
-        self._row_sums: dict[str, torch.Tensor] = {}
-
-    def start(self, mask: torch.Tensor) -> None:
-        """Begin a batch with this mask, int64 of shape (examples, length), 0 at padding."""
-        self._mask = mask
-        self._kept = mask.flatten().nonzero().flatten()
-        self._row_sums.clear()
-
-    def receive(self, name: str, x: torch.Tensor) -> None:
-        """Add the products of an input of shape (..., width).
-
-        Raises:
-            InputError: the batch has padding, and the input's rows are not its tokens in order.
-        """
-        rows = x.reshape(-1, x.shape[-1])
-        if len(self._kept) < self._mask.numel():
-            if not aligned_with(x, self._mask):
-                raise InputError(f"layer {name} reads {tuple(x.shape)}, where padding cannot be told from tokens")
-            rows = rows.index_select(0, self._kept)
-        # A sum is finite where every term is; in float32, since half precision would overflow.
-        self._row_sums[name] = rows.sum(dim=1, dtype=torch.float32)
-        self._sums.add(name, rows)
-
-    def find_not_finite(self) -> tuple[str, list[int]] | None:
-        """The layer, in the order of the forward pass, that first read NaN or infinity, and in which examples."""
-        # One look for all layers: each makes a GPU's queue run empty.
-        if not self._row_sums or torch.cat(list(self._row_sums.values())).isfinite().all():
-            return None
-        finite = {name: sums.isfinite() for name, sums in self._row_sums.items()}
-        layer = next(name for name, rows in finite.items() if not rows.all())
-        owners = self._mask.nonzero()[:, 0]
-        # An expert's rows are some of the batch's, in its own order: then any of the examples may be the one.
-        if len(finite[layer]) != len(owners):
-            return layer, list(range(len(self._mask)))
-        return layer, owners[~finite[layer]].unique().tolist()
-
-
 def _assemble(parts: list[Path], target: Path, provenance: dict[str, Any]) -> Path:
     """One Gram file of all passes' files."""
     if len(parts) == 1:
@@ -370,20 +322,6 @@ def _assemble(parts: list[Path], target: Path, provenance: dict[str, Any]) -> Pa
     grams = [gram for file in files for gram in file.grams.values()]
     write_grams(target, grams, lambda name: source[name].read(name), provenance)
     return target
-
-
-def _identity(
-    checkpoint: Checkpoint, calibration: Calibration, tokens_per_batch: int, model: PreTrainedModel, process: Process
-) -> dict[str, Any]:
-    """All that makes two runs the same run."""
-    return {
-        "model": checkpoint.name,
-        "fingerprint": checkpoint.fingerprint(),
-        "examples": calibration.digest(),
-        "tokens_per_batch": tokens_per_batch,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "world_size": process.world_size,
-    }
 
 
 def _provenance(

@@ -2,9 +2,11 @@
 
 import mmap
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from common.errors import InputError
 from common.ranks import Process
@@ -89,18 +91,12 @@ class GramSums:
         counts = process.sum(*(self.tokens.get(name, 0) for name in widths))
         self.tokens = {name: int(count) for name, count in zip(widths, counts, strict=True)}
 
-    def write(self, path: Path, conv1d: set[str], provenance: dict[str, object]) -> None:
-        """Write the sums as a Gram file; `conv1d` names the layers that keep their weight as (in, out)."""
-        grams = [
-            Gram(
-                name,
-                tuple(module for module, shared in self.shared_name.items() if shared == name),
-                self.tokens[name],
-                len(total),
-                name in conv1d,
-            )
-            for name, total in self.totals.items()
-        ]
+    def write(self, path: Path, layers: dict[str, nn.Module], provenance: dict[str, Any]) -> None:
+        """Write the sums as a Gram file; `layers` are the model's, by name."""
+        grams = []
+        for name, total in self.totals.items():
+            modules = tuple(module for module, shared in self.shared_name.items() if shared == name)
+            grams.append(Gram(name, modules, self.tokens[name], len(total), isinstance(layers[name], Conv1D)))
         write_grams(path, grams, lambda name: self.totals[name].cpu().numpy(), provenance)
 
     @classmethod

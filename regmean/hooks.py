@@ -34,11 +34,6 @@ def input_width(layer: nn.Module) -> int:
     return layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
 
 
-def aligned_with(x: torch.Tensor, mask: torch.Tensor) -> bool:
-    """Whether the rows of a layer's input are the batch's tokens in order, whatever the model did to them."""
-    return x.shape[:-1] in (mask.shape, (mask.numel(),))
-
-
 class LinearInputs:
     """Hands each distinct input of a model's linear layers to `receive`; a context manager that owns the hooks.
 
@@ -48,9 +43,13 @@ class LinearInputs:
     Args:
         layers: the layers to watch, by name.
         head: the output head, or None; a forward pass ends where the head would turn states into logits.
-        receive: called with the name and the input, of shape (..., width), once for each distinct input.
+        receive: called with the name and the input's rows, (tokens, width), once for each distinct input.
         same_calls: whether every forward pass calls the same layers in the same order; then all but the first end at
             the last of these calls, before what no layer here reads is computed.
+
+    Attributes:
+        shared_name: of each layer that a token has reached, the name of its input.
+        aligned: whether the rows of every input were the batch's tokens in order, whatever the model did to them.
     """
 
     def __init__(
@@ -61,6 +60,7 @@ class LinearInputs:
         same_calls: bool = False,
     ):
         self.shared_name: dict[str, str] = {}
+        self.aligned = True
         self._layers = layers
         self._head = head
         self._receive = receive
@@ -90,16 +90,22 @@ class LinearInputs:
         return list(sharing.values())
 
     @torch.no_grad()
-    def run(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> None:
+    def run(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, real: torch.Tensor | None = None) -> None:
         """One forward pass over token ids, without logits, cache or gradient.
 
         Args:
             model: the model that the layers belong to.
             ids: int64 of shape (examples, length).
             mask: the same shape, 0 at padding.
+            real: where the tokens are that are no padding, in the flattened batch; None where all are.
+
+        Raises:
+            InputError: a layer's rows are not the batch's tokens, so that padding cannot be told from tokens.
         """
         self._received.clear()
         self._called = []
+        self._shapes = mask.shape, (mask.numel(),)
+        self._real = real
         try:
             model(input_ids=ids, attention_mask=mask, use_cache=False)
         except _AllRead:
@@ -136,7 +142,14 @@ class LinearInputs:
                 "models that rewire their layers from input to input are not supported"
             )
         names.append(name)
-        self._receive(name, x)
+        aligned = x.shape[:-1] in self._shapes
+        self.aligned &= aligned
+        rows = x.reshape(-1, x.shape[-1])
+        if self._real is not None:
+            if not aligned:
+                raise InputError(f"layer {name} reads {tuple(x.shape)}, where padding cannot be told from tokens")
+            rows = rows.index_select(0, self._real)
+        self._receive(name, rows)
 
 
 class _AllRead(Exception):
