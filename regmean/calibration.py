@@ -18,13 +18,9 @@ FILE_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the Grams are computed from.
+    """What the Grams are computed from: the token ids of texts, none empty, and which rows of the data set they are.
 
-    Attributes:
-        examples: token ids of each text, none empty.
-        rows: of the data set, from 0, that the examples are.
-        truncated: how many were cut at the length limit.
-        empty: how many rows had no tokens and were left out.
+    `truncated` of them were cut at the length limit; `empty` rows had no tokens and were left out.
     """
 
     examples: list[list[int]]
@@ -50,9 +46,8 @@ def load_calibration(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> 
     """
     rows = _load_rows(source)
     columns = list(source.columns.values())
-    for column in columns:
-        if column not in rows.column_names:
-            raise InputError(f"--dataset {source.dataset}: no column {column!r}; it has {', '.join(rows.column_names)}")
+    if lacking := [column for column in columns if column not in rows.column_names]:
+        raise InputError(f"--dataset {source.dataset}: no column {lacking[0]!r}; it has {', '.join(rows.column_names)}")
     is_chat = "text" not in source.columns
     if is_chat and tokenizer.chat_template is None:
         raise InputError(f"--model {tokenizer.name_or_path} has no chat template; give --text_column for plain text")
@@ -62,10 +57,8 @@ def load_calibration(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> 
     truncated = 0
     for number, row in enumerate(rows.select_columns(columns)):
         texts = {key: row[column] for key, column in source.columns.items() if row[column] is not None}
-        for key, text in texts.items():
-            if not isinstance(text, str):
-                name = source.columns[key]
-                raise InputError(f"--dataset {source.dataset}: row {number}, column {name!r} is no text")
+        if wrong := [source.columns[key] for key, text in texts.items() if not isinstance(text, str)]:
+            raise InputError(f"--dataset {source.dataset}: row {number}, column {wrong[0]!r} is no text")
         try:
             ids = _chat_ids(tokenizer, texts) if is_chat else _plain_ids(tokenizer, texts.get("text", ""))
         except TemplateError as error:
@@ -86,10 +79,8 @@ def load_calibration(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> 
 def make_batches(lengths: list[int], tokens_per_batch: int, padding: bool) -> list[list[int]]:
     """Indices of examples, longest first, in batches of at most `tokens_per_batch` tokens, padding included.
 
-    Args:
-        lengths: tokens of each example; an example above the budget is a batch of its own.
-        tokens_per_batch: the budget.
-        padding: False puts examples of one length only into a batch, for models that mix tokens up.
+    An example above that is a batch of its own. Without `padding`, for models that mix tokens up, the examples of a
+    batch have one length.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):

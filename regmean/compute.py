@@ -41,10 +41,7 @@ RESERVED = 0.1
 
 
 def compute_grams(
-    flags: GramFlags,
-    process: Process,
-    snapshot_seconds: float = SNAPSHOT_SECONDS,
-    model: PreTrainedModel | None = None,
+    flags: GramFlags, process: Process, snapshot_seconds: float = SNAPSHOT_SECONDS, model: PreTrainedModel | None = None
 ) -> None:
     """Compute the Grams of `flags.model` over its calibration texts and write `gram.safetensors`.
 
@@ -52,7 +49,6 @@ def compute_grams(
     ends with the same Gram.
 
     Args:
-        flags: what to compute.
         process: this rank; every rank takes its shard of the batches.
         snapshot_seconds: the time between two snapshots.
         model: that of `flags.model`, where it is loaded already; it loses its output head.
@@ -67,12 +63,11 @@ def compute_grams(
     checkpoint = open_checkpoint(flags.model, flags.revision)
     quiet_libraries()
     tokenizer = load_tokenizer(str(checkpoint.folder), trust_remote_code=flags.trust_remote_code)
-    source = flags.texts()
-    calibration = load_calibration(source, tokenizer)
+    calibration = load_calibration(flags.texts(), tokenizer)
     say(
         process,
         f"{len(calibration.examples):,} examples, {calibration.tokens:,} tokens; "
-        f"{calibration.truncated:,} cut at {source.max_length} tokens, {calibration.empty:,} empty",
+        f"{calibration.truncated:,} cut at {flags.max_length} tokens, {calibration.empty:,} empty",
     )
     options = {"dtype": flags.dtype, "trust_remote_code": flags.trust_remote_code}
     model = model or load_model(AutoModelForCausalLM, str(checkpoint.folder), needs_head=False, **options)
@@ -85,7 +80,7 @@ def compute_grams(
         "dtype": str(model.dtype).removeprefix("torch."),
         "world_size": process.world_size,
     }
-    provenance = _provenance(identity, checkpoint, source, tokenizer, calibration)
+    provenance = _provenance(identity, checkpoint, flags.texts(), tokenizer, calibration)
     with open_run(target.with_suffix(".partial"), identity, flags.overwrite, process) as run:
         run.start()
         layers = _prepare(model, checkpoint, process.device)
@@ -172,26 +167,6 @@ def plan_passes(inputs: list[list[str]], widths: list[int], memory: int) -> list
     return passes
 
 
-def _make_plan(
-    model: PreTrainedModel, layers: dict[str, nn.Module], calibration: Calibration, process: Process
-) -> Plan:
-    longest = max(calibration.examples, key=len)
-    probed = probe(model, layers, longest, process.device)
-    widths = [input_width(layers[names[0]]) for names in probed.inputs]
-    memory = int(min(process.gather(available_memory(process.device))) * (1 - RESERVED))
-    plan = Plan(plan_passes(probed.inputs, widths, memory), probed.padding)
-    minutes = probed.seconds / len(longest) * calibration.tokens * len(plan.passes) / process.world_size / 60
-    sums = sum(4 * width**2 for width in widths)
-    passes = "1 pass" if len(plan.passes) == 1 else f"{len(plan.passes)} passes"
-    say(
-        process,
-        f"plan: {len(layers)} layers with {len(widths)} distinct inputs, {sums / 1e9:.2f} GB of sums where "
-        f"{memory / 1e9:.1f} GB are free: {passes}, at most about {minutes:.1f} min"
-        + ("" if plan.padding else "; only examples of equal length share a batch"),
-    )
-    return plan
-
-
 @dataclass(frozen=True)
 class _Passes:
     """All passes of a run over its texts; `folder` holds what an interrupted one continues from."""
@@ -230,11 +205,24 @@ class _Passes:
         """The plan that an interrupted run began with, else a new one; the first rank decides, and keeps it."""
         path = self.folder / PLAN
         known = Plan(**read_json(path)) if self.process.is_main and path.exists() else None
-        plan = self.process.gather(known)[0]
-        if plan is None:
-            plan = _make_plan(self.model, self.layers, self.calibration, self.process)
-            if self.process.is_main:
-                write_json(path, asdict(plan))
+        if plan := self.process.gather(known)[0]:
+            return plan
+        longest = max(self.calibration.examples, key=len)
+        inputs, padding, seconds = probe(self.model, self.layers, longest, self.process.device)
+        widths = [input_width(self.layers[names[0]]) for names in inputs]
+        memory = int(min(self.process.gather(available_memory(self.process.device))) * (1 - RESERVED))
+        plan = Plan(plan_passes(inputs, widths, memory), padding)
+        if self.process.is_main:
+            write_json(path, asdict(plan))
+        runs = len(plan.passes)
+        minutes = seconds / len(longest) * self.calibration.tokens * runs / self.process.world_size / 60
+        say(
+            self.process,
+            f"plan: {len(self.layers)} layers with {len(widths)} distinct inputs, "
+            f"{sum(4 * width**2 for width in widths) / 1e9:.2f} GB of sums where {memory / 1e9:.1f} GB are free: "
+            f"{'1 pass' if runs == 1 else f'{runs} passes'}, at most about {minutes:.1f} min"
+            + ("" if plan.padding else "; only examples of equal length share a batch"),
+        )
         return plan
 
     def _snapshots(self, number: int) -> Path:
@@ -304,12 +292,10 @@ class _Passes:
         )
 
     def _report(self, target: Path, seconds: float) -> None:
-        grams = GramFile(target).grams.values()
+        grams, size = GramFile(target).grams.values(), target.stat().st_size / 1e9
         covered = {module for gram in grams for module in gram.modules}
-        size = target.stat().st_size / 1e9
         say(self.process, f"{target}: {len(grams)} Grams of {len(covered)} layers, {size:.2f} GB, {seconds:.1f} s")
-        unseen = [name for name in self.layers if name not in covered]
-        if unseen:
+        if unseen := [name for name in self.layers if name not in covered]:
             say(self.process, f"no token reached {len(unseen)} layers, which a merge will average: {', '.join(unseen)}")
 
 

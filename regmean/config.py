@@ -14,15 +14,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class TextSource:
-    """Which texts Grams are computed from.
+    """The texts that Grams are computed from: the first rows of a data set's split, each cut to `max_length` tokens.
 
-    Attributes:
-        dataset: hub id, local folder or file.
-        revision: branch, tag or commit of a hub data set.
-        split: of the data set.
-        columns: the column of plain texts under the key `text`, or a conversation's columns by role, in its order.
-        num_examples: how many rows, from the first on.
-        max_length: tokens that a text is cut to.
+    `columns` has the column of plain texts under the key `text`, or a conversation's columns by role, in its order.
     """
 
     dataset: str

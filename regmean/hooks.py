@@ -91,10 +91,9 @@ class LinearInputs:
 
     @torch.no_grad()
     def run(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, real: torch.Tensor | None = None) -> None:
-        """One forward pass over token ids, without logits, cache or gradient.
+        """One forward pass of the layers' model, without logits, cache or gradient.
 
         Args:
-            model: the model that the layers belong to.
             ids: int64 of shape (examples, length).
             mask: the same shape, 0 at padding.
             real: where the tokens are that are no padding, in the flattened batch; None where all are.

@@ -33,7 +33,7 @@ def merge(flags: MergeFlags, command: str) -> None:
     models = [open_checkpoint(name, revision) for name, revision in zip(flags.models, revisions, strict=True)]
     grams = [open_grams(Path(path)) for path in flags.grams]
     outputs, model_weights = flags.output_dirs(), flags.weights()
-    plan = plan_merge(models, model_weights, grams, flags.selects, flags.dtype, outputs)
+    plan = plan_merge(models, model_weights, grams, flags.selects, flags.dtype)
     _print_plan(flags.method, plan, len(outputs))
 
     alphas = flags.alpha if grams else [None]

@@ -4,13 +4,12 @@ one error before a tensor is read."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.errors import InputError
-from regmean.gram_file import Grams
+from regmean.gram_file import Gram, Grams
 from regmean.model_folder import Checkpoint, base_vocabulary, same_tokenizer_file
 from regmean.tensor_file import FLOATS, encode
 
@@ -31,13 +30,9 @@ STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Tensors that share a Gram in every model, and so one system.
+    """Tensors that share a Gram in every model, `grams` by its name in each file, and so one system of `width` inputs.
 
-    Attributes:
-        grams: the Gram's name in each model's file.
-        tensors: names of the weights.
-        width: inputs of the layers.
-        conv1d: the weights are stored as (in, out).
+    With `conv1d` the weights are stored as (in, out).
     """
 
     grams: tuple[str, ...]
@@ -87,12 +82,7 @@ class MergePlan:
 
 
 def plan_merge(
-    models: list[Checkpoint],
-    model_weights: list[float],
-    grams: list[Grams],
-    selects: Callable[[str], bool],
-    dtype: str,
-    outputs: list[Path],
+    models: list[Checkpoint], model_weights: list[float], grams: list[Grams], selects: Callable[[str], bool], dtype: str
 ) -> MergePlan:
     """Check that the models, and the Grams where there are any, fit together, and decide on every tensor.
 
@@ -100,41 +90,38 @@ def plan_merge(
         models, model_weights, grams: as in `MergePlan`.
         selects: whether the tensor of a name is merged.
         dtype: of the merged floats; "auto" is the first model's.
-        outputs: folders that must not exist yet.
 
     Raises:
         InputError: they do not; the message lists every difference.
     """
-    problems = [
-        f"{path} exists already: remove it, or choose another --output_dir" for path in outputs if path.exists()
-    ]
+    problems: list[str] = []
     notes: list[str] = []
-    first = models[0]
-    for model in models[1:]:
+    first, *others = models
+    for model in others:
         _compare_configs(first, model, problems, notes)
         _compare_vocabularies(first, model, problems, notes)
     # Where embeddings are tied, a stored head is a copy of them that loading ignores.
-    tied = all(model.ties_embeddings for model in models)
-    names = [{name for name in model.tensors if not (tied and name == "lm_head.weight")} for model in models]
+    ignored = {"lm_head.weight"} if all(model.ties_embeddings for model in models) else set()
+    names = [set(model.tensors) - ignored for model in models]
     selected = {name for name in set().union(*names) if selects(name)}
     if not selected:
         problems.append("--include and --exclude leave no tensor to merge")
     _compare_tensors(models, names, selected, problems)
     _refuse(problems)
 
-    layout = {
-        name: (STORED_AS.get(dtype, info.dtype) if info.dtype in FLOATS else info.dtype, info.shape)
-        for name, info in first.tensors.items()
-        if name in names[0]
-    }
-    merged = [name for name in layout if name in selected]
-    groups = _group_layers(models, grams, merged, tied, problems)
+    infos = {name: info for name, info in first.tensors.items() if name in names[0]}
+    merged = [name for name in infos if name in selected]
+    groups = _group_layers(models, grams, merged, ignored, problems)
     if grams and not groups and not problems:
         problems.append("none of the selected tensors has a Gram in every file")
     _refuse(problems)
     solved = {name for group in groups for name in group.tensors}
     averaged = [name for name in merged if name not in solved]
-    copied = [name for name in layout if name not in selected]
+    copied = [name for name in infos if name not in selected]
+    layout = {
+        name: (STORED_AS.get(dtype, info.dtype) if info.dtype in FLOATS else info.dtype, info.shape)
+        for name, info in infos.items()
+    }
     return MergePlan(models, model_weights, grams, layout, groups, averaged, copied, notes)
 
 
@@ -191,12 +178,10 @@ def _compare_vocabularies(first: Checkpoint, other: Checkpoint, problems: list[s
 
 def _compare_tensors(models: list[Checkpoint], names: list[set[str]], selected: set[str], problems: list[str]) -> None:
     for name in sorted(selected):
-        lacking = [model.name for model, theirs in zip(models, names, strict=True) if name not in theirs]
-        if lacking:
-            holder = next(model for model, theirs in zip(models, names, strict=True) if name in theirs)
-            problems.append(
-                f"tensor {name} of {holder.name} is missing in {', '.join(lacking)}; --exclude leaves it out"
-            )
+        holders = [model for model, theirs in zip(models, names, strict=True) if name in theirs]
+        if len(holders) < len(models):
+            lacking = ", ".join(model.name for model in models if model not in holders)
+            problems.append(f"tensor {name} of {holders[0].name} is missing in {lacking}; --exclude leaves it out")
             continue
         infos = [model.tensors[name] for model in models]
         if len({info.shape for info in infos}) > 1:
@@ -207,52 +192,50 @@ def _compare_tensors(models: list[Checkpoint], names: list[set[str]], selected: 
 
 
 def _group_layers(
-    models: list[Checkpoint], grams: list[Grams], selected: list[str], tied: bool, problems: list[str]
+    models: list[Checkpoint], grams: list[Grams], selected: list[str], ignored: set[str], problems: list[str]
 ) -> list[LayerGroup]:
-    gram_of_tensor: list[dict[str, str]] = []
-    for model, file in zip(models, grams, strict=bool(grams)):
-        recorded = file.provenance.get("fingerprint")
-        if recorded is not None and recorded != model.fingerprint():
-            problems.append(
-                f"{file.path} holds the Grams of {file.provenance.get('model')}, not of {model.name}; "
-                "--grams goes in the order of --models"
-            )
-        gram_of_tensor.append({})
-        for gram in file.grams.values():
-            for module in gram.modules:
-                name = _weight_name(module, model)
-                if name is None:
-                    if not (tied and module == "lm_head"):
-                        problems.append(f"{file.path}: {model.name} has no layer {module}")
-                    continue
-                info = model.tensors[name]
-                if len(info.shape) != 2 or info.shape[0 if gram.conv1d else 1] != gram.width:
-                    problems.append(
-                        f"{file.path}: the Gram of {module} has width {gram.width}, its weight in {model.name} "
-                        f"is {list(info.shape)}"
-                    )
-                gram_of_tensor[-1][name] = gram.name
+    if not grams:
+        return []
+    found = [_grams_by_tensor(model, file, ignored, problems) for model, file in zip(models, grams, strict=True)]
     groups: dict[tuple[str, ...], LayerGroup] = {}
     for name in selected:
-        key = tuple(theirs[name] for theirs in gram_of_tensor if name in theirs)
-        if grams and len(key) == len(grams):
-            described = [file.grams[gram] for file, gram in zip(grams, key, strict=True)]
-            conv1d = any(gram.conv1d for gram in described)
-            groups.setdefault(key, LayerGroup(key, [], described[0].width, conv1d)).tensors.append(name)
+        if all(name in theirs for theirs in found):
+            key = tuple(theirs[name].name for theirs in found)
+            conv1d = any(theirs[name].conv1d for theirs in found)
+            groups.setdefault(key, LayerGroup(key, [], found[0][name].width, conv1d)).tensors.append(name)
     return list(groups.values())
 
 
-def _weight_name(module: str, model: Checkpoint) -> str | None:
-    # Some checkpoints are stored without the prefix of the base model: "h.0..." for "transformer.h.0...".
-    for candidate in (f"{module}.weight", f"{module.partition('.')[2]}.weight"):
-        if candidate in model.tensors:
-            return candidate
-    return None
+def _grams_by_tensor(model: Checkpoint, file: Grams, ignored: set[str], problems: list[str]) -> dict[str, Gram]:
+    """The Gram of each weight of a model that has one."""
+    recorded = file.provenance.get("fingerprint")
+    if recorded is not None and recorded != model.fingerprint():
+        problems.append(
+            f"{file.path} holds the Grams of {file.provenance.get('model')}, not of {model.name}; "
+            "--grams goes in the order of --models"
+        )
+    found: dict[str, Gram] = {}
+    for gram in file.grams.values():
+        for module in gram.modules:
+            # Some checkpoints are stored without the prefix of the base model: "h.0..." for "transformer.h.0...".
+            candidates = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
+            name = next((candidate for candidate in candidates if candidate in model.tensors), None)
+            if name is None:
+                if f"{module}.weight" not in ignored:
+                    problems.append(f"{file.path}: {model.name} has no layer {module}")
+                continue
+            shape = model.tensors[name].shape
+            if len(shape) != 2 or shape[0 if gram.conv1d else 1] != gram.width:
+                problems.append(
+                    f"{file.path}: the Gram of {module} has width {gram.width}, its weight in {model.name} "
+                    f"is {list(shape)}"
+                )
+            found[name] = gram
+    return found
 
 
 def _refuse(problems: list[str]) -> None:
-    if not problems:
-        return
-    listed = "".join(f"\n  - {problem}" for problem in problems[:MAX_LISTED])
-    more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-    raise InputError(f"these do not merge:{listed}{more}")
+    if problems:
+        listed = "".join(f"\n  - {problem}" for problem in problems[:MAX_LISTED])
+        more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        raise InputError(f"these do not merge:{listed}{more}")

@@ -26,14 +26,7 @@ NOT_DOWNLOADED = ("consolidated*", "*/*")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk. Tensors are headers until they are read.
-
-    Attributes:
-        name: as the user wrote it: a hub id or a folder.
-        folder: where the files lie.
-        config: `config.json`.
-        tensors: by name.
-    """
+    """A model on disk: its name as the user wrote it, its folder and `config.json`. Tensors are headers until read."""
 
     name: str
     folder: Path
@@ -73,15 +66,9 @@ def locate_model(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = {"allow_patterns": [*COMPANIONS, "*.safetensors"], "ignore_patterns": [*NOT_DOWNLOADED]}
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=[*COMPANIONS, "*.safetensors"],
-                ignore_patterns=[*NOT_DOWNLOADED],
-            )
-        )
+        return Path(snapshot_download(name, revision=revision, **patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(f"model {name}: no such folder here, and the hub gives none: {first_line(error)}") from error
 
@@ -123,6 +110,9 @@ class CheckpointWriter:
         source: the model that lends everything but the weights.
         dtype: the config's, where it is to change ("bfloat16").
         max_shard_size: as in "5GB".
+
+    Raises:
+        InputError: the size cannot be read.
     """
 
     def __init__(
@@ -133,8 +123,15 @@ class CheckpointWriter:
         dtype: str | None,
         max_shard_size: str,
     ):
+        from huggingface_hub import split_state_dict_into_shards_factory
+
         self._folder = folder
-        self._split = split_shards(layout, max_shard_size)
+        sizes = {name: math.prod(shape) * STORAGE[dtype].itemsize for name, (dtype, shape) in layout.items()}
+        options = {"get_storage_size": lambda size: size, "filename_pattern": "model{suffix}.safetensors"}
+        try:
+            self._split = split_state_dict_into_shards_factory(sizes, **options, max_shard_size=max_shard_size)
+        except ValueError as error:
+            raise InputError(f"--max_shard_size {max_shard_size}: {error}; as in 5GB or 500MB") from error
         self._writers = {
             file: TensorWriter(folder / file, {name: layout[name] for name in names}, {"format": "pt"})
             for file, names in self._split.filename_to_tensors.items()
@@ -160,26 +157,6 @@ class CheckpointWriter:
         if self._split.is_sharded:
             index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
             write_json(self._folder / INDEX_NAME, index)
-
-
-def split_shards(layout: dict[str, tuple[str, tuple[int, ...]]], max_shard_size: str) -> Any:
-    """Which file each tensor goes to: a `huggingface_hub.StateDictSplit`.
-
-    Raises:
-        InputError: the size cannot be read.
-    """
-    from huggingface_hub import split_state_dict_into_shards_factory
-
-    sizes = {name: math.prod(shape) * STORAGE[dtype].itemsize for name, (dtype, shape) in layout.items()}
-    try:
-        return split_state_dict_into_shards_factory(
-            sizes,
-            get_storage_size=lambda size: size,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise InputError(f"--max_shard_size {max_shard_size}: {error}; as in 5GB or 500MB") from error
 
 
 def same_tokenizer_file(first: Checkpoint, second: Checkpoint) -> bool:

@@ -20,14 +20,9 @@ TITLES = {"avg": "weighted average", "regmean": "RegMean"}
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How the layers of one shared Gram were merged.
-
-    Attributes:
-        tensors: names of the weights.
-        tokens: how many tokens each model's Gram sums.
-        solver: the solver, with dtype and jitter.
-        condition: estimate of the system's condition number; None where the solver gives none.
-        objective: RegMean's objective at the mean, at each model's weights and at the merge.
+    """How the layers of one shared Gram were merged: their weights' names, and how many tokens each model's Gram sums;
+    the solver, with dtype and jitter; the system's condition number, estimated, where the solver gives one; RegMean's
+    objective at the mean, at each model's weights and at the merge.
     """
 
     tensors: list[str]
@@ -61,15 +56,13 @@ class Provenance:
         grams: list[Grams],
     ) -> "Provenance":
         """Collect it; without Grams there is no solver."""
+        weighted = zip(models, model_weights, strict=True)
         return cls(
             method,
             alpha,
             solver if grams else None,
             command,
-            [
-                {"model": model.name, "weight": weight, "fingerprint": model.fingerprint()}
-                for model, weight in zip(models, model_weights, strict=True)
-            ],
+            [{"model": model.name, "weight": w, "fingerprint": model.fingerprint()} for model, w in weighted],
             [{**file.provenance, "file": str(file.path)} for file in grams],
             {name: version(name) for name in ("torch", "numpy")},
         )
@@ -77,16 +70,9 @@ class Provenance:
 
 def write_report(folder: Path, provenance: Provenance, plan: MergePlan, layers: list[LayerReport]) -> None:
     """Write `merge_report.json` and the model card `README.md` into a model's folder."""
-    write_json(
-        folder / "merge_report.json",
-        asdict(provenance)
-        | {
-            "layers": [asdict(layer) for layer in layers],
-            "averaged": plan.averaged,
-            "copied_from_first": plan.copied,
-            "notes": plan.notes,
-        },
-    )
+    of_tensors = {"averaged": plan.averaged, "copied_from_first": plan.copied, "notes": plan.notes}
+    report = asdict(provenance) | {"layers": [asdict(layer) for layer in layers]} | of_tensors
+    write_json(folder / "merge_report.json", report)
     write_text(folder / "README.md", model_card(provenance))
 
 

@@ -171,6 +171,7 @@ class System:
     Of two models the Grams are read once and kept as their sum and their difference: with D_i = W_i - M,
     w_1 D_1 + w_2 D_2 = 0, so that sum_i w_i D_i G_i = w_1 D_1 (G_1 - G_2), one product in place of two. Of more they
     are read again for each block, one at a time: keeping every model's Gram would take more memory than all else.
+    `solvers` and `objectives` are by alpha, the latter summed over all blocks.
 
     Args:
         read: gives the sum of x x^T of a model by its index: float32 (inputs, inputs), the caller's no longer.
@@ -178,10 +179,6 @@ class System:
         model_weights: w_i, summing to 1.
         solver: a name of `SOLVERS`.
         for_each: the `map` to call `read` by, where that may be done for several models at once.
-
-    Attributes:
-        solvers: by alpha, made for the first block that is solved for it.
-        objectives: by alpha, their values over all blocks solved.
     """
 
     def __init__(
@@ -384,12 +381,8 @@ def _inner(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _largest_eigenvalue(times: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor, steps: int = 8) -> float:
-    """Of a positive definite matrix, estimated from below by power iteration.
-
-    Args:
-        times: the matrix times a vector, (n, 1).
-        like: of size n, and the matrix's dtype and device.
-        steps: of the iteration.
+    """Of a positive definite matrix, given by its product with a vector (n, 1), estimated from below by power iteration
+    in the dtype and on the device of `like`, which has n elements.
     """
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(len(like), 1, generator=generator, dtype=torch.float64).to(like)

@@ -350,7 +350,7 @@ def test_model_folders(tmp_path: Path, name: str) -> None:
             model = open_checkpoint(str(tmp_path / "A"))
             assert all(info.path == tmp_path / "A/model-1.safetensors" for info in model.tensors.values())
             base_vocabulary(model)
-            plan_merge([model, other], flags.weights(), [], flags.selects, flags.dtype, flags.output_dirs())
+            plan_merge([model, other], flags.weights(), [], flags.selects, flags.dtype)
             model.fingerprint()
             for info in model.tensors.values():
                 info.read()
@@ -397,7 +397,7 @@ def test_gram_files(tmp_path: Path) -> None:
             )
             # Whatever it says of itself stays within its line of the list.
             assert sum(line.startswith("- `") and line.endswith("`") for line in card.splitlines()) == 2
-            plan_merge([model, model], flags.weights(), [file, file], flags.selects, flags.dtype, flags.output_dirs())
+            plan_merge([model, model], flags.weights(), [file, file], flags.selects, flags.dtype)
 
         try_reading(tmp_path, read)
 
