@@ -6,7 +6,6 @@ Threads read, average and write chunks of the tensors. Nothing here imports torc
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,23 +19,10 @@ AVERAGERS = 2  # threads
 CACHED_ELEMENTS = 1 << 16  # of a chunk averaged at a time: their float64 sums stay in the processor's cache
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Elements `start` to `stop` of one tensor: the models' own, and the weight of each in their mean."""
-
-    infos: list[TensorInfo]
-    weights: list[float]
-    start: int
-    stop: int
-
-
 def write_averages(plan: MergePlan, writers: Iterable[CheckpointWriter], advance: Callable[[int], None]) -> None:
-    """Write all tensors that the plan averages, or copies from the first model.
+    """Write all tensors that the plan averages, or copies from the first model, with every writer.
 
-    Args:
-        plan: what happens to each tensor.
-        writers: of every merged model; they get the same values.
-        advance: called, from any thread, with the number of elements written.
+    Calls `advance`, from any thread, with the number of elements written.
 
     Raises:
         InputError: a value that is not finite or does not fit its dtype; integers that differ between models.
@@ -49,10 +35,11 @@ def write_averages(plan: MergePlan, writers: Iterable[CheckpointWriter], advance
                 chunk = next(chunks, None)
             if chunk is None:
                 return
-            values = _mean_of(chunk, plan)
+            infos, model_weights, start, stop = chunk
+            values = _mean_of(infos, model_weights, start, stop, plan)
             for writer in writers:
-                writer.write(chunk.infos[0].name, values, chunk.start)
-            advance(chunk.stop - chunk.start)
+                writer.write(infos[0].name, values, start)
+            advance(stop - start)
 
     with ThreadPoolExecutor(AVERAGERS) as threads:
         workers = [threads.submit(work) for _ in range(AVERAGERS)]
@@ -84,24 +71,24 @@ def weighted_mean(arrays: list[np.ndarray], weights: list[float]) -> np.ndarray:
     return mean
 
 
-def _chunks(plan: MergePlan) -> Iterator[Chunk]:
+def _chunks(plan: MergePlan) -> Iterator[tuple[list[TensorInfo], list[float], int, int]]:
+    """Of each tensor, chunk by chunk: the models' own, their weights, and the first and last element."""
     tensors = [(name, plan.models[:1], [1.0]) for name in plan.copied]
     tensors += [(name, plan.models, plan.model_weights) for name in plan.averaged]
-    for name, models, weights in tensors:
+    for name, models, model_weights in tensors:
         infos = [model.tensors[name] for model in models]
         for start in range(0, infos[0].size, CHUNK_ELEMENTS):
-            yield Chunk(infos, weights, start, min(start + CHUNK_ELEMENTS, infos[0].size))
+            yield infos, model_weights, start, min(start + CHUNK_ELEMENTS, infos[0].size)
 
 
-def _mean_of(chunk: Chunk, plan: MergePlan) -> np.ndarray:
+def _mean_of(infos: list[TensorInfo], weights: list[float], start: int, stop: int, plan: MergePlan) -> np.ndarray:
     """The chunk's values, in the dtype that they are written in."""
-    first, *others = chunk.infos
+    first, *others = infos
     if plan.layout[first.name][0] in FLOATS:
-        floats = [info.read_floats(chunk.start, chunk.stop) for info in chunk.infos]
-        return plan.encode(first.name, weighted_mean(floats, chunk.weights))
-    values = first.read(chunk.start, chunk.stop)
+        return plan.encode(first.name, weighted_mean([info.read_floats(start, stop) for info in infos], weights))
+    values = first.read(start, stop)
     for info in others:
-        if not np.array_equal(values, info.read(chunk.start, chunk.stop)):
+        if not np.array_equal(values, info.read(start, stop)):
             raise InputError(
                 f"tensor {first.name} of {first.dtype} differs between {first.path} and {info.path}, and cannot be "
                 "averaged; --exclude takes the first model's"

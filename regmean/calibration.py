@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import InputError, first_line
@@ -99,12 +100,8 @@ def collate(examples: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     A decoder's real tokens never see what follows them, so right padding leaves them as they are without any;
     padding ids are 0, which every vocabulary has.
     """
-    longest = max(map(len, examples))
-    ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, example in enumerate(examples):
-        ids[row, : len(example)] = torch.tensor(example)
-        mask[row, : len(example)] = 1
+    ids = pad_sequence([torch.tensor(example) for example in examples], batch_first=True)
+    mask = pad_sequence([torch.ones(len(example), dtype=torch.long) for example in examples], batch_first=True)
     return ids, mask
 
 

@@ -64,11 +64,8 @@ def compute_grams(
     quiet_libraries()
     tokenizer = load_tokenizer(str(checkpoint.folder), trust_remote_code=flags.trust_remote_code)
     calibration = load_calibration(flags.texts(), tokenizer)
-    say(
-        process,
-        f"{len(calibration.examples):,} examples, {calibration.tokens:,} tokens; "
-        f"{calibration.truncated:,} cut at {flags.max_length} tokens, {calibration.empty:,} empty",
-    )
+    counts = f"{len(calibration.examples):,} examples, {calibration.tokens:,} tokens"
+    say(process, f"{counts}; {calibration.truncated:,} cut at {flags.max_length} tokens, {calibration.empty:,} empty")
     options = {"dtype": flags.dtype, "trust_remote_code": flags.trust_remote_code}
     model = model or load_model(AutoModelForCausalLM, str(checkpoint.folder), needs_head=False, **options)
     tokens_per_batch = flags.batch_tokens(process.device.type)
@@ -140,12 +137,9 @@ def probe(model: PreTrainedModel, layers: dict[str, nn.Module], ids: list[int], 
 
 
 def plan_passes(inputs: list[list[str]], widths: list[int], memory: int) -> list[list[str]]:
-    """Distribute layers over as few passes as memory allows, those that share an input together.
+    """Distribute the layers of each distinct input, in the model's order, over as few passes as memory allows.
 
-    Args:
-        inputs: the layers of each distinct input, in the model's order.
-        widths: features of each of these inputs.
-        memory: bytes for the sums of one pass.
+    `widths` has the features of each input, `memory` the bytes for the sums of one pass.
 
     Raises:
         InputError: the largest sum does not fit.
@@ -246,9 +240,7 @@ class _Passes:
 
         layers = {name: self.layers[name] for name in plan.passes[number]}
         # Where every layer reads every token, no forward pass calls other layers than the one before.
-        inputs = LinearInputs(layers, self.model.get_output_embeddings(), receive, same_calls=plan.padding)
-        # A continued pass has the layers that share an input from its snapshot.
-        inputs.shared_name = sums.shared_name
+        inputs = LinearInputs(layers, self.model.get_output_embeddings(), receive, plan.padding, sums.shared_name)
         tokens = [sum(lengths[index] for index in batch) for batch in batches]
         title, counts = f"pass {number + 1} of {len(plan.passes)}", (sum(tokens), sum(tokens[:done]))
         bar = progress(process, total=counts[0], initial=counts[1], unit="tok", unit_scale=True, desc=title)
@@ -318,7 +310,7 @@ def _provenance(
     calibration: Calibration,
 ) -> dict[str, Any]:
     """Where the Grams come from, for their file."""
-    is_chat = "text" not in source.columns
+    is_chat, template = "text" not in source.columns, str(tokenizer.chat_template).encode()
     # A downloaded model lies in a folder named by its commit.
     is_downloaded = checkpoint.folder.parent.name == "snapshots"
     return {
@@ -329,7 +321,7 @@ def _provenance(
         "dataset_revision": source.revision,
         "split": source.split,
         "columns": source.columns,
-        "chat_template_sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if is_chat else None,
+        "chat_template_sha256": hashlib.sha256(template).hexdigest() if is_chat else None,
         "examples": len(calibration.examples),
         "tokens": calibration.tokens,
         "max_length": source.max_length,

@@ -1,6 +1,7 @@
 """The sums: x x^T of each distinct input of a model's linear layers, added up over tokens."""
 
 import mmap
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -47,19 +48,16 @@ def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
             part += torch.mm(panel, below, out_dtype=torch.float32)
 
 
+@dataclass(eq=False)
 class GramSums:
     """The running sums of one pass, each a float32 matrix of shape (width, width) beside the activations.
 
-    Attributes:
-        totals: the sums, by the name of the first layer that reads the input.
-        tokens: how many each of them sums.
-        shared_name: of each layer, the name of its input's sum.
+    `totals` and `tokens` are by the name of the first layer that reads an input; `shared_name` has that of each layer.
     """
 
-    def __init__(self) -> None:
-        self.totals: dict[str, torch.Tensor] = {}
-        self.tokens: dict[str, int] = {}
-        self.shared_name: dict[str, str] = {}
+    totals: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    shared_name: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, rows: torch.Tensor) -> None:
         """Add the products of `rows`, of shape (tokens, width) and any float dtype, to the sum called `name`."""

@@ -44,13 +44,7 @@ class Gram:
 
 
 class Grams:
-    """A model's Grams, in whichever file; they are read when asked for.
-
-    Attributes:
-        path: of the file.
-        grams: by name.
-        provenance: what the file says of the model and the data.
-    """
+    """A model's Grams by name, in whichever file; `provenance` is what it says of the model and the data."""
 
     path: Path
     grams: dict[str, Gram]
@@ -81,13 +75,13 @@ def open_grams(path: Path) -> Grams:
     Raises:
         InputError: there is none, or it is damaged.
     """
+    if not path.exists():
+        raise InputError(f"{path}: no such Gram file or folder; compute_gram.py makes one")
     if path.is_dir():
         found = [path / name for name in (FILE_NAME, PUBLISHED_NAME) if (path / name).exists()]
         if not found:
             raise InputError(f"{path}: holds neither {FILE_NAME} nor {PUBLISHED_NAME}; compute_gram.py makes one")
         path = found[0]
-    if not path.exists():
-        raise InputError(f"{path}: no such Gram file or folder; compute_gram.py makes one")
     return GramFile(path) if path.suffix == ".safetensors" else PublishedGrams(path)
 
 
@@ -164,11 +158,8 @@ def write_grams(
 ) -> None:
     """Write a Gram file, whole or not at all, holding one Gram at a time.
 
-    Args:
-        path: the file.
-        grams: what it is to hold.
-        read: gives the (width, width) float32 sum of a Gram by its name; its lower triangle is kept.
-        provenance: model, data and versions, as JSON values.
+    `read` gives the (width, width) float32 sum of a Gram by its name, of which the lower triangle is kept;
+    `provenance` is of JSON values.
 
     Raises:
         InputError: a Gram holds NaN or infinite values, or the file cannot be written.
@@ -177,12 +168,8 @@ def write_grams(
     entries = {name: asdict(gram) for name, gram in by_name.items()}
     for entry in entries.values():
         del entry["name"]
-    metadata = {
-        "format": FORMAT,
-        "version": VERSION,
-        "grams": json.dumps(entries),
-        "provenance": json.dumps(provenance),
-    }
+    texts = {"grams": json.dumps(entries), "provenance": json.dumps(provenance)}
+    metadata = {"format": FORMAT, "version": VERSION} | texts
     layout = {name: ("F32", (packed_size(gram.width),)) for name, gram in by_name.items()}
     with atomic_path(path) as partial, TensorWriter(partial, layout, metadata) as writer:
         for name, gram in by_name.items():

@@ -1,8 +1,10 @@
 """What a model's linear layers read, handed over during a forward pass by hooks that one object owns."""
 
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import nn
@@ -34,57 +36,47 @@ def input_width(layer: nn.Module) -> int:
     return layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
 
 
+@dataclass(eq=False)
 class LinearInputs:
     """Hands each distinct input of a model's linear layers to `receive`; a context manager that owns the hooks.
 
     Which layers share an input is found from the tensors themselves: the first layer to read a tensor lends its name
     to all that read the same one later in that forward pass.
 
-    Args:
+    Attributes:
         layers: the layers to watch, by name.
         head: the output head, or None; a forward pass ends where the head would turn states into logits.
         receive: called with the name and the input's rows, (tokens, width), once for each distinct input.
         same_calls: whether every forward pass calls the same layers in the same order; then all but the first end at
             the last of these calls, before what no layer here reads is computed.
-
-    Attributes:
         shared_name: of each layer that a token has reached, the name of its input.
         aligned: whether the rows of every input were the batch's tokens in order, whatever the model did to them.
     """
 
-    def __init__(
-        self,
-        layers: dict[str, nn.Module],
-        head: nn.Module | None,
-        receive: Callable[[str, torch.Tensor], None],
-        same_calls: bool = False,
-    ):
-        self.shared_name: dict[str, str] = {}
-        self.aligned = True
-        self._layers = layers
-        self._head = head
-        self._receive = receive
-        self._same_calls = same_calls
-        self._order: list[str] = []
-        self._called: list[str] = []
-        self._handles: list[Any] = []
-        self._received: dict[tuple, list[str]] = {}
+    layers: dict[str, nn.Module]
+    head: nn.Module | None
+    receive: Callable[[str, torch.Tensor], None]
+    same_calls: bool = False
+    shared_name: dict[str, str] = field(default_factory=dict)
+    aligned: bool = True
 
     def __enter__(self) -> Self:
-        for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
-        if self._head is not None:
-            self._handles.append(self._head.register_forward_pre_hook(_end_forward))
+        self._order: list[str] = []
+        with ExitStack() as hooks:
+            for name, layer in self.layers.items():
+                hooks.enter_context(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+            if self.head is not None:
+                hooks.enter_context(self.head.register_forward_pre_hook(_end_forward))
+            self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
 
     def groups(self) -> list[list[str]]:
         """The layers that share an input, for each distinct input, in the model's order."""
         sharing: dict[str, list[str]] = {}
-        for name in self._layers:
+        for name in self.layers:
             # A layer that no token reached yet is on its own until it is seen to share.
             sharing.setdefault(self.shared_name.get(name, name), []).append(name)
         return list(sharing.values())
@@ -101,17 +93,13 @@ class LinearInputs:
         Raises:
             InputError: a layer's rows are not the batch's tokens, so that padding cannot be told from tokens.
         """
-        self._received.clear()
-        self._called = []
-        self._shapes = mask.shape, (mask.numel(),)
-        self._real = real
-        try:
+        self._received: dict[tuple, list[str]] = {}
+        self._called: list[str] = []
+        self._shapes, self._real = (mask.shape, (mask.numel(),)), real
+        with suppress(_AllRead):
             model(input_ids=ids, attention_mask=mask, use_cache=False)
-        except _AllRead:
-            pass
-        finally:
-            self._received.clear()
-        if self._same_calls:
+        self._received.clear()
+        if self.same_calls:
             self._order = self._order or self._called
 
     def _hook(self, name: str) -> Callable:
@@ -148,7 +136,7 @@ class LinearInputs:
             if not aligned:
                 raise InputError(f"layer {name} reads {tuple(x.shape)}, where padding cannot be told from tokens")
             rows = rows.index_select(0, self._real)
-        self._receive(name, rows)
+        self.receive(name, rows)
 
 
 class _AllRead(Exception):

@@ -85,34 +85,26 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
         raise InputError(f"{folder / 'config.json'}: expected an object")
     if config.get("quantization_config"):
         raise InputError(f"model {name} is quantised; take the unquantised weights")
-    tensors: dict[str, TensorInfo] = {}
     # One file goes before an index, as in transformers, from whose reading the Grams are.
     if (folder / SINGLE_NAME).exists():
-        tensors = TensorFile(inside(folder, SINGLE_NAME)).tensors
+        files, names = [SINGLE_NAME], set()
     elif (folder / INDEX_NAME).exists():
         weight_map = read_shard_index(folder / INDEX_NAME)
-        for shard in sorted(set(weight_map.values())):
-            tensors |= TensorFile(inside(folder, shard)).tensors
-        missing = sorted(set(weight_map) - set(tensors))
-        if missing:
-            raise InputError(f"{folder / INDEX_NAME}: tensor {missing[0]} is in none of the files")
+        files, names = sorted(set(weight_map.values())), set(weight_map)
     else:
         raise InputError(f"model {name}: {folder} holds no {SINGLE_NAME}; save it in that form first")
+    tensors = {key: info for file in files for key, info in TensorFile(inside(folder, file)).tensors.items()}
+    if missing := sorted(names - set(tensors)):
+        raise InputError(f"{folder / INDEX_NAME}: tensor {missing[0]} is in none of the files")
     return Checkpoint(name, folder, config, tensors)
 
 
 class CheckpointWriter:
-    """Fills a folder with a model: sharded safetensors, and the config, tokenizer and templates of `source`.
-
-    Args:
-        folder: an empty folder.
-        layout: dtype and shape of every tensor, in order.
-        source: the model that lends everything but the weights.
-        dtype: the config's, where it is to change ("bfloat16").
-        max_shard_size: as in "5GB".
+    """Fills an empty folder with a model: sharded safetensors of `layout` (dtype and shape of every tensor), and the
+    config, with another `dtype` if one is given, the tokenizer and the templates of `source`.
 
     Raises:
-        InputError: the size cannot be read.
+        InputError: `max_shard_size` ("5GB") cannot be read.
     """
 
     def __init__(

@@ -51,14 +51,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class RegMean:
-    """The method: what every group of layers is solved with.
+    """The method: all groups of a plan, solved by a solver of `solve.SOLVERS` on a device; `writers` are by alpha.
 
-    Attributes:
-        plan: which weights are solved, and from what.
-        writers: of the merged model of each alpha.
-        solver: a name of `solve.SOLVERS`.
-        device: where the systems are solved.
-        advance: called, from any thread, with the number of elements written.
+    `advance` is called, from any thread, with the number of elements written.
     """
 
     plan: MergePlan

@@ -68,9 +68,7 @@ class Cholesky:
     float32 first. Where the matrix is singular to float32 (alpha near 1 with fewer tokens than inputs) jitter is added
     and its effect refined away against the true matrix.
 
-    Attributes:
-        label: dtype and jitter used.
-        condition: estimate of the equilibrated system's condition number.
+    `label` has the dtype and jitter used, `condition` an estimate of the equilibrated system's condition number.
 
     Raises:
         SolveError: every attempt failed, so the matrix is far from positive semi-definite.
@@ -79,27 +77,25 @@ class Cholesky:
     refinements = 5
 
     def __init__(self, total: torch.Tensor, alpha: float):
-        for dtype, jitter in ATTEMPTS:
-            system = scaled(total, alpha).to(dtype)
-            scale = system.diagonal().rsqrt()
-            system.mul_(scale).mul_(scale[:, None])
-            system.diagonal().fill_(1 + jitter)
-            largest = _largest_eigenvalue(system.matmul, scale)
-            try:
-                factor = Factor(system)
-            except ArithmeticError:
-                del system
-                continue
-            condition = largest * _largest_eigenvalue(factor.solve, scale)
-            # As LAPACK's posvx: a factor of a matrix that is singular to working precision is no use.
-            if jitter == 0 and not condition < 1 / torch.finfo(dtype).eps:
-                del system, factor
-                continue
-            self.label = f"cholesky {str(dtype).removeprefix('torch.')}" + (f" jitter {jitter:g}" if jitter else "")
-            self.condition: float | None = condition
-            self._factor, self._scale = factor, scale
-            return
-        raise SolveError("the Gram is not positive semi-definite, as no sum of x x^T can be: its file is damaged")
+        if not any(self._factorise(total, alpha, dtype, jitter) for dtype, jitter in ATTEMPTS):
+            raise SolveError("the Gram is not positive semi-definite, as no sum of x x^T can be: its file is damaged")
+
+    def _factorise(self, total: torch.Tensor, alpha: float, dtype: torch.dtype, jitter: float) -> bool:
+        """Whether there is a factor in this dtype with this jitter."""
+        self._factor = None  # frees that of an attempt before
+        system = scaled(total, alpha).to(dtype)
+        self._scale = system.diagonal().rsqrt()
+        system.mul_(self._scale).mul_(self._scale[:, None])
+        system.diagonal().fill_(1 + jitter)
+        largest = _largest_eigenvalue(system.matmul, self._scale)
+        try:
+            self._factor = Factor(system)
+        except ArithmeticError:
+            return False
+        self.condition: float | None = largest * _largest_eigenvalue(self._factor.solve, self._scale)
+        self.label = f"cholesky {str(dtype).removeprefix('torch.')}" + (f" jitter {jitter:g}" if jitter else "")
+        # As LAPACK's posvx: a factor of a matrix that is singular to working precision is no use.
+        return jitter > 0 or self.condition < 1 / torch.finfo(dtype).eps
 
     def solve(self, rhs: torch.Tensor) -> torch.Tensor:
         """D with D G = rhs, both (outputs, inputs)."""
@@ -165,6 +161,7 @@ class Objective:
         self.inputs = [a + b for a, b in zip(self.inputs or [0.0] * len(other.inputs), other.inputs, strict=True)]
 
 
+@dataclass(eq=False)
 class System:
     """The regression of all layers that share one input, solved block by block of their outputs, for any alpha.
 
@@ -181,23 +178,15 @@ class System:
         for_each: the `map` to call `read` by, where that may be done for several models at once.
     """
 
-    def __init__(
-        self,
-        read: Callable[[int], np.ndarray],
-        tokens: list[int],
-        model_weights: list[float],
-        solver: str,
-        for_each: Callable[..., Iterator] = map,
-    ):
-        self._read = read
-        self._tokens = tokens
-        self._model_weights = model_weights
-        self._solver_class = SOLVERS[solver]
-        self._for_each = for_each
-        self._total: torch.Tensor | None = None
-        self._difference: torch.Tensor | None = None
-        self.solvers: dict[float, Any] = {}
-        self.objectives: dict[float, Objective] = {}
+    read: Callable[[int], np.ndarray]
+    tokens: list[int]
+    model_weights: list[float]
+    solver: str
+    for_each: Callable[..., Iterator] = map
+    solvers: dict[float, Any] = field(default_factory=dict)
+    objectives: dict[float, Objective] = field(default_factory=dict)
+    _total: torch.Tensor | None = None
+    _difference: torch.Tensor | None = None
 
     def regress(self, rows: list[torch.Tensor], mean: torch.Tensor) -> "Regression":
         """The regression of a block of outputs.
@@ -206,19 +195,19 @@ class System:
             rows: each model's weights, float32 (outputs, inputs); overwritten by their differences to the mean.
             mean: their weighted mean, of the same shape, on the device that solves.
         """
-        regression = Regression(rows, mean, self._model_weights)
+        regression = Regression(rows, mean, self.model_weights)
         if len(rows) == 2:
             if self._difference is None:
                 # Threads read and no more: PyTorch would start a pool of its own in each.
-                grams = self._for_each(self._read, range(2))
+                grams = self.for_each(self.read, range(2))
                 first, second = (self._per_token(gram, index, mean.device) for index, gram in enumerate(grams))
                 self._difference = first.sub_(second)
-                self._total = second.add_(self._difference, alpha=self._model_weights[0])
+                self._total = second.add_(self._difference, alpha=self.model_weights[0])
             regression.add(self._difference)
             return regression
         is_first = self._total is None
-        for index, weight in enumerate(self._model_weights):
-            gram = self._per_token(self._read(index), index, mean.device)
+        for index, weight in enumerate(self.model_weights):
+            gram = self._per_token(self.read(index), index, mean.device)
             if is_first:
                 self._total = torch.zeros_like(gram) if index == 0 else self._total
                 self._total.add_(gram, alpha=weight)
@@ -233,13 +222,13 @@ class System:
             SolveError: the system has no factor, or the solution is not finite or does not solve the system.
         """
         if alpha not in self.solvers:
-            self.solvers[alpha] = self._solver_class(self._total, alpha)
+            self.solvers[alpha] = SOLVERS[self.solver](self._total, alpha)
         merged, objective = regression.solve(self._total, self.solvers[alpha], alpha)
         self.objectives.setdefault(alpha, Objective()).add(objective)
         return merged
 
     def _per_token(self, gram: np.ndarray, index: int, device: torch.device) -> torch.Tensor:
-        return torch.from_numpy(gram).to(device).div_(self._tokens[index])
+        return torch.from_numpy(gram).to(device).div_(self.tokens[index])
 
 
 def block_elements(models: int, side_by_side: bool) -> int:

@@ -63,16 +63,12 @@ class TensorInfo:
             InputError: the file cannot be read or ends early.
         """
         values = np.empty((self.size if stop is None else stop) - start, STORAGE[self.dtype])
-        buffer = memoryview(values).cast("B")
         try:
-            with self.path.open("rb", buffering=0) as file:
+            with self.path.open("rb") as file:
                 file.seek(self.offset + start * values.itemsize)
-                done = 0
-                while done < len(buffer):
-                    count = file.readinto(buffer[done:])
-                    if not count:
-                        raise InputError(f"{self.path}: ends within tensor {self.name}; copy or download it again")
-                    done += count
+                # A buffered file reads on until the array is full or the file ends.
+                if file.readinto(memoryview(values).cast("B")) < values.nbytes:
+                    raise InputError(f"{self.path}: ends within tensor {self.name}; copy or download it again")
         except OSError as error:
             raise InputError(f"{self.path}: cannot read tensor {self.name}: {error.strerror}") from error
         return values
@@ -143,13 +139,8 @@ class TensorFile:
 
 
 class TensorWriter:
-    """Writes one safetensors file of a layout known beforehand, tensor by tensor or piece by piece, in any order, from
-    any thread.
-
-    Args:
-        path: the file; it must not be looked at before `close`.
-        layout: dtype and shape of each tensor.
-        metadata: strings for the header.
+    """Writes one safetensors file of a layout known beforehand (dtype and shape of each tensor), tensor by tensor or
+    piece by piece, in any order, from any thread; the file must not be looked at before `close`.
     """
 
     def __init__(self, path: Path, layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]):
