@@ -1,7 +1,5 @@
 """Calibration texts: rows of a data set -> token ids -> batches of a bounded number of tokens."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +31,6 @@ class Calibration:
     def tokens(self) -> int:
         """Of all examples together."""
         return sum(map(len, self.examples))
-
-    def digest(self) -> str:
-        """Hex digest of every token id, so that a run is continued on the same examples only."""
-        return hashlib.sha256(json.dumps(self.examples).encode()).hexdigest()
 
 
 def load_calibration(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Calibration:

@@ -5,6 +5,7 @@ plans as many passes as memory asks for, and runs them; the sums themselves are 
 """
 
 import hashlib
+import json
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -72,7 +73,7 @@ def compute_grams(
     identity = {
         "model": checkpoint.name,
         "fingerprint": checkpoint.fingerprint(),
-        "examples": calibration.digest(),
+        "examples": hashlib.sha256(json.dumps(calibration.examples).encode()).hexdigest(),
         "tokens_per_batch": tokens_per_batch,
         "dtype": str(model.dtype).removeprefix("torch."),
         "world_size": process.world_size,

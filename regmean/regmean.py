@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import accumulate, repeat
 
 import numpy as np
 import torch
@@ -93,27 +93,21 @@ class RegMean:
         self, group: LayerGroup, elements: int, for_each: Callable[..., Iterator]
     ) -> dict[float, LayerReport]:
         """Write the weights of one group, in blocks of so many elements; `for_each` is the `map` to read models by."""
-        tokens = [file.grams[name].tokens for file, name in zip(self.plan.grams, group.grams, strict=True)]
+        models, model_weights, grams = self.plan.models, self.plan.model_weights, self.plan.grams
+        tokens = [file.grams[name].tokens for file, name in zip(grams, group.grams, strict=True)]
         system = System(
-            lambda index: self.plan.grams[index].read(group.grams[index]),
-            tokens,
-            self.plan.model_weights,
-            self.solver,
-            for_each,
+            lambda index: grams[index].read(group.grams[index]), tokens, model_weights, self.solver, for_each
         )
         for block in self._blocks(group, elements):
-            rows = list(for_each(_read_rows, self.plan.models, repeat(block), repeat(group)))
-            mean = weighted_mean([values.reshape(-1) for values in rows], self.plan.model_weights).reshape(
-                rows[0].shape
-            )
-            regression = system.regress(
-                [torch.from_numpy(values).to(self.device) for values in rows], torch.from_numpy(mean).to(self.device)
-            )
+            rows = list(for_each(_read_rows, models, repeat(block), repeat(group)))
+            mean = weighted_mean([values.reshape(-1) for values in rows], model_weights).reshape(rows[0].shape)
+            *values, mean = (torch.from_numpy(array).to(self.device) for array in (*rows, mean))
+            regression = system.regress(values, mean)
             for alpha, writer in self.writers.items():
                 try:
                     merged = system.solve(regression, alpha)
                 except SolveError as error:
-                    paths, layers = ", ".join(str(file.path) for file in self.plan.grams), ", ".join(group.tensors)
+                    paths, layers = ", ".join(str(file.path) for file in grams), ", ".join(group.tensors)
                     raise InputError(f"alpha {alpha:g}, layers {layers}, Grams {paths}: {error}") from error
                 self._write_rows(writer, block, group, merged.cpu().numpy())
             self.advance(sum(piece.last - piece.first for piece in block) * group.width)
@@ -124,23 +118,13 @@ class RegMean:
 
     def _blocks(self, group: LayerGroup, elements: int) -> Iterator[list[Piece]]:
         """The group's outputs in blocks of so many. A Conv1D weight, whose outputs are columns, stays whole."""
-        limit = max(1, elements // group.width)
-        block: list[Piece] = []
-        room = limit
-        for name in group.tensors:
-            shape = self.plan.layout[name][1]
-            rows = shape[1] if group.conv1d else shape[0]
-            first = 0
-            while first < rows:
-                last = rows if group.conv1d else min(rows, first + room)
-                block.append(Piece(name, first, last))
-                room -= last - first
-                first = last
-                if room <= 0:
-                    yield block
-                    block, room = [], limit
-        if block:
-            yield block
+        shapes = [self.plan.layout[name][1] for name in group.tensors]
+        ends = list(accumulate(shape[1] if group.conv1d else shape[0] for shape in shapes))
+        step = ends[-1] if group.conv1d else max(1, elements // group.width)
+        for start in range(0, ends[-1], step):
+            spans = zip(group.tensors, [0, *ends], ends, strict=False)
+            pieces = [Piece(name, max(start - a, 0), min(start + step, b) - a) for name, a, b in spans]
+            yield [piece for piece in pieces if piece.first < piece.last]
 
     def _write_rows(self, writer: CheckpointWriter, block: list[Piece], group: LayerGroup, merged: np.ndarray) -> None:
         row = 0

@@ -20,20 +20,11 @@ from safetensors import SafetensorError, safe_open
 
 from common.errors import InputError
 
-# NumPy has no bfloat16: its bits travel as uint16 until `decode`.
-STORAGE = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("u1"),
-}
-FLOATS = ("F64", "F32", "F16", "BF16")
+# How values lie in memory. NumPy has no bfloat16: its bits travel as uint16 until `decode`.
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_OTHERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "u1"}
+STORAGE = {name: np.dtype(code) for name, code in (_FLOATS | _OTHERS).items()}
+FLOATS = tuple(_FLOATS)
 
 
 @dataclass(frozen=True)
