@@ -32,7 +32,7 @@ def main() -> None:
 
         plan_grams(flags)
         return
-    from common.ranks import start_process  # imported late: bad flags are told before torch loads
+    from common.ranks import start_process  # imported late: bad flags are reported before torch loads
     from regmean.compute import compute_grams
 
     process = start_process(flags.device)

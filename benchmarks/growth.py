@@ -58,7 +58,7 @@ def merge_seconds(width: int, models: int) -> float:
 
     def work() -> None:
         system = System(lambda index: grams[index].numpy(), [1] * models, [1 / models] * models, "cholesky")
-        system.solve(system.regress([weight.clone() for weight in weights], weights.mean(0)), 0.9)
+        system.regress([weight.clone() for weight in weights], weights.mean(0)).solve(0.9)
 
     return seconds(work)
 

@@ -1,7 +1,7 @@
 """Grams of one model: what RegMean needs of its training data, one sum of x x^T per distinct layer input.
 
 From the top: `compute_grams` loads texts and model, probes the model once to learn which layers share an input,
-plans as many passes as memory asks for, and runs them; the sums themselves are in gram.py.
+plans as many passes as memory requires, and runs them; the sums themselves are in gram.py.
 """
 
 import hashlib

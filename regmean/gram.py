@@ -29,9 +29,7 @@ def zeros(width: int, device: torch.device) -> torch.Tensor:
 def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
     """total += rows^T rows, below the diagonal and somewhat above it: half the work, and no product beside the sum.
 
-    Args:
-        total: float32 of shape (width, width); of what is above the diagonal nothing is to be read.
-        rows: float of shape (tokens, width), on the same device.
+    `total` is float32 (width, width), of which nothing above the diagonal is to be read; `rows` float (tokens, width).
     """
     step = PANEL
     if rows.device.type == "cpu":

@@ -5,7 +5,7 @@ x x^T over tokens. Sums add: the Grams of two data sets are the sum of their fil
 The header's metadata says which modules share each Gram, how many tokens it sums, and where it came from.
 
 The published form, `gram.pkl`, is a pickled dict of module name to mean Gram. It is read too, by an unpickler that
-knows tensors and containers and nothing else.
+builds tensors and containers and nothing else.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ class Gram:
 
 
 class Grams:
-    """A model's Grams by name, in whichever file; `provenance` is what it says of the model and the data."""
+    """A model's Grams by name, in whichever file; `provenance` is its record of the model and the data."""
 
     path: Path
     grams: dict[str, Gram]
@@ -131,10 +131,10 @@ class GramFile(Grams):
 class PublishedGrams(Grams):
     """A published `gram.pkl`, unpickled: mean Grams by module name. Equal Grams are one, as their modules share it.
 
-    The file says nothing of token counts: every Gram counts as one token, whose "sum" is then the mean.
+    The file has no token counts: every Gram counts as one token, whose "sum" is then the mean.
 
     Raises:
-        InputError: not such a pickle, or one that asks for anything but tensors and containers.
+        InputError: not such a pickle, or one of anything but tensors and containers.
     """
 
     def __init__(self, path: Path):

@@ -85,10 +85,8 @@ class LinearInputs:
     def run(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, real: torch.Tensor | None = None) -> None:
         """One forward pass of the layers' model, without logits, cache or gradient.
 
-        Args:
-            ids: int64 of shape (examples, length).
-            mask: the same shape, 0 at padding.
-            real: where the tokens are that are no padding, in the flattened batch; None where all are.
+        `ids` and `mask` (0 at padding) are int64 of shape (examples, length); `real` has the places, in the flattened
+        batch, of the tokens that are no padding, and is None where all are.
 
         Raises:
             InputError: a layer's rows are not the batch's tokens, so that padding cannot be told from tokens.

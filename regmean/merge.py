@@ -21,9 +21,7 @@ from regmean.tensor_file import STORAGE
 def merge(flags: MergeFlags, command: str) -> None:
     """Merge `flags.models` and write one model folder per alpha (a single one for `avg`), each whole or not at all.
 
-    Args:
-        flags: what to merge, and how.
-        command: the command line, for the model card and the report.
+    `command` is the command line, for the model card and the report.
 
     Raises:
         InputError: models or Grams that do not fit together or are damaged; values that are not finite.
@@ -59,12 +57,9 @@ def merge(flags: MergeFlags, command: str) -> None:
 
 
 def array_bytes(models: int, systems: list[tuple[int, int]], alphas: int) -> int:
-    """The most bytes of arrays that a merge holds at once.
+    """The most bytes of arrays that a merge of so many models holds at once.
 
-    Args:
-        models: how many there are.
-        systems: (inputs, outputs) of each that RegMean solves; none for an average.
-        alphas: how many values of alpha they are solved for.
+    `systems` has (inputs, outputs) of each that RegMean solves, for so many alphas; it is empty for an average.
     """
     # Of each chunk the models' values, their mean as computed and as written, and float64 sums and terms.
     averaging = 4 * (models + 6) * AVERAGERS * CHUNK_ELEMENTS

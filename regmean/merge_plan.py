@@ -53,7 +53,7 @@ class MergePlan:
         groups: solved by RegMean.
         averaged: averaged over all models.
         copied: not selected, and taken from the first model.
-        notes: what the user should know but need not mend.
+        notes: differences that are no error.
     """
 
     models: list[Checkpoint]
@@ -86,10 +86,7 @@ def plan_merge(
 ) -> MergePlan:
     """Check that the models, and the Grams where there are any, fit together, and decide on every tensor.
 
-    Args:
-        models, model_weights, grams: as in `MergePlan`.
-        selects: whether the tensor of a name is merged.
-        dtype: of the merged floats; "auto" is the first model's.
+    `selects` is whether the tensor of a name is merged; `dtype` that of the merged floats, "auto" the first model's.
 
     Raises:
         InputError: they do not; the message lists every difference.
@@ -128,7 +125,7 @@ def plan_merge(
 def _compare_configs(first: Checkpoint, other: Checkpoint, problems: list[str], notes: list[str]) -> None:
     a, b = ({key: model.config.get(key) for key in (*SAME, *ALIKE)} for model in (first, other))
     if any(first.config.get(key) != other.config.get(key) for key in {*first.config, *other.config} - UNRELATED):
-        # Files of several years say the same in several ways. transformers knows, but takes seconds to import.
+        # Files of several years write the same in several ways. transformers reads all, but takes seconds to import.
         known = [_as_transformers_has_it(model) for model in (first, other)]
         if None not in known:
             a, b = known

@@ -105,7 +105,7 @@ class RegMean:
             regression = system.regress(values, mean)
             for alpha, writer in self.writers.items():
                 try:
-                    merged = system.solve(regression, alpha)
+                    merged = regression.solve(alpha)
                 except SolveError as error:
                     paths, layers = ", ".join(str(file.path) for file in grams), ", ".join(group.tensors)
                     raise InputError(f"alpha {alpha:g}, layers {layers}, Grams {paths}: {error}") from error

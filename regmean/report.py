@@ -1,4 +1,4 @@
-"""What a merge says about itself: a table on the terminal, `merge_report.json`, and the model card."""
+"""The report of a merge: a table on the terminal, `merge_report.json`, and the model card."""
 
 from dataclasses import asdict, dataclass
 from importlib.metadata import version

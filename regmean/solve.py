@@ -6,8 +6,7 @@ layer, with inputs X_i and weights W_i of models i, find the W closest to all of
     minimise  f(W) = sum_i w_i ||X_i W - X_i W_i||^2 / n_i  =  sum_i w_i tr((W - W_i)^T G_i (W - W_i)),
 
 where G_i = X_i^T X_i / n_i is the Gram per token and w_i the model's weight. Off-diagonals of every G_i are first
-scaled by alpha (their equation 3's shrinking towards the diagonal). The solution, written around the weighted mean M,
-is
+scaled by alpha (their equation 3's shrinking towards the diagonal). Around the weighted mean M, the solution is
 
     W = M + G^-1 sum_i w_i G_i (W_i - M),    G = sum_i w_i G_i.
 
@@ -185,47 +184,42 @@ class System:
     for_each: Callable[..., Iterator] = map
     solvers: dict[float, Any] = field(default_factory=dict)
     objectives: dict[float, Objective] = field(default_factory=dict)
-    _total: torch.Tensor | None = None
+    total: torch.Tensor | None = None
     _difference: torch.Tensor | None = None
 
     def regress(self, rows: list[torch.Tensor], mean: torch.Tensor) -> "Regression":
-        """The regression of a block of outputs.
-
-        Args:
-            rows: each model's weights, float32 (outputs, inputs); overwritten by their differences to the mean.
-            mean: their weighted mean, of the same shape, on the device that solves.
+        """The regression of a block of outputs; `rows` are each model's weights, float32 (outputs, inputs), overwritten
+        by their differences to `mean`, the weighted mean, which is on the device that solves.
         """
-        regression = Regression(rows, mean, self.model_weights)
+        regression = Regression(self, rows, mean)
         if len(rows) == 2:
             if self._difference is None:
                 # Threads read and no more: PyTorch would start a pool of its own in each.
                 grams = self.for_each(self.read, range(2))
                 first, second = (self._per_token(gram, index, mean.device) for index, gram in enumerate(grams))
                 self._difference = first.sub_(second)
-                self._total = second.add_(self._difference, alpha=self.model_weights[0])
+                self.total = second.add_(self._difference, alpha=self.model_weights[0])
             regression.add(self._difference)
             return regression
-        is_first = self._total is None
+        is_first = self.total is None
         for index, weight in enumerate(self.model_weights):
             gram = self._per_token(self.read(index), index, mean.device)
             if is_first:
-                self._total = torch.zeros_like(gram) if index == 0 else self._total
-                self._total.add_(gram, alpha=weight)
+                self.total = torch.zeros_like(gram) if index == 0 else self.total
+                self.total.add_(gram, alpha=weight)
             regression.add(gram, index)
             del gram
         return regression
 
-    def solve(self, regression: "Regression", alpha: float) -> torch.Tensor:
-        """The merged weights of the block, float32 (outputs, inputs).
+    def solver_for(self, alpha: float) -> Any:
+        """One of `SOLVERS`, made from the sum of the Grams.
 
         Raises:
-            SolveError: the system has no factor, or the solution is not finite or does not solve the system.
+            SolveError: the system has no factor.
         """
         if alpha not in self.solvers:
-            self.solvers[alpha] = SOLVERS[self.solver](self._total, alpha)
-        merged, objective = regression.solve(self._total, self.solvers[alpha], alpha)
-        self.objectives.setdefault(alpha, Objective()).add(objective)
-        return merged
+            self.solvers[alpha] = SOLVERS[self.solver](self.total, alpha)
+        return self.solvers[alpha]
 
     def _per_token(self, gram: np.ndarray, index: int, device: torch.device) -> torch.Tensor:
         return torch.from_numpy(gram).to(device).div_(self.tokens[index])
@@ -251,11 +245,12 @@ class Regression:
     (1 - alpha) times the other. Arguments are those of `System.regress`.
     """
 
-    def __init__(self, rows: list[torch.Tensor], mean: torch.Tensor, model_weights: list[float]):
+    def __init__(self, system: System, rows: list[torch.Tensor], mean: torch.Tensor):
+        self._system = system
         self._mean = mean
         # The second of two is a multiple of the first.
         self._deltas = [row.sub_(mean) for row in (rows[:1] if len(rows) == 2 else rows)]
-        self._model_weights = model_weights
+        self._model_weights = system.model_weights
         self._rhs: torch.Tensor | None = None
         self._diagonal_rhs: torch.Tensor | None = None
         # tr(D A D^T) for each matrix A added and the D that goes with it: with A whole, and its diagonal alone.
@@ -274,8 +269,13 @@ class Regression:
             self._rhs.add_(product, alpha=weight)
             self._diagonal_rhs.add_(diagonal_product, alpha=weight)
 
-    def solve(self, total: torch.Tensor, solver: Any, alpha: float) -> tuple[torch.Tensor, Objective]:
-        """The merged weights and the objective's values, by one of `SOLVERS` made from G, `total`, and alpha."""
+    def solve(self, alpha: float) -> torch.Tensor:
+        """The merged weights, float32 (outputs, inputs); the objective's values are added to the system's.
+
+        Raises:
+            SolveError: there is no solution, or it is not finite or does not solve the system.
+        """
+        total, solver = self._system.total, self._system.solver_for(alpha)
         rhs = torch.lerp(self._diagonal_rhs, self._rhs, alpha)
         delta = solver.solve(rhs)
         residual_norm, against_delta = _probed_residual(rhs, delta, total, alpha)
@@ -288,7 +288,8 @@ class Regression:
             delta.zero_()
             gain = 0.0
         at_mean, at_inputs = self._at_mean_and_inputs(rhs, total, alpha)
-        return delta.add_(self._mean), Objective(at_mean, at_inputs, at_mean - gain)
+        self._system.objectives.setdefault(alpha, Objective()).add(Objective(at_mean, at_inputs, at_mean - gain))
+        return delta.add_(self._mean)
 
     def _refined(
         self, rhs: torch.Tensor, delta: torch.Tensor, total: torch.Tensor, solver: Any, alpha: float

@@ -71,7 +71,7 @@ def test_layers_of_one_input_are_solved_in_less_time_than_as_published() -> None
     def ours() -> torch.Tensor:
         copies = [weight.clone() for weight in weights]
         system = System(lambda index: grams[index].clone().numpy(), [1, 1], [0.5, 0.5], "cholesky")
-        return system.solve(system.regress(copies, (weights[0] + weights[1]) / 2), 0.1)
+        return system.regress(copies, (weights[0] + weights[1]) / 2).solve(0.1)
 
     def published() -> torch.Tensor:
         merged = published_merge(models, [dict.fromkeys("qkv", gram) for gram in grams], 0.1, "gels")

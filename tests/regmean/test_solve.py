@@ -53,7 +53,7 @@ def merge(weights, grams, model_weights, alpha: float, solver: str = "cholesky")
     tensors = [torch.from_numpy(weight.copy()) for weight in weights]
     mean = sum(w * tensor for w, tensor in zip(model_weights, tensors, strict=True))
     system = System(lambda index: grams[index].copy(), [1] * len(grams), model_weights, solver)
-    merged = system.solve(system.regress(tensors, mean), alpha)
+    merged = system.regress(tensors, mean).solve(alpha)
     return merged.numpy().astype(np.float64), system.objectives[alpha], system.solvers[alpha]
 
 
@@ -123,7 +123,7 @@ def test_of_two_models_grams_are_read_once_and_multiplied_once(
     system = System(read_gram, [7] * models, model_weights, "cholesky")
     for start in range(0, 20, 5):
         rows = [torch.from_numpy(weight[start : start + 5].copy()) for weight in weights]
-        merged = system.solve(system.regress(rows, sum(rows) / models), 0.9)
+        merged = system.regress(rows, sum(rows) / models).solve(0.9)
         np.testing.assert_allclose(merged.numpy(), whole[start : start + 5], atol=1e-5)
     assert read == reads * list(range(models))
     assert len(multiplied) == 4 * products
