@@ -165,6 +165,9 @@ def base_vocabulary(checkpoint: Checkpoint) -> tuple[Any, dict[int, str]] | None
     content = read_json(path)
     try:
         added = {int(token["id"]): token["content"] for token in content["added_tokens"]}
-        return content["model"]["vocab"], added
+        vocabulary = content["model"]["vocab"]
+        if not isinstance(vocabulary, dict | list):
+            raise TypeError("a vocabulary")
+        return vocabulary, added
     except (KeyError, TypeError, ValueError, OverflowError) as error:  # the last for an id of infinity
         raise InputError(f"{path}: not a tokenizer file: {error!r} is missing") from error
