@@ -57,10 +57,10 @@ def load_calibration(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> 
         try:
             ids = _chat_ids(tokenizer, texts) if is_chat else _plain_ids(tokenizer, texts.get("text", ""))
         except TemplateError as error:
+            refused = f"the chat template of --model {tokenizer.name_or_path} refuses it: {first_line(error)}"
             raise InputError(
-                f"--dataset {source.dataset}: row {number}: the chat template of --model {tokenizer.name_or_path} "
-                f"refuses it: {first_line(error)}; leave a column out, as --system_column, or give --text_column for "
-                "plain text"
+                f"--dataset {source.dataset}: row {number}: {refused}; leave a column out, as --system_column, or give "
+                "--text_column for plain text"
             ) from error
         truncated += len(ids) > source.max_length
         if ids:
@@ -115,9 +115,8 @@ def _load_rows(source: TextSource) -> Any:
             return saved.select(range(min(source.num_examples, len(saved))))
         return datasets.load_dataset(source.dataset, revision=source.revision, split=rows)
     except Exception as error:  # `datasets` raises errors of many libraries for one unreadable source
-        raise InputError(
-            f"--dataset {source.dataset} --split {source.split}: cannot be loaded: {first_line(error)}"
-        ) from error
+        named = f"--dataset {source.dataset} --split {source.split}"
+        raise InputError(f"{named}: cannot be loaded: {first_line(error)}") from error
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

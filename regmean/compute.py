@@ -92,11 +92,11 @@ def _prepare(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.devic
     use_onednn(model)
     head = untied_head(model)
     # A base model's checkpoint has no head: the one here is random, and no merge has a use for its Gram.
-    layers = {
-        name: layer
-        for name, layer in linear_layers(model).items()
-        if layer is not head or f"{name}.weight" in checkpoint.tensors
-    }
+    layers = linear_layers(model)
+    for name in [
+        name for name, layer in layers.items() if layer is head and f"{name}.weight" not in checkpoint.tensors
+    ]:
+        del layers[name]
     if head is not None:
         # A forward pass ends before it, and that of Llama-3-8B takes as much as a layer's sums.
         head.to("meta")
@@ -209,15 +209,13 @@ class _Passes:
         plan = Plan(plan_passes(inputs, widths, memory), padding)
         if self.process.is_main:
             write_json(path, asdict(plan))
-        runs = len(plan.passes)
+        runs, sums = len(plan.passes), sum(4 * width**2 for width in widths)
         minutes = seconds / len(longest) * self.calibration.tokens * runs / self.process.world_size / 60
-        say(
-            self.process,
-            f"plan: {len(self.layers)} layers with {len(widths)} distinct inputs, "
-            f"{sum(4 * width**2 for width in widths) / 1e9:.2f} GB of sums where {memory / 1e9:.1f} GB are free: "
-            f"{'1 pass' if runs == 1 else f'{runs} passes'}, at most about {minutes:.1f} min"
-            + ("" if plan.padding else "; only examples of equal length share a batch"),
-        )
+        found = f"{len(self.layers)} layers with {len(widths)} distinct inputs, {sums / 1e9:.2f} GB of sums"
+        passes = "1 pass" if runs == 1 else f"{runs} passes"
+        alike = "" if padding else "; only examples of equal length share a batch"
+        free = f"where {memory / 1e9:.1f} GB are free"
+        say(self.process, f"plan: {found} {free}: {passes}, at most about {minutes:.1f} min{alike}")
         return plan
 
     def _snapshots(self, number: int) -> Path:

@@ -60,9 +60,7 @@ class Grams:
         if not np.isfinite(square).all():
             raise InputError(f"{self.path}: the Gram of {name} holds NaN or infinite values; compute it again")
         if square.diagonal().min() < 0:
-            raise InputError(
-                f"{self.path}: the Gram of {name} has a negative diagonal, as no sum of x x^T has: it is damaged"
-            )
+            raise InputError(f"{self.path}: the Gram of {name} is damaged: a negative diagonal, as no sum of x x^T has")
         return square
 
     def _read_square(self, name: str) -> np.ndarray:

@@ -98,15 +98,11 @@ def _print_plan(method: str, plan: MergePlan, outputs: int) -> None:
     read = sum(model.tensors[name].nbytes for model in models for name in plan.layout if name in model.tensors)
     written = sum(math.prod(shape) * STORAGE[dtype].itemsize for dtype, shape in plan.layout.values())
     peak = array_bytes(len(models), plan.systems(), outputs)
-    print(
-        f"plan: {method} of {len(models)} models, {read / 1e9:.2f} GB to read, {written / 1e9:.2f} GB to write "
-        f"for each of {outputs}, at most about {peak / 1e9:.2f} GB of arrays in memory"
-    )
+    size = f"{read / 1e9:.2f} GB to read, {written / 1e9:.2f} GB to write for each of {outputs}"
+    print(f"plan: {method} of {len(models)} models, {size}, at most about {peak / 1e9:.2f} GB of arrays in memory")
     layers = sum(len(group.tensors) for group in plan.groups)
-    print(
-        f"plan: {layers} weights by RegMean in {len(plan.groups)} systems, {len(plan.averaged)} tensors averaged, "
-        f"{len(plan.copied)} copied from {models[0].name}"
-    )
+    rest = f"{len(plan.averaged)} tensors averaged, {len(plan.copied)} copied from {models[0].name}"
+    print(f"plan: {layers} weights by RegMean in {len(plan.groups)} systems, {rest}")
     for note in plan.notes:
         print(f"note: {note}")
     matrices = [name for name in plan.averaged if len(plan.layout[name][1]) > 1] if plan.grams else []

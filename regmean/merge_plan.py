@@ -223,10 +223,8 @@ def _grams_by_tensor(model: Checkpoint, file: Grams, ignored: set[str], problems
                 continue
             shape = model.tensors[name].shape
             if len(shape) != 2 or shape[0 if gram.conv1d else 1] != gram.width:
-                problems.append(
-                    f"{file.path}: the Gram of {module} has width {gram.width}, its weight in {model.name} "
-                    f"is {list(shape)}"
-                )
+                own = f"its weight in {model.name} is {list(shape)}"
+                problems.append(f"{file.path}: the Gram of {module} has width {gram.width}, {own}")
             found[name] = gram
     return found
 

@@ -24,7 +24,7 @@ SIDE_BY_SIDE_BYTES = 256 << 20
 
 def systems_at_once(models: int, systems: list[tuple[int, int]], alphas: int, threads: int) -> int:
     """How many systems a CPU solves side by side, sharing `threads` evenly; the rest is as of `merge.array_bytes`."""
-    largest = _largest_bytes(models, systems, alphas, side_by_side=True)
+    largest = system_bytes(models, systems, alphas, side_by_side=True)
     fitting = min(threads, len(systems), SIDE_BY_SIDE_BYTES // max(largest, 1))
     return max((count for count in range(1, fitting + 1) if threads % count == 0), default=1)
 
@@ -32,12 +32,8 @@ def systems_at_once(models: int, systems: list[tuple[int, int]], alphas: int, th
 def solving_bytes(models: int, systems: list[tuple[int, int]], alphas: int) -> int:
     """The most bytes of arrays that RegMean holds at once; arguments as of `merge.array_bytes`."""
     at_once = systems_at_once(models, systems, alphas, os.cpu_count() or 1)
-    alone, beside = (_largest_bytes(models, systems, alphas, side_by_side) for side_by_side in (False, True))
+    alone, beside = (system_bytes(models, systems, alphas, side_by_side) for side_by_side in (False, True))
     return max(alone, at_once * beside)
-
-
-def _largest_bytes(models: int, systems: list[tuple[int, int]], alphas: int, side_by_side: bool) -> int:
-    return max((system_bytes(models, *sizes, alphas, side_by_side) for sizes in systems), default=0)
 
 
 @dataclass(frozen=True)

@@ -57,15 +57,10 @@ class Provenance:
     ) -> "Provenance":
         """Collect it; without Grams there is no solver."""
         weighted = zip(models, model_weights, strict=True)
-        return cls(
-            method,
-            alpha,
-            solver if grams else None,
-            command,
-            [{"model": model.name, "weight": w, "fingerprint": model.fingerprint()} for model, w in weighted],
-            [{**file.provenance, "file": str(file.path)} for file in grams],
-            {name: version(name) for name in ("torch", "numpy")},
-        )
+        described = [{"model": model.name, "weight": w, "fingerprint": model.fingerprint()} for model, w in weighted]
+        files = [{**file.provenance, "file": str(file.path)} for file in grams]
+        versions = {name: version(name) for name in ("torch", "numpy")}
+        return cls(method, alpha, solver if grams else None, command, described, files, versions)
 
 
 def write_report(folder: Path, provenance: Provenance, plan: MergePlan, layers: list[LayerReport]) -> None:
@@ -78,18 +73,12 @@ def write_report(folder: Path, provenance: Provenance, plan: MergePlan, layers: 
 
 def model_card(provenance: Provenance) -> str:
     """A model card in Markdown, with the YAML header that the Hugging Face hub reads."""
-    header = {
-        "base_model": [model["model"] for model in provenance.models],
-        "library_name": "transformers",
-        "tags": ["merge", provenance.method],
-    }
+    title, names = TITLES[provenance.method], [model["model"] for model in provenance.models]
+    header = {"base_model": names, "library_name": "transformers", "tags": ["merge", provenance.method]}
     alpha = "" if provenance.alpha is None else f" with alpha {provenance.alpha:g}"
-    lines = [
-        f"# {TITLES[provenance.method]} of {len(provenance.models)} models",
-        f"Merged by {TITLES[provenance.method]}{alpha}.",
-        "| model | weight |\n| --- | --- |\n"
-        + "\n".join(f"| {_code(model['model'])} | {model['weight']:.4g} |" for model in provenance.models),
-    ]
+    rows = [f"| {_code(model['model'])} | {model['weight']:.4g} |" for model in provenance.models]
+    lines = [f"# {title} of {len(names)} models", f"Merged by {title}{alpha}."]
+    lines += ["\n".join(["| model | weight |", "| --- | --- |", *rows])]
     if provenance.grams:
         lines += ["Inner products of the layers' inputs, in the models' order:"]
         lines += ["\n".join(f"- {_code(_describe(gram))}" for gram in provenance.grams)]
@@ -100,22 +89,18 @@ def model_card(provenance: Provenance) -> str:
 
 def print_table(alpha: float, models: list[str], layers: list[LayerReport]) -> None:
     """Print one line per system: solver, condition, and the objective relative to the mean's."""
-    print(
-        f"\nalpha {alpha:g}; RegMean's objective at the mean, and as a fraction of that at each model and at the merge"
-    )
+    measured = "RegMean's objective at the mean, and as a fraction of that at each model and at the merge"
+    print(f"\nalpha {alpha:g}; {measured}")
     names = [Path(model).name[:14] for model in models]
     print(f"{'layers':<58} {'solver':<26} {'condition':>9} {'mean':>10} {' '.join(f'{n:>14}' for n in names)}  merged")
     for layer in layers:
         title = layer.tensors[0].removesuffix(".weight")
         title += f" +{len(layer.tensors) - 1}" if len(layer.tensors) > 1 else ""
-        objective = layer.objective
-        mean = objective.mean or 1.0
         condition = "-" if layer.condition is None else f"{layer.condition:.2g}"
-        inputs = " ".join(f"{value / mean:>14.3f}" for value in objective.inputs)
-        print(
-            f"{title[-58:]:<58} {layer.solver:<26} {condition:>9} {objective.mean:>10.3g} {inputs} "
-            f"{objective.merged / mean:>7.4f}"
-        )
+        at_mean = layer.objective.mean
+        *inputs, merged = (value / (at_mean or 1.0) for value in (*layer.objective.inputs, layer.objective.merged))
+        fractions = " ".join(f"{value:>14.3f}" for value in inputs) + f" {merged:>7.4f}"
+        print(f"{title[-58:]:<58} {layer.solver:<26} {condition:>9} {at_mean:>10.3g} {fractions}")
 
 
 def _describe(gram: dict[str, Any]) -> str:

@@ -230,12 +230,13 @@ def block_elements(models: int, side_by_side: bool) -> int:
     return SIDE_BY_SIDE_BLOCK_ELEMENTS if side_by_side and models == 2 else BLOCK_ELEMENTS
 
 
-def system_bytes(models: int, inputs: int, outputs: int, alphas: int, side_by_side: bool) -> int:
-    """The most bytes of arrays that a `System` and its blocks hold at once."""
+def system_bytes(models: int, systems: list[tuple[int, int]], alphas: int, side_by_side: bool) -> int:
+    """The most bytes of arrays that a `System` of any of these (inputs, outputs), with its block, holds at once."""
     # Squares (the sum of Grams, one more Gram or the difference of two, a factor for each alpha), and blocks: one per
     # model, eight in the solver.
-    block = min(block_elements(models, side_by_side), inputs * outputs)
-    return 4 * ((2 + alphas) * inputs**2 + (models + 8) * block)
+    squares, block = 2 + alphas, block_elements(models, side_by_side)
+    sizes = (4 * (squares * inputs**2 + (models + 8) * min(block, inputs * outputs)) for inputs, outputs in systems)
+    return max(sizes, default=0)
 
 
 class Regression:
@@ -306,11 +307,8 @@ class Regression:
         residual_norm = (rhs - product).norm().item()
         # `not <=` also catches NaN.
         if not residual_norm <= ACCEPTED_RESIDUAL * rhs_norm:
-            relative = residual_norm / (rhs_norm or 1.0)
-            raise SolveError(
-                f"{solver.label} left a residual of {relative:.1g} of the right-hand side, as happens on singular "
-                "Grams; use --solver cholesky, or a smaller --alpha"
-            )
+            left = f"{solver.label} left a residual of {residual_norm / (rhs_norm or 1.0):.1g} of the right-hand side"
+            raise SolveError(f"{left}, as happens on singular Grams; use --solver cholesky, or a smaller --alpha")
         return delta, 2 * _inner(delta, rhs) - _inner(delta, product)
 
     def _at_mean_and_inputs(self, rhs: torch.Tensor, total: torch.Tensor, alpha: float) -> tuple[float, list[float]]:
