@@ -32,8 +32,8 @@ def main() -> None:
 
         plan_grams(flags)
         return
-    from common.ranks import start_process  # imported late: bad flags are told before torch loads
-    from regmean.gram import compute_grams
+    from common.ranks import start_process  # imported late: bad flags are reported before torch loads
+    from regmean.compute import compute_grams
 
     process = start_process(flags.device)
     compute_grams(flags, process)

@@ -19,8 +19,8 @@ from benchmarks import regmean_inputs, side_by_side
 from benchmarks.published_regmean import published_grams
 from benchmarks.side_by_side import measured
 from common.ranks import start_process
+from regmean.compute import compute_grams
 from regmean.config import GramFlags
-from regmean.gram import compute_grams
 from regmean.gram_file import FILE_NAME, PUBLISHED_NAME, GramFile
 from regmean.model_folder import locate_model
 

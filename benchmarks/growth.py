@@ -25,9 +25,9 @@ from benchmarks.regmean_inputs import make_layer
 from benchmarks.side_by_side import machine
 from mindmerger.batching import Tokens, lay_out
 from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM
+from regmean.average import weighted_mean
 from regmean.gram import add_products
-from regmean.merge import weighted_mean
-from regmean.solve import Cholesky, GramSum, Regression
+from regmean.solve import System
 
 PLOT = Path(__file__).resolve().parent.parent / "docs" / "growth.svg"
 ROW = 100  # tokens of a training row, split like a question's pair
@@ -54,15 +54,10 @@ def merge_seconds(width: int, models: int) -> float:
     rows = torch.randn(models, 2 * width, width)
     grams = [x.T @ x / len(x) for x in rows]
     weights = torch.randn(models, width, width)
-    shares = [1 / models] * models
 
     def work() -> None:
-        total = GramSum(torch.zeros(width, width))
-        regression = Regression([weight.clone() for weight in weights], weights.mean(0), shares)
-        for index, gram in enumerate(grams):
-            total.add(gram, shares[index])
-            regression.add(gram, index)
-        regression.solve(total, Cholesky(total, 0.9), 0.9)
+        system = System(lambda index: grams[index].numpy(), [1] * models, [1 / models] * models, "cholesky")
+        system.regress([weight.clone() for weight in weights], weights.mean(0)).solve(0.9)
 
     return seconds(work)
 

@@ -127,8 +127,8 @@ def gram(llm_path: str, _: str, folder: Path) -> None:
     import torch._dynamo  # noqa: F401
 
     from common.ranks import start_process
+    from regmean.compute import compute_grams
     from regmean.config import GramFlags
-    from regmean.gram import compute_grams
 
     flags = GramFlags(
         model=llm_path,

@@ -4,10 +4,13 @@ import os
 import sys
 from collections.abc import Callable
 
-from common.signals import EXIT_STOPPED, Stopped
-
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
 # Ends the process with an exit code; `common.ranks` sets its own in a process that joins a process group.
 end_process: Callable[[int], None] = sys.exit
+
+
+class Stopped(Exception):
+    """A signal has ended the run, and what it had done is on disk: the same command continues it."""
 
 
 class InputError(Exception):

@@ -5,11 +5,6 @@ from types import FrameType, TracebackType
 from typing import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
-
-
-class Stopped(Exception):
-    """A signal has ended the run, and what it had done is on disk: the same command continues it."""
 
 
 class StopSignals:

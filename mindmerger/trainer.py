@@ -11,10 +11,10 @@ from typing import Any
 import deepspeed
 import torch
 
-from common.errors import InputError
+from common.errors import InputError, Stopped
 from common.logging import Metrics, progress, say
 from common.ranks import Process, is_out_of_memory
-from common.signals import Stopped, StopSignals
+from common.signals import StopSignals
 from mindmerger.batching import Batch, Tokens, plan_epoch, plan_once
 from mindmerger.checkpoint import write_mapping
 from mindmerger.config import BatchSizes

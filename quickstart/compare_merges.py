@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from common import runs
 from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
 from common.io import read_json, sha256, write_json, write_text
 from common.logging import progress, quiet_libraries, say
 from common.ranks import Process, start_process
+from common.runs import open_run
 from mindmerger.batching import Tokens, lay_out, plan_once
 from mindmerger.evaluation.decoding import greedy
 from mindmerger.evaluation.metrics import SCORES, wilson_interval
@@ -69,11 +69,12 @@ def compare(flags: CompareFlags) -> dict[str, Any]:
         "exercises": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
         "max_new_tokens": MAX_NEW_TOKENS,
     }
-    if not runs.is_finished(results, settings, flags.overwrite):
-        runs.start(results, settings, flags.overwrite, process)
-        scores = summary(evaluate(folders, exercises, results, process), flags.test_num)
-        write_json(results / SCORES, scores)
-        runs.finish(results, settings, {"regmean": scores["regmean"], **process.peak_memory()})
+    with open_run(results, settings, flags.overwrite, process) as run:
+        if not run.is_finished:
+            run.start()
+            scores = summary(evaluate(folders, exercises, results, process), flags.test_num)
+            write_json(results / SCORES, scores)
+            run.finish({"regmean": scores["regmean"], **process.peak_memory()})
     scores = read_json(results / SCORES)
     say(process, f"\n{results}\n{table(scores)}")
     return scores

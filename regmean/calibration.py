@@ -1,30 +1,25 @@
 """Calibration texts: rows of a data set -> token ids -> batches of a bounded number of tokens."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import InputError, first_line
-from regmean.config import GramFlags
+from regmean.config import TextSource
 
 FILE_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the Grams are computed from.
+    """What the Grams are computed from: the token ids of texts, none empty, and which rows of the data set they are.
 
-    Attributes:
-        examples: token ids of each text, none empty.
-        rows: of the data set, from 0, that the examples are.
-        truncated: how many were cut at the length limit.
-        empty: how many rows had no tokens and were left out.
+    `truncated` of them were cut at the length limit; `empty` rows had no tokens and were left out.
     """
 
     examples: list[list[int]]
@@ -34,62 +29,53 @@ class Calibration:
 
     @property
     def tokens(self) -> int:
-        """How many all examples have together."""
+        """Of all examples together."""
         return sum(map(len, self.examples))
 
-    def digest(self) -> str:
-        """Hex digest of every token id, so that a run is continued on the same examples only."""
-        return hashlib.sha256(json.dumps(self.examples).encode()).hexdigest()
 
-
-def load_calibration(flags: GramFlags, tokenizer: PreTrainedTokenizerBase) -> Calibration:
-    """The first `--num_examples` rows of the data set, tokenised: every special token once, cut at `--max_length`.
+def load_calibration(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Calibration:
+    """The texts of `source`, tokenised: every special token once, cut at the length limit.
 
     Raises:
         InputError: no such data set, split or column; a value that is no text; no chat template; nothing left.
     """
-    rows = _load_rows(flags)
-    columns = [flags.text_column] if flags.text_column else flags.chat_columns()
-    for column in columns:
-        if column not in rows.column_names:
-            raise InputError(f"--dataset {flags.dataset}: no column {column!r}; it has {', '.join(rows.column_names)}")
-    if not flags.text_column and tokenizer.chat_template is None:
-        raise InputError(f"--model {flags.model} has no chat template; give --text_column for plain text")
+    rows = _load_rows(source)
+    columns = list(source.columns.values())
+    if lacking := [column for column in columns if column not in rows.column_names]:
+        raise InputError(f"--dataset {source.dataset}: no column {lacking[0]!r}; it has {', '.join(rows.column_names)}")
+    is_chat = "text" not in source.columns
+    if is_chat and tokenizer.chat_template is None:
+        raise InputError(f"--model {tokenizer.name_or_path} has no chat template; give --text_column for plain text")
 
     examples: list[list[int]] = []
     numbers: list[int] = []
-    truncated = empty = 0
+    truncated = 0
     for number, row in enumerate(rows.select_columns(columns)):
-        for column in columns:
-            if row[column] is not None and not isinstance(row[column], str):
-                raise InputError(f"--dataset {flags.dataset}: row {number}, column {column!r} is no text")
+        texts = {key: row[column] for key, column in source.columns.items() if row[column] is not None}
+        if wrong := [source.columns[key] for key, text in texts.items() if not isinstance(text, str)]:
+            raise InputError(f"--dataset {source.dataset}: row {number}, column {wrong[0]!r} is no text")
         try:
-            ids = (
-                _plain_ids(tokenizer, row[columns[0]] or "") if flags.text_column else _chat_ids(tokenizer, flags, row)
-            )
+            ids = _chat_ids(tokenizer, texts) if is_chat else _plain_ids(tokenizer, texts.get("text", ""))
         except TemplateError as error:
+            refused = f"the chat template of --model {tokenizer.name_or_path} refuses it: {first_line(error)}"
             raise InputError(
-                f"--dataset {flags.dataset}: row {number}: the chat template of --model {flags.model} refuses it: "
-                f"{first_line(error)}; leave a column out, as --system_column, or give --text_column for plain text"
+                f"--dataset {source.dataset}: row {number}: {refused}; leave a column out, as --system_column, or give "
+                "--text_column for plain text"
             ) from error
-        truncated += len(ids) > flags.max_length
+        truncated += len(ids) > source.max_length
         if ids:
-            examples.append(ids[: flags.max_length])
+            examples.append(ids[: source.max_length])
             numbers.append(number)
-        else:
-            empty += 1
     if not examples:
-        raise InputError(f"--dataset {flags.dataset}: no row has any text in {', '.join(columns)}")
-    return Calibration(examples, numbers, truncated, empty)
+        raise InputError(f"--dataset {source.dataset}: no row has any text in {', '.join(columns)}")
+    return Calibration(examples, numbers, truncated, empty=len(rows) - len(examples))
 
 
 def make_batches(lengths: list[int], tokens_per_batch: int, padding: bool) -> list[list[int]]:
     """Indices of examples, longest first, in batches of at most `tokens_per_batch` tokens, padding included.
 
-    Args:
-        lengths: tokens of each example; an example above the budget is a batch of its own.
-        tokens_per_batch: the budget.
-        padding: False puts examples of one length only into a batch, for models that mix tokens up.
+    An example above that is a batch of its own. Without `padding`, for models that mix tokens up, the examples of a
+    batch have one length.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
@@ -108,36 +94,29 @@ def collate(examples: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     A decoder's real tokens never see what follows them, so right padding leaves them as they are without any;
     padding ids are 0, which every vocabulary has.
     """
-    longest = max(map(len, examples))
-    ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, example in enumerate(examples):
-        ids[row, : len(example)] = torch.tensor(example)
-        mask[row, : len(example)] = 1
+    ids = pad_sequence([torch.tensor(example) for example in examples], batch_first=True)
+    mask = pad_sequence([torch.ones(len(example), dtype=torch.long) for example in examples], batch_first=True)
     return ids, mask
 
 
-def _load_rows(flags: GramFlags) -> Any:
+def _load_rows(source: TextSource) -> Any:
     import datasets  # takes a second to import
 
     datasets.disable_progress_bars()
-    path = Path(flags.dataset)
-    wanted = f"{flags.split}[:{flags.num_examples}]"
+    path = Path(source.dataset)
+    rows = f"{source.split}[:{source.num_examples}]"
+    if path.is_file() and path.suffix not in FILE_READERS:
+        raise InputError(f"--dataset {path}: expected one of {', '.join(FILE_READERS)}")
     try:
         if path.is_file():
-            if path.suffix not in FILE_READERS:
-                raise InputError(f"--dataset {path}: expected one of {', '.join(FILE_READERS)}")
-            return datasets.load_dataset(FILE_READERS[path.suffix], data_files={flags.split: str(path)}, split=wanted)
+            return datasets.load_dataset(FILE_READERS[path.suffix], data_files={source.split: str(path)}, split=rows)
         if (path / "state.json").exists():
             saved = datasets.load_from_disk(str(path))
-            return saved.select(range(min(flags.num_examples, len(saved))))
-        return datasets.load_dataset(flags.dataset, revision=flags.dataset_revision, split=wanted)
-    except InputError:
-        raise
+            return saved.select(range(min(source.num_examples, len(saved))))
+        return datasets.load_dataset(source.dataset, revision=source.revision, split=rows)
     except Exception as error:  # `datasets` raises errors of many libraries for one unreadable source
-        raise InputError(
-            f"--dataset {flags.dataset} --split {flags.split}: cannot be loaded: {first_line(error)}"
-        ) from error
+        named = f"--dataset {source.dataset} --split {source.split}"
+        raise InputError(f"{named}: cannot be loaded: {first_line(error)}") from error
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -148,12 +127,10 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, flags: GramFlags, row: dict[str, str | None]) -> list[int]:
-    messages = [
-        {"role": role, "content": row[column]} for role, column in flags.roles().items() if row[column] is not None
-    ]
-    if not messages:
+def _chat_ids(tokenizer: PreTrainedTokenizerBase, texts: dict[str, str]) -> list[int]:
+    if not texts:
         return []
+    messages = [{"role": role, "content": text} for role, text in texts.items()]
     # The template writes the special tokens itself; the tokenizer must not add them again.
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -12,7 +12,22 @@ from common.errors import InputError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-@dataclass
+@dataclass(frozen=True)
+class TextSource:
+    """The texts that Grams are computed from: the first rows of a data set's split, each cut to `max_length` tokens.
+
+    `columns` has the column of plain texts under the key `text`, or a conversation's columns by role, in its order.
+    """
+
+    dataset: str
+    revision: str | None
+    split: str
+    columns: dict[str, str]
+    num_examples: int
+    max_length: int
+
+
+@dataclass(frozen=True)
 class GramFlags:
     """Sum the inner products of what a language model's linear layers read, over a data set's tokens."""
 
@@ -47,7 +62,7 @@ class GramFlags:
                 raise InputError(f"--{name} must be at least 1")
         if self.plan is not None:
             parse_devices(self.plan)
-        elif bool(self.text_column) == bool(self.chat_columns()):
+        elif bool(self.text_column) == bool(self.roles()):
             raise InputError("give either --text_column or chat columns (--user_column, --assistant_column, ...)")
         _check_dtype(self.dtype)
 
@@ -60,12 +75,13 @@ class GramFlags:
         columns = {"system": self.system_column, "user": self.user_column, "assistant": self.assistant_column}
         return {role: column for role, column in columns.items() if column}
 
-    def chat_columns(self) -> list[str]:
-        """The columns that make up a conversation."""
-        return list(self.roles().values())
+    def texts(self) -> TextSource:
+        """The texts that the flags name."""
+        columns = {"text": self.text_column} if self.text_column else self.roles()
+        return TextSource(self.dataset, self.dataset_revision, self.split, columns, self.num_examples, self.max_length)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ConvertFlags:
     """Convert a published gram.pkl to gram.safetensors."""
 
@@ -77,7 +93,7 @@ class ConvertFlags:
             raise InputError("convert takes the published file: compute_gram.py convert gram.pkl")
 
 
-@dataclass
+@dataclass(frozen=True)
 class MergeFlags:
     """Merge models of one architecture into one, by averaging or by RegMean."""
 
@@ -128,7 +144,7 @@ class MergeFlags:
         _check_dtype(self.dtype)
 
     def weights(self) -> list[float]:
-        """Each model's share; they sum to 1."""
+        """Each model's weight; they sum to 1."""
         given = self.model_weights or [1.0] * len(self.models)
         return [weight / sum(given) for weight in given]
 

@@ -5,15 +5,15 @@ x x^T over tokens. Sums add: the Grams of two data sets are the sum of their fil
 The header's metadata says which modules share each Gram, how many tokens it sums, and where it came from.
 
 The published form, `gram.pkl`, is a pickled dict of module name to mean Gram. It is read too, by an unpickler that
-knows tensors and containers and nothing else.
+builds tensors and containers and nothing else.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -43,8 +43,8 @@ class Gram:
     conv1d: bool = False
 
 
-class Grams(Protocol):
-    """A model's Grams, from whichever file."""
+class Grams:
+    """A model's Grams by name, in whichever file; `provenance` is its record of the model and the data."""
 
     path: Path
     grams: dict[str, Gram]
@@ -56,6 +56,15 @@ class Grams(Protocol):
         Raises:
             InputError: it cannot be read, is not finite, or has a negative diagonal.
         """
+        square = self._read_square(name)
+        if not np.isfinite(square).all():
+            raise InputError(f"{self.path}: the Gram of {name} holds NaN or infinite values; compute it again")
+        if square.diagonal().min() < 0:
+            raise InputError(f"{self.path}: the Gram of {name} is damaged: a negative diagonal, as no sum of x x^T has")
+        return square
+
+    def _read_square(self, name: str) -> np.ndarray:
+        raise NotImplementedError
 
 
 def open_grams(path: Path) -> Grams:
@@ -64,18 +73,18 @@ def open_grams(path: Path) -> Grams:
     Raises:
         InputError: there is none, or it is damaged.
     """
+    if not path.exists():
+        raise InputError(f"{path}: no such Gram file or folder; compute_gram.py makes one")
     if path.is_dir():
         found = [path / name for name in (FILE_NAME, PUBLISHED_NAME) if (path / name).exists()]
         if not found:
             raise InputError(f"{path}: holds neither {FILE_NAME} nor {PUBLISHED_NAME}; compute_gram.py makes one")
         path = found[0]
-    if not path.exists():
-        raise InputError(f"{path}: no such Gram file or folder; compute_gram.py makes one")
     return GramFile(path) if path.suffix == ".safetensors" else PublishedGrams(path)
 
 
-class GramFile:
-    """A `gram.safetensors`, opened: the header is read and checked, the Grams are read when asked for.
+class GramFile(Grams):
+    """A `gram.safetensors`, whose header has been read and checked.
 
     Raises:
         InputError: damaged, or not a Gram file of a version this reads.
@@ -87,28 +96,22 @@ class GramFile:
         form = (file.metadata.get("format"), file.metadata.get("version"))
         if form != (FORMAT, VERSION):
             raise InputError(f"{path}: format {form[0]!r}, version {form[1]!r}; this reads {FORMAT!r}, {VERSION!r}")
+        self._infos = file.tensors
         try:
             entries = json.loads(file.metadata["grams"])
-            self.provenance = json.loads(file.metadata["provenance"])
-            if not isinstance(self.provenance, dict):
-                raise TypeError("the provenance is no object")
+            self.provenance = dict(json.loads(file.metadata["provenance"]).items())
             self.grams = {name: Gram(name, tuple(entry.pop("modules")), **entry) for name, entry in entries.items()}
             for gram in self.grams.values():
-                info = file.tensors[gram.name]
-                if not all(isinstance(module, str) for module in gram.modules) or type(gram.conv1d) is not bool:
-                    raise TypeError(f"{gram.name} names no modules")
-                if type(gram.tokens) is not int or type(gram.width) is not int or gram.width < 1:
-                    raise TypeError(f"{gram.name} has sizes that are no whole numbers")
+                types = (type(gram.tokens), type(gram.width), type(gram.conv1d), *map(type, gram.modules))
+                if types != (int, int, bool, *(str for _ in gram.modules)) or min(gram.tokens, gram.width) < 1:
+                    raise ValueError(f"{gram} is not a Gram")
+                info = self._infos[gram.name]
                 if (info.dtype, info.shape) != ("F32", (packed_size(gram.width),)):
                     raise ValueError(f"tensor {gram.name} is {info.dtype} of shape {info.shape}")
-                if gram.tokens < 1:
-                    raise ValueError(f"{gram.name} sums {gram.tokens} tokens")
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: the Gram file's header is damaged: {error!r}") from error
-        self._infos = file.tensors
 
-    def read(self, name: str) -> np.ndarray:
-        """See `Grams.read`."""
+    def _read_square(self, name: str) -> np.ndarray:
         width = self.grams[name].width
         square = np.empty((width, width), np.float32)
         for first, last in _row_blocks(width):
@@ -120,21 +123,21 @@ class GramFile:
             square[:first, first:last] = square[first:last, :first].T
             corner = square[first:last, first:last]
             np.copyto(corner, corner.T.copy(), where=ABOVE[: len(corner), : len(corner)])
-        return _checked(square, name, self.path)
+        return square
 
 
-class PublishedGrams:
+class PublishedGrams(Grams):
     """A published `gram.pkl`, unpickled: mean Grams by module name. Equal Grams are one, as their modules share it.
 
-    The file says nothing of token counts: every Gram counts as one token, whose "sum" is then the mean.
+    The file has no token counts: every Gram counts as one token, whose "sum" is then the mean.
 
     Raises:
-        InputError: not such a pickle, or one that asks for anything but tensors and containers.
+        InputError: not such a pickle, or one of anything but tensors and containers.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self.provenance: dict[str, Any] = {"published_file": path.name, "token_counts": "unknown"}
+        self.provenance = {"published_file": path.name, "token_counts": "unknown"}
         self._means: dict[str, np.ndarray] = {}
         sharing: dict[str, list[str]] = {}
         names: dict[bytes, str] = {}
@@ -142,13 +145,10 @@ class PublishedGrams:
             name = names.setdefault(hashlib.sha256(np.ascontiguousarray(mean)).digest(), module)
             self._means.setdefault(name, mean)
             sharing.setdefault(name, []).append(module)
-        self.grams = {
-            name: Gram(name, tuple(sharing[name]), tokens=1, width=len(mean)) for name, mean in self._means.items()
-        }
+        self.grams = {name: Gram(name, tuple(sharing[name]), 1, len(mean)) for name, mean in self._means.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        """See `Grams.read`."""
-        return _checked(self._means[name].copy(), name, self.path)
+    def _read_square(self, name: str) -> np.ndarray:
+        return self._means[name].copy()
 
 
 def write_grams(
@@ -156,36 +156,22 @@ def write_grams(
 ) -> None:
     """Write a Gram file, whole or not at all, holding one Gram at a time.
 
-    Args:
-        path: the file.
-        grams: what it is to hold.
-        read: gives the (width, width) float32 sum of a Gram by its name; its lower triangle is kept.
-        provenance: model, data and versions, as JSON values.
+    `read` gives the (width, width) float32 sum of a Gram by its name, of which the lower triangle is kept;
+    `provenance` is of JSON values.
 
     Raises:
         InputError: a Gram holds NaN or infinite values, or the file cannot be written.
     """
-    grams = list(grams)
-    metadata = {
-        "format": FORMAT,
-        "version": VERSION,
-        "grams": json.dumps(
-            {
-                gram.name: {
-                    "modules": gram.modules,
-                    "tokens": gram.tokens,
-                    "width": gram.width,
-                    "conv1d": gram.conv1d,
-                }
-                for gram in grams
-            }
-        ),
-        "provenance": json.dumps(provenance),
-    }
-    layout = {gram.name: ("F32", (packed_size(gram.width),)) for gram in grams}
+    by_name = {gram.name: gram for gram in grams}
+    entries = {name: asdict(gram) for name, gram in by_name.items()}
+    for entry in entries.values():
+        del entry["name"]
+    texts = {"grams": json.dumps(entries), "provenance": json.dumps(provenance)}
+    metadata = {"format": FORMAT, "version": VERSION} | texts
+    layout = {name: ("F32", (packed_size(gram.width),)) for name, gram in by_name.items()}
     with atomic_path(path) as partial, TensorWriter(partial, layout, metadata) as writer:
-        for gram in grams:
-            square = read(gram.name)
+        for name, gram in by_name.items():
+            square = read(name)
             for first, last in _row_blocks(gram.width):
                 packed = np.concatenate([square[row, : row + 1] for row in range(first, last)])
                 if not np.isfinite(packed).all():
@@ -193,7 +179,7 @@ def write_grams(
                         f"the input of {', '.join(gram.modules)} is NaN or infinite for some token; "
                         "a wider --dtype (bfloat16 or float32) may hold it"
                     )
-                writer.write(gram.name, packed, start=packed_size(first))
+                writer.write(name, packed, start=packed_size(first))
 
 
 def convert(source: Path, target: Path) -> None:
@@ -213,14 +199,6 @@ def convert(source: Path, target: Path) -> None:
 def packed_size(width: int) -> int:
     """Elements in the lower triangle, diagonal included; also where row `width` starts in the packed form."""
     return width * (width + 1) // 2
-
-
-def _checked(square: np.ndarray, name: str, path: Path) -> np.ndarray:
-    if not np.isfinite(square).all():
-        raise InputError(f"{path}: the Gram of {name} holds NaN or infinite values; compute it again")
-    if square.diagonal().min() < 0:
-        raise InputError(f"{path}: the Gram of {name} has a negative diagonal, as no sum of x x^T has: it is damaged")
-    return square
 
 
 def _row_blocks(width: int) -> Iterator[tuple[int, int]]:

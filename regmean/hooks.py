@@ -1,8 +1,10 @@
 """What a model's linear layers read, handed over during a forward pass by hooks that one object owns."""
 
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import nn
@@ -34,79 +36,68 @@ def input_width(layer: nn.Module) -> int:
     return layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
 
 
-def aligned_with(x: torch.Tensor, mask: torch.Tensor) -> bool:
-    """Whether the rows of a layer's input are the batch's tokens in order, whatever the model did to them."""
-    return x.shape[:-1] in (mask.shape, (mask.numel(),))
-
-
+@dataclass(eq=False)
 class LinearInputs:
     """Hands each distinct input of a model's linear layers to `receive`; a context manager that owns the hooks.
 
     Which layers share an input is found from the tensors themselves: the first layer to read a tensor lends its name
     to all that read the same one later in that forward pass.
 
-    Args:
+    Attributes:
         layers: the layers to watch, by name.
         head: the output head, or None; a forward pass ends where the head would turn states into logits.
-        receive: called with the name and the input, of shape (..., width), once for each distinct input.
+        receive: called with the name and the input's rows, (tokens, width), once for each distinct input.
         same_calls: whether every forward pass calls the same layers in the same order; then all but the first end at
             the last of these calls, before what no layer here reads is computed.
+        shared_name: of each layer that a token has reached, the name of its input.
+        aligned: whether the rows of every input were the batch's tokens in order, whatever the model did to them.
     """
 
-    def __init__(
-        self,
-        layers: dict[str, nn.Module],
-        head: nn.Module | None,
-        receive: Callable[[str, torch.Tensor], None],
-        same_calls: bool = False,
-    ):
-        self.shared_name: dict[str, str] = {}
-        self._layers = layers
-        self._head = head
-        self._receive = receive
-        self._same_calls = same_calls
-        self._order: list[str] = []
-        self._called: list[str] = []
-        self._handles: list[Any] = []
-        self._received: dict[tuple, list[str]] = {}
+    layers: dict[str, nn.Module]
+    head: nn.Module | None
+    receive: Callable[[str, torch.Tensor], None]
+    same_calls: bool = False
+    shared_name: dict[str, str] = field(default_factory=dict)
+    aligned: bool = True
 
     def __enter__(self) -> Self:
-        for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
-        if self._head is not None:
-            self._handles.append(self._head.register_forward_pre_hook(_end_forward))
+        self._order: list[str] = []
+        with ExitStack() as hooks:
+            for name, layer in self.layers.items():
+                hooks.enter_context(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+            if self.head is not None:
+                hooks.enter_context(self.head.register_forward_pre_hook(_end_forward))
+            self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
 
     def groups(self) -> list[list[str]]:
         """The layers that share an input, for each distinct input, in the model's order."""
         sharing: dict[str, list[str]] = {}
-        for name in self._layers:
+        for name in self.layers:
             # A layer that no token reached yet is on its own until it is seen to share.
             sharing.setdefault(self.shared_name.get(name, name), []).append(name)
         return list(sharing.values())
 
     @torch.no_grad()
-    def run(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> None:
-        """One forward pass over token ids, without logits, cache or gradient.
+    def run(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, real: torch.Tensor | None = None) -> None:
+        """One forward pass of the layers' model, without logits, cache or gradient.
 
-        Args:
-            model: the model that the layers belong to.
-            ids: int64 of shape (examples, length).
-            mask: the same shape, 0 at padding.
+        `ids` and `mask` (0 at padding) are int64 of shape (examples, length); `real` has the places, in the flattened
+        batch, of the tokens that are no padding, and is None where all are.
+
+        Raises:
+            InputError: a layer's rows are not the batch's tokens, so that padding cannot be told from tokens.
         """
-        self._received.clear()
-        self._called = []
-        try:
+        self._received: dict[tuple, list[str]] = {}
+        self._called: list[str] = []
+        self._shapes, self._real = (mask.shape, (mask.numel(),)), real
+        with suppress(_AllRead):
             model(input_ids=ids, attention_mask=mask, use_cache=False)
-        except _AllRead:
-            pass
-        finally:
-            self._received.clear()
-        if self._same_calls:
+        self._received.clear()
+        if self.same_calls:
             self._order = self._order or self._called
 
     def _hook(self, name: str) -> Callable:
@@ -136,7 +127,14 @@ class LinearInputs:
                 "models that rewire their layers from input to input are not supported"
             )
         names.append(name)
-        self._receive(name, x)
+        aligned = x.shape[:-1] in self._shapes
+        self.aligned &= aligned
+        rows = x.reshape(-1, x.shape[-1])
+        if self._real is not None:
+            if not aligned:
+                raise InputError(f"layer {name} reads {tuple(x.shape)}, where padding cannot be told from tokens")
+            rows = rows.index_select(0, self._real)
+        self.receive(name, rows)
 
 
 class _AllRead(Exception):

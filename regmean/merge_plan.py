@@ -1,14 +1,17 @@
-"""Whether models and Grams fit together, from headers alone: told in one error, before a tensor is read."""
+"""What happens to each tensor, and whether models and Grams fit together: from headers alone, with every difference in
+one error before a tensor is read."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from common.errors import InputError
-from regmean.config import MergeFlags
-from regmean.gram_file import Grams
+from regmean.gram_file import Gram, Grams
 from regmean.model_folder import Checkpoint, base_vocabulary, same_tokenizer_file
-from regmean.tensor_file import FLOATS, STORAGE
+from regmean.tensor_file import FLOATS, encode
 
 MAX_LISTED = 20
 # Settings that must be the same for weights to mean the same, and those that a merge can only take from one model.
@@ -27,13 +30,9 @@ STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Tensors that share a Gram in every model, and so one system.
+    """Tensors that share a Gram in every model, `grams` by its name in each file, and so one system of `width` inputs.
 
-    Attributes:
-        grams: the Gram's name in each model's file.
-        tensors: names of the weights.
-        width: inputs of the layers.
-        conv1d: the weights are stored as (in, out).
+    With `conv1d` the weights are stored as (in, out).
     """
 
     grams: tuple[str, ...]
@@ -42,74 +41,91 @@ class LayerGroup:
     conv1d: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class MergePlan:
-    """What happens to every tensor of the merged model.
+    """What is merged, and what happens to every tensor.
 
     Attributes:
+        models: to merge; the first lends its layout.
+        model_weights: the models' weights, which sum to 1.
+        grams: of each model, for RegMean; none for an average.
         layout: dtype and shape of each tensor written, in the first model's order.
         groups: solved by RegMean.
         averaged: averaged over all models.
         copied: not selected, and taken from the first model.
-        notes: what the user should know but need not mend.
+        notes: differences that are no error.
     """
 
+    models: list[Checkpoint]
+    model_weights: list[float]
+    grams: list[Grams]
     layout: dict[str, tuple[str, tuple[int, ...]]]
-    groups: list[LayerGroup] = field(default_factory=list)
-    averaged: list[str] = field(default_factory=list)
-    copied: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    groups: list[LayerGroup]
+    averaged: list[str]
+    copied: list[str]
+    notes: list[str]
+
+    def systems(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of each group."""
+        return [(g.width, sum(math.prod(self.layout[name][1]) for name in g.tensors) // g.width) for g in self.groups]
+
+    def encode(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Values of the tensor `name` in the dtype that it is written in.
+
+        Raises:
+            InputError: a value does not fit.
+        """
+        try:
+            return encode(values, self.layout[name][0])
+        except OverflowError as error:
+            raise InputError(f"tensor {name}: {error}; choose a wider --dtype") from error
 
 
-def plan_merge(flags: MergeFlags, models: list[Checkpoint], grams: list[Grams]) -> MergePlan:
+def plan_merge(
+    models: list[Checkpoint], model_weights: list[float], grams: list[Grams], selects: Callable[[str], bool], dtype: str
+) -> MergePlan:
     """Check that the models, and the Grams where there are any, fit together, and decide on every tensor.
+
+    `selects` is whether the tensor of a name is merged; `dtype` that of the merged floats, "auto" the first model's.
 
     Raises:
         InputError: they do not; the message lists every difference.
     """
     problems: list[str] = []
     notes: list[str] = []
-    first = models[0]
-    for path in flags.output_dirs():
-        if path.exists():
-            problems.append(f"{path} exists already: remove it, or choose another --output_dir")
-    for model in models[1:]:
+    first, *others = models
+    for model in others:
         _compare_configs(first, model, problems, notes)
         _compare_vocabularies(first, model, problems, notes)
     # Where embeddings are tied, a stored head is a copy of them that loading ignores.
-    tied = all(model.ties_embeddings for model in models)
-    names = [{name for name in model.tensors if not (tied and name == "lm_head.weight")} for model in models]
-    selected = {name for name in set().union(*names) if flags.selects(name)}
+    ignored = {"lm_head.weight"} if all(model.ties_embeddings for model in models) else set()
+    names = [set(model.tensors) - ignored for model in models]
+    selected = {name for name in set().union(*names) if selects(name)}
     if not selected:
         problems.append("--include and --exclude leave no tensor to merge")
     _compare_tensors(models, names, selected, problems)
-    if problems:
-        _refuse(problems)
+    _refuse(problems)
 
-    dtype = STORED_AS.get(flags.dtype)
-    plan = MergePlan(
-        {
-            name: (dtype if dtype and info.dtype in FLOATS else info.dtype, info.shape)
-            for name, info in first.tensors.items()
-            if name in names[0]
-        },
-        notes=notes,
-    )
-    plan.copied = [name for name in plan.layout if name not in selected]
-    plan.groups = _group_layers(models, grams, [name for name in plan.layout if name in selected], tied, problems)
-    if problems:
-        _refuse(problems)
-    solved = {name for group in plan.groups for name in group.tensors}
-    plan.averaged = [name for name in plan.layout if name in selected and name not in solved]
-    if grams and not solved:
-        _refuse(["none of the selected tensors has a Gram in every file"])
-    return plan
+    infos = {name: info for name, info in first.tensors.items() if name in names[0]}
+    merged = [name for name in infos if name in selected]
+    groups = _group_layers(models, grams, merged, ignored, problems)
+    if grams and not groups and not problems:
+        problems.append("none of the selected tensors has a Gram in every file")
+    _refuse(problems)
+    solved = {name for group in groups for name in group.tensors}
+    averaged = [name for name in merged if name not in solved]
+    copied = [name for name in infos if name not in selected]
+    layout = {
+        name: (STORED_AS.get(dtype, info.dtype) if info.dtype in FLOATS else info.dtype, info.shape)
+        for name, info in infos.items()
+    }
+    return MergePlan(models, model_weights, grams, layout, groups, averaged, copied, notes)
 
 
 def _compare_configs(first: Checkpoint, other: Checkpoint, problems: list[str], notes: list[str]) -> None:
     a, b = ({key: model.config.get(key) for key in (*SAME, *ALIKE)} for model in (first, other))
     if any(first.config.get(key) != other.config.get(key) for key in {*first.config, *other.config} - UNRELATED):
-        # Files of several years say the same in several ways. transformers knows, but takes seconds to import.
+        # Files of several years write the same in several ways. transformers reads all, but takes seconds to import.
         known = [_as_transformers_has_it(model) for model in (first, other)]
         if None not in known:
             a, b = known
@@ -159,12 +175,10 @@ def _compare_vocabularies(first: Checkpoint, other: Checkpoint, problems: list[s
 
 def _compare_tensors(models: list[Checkpoint], names: list[set[str]], selected: set[str], problems: list[str]) -> None:
     for name in sorted(selected):
-        lacking = [model.name for model, theirs in zip(models, names, strict=True) if name not in theirs]
-        if lacking:
-            holder = next(model for model, theirs in zip(models, names, strict=True) if name in theirs)
-            problems.append(
-                f"tensor {name} of {holder.name} is missing in {', '.join(lacking)}; --exclude leaves it out"
-            )
+        holders = [model for model, theirs in zip(models, names, strict=True) if name in theirs]
+        if len(holders) < len(models):
+            lacking = ", ".join(model.name for model in models if model not in holders)
+            problems.append(f"tensor {name} of {holders[0].name} is missing in {lacking}; --exclude leaves it out")
             continue
         infos = [model.tensors[name] for model in models]
         if len({info.shape for info in infos}) > 1:
@@ -175,57 +189,48 @@ def _compare_tensors(models: list[Checkpoint], names: list[set[str]], selected: 
 
 
 def _group_layers(
-    models: list[Checkpoint], grams: list[Grams], selected: list[str], tied: bool, problems: list[str]
+    models: list[Checkpoint], grams: list[Grams], selected: list[str], ignored: set[str], problems: list[str]
 ) -> list[LayerGroup]:
-    gram_of_tensor: list[dict[str, str]] = []
-    for model, file in zip(models, grams, strict=bool(grams)):
-        recorded = file.provenance.get("fingerprint")
-        if recorded is not None and recorded != model.fingerprint():
-            problems.append(
-                f"{file.path} holds the Grams of {file.provenance.get('model')}, not of {model.name}; "
-                "--grams goes in the order of --models"
-            )
-        gram_of_tensor.append({})
-        for gram in file.grams.values():
-            for module in gram.modules:
-                name = _weight_name(module, model)
-                if name is None:
-                    if not (tied and module == "lm_head"):
-                        problems.append(f"{file.path}: {model.name} has no layer {module}")
-                    continue
-                info = model.tensors[name]
-                if len(info.shape) != 2 or info.shape[0 if gram.conv1d else 1] != gram.width:
-                    problems.append(
-                        f"{file.path}: the Gram of {module} has width {gram.width}, its weight in {model.name} "
-                        f"is {list(info.shape)}"
-                    )
-                gram_of_tensor[-1][name] = gram.name
+    if not grams:
+        return []
+    found = [_grams_by_tensor(model, file, ignored, problems) for model, file in zip(models, grams, strict=True)]
     groups: dict[tuple[str, ...], LayerGroup] = {}
     for name in selected:
-        key = tuple(theirs[name] for theirs in gram_of_tensor if name in theirs)
-        if grams and len(key) == len(grams):
-            described = [file.grams[gram] for file, gram in zip(grams, key, strict=True)]
-            conv1d = any(gram.conv1d for gram in described)
-            groups.setdefault(key, LayerGroup(key, [], described[0].width, conv1d)).tensors.append(name)
+        if all(name in theirs for theirs in found):
+            key = tuple(theirs[name].name for theirs in found)
+            conv1d = any(theirs[name].conv1d for theirs in found)
+            groups.setdefault(key, LayerGroup(key, [], found[0][name].width, conv1d)).tensors.append(name)
     return list(groups.values())
 
 
-def _weight_name(module: str, model: Checkpoint) -> str | None:
-    # Some checkpoints are stored without the prefix of the base model: "h.0..." for "transformer.h.0...".
-    for candidate in (f"{module}.weight", f"{module.partition('.')[2]}.weight"):
-        if candidate in model.tensors:
-            return candidate
-    return None
+def _grams_by_tensor(model: Checkpoint, file: Grams, ignored: set[str], problems: list[str]) -> dict[str, Gram]:
+    """The Gram of each weight of a model that has one."""
+    recorded = file.provenance.get("fingerprint")
+    if recorded is not None and recorded != model.fingerprint():
+        problems.append(
+            f"{file.path} holds the Grams of {file.provenance.get('model')}, not of {model.name}; "
+            "--grams goes in the order of --models"
+        )
+    found: dict[str, Gram] = {}
+    for gram in file.grams.values():
+        for module in gram.modules:
+            # Some checkpoints are stored without the prefix of the base model: "h.0..." for "transformer.h.0...".
+            candidates = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
+            name = next((candidate for candidate in candidates if candidate in model.tensors), None)
+            if name is None:
+                if f"{module}.weight" not in ignored:
+                    problems.append(f"{file.path}: {model.name} has no layer {module}")
+                continue
+            shape = model.tensors[name].shape
+            if len(shape) != 2 or shape[0 if gram.conv1d else 1] != gram.width:
+                own = f"its weight in {model.name} is {list(shape)}"
+                problems.append(f"{file.path}: the Gram of {module} has width {gram.width}, {own}")
+            found[name] = gram
+    return found
 
 
 def _refuse(problems: list[str]) -> None:
-    listed = "".join(f"\n  - {problem}" for problem in problems[:MAX_LISTED])
-    more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-    raise InputError(f"these do not merge:{listed}{more}")
-
-
-def describe_size(plan: MergePlan, models: list[Checkpoint]) -> tuple[int, int]:
-    """Bytes of weights that the merge reads, and bytes that each merged model takes."""
-    read = sum(model.tensors[name].nbytes for model in models for name in plan.layout if name in model.tensors)
-    written = sum(math.prod(shape) * STORAGE[dtype].itemsize for dtype, shape in plan.layout.values())
-    return read, written
+    if problems:
+        listed = "".join(f"\n  - {problem}" for problem in problems[:MAX_LISTED])
+        more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        raise InputError(f"these do not merge:{listed}{more}")

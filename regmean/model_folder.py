@@ -26,14 +26,7 @@ NOT_DOWNLOADED = ("consolidated*", "*/*")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk. Tensors are headers until they are read.
-
-    Attributes:
-        name: as the user wrote it: a hub id or a folder.
-        folder: where the files lie.
-        config: `config.json`.
-        tensors: by name.
-    """
+    """A model on disk: its name as the user wrote it, its folder and `config.json`. Tensors are headers until read."""
 
     name: str
     folder: Path
@@ -73,15 +66,9 @@ def locate_model(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = {"allow_patterns": [*COMPANIONS, "*.safetensors"], "ignore_patterns": [*NOT_DOWNLOADED]}
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=[*COMPANIONS, "*.safetensors"],
-                ignore_patterns=[*NOT_DOWNLOADED],
-            )
-        )
+        return Path(snapshot_download(name, revision=revision, **patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(f"model {name}: no such folder here, and the hub gives none: {first_line(error)}") from error
 
@@ -98,31 +85,26 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
         raise InputError(f"{folder / 'config.json'}: expected an object")
     if config.get("quantization_config"):
         raise InputError(f"model {name} is quantised; take the unquantised weights")
-    tensors: dict[str, TensorInfo] = {}
     # One file goes before an index, as in transformers, from whose reading the Grams are.
     if (folder / SINGLE_NAME).exists():
-        tensors = TensorFile(inside(folder, SINGLE_NAME)).tensors
+        files, names = [SINGLE_NAME], set()
     elif (folder / INDEX_NAME).exists():
         weight_map = read_shard_index(folder / INDEX_NAME)
-        for shard in sorted(set(weight_map.values())):
-            tensors |= TensorFile(inside(folder, shard)).tensors
-        missing = sorted(set(weight_map) - set(tensors))
-        if missing:
-            raise InputError(f"{folder / INDEX_NAME}: tensor {missing[0]} is in none of the files")
+        files, names = sorted(set(weight_map.values())), set(weight_map)
     else:
         raise InputError(f"model {name}: {folder} holds no {SINGLE_NAME}; save it in that form first")
+    tensors = {key: info for file in files for key, info in TensorFile(inside(folder, file)).tensors.items()}
+    if missing := sorted(names - set(tensors)):
+        raise InputError(f"{folder / INDEX_NAME}: tensor {missing[0]} is in none of the files")
     return Checkpoint(name, folder, config, tensors)
 
 
 class CheckpointWriter:
-    """Fills a folder with a model: sharded safetensors, and the config, tokenizer and templates of `source`.
+    """Fills an empty folder with a model: sharded safetensors of `layout` (dtype and shape of every tensor), and the
+    config, with another `dtype` if one is given, the tokenizer and the templates of `source`.
 
-    Args:
-        folder: an empty folder.
-        layout: dtype and shape of every tensor, in order.
-        source: the model that lends everything but the weights.
-        dtype: the config's, where it is to change ("bfloat16").
-        max_shard_size: as in "5GB".
+    Raises:
+        InputError: `max_shard_size` ("5GB") cannot be read.
     """
 
     def __init__(
@@ -133,8 +115,15 @@ class CheckpointWriter:
         dtype: str | None,
         max_shard_size: str,
     ):
+        from huggingface_hub import split_state_dict_into_shards_factory
+
         self._folder = folder
-        self._split = split_shards(layout, max_shard_size)
+        sizes = {name: math.prod(shape) * STORAGE[dtype].itemsize for name, (dtype, shape) in layout.items()}
+        options = {"get_storage_size": lambda size: size, "filename_pattern": "model{suffix}.safetensors"}
+        try:
+            self._split = split_state_dict_into_shards_factory(sizes, **options, max_shard_size=max_shard_size)
+        except ValueError as error:
+            raise InputError(f"--max_shard_size {max_shard_size}: {error}; as in 5GB or 500MB") from error
         self._writers = {
             file: TensorWriter(folder / file, {name: layout[name] for name in names}, {"format": "pt"})
             for file, names in self._split.filename_to_tensors.items()
@@ -162,26 +151,6 @@ class CheckpointWriter:
             write_json(self._folder / INDEX_NAME, index)
 
 
-def split_shards(layout: dict[str, tuple[str, tuple[int, ...]]], max_shard_size: str) -> Any:
-    """Which file each tensor goes to: a `huggingface_hub.StateDictSplit`.
-
-    Raises:
-        InputError: the size cannot be read.
-    """
-    from huggingface_hub import split_state_dict_into_shards_factory
-
-    sizes = {name: math.prod(shape) * STORAGE[dtype].itemsize for name, (dtype, shape) in layout.items()}
-    try:
-        return split_state_dict_into_shards_factory(
-            sizes,
-            get_storage_size=lambda size: size,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise InputError(f"--max_shard_size {max_shard_size}: {error}; as in 5GB or 500MB") from error
-
-
 def same_tokenizer_file(first: Checkpoint, second: Checkpoint) -> bool:
     """Whether both have a `tokenizer.json`, the same byte by byte."""
     paths = [checkpoint.folder / "tokenizer.json" for checkpoint in (first, second)]
@@ -196,6 +165,9 @@ def base_vocabulary(checkpoint: Checkpoint) -> tuple[Any, dict[int, str]] | None
     content = read_json(path)
     try:
         added = {int(token["id"]): token["content"] for token in content["added_tokens"]}
-        return content["model"]["vocab"], added
+        vocabulary = content["model"]["vocab"]
+        if not isinstance(vocabulary, dict | list):
+            raise TypeError("a vocabulary")
+        return vocabulary, added
     except (KeyError, TypeError, ValueError, OverflowError) as error:  # the last for an id of infinity
         raise InputError(f"{path}: not a tokenizer file: {error!r} is missing") from error

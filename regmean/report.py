@@ -1,4 +1,4 @@
-"""What a merge says about itself: a table on the terminal, `merge_report.json`, and the model card."""
+"""The report of a merge: a table on the terminal, `merge_report.json`, and the model card."""
 
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from common.io import write_json, write_text
-from regmean.config import MergeFlags
 from regmean.gram_file import Grams
 from regmean.merge_plan import MergePlan
 from regmean.model_folder import Checkpoint
@@ -21,14 +20,9 @@ TITLES = {"avg": "weighted average", "regmean": "RegMean"}
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How the layers of one shared Gram were merged.
-
-    Attributes:
-        tensors: names of the weights.
-        tokens: how many tokens each model's Gram sums.
-        solver: the solver, with dtype and jitter.
-        condition: estimate of the system's condition number; None where the solver gives none.
-        objective: RegMean's objective at the mean, at each model's weights and at the merge.
+    """How the layers of one shared Gram were merged: their weights' names, and how many tokens each model's Gram sums;
+    the solver, with dtype and jitter; the system's condition number, estimated, where the solver gives one; RegMean's
+    objective at the mean, at each model's weights and at the merge.
     """
 
     tensors: list[str]
@@ -52,52 +46,39 @@ class Provenance:
 
     @classmethod
     def of(
-        cls, flags: MergeFlags, alpha: float | None, command: str, models: list[Checkpoint], grams: list[Grams]
+        cls,
+        method: str,
+        alpha: float | None,
+        solver: str,
+        command: str,
+        models: list[Checkpoint],
+        model_weights: list[float],
+        grams: list[Grams],
     ) -> "Provenance":
-        """Collect it."""
-        return cls(
-            flags.method,
-            alpha,
-            flags.solver if grams else None,
-            command,
-            [
-                {"model": model.name, "weight": weight, "fingerprint": model.fingerprint()}
-                for model, weight in zip(models, flags.weights(), strict=True)
-            ],
-            [{**file.provenance, "file": str(file.path)} for file in grams],
-            {name: version(name) for name in ("torch", "numpy")},
-        )
+        """Collect it; without Grams there is no solver."""
+        weighted = zip(models, model_weights, strict=True)
+        described = [{"model": model.name, "weight": w, "fingerprint": model.fingerprint()} for model, w in weighted]
+        files = [{**file.provenance, "file": str(file.path)} for file in grams]
+        versions = {name: version(name) for name in ("torch", "numpy")}
+        return cls(method, alpha, solver if grams else None, command, described, files, versions)
 
 
 def write_report(folder: Path, provenance: Provenance, plan: MergePlan, layers: list[LayerReport]) -> None:
     """Write `merge_report.json` and the model card `README.md` into a model's folder."""
-    write_json(
-        folder / "merge_report.json",
-        asdict(provenance)
-        | {
-            "layers": [asdict(layer) for layer in layers],
-            "averaged": plan.averaged,
-            "copied_from_first": plan.copied,
-            "notes": plan.notes,
-        },
-    )
+    of_tensors = {"averaged": plan.averaged, "copied_from_first": plan.copied, "notes": plan.notes}
+    report = asdict(provenance) | {"layers": [asdict(layer) for layer in layers]} | of_tensors
+    write_json(folder / "merge_report.json", report)
     write_text(folder / "README.md", model_card(provenance))
 
 
 def model_card(provenance: Provenance) -> str:
     """A model card in Markdown, with the YAML header that the Hugging Face hub reads."""
-    header = {
-        "base_model": [model["model"] for model in provenance.models],
-        "library_name": "transformers",
-        "tags": ["merge", provenance.method],
-    }
+    title, names = TITLES[provenance.method], [model["model"] for model in provenance.models]
+    header = {"base_model": names, "library_name": "transformers", "tags": ["merge", provenance.method]}
     alpha = "" if provenance.alpha is None else f" with alpha {provenance.alpha:g}"
-    lines = [
-        f"# {TITLES[provenance.method]} of {len(provenance.models)} models",
-        f"Merged by {TITLES[provenance.method]}{alpha}.",
-        "| model | weight |\n| --- | --- |\n"
-        + "\n".join(f"| {_code(model['model'])} | {model['weight']:.4g} |" for model in provenance.models),
-    ]
+    rows = [f"| {_code(model['model'])} | {model['weight']:.4g} |" for model in provenance.models]
+    lines = [f"# {title} of {len(names)} models", f"Merged by {title}{alpha}."]
+    lines += ["\n".join(["| model | weight |", "| --- | --- |", *rows])]
     if provenance.grams:
         lines += ["Inner products of the layers' inputs, in the models' order:"]
         lines += ["\n".join(f"- {_code(_describe(gram))}" for gram in provenance.grams)]
@@ -108,20 +89,18 @@ def model_card(provenance: Provenance) -> str:
 
 def print_table(alpha: float, models: list[str], layers: list[LayerReport]) -> None:
     """Print one line per system: solver, condition, and the objective relative to the mean's."""
-    print(f"\nalpha {alpha:g}; RegMean's objective at the mean, and as a share of that at each model and at the merge")
+    measured = "RegMean's objective at the mean, and as a fraction of that at each model and at the merge"
+    print(f"\nalpha {alpha:g}; {measured}")
     names = [Path(model).name[:14] for model in models]
     print(f"{'layers':<58} {'solver':<26} {'condition':>9} {'mean':>10} {' '.join(f'{n:>14}' for n in names)}  merged")
     for layer in layers:
         title = layer.tensors[0].removesuffix(".weight")
         title += f" +{len(layer.tensors) - 1}" if len(layer.tensors) > 1 else ""
-        objective = layer.objective
-        mean = objective.mean or 1.0
         condition = "-" if layer.condition is None else f"{layer.condition:.2g}"
-        inputs = " ".join(f"{value / mean:>14.3f}" for value in objective.inputs)
-        print(
-            f"{title[-58:]:<58} {layer.solver:<26} {condition:>9} {objective.mean:>10.3g} {inputs} "
-            f"{objective.merged / mean:>7.4f}"
-        )
+        at_mean = layer.objective.mean
+        *inputs, merged = (value / (at_mean or 1.0) for value in (*layer.objective.inputs, layer.objective.merged))
+        fractions = " ".join(f"{value:>14.3f}" for value in inputs) + f" {merged:>7.4f}"
+        print(f"{title[-58:]:<58} {layer.solver:<26} {condition:>9} {at_mean:>10.3g} {fractions}")
 
 
 def _describe(gram: dict[str, Any]) -> str:

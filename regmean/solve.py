@@ -5,26 +5,33 @@ layer, with inputs X_i and weights W_i of models i, find the W closest to all of
 
     minimise  f(W) = sum_i w_i ||X_i W - X_i W_i||^2 / n_i  =  sum_i w_i tr((W - W_i)^T G_i (W - W_i)),
 
-where G_i = X_i^T X_i / n_i is the Gram per token and w_i the model's share. Off-diagonals of every G_i are first scaled
-by alpha (their equation 3's shrinking towards the diagonal). The solution, written around the weighted mean M, is
+where G_i = X_i^T X_i / n_i is the Gram per token and w_i the model's weight. Off-diagonals of every G_i are first
+scaled by alpha (their equation 3's shrinking towards the diagonal). Around the weighted mean M, the solution is
 
     W = M + G^-1 sum_i w_i G_i (W_i - M),    G = sum_i w_i G_i.
 
 It equals the published form G^-1 sum_i w_i G_i W_i, but rounds a correction where that one rounds the whole weight,
 and where G says nothing (an input that is always zero) the mean stays.
 
-Weights here are as nn.Linear keeps them, (outputs, inputs): rows are independent problems of one matrix G.
+The layers' weights are here as nn.Linear keeps them, `rows` of shape (outputs, inputs): independent problems of one
+matrix G. `System` solves them block by block; `model_weights` are the w_i, which sum to 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
+import numpy as np
 import torch
 
 from common.onednn import linear
 from regmean.triangular import Factor
 
+# Of outputs solved at a time, elements per model: 28 MB in float32. From 32 MB on the C library takes the memory of
+# every array anew from the system, page by page.
+BLOCK_ELEMENTS = 7 << 20
+# The same where several systems are solved side by side, and a block costs no reading of Grams.
+SIDE_BY_SIDE_BLOCK_ELEMENTS = 1 << 19
 # Tried in turn until the factorisation succeeds; the jitter is relative to the equilibrated diagonal of ones.
 ATTEMPTS = tuple((dtype, jitter) for dtype in (torch.float32, torch.float64) for jitter in (0.0, 1e-5, 1e-4, 1e-3))
 # Residuals |R - D G| / |R|: what a Cholesky solution is refined to, and what no solution may exceed.
@@ -36,41 +43,22 @@ ACCEPTED_RESIDUAL = 1e-2
 PROBES = 16
 PROBE_MARGIN = 1 / 3
 PANEL = 1024  # rows and columns of a tile of an inner product matrix that is never held whole
+SINGULAR = "the scaled Gram is singular; use --solver cholesky, or a smaller --alpha"
 
 
 class SolveError(Exception):
-    """The system could not be solved; the message says why, the caller knows which layer it is."""
+    """The system could not be solved; the message gives the reason, not the layer."""
 
 
-class GramSum:
-    """G = sum_i w_i G_i of one layer input, for any alpha.
+def scaled(total: torch.Tensor, alpha: float) -> torch.Tensor:
+    """A copy of the Gram G with off-diagonals times alpha; an input that is always zero gets a one on the diagonal.
 
-    Attributes:
-        matrix: float32 (inputs, inputs), off-diagonals as they are.
+    Such an input's right-hand side is zero too, so the one leaves its weights at the mean.
     """
-
-    def __init__(self, matrix: torch.Tensor):
-        self.matrix = matrix
-
-    @classmethod
-    def of_two(cls, first: torch.Tensor, second: torch.Tensor, shares: list[float]) -> tuple[Self, torch.Tensor]:
-        """The sum for two models, and G_1 - G_2, in the memory of the two Grams per token."""
-        difference = first.sub_(second)
-        return cls(second.add_(difference, alpha=shares[0])), difference
-
-    def add(self, gram: torch.Tensor, weight: float) -> None:
-        """Add one model's Gram per token, float32 (inputs, inputs), with the model's share."""
-        self.matrix.add_(gram, alpha=weight)
-
-    def scaled(self, alpha: float) -> torch.Tensor:
-        """A copy with off-diagonals times alpha; an input that is always zero gets a one on the diagonal.
-
-        Such an input's right-hand side is zero too, so the one leaves its weights at the mean.
-        """
-        diagonal = self.matrix.diagonal()
-        scaled = self.matrix * alpha
-        scaled.diagonal().copy_(torch.where(diagonal > 0, diagonal, 1.0))
-        return scaled
+    diagonal = total.diagonal()
+    system = total * alpha
+    system.diagonal().copy_(torch.where(diagonal > 0, diagonal, 1.0))
+    return system
 
 
 class Cholesky:
@@ -79,9 +67,7 @@ class Cholesky:
     float32 first. Where the matrix is singular to float32 (alpha near 1 with fewer tokens than inputs) jitter is added
     and its effect refined away against the true matrix.
 
-    Attributes:
-        label: dtype and jitter used.
-        condition: estimate of the equilibrated system's condition number.
+    `label` has the dtype and jitter used, `condition` an estimate of the equilibrated system's condition number.
 
     Raises:
         SolveError: every attempt failed, so the matrix is far from positive semi-definite.
@@ -89,28 +75,26 @@ class Cholesky:
 
     refinements = 5
 
-    def __init__(self, total: GramSum, alpha: float):
-        for dtype, jitter in ATTEMPTS:
-            system = total.scaled(alpha).to(dtype)
-            scale = system.diagonal().rsqrt()
-            system.mul_(scale).mul_(scale[:, None])
-            system.diagonal().fill_(1 + jitter)
-            largest = _largest_eigenvalue(system.matmul, scale)
-            try:
-                factor = Factor(system)
-            except ArithmeticError:
-                del system
-                continue
-            condition = largest * _largest_eigenvalue(factor.solve, scale)
-            # As LAPACK's posvx: a factor of a matrix that is singular to working precision is no use.
-            if jitter == 0 and not condition < 1 / torch.finfo(dtype).eps:
-                del system, factor
-                continue
-            self.label = f"cholesky {str(dtype).removeprefix('torch.')}" + (f" jitter {jitter:g}" if jitter else "")
-            self.condition: float | None = condition
-            self._factor, self._scale = factor, scale
-            return
-        raise SolveError("the Gram is not positive semi-definite, as no sum of x x^T can be: its file is damaged")
+    def __init__(self, total: torch.Tensor, alpha: float):
+        if not any(self._factorise(total, alpha, dtype, jitter) for dtype, jitter in ATTEMPTS):
+            raise SolveError("the Gram is not positive semi-definite, as no sum of x x^T can be: its file is damaged")
+
+    def _factorise(self, total: torch.Tensor, alpha: float, dtype: torch.dtype, jitter: float) -> bool:
+        """Whether there is a factor in this dtype with this jitter."""
+        self._factor = None  # frees that of an attempt before
+        system = scaled(total, alpha).to(dtype)
+        self._scale = system.diagonal().rsqrt()
+        system.mul_(self._scale).mul_(self._scale[:, None])
+        system.diagonal().fill_(1 + jitter)
+        largest = _largest_eigenvalue(system.matmul, self._scale)
+        try:
+            self._factor = Factor(system)
+        except ArithmeticError:
+            return False
+        self.condition: float | None = largest * _largest_eigenvalue(self._factor.solve, self._scale)
+        self.label = f"cholesky {str(dtype).removeprefix('torch.')}" + (f" jitter {jitter:g}" if jitter else "")
+        # As LAPACK's posvx: a factor of a matrix that is singular to working precision is no use.
+        return jitter > 0 or self.condition < 1 / torch.finfo(dtype).eps
 
     def solve(self, rhs: torch.Tensor) -> torch.Tensor:
         """D with D G = rhs, both (outputs, inputs)."""
@@ -129,15 +113,15 @@ class Lstsq:
     refinements = 0
     condition: float | None = None
 
-    def __init__(self, total: GramSum, alpha: float):
-        self._system = total.scaled(alpha)
+    def __init__(self, total: torch.Tensor, alpha: float):
+        self._system = scaled(total, alpha)
 
     def solve(self, rhs: torch.Tensor) -> torch.Tensor:
         """As `Cholesky.solve`; gels itself sees only a singular matrix that rounding has left exactly so."""
         try:
             return torch.linalg.lstsq(self._system, rhs.T, driver="gels").solution.T
         except torch.linalg.LinAlgError as error:
-            raise SolveError("the scaled Gram is singular; use --solver cholesky, or a smaller --alpha") from error
+            raise SolveError(SINGULAR) from error
 
 
 class Inverse:
@@ -146,11 +130,11 @@ class Inverse:
     label = "inverse"
     refinements = 0
 
-    def __init__(self, total: GramSum, alpha: float):
-        system = total.scaled(alpha)
+    def __init__(self, total: torch.Tensor, alpha: float):
+        system = scaled(total, alpha)
         self._inverse, singular = torch.linalg.inv_ex(system)
         if singular:
-            raise SolveError("the scaled Gram is singular; use --solver cholesky, or a smaller --alpha")
+            raise SolveError(SINGULAR)
         self.condition: float | None = (torch.linalg.norm(system, 1) * torch.linalg.norm(self._inverse, 1)).item()
 
     def solve(self, rhs: torch.Tensor) -> torch.Tensor:
@@ -158,7 +142,7 @@ class Inverse:
         return rhs @ self._inverse.T
 
 
-SOLVERS: dict[str, Any] = {"cholesky": Cholesky, "lstsq": Lstsq, "inverse": Inverse}
+SOLVERS: dict[str, type] = {"cholesky": Cholesky, "lstsq": Lstsq, "inverse": Inverse}
 
 
 @dataclass
@@ -176,26 +160,98 @@ class Objective:
         self.inputs = [a + b for a, b in zip(self.inputs or [0.0] * len(other.inputs), other.inputs, strict=True)]
 
 
+@dataclass(eq=False)
+class System:
+    """The regression of all layers that share one input, solved block by block of their outputs, for any alpha.
+
+    Of two models the Grams are read once and kept as their sum and their difference: with D_i = W_i - M,
+    w_1 D_1 + w_2 D_2 = 0, so that sum_i w_i D_i G_i = w_1 D_1 (G_1 - G_2), one product in place of two. Of more they
+    are read again for each block, one at a time: keeping every model's Gram would take more memory than all else.
+    `solvers` and `objectives` are by alpha, the latter summed over all blocks.
+
+    Args:
+        read: gives the sum of x x^T of a model by its index: float32 (inputs, inputs), the caller's no longer.
+        tokens: how many each of these sums.
+        model_weights: w_i, summing to 1.
+        solver: a name of `SOLVERS`.
+        for_each: the `map` to call `read` by, where that may be done for several models at once.
+    """
+
+    read: Callable[[int], np.ndarray]
+    tokens: list[int]
+    model_weights: list[float]
+    solver: str
+    for_each: Callable[..., Iterator] = map
+    solvers: dict[float, Any] = field(default_factory=dict)
+    objectives: dict[float, Objective] = field(default_factory=dict)
+    total: torch.Tensor | None = None
+    _difference: torch.Tensor | None = None
+
+    def regress(self, rows: list[torch.Tensor], mean: torch.Tensor) -> "Regression":
+        """The regression of a block of outputs; `rows` are each model's weights, float32 (outputs, inputs), overwritten
+        by their differences to `mean`, the weighted mean, which is on the device that solves.
+        """
+        regression = Regression(self, rows, mean)
+        if len(rows) == 2:
+            if self._difference is None:
+                # Threads read and no more: PyTorch would start a pool of its own in each.
+                grams = self.for_each(self.read, range(2))
+                first, second = (self._per_token(gram, index, mean.device) for index, gram in enumerate(grams))
+                self._difference = first.sub_(second)
+                self.total = second.add_(self._difference, alpha=self.model_weights[0])
+            regression.add(self._difference)
+            return regression
+        is_first = self.total is None
+        for index, weight in enumerate(self.model_weights):
+            gram = self._per_token(self.read(index), index, mean.device)
+            if is_first:
+                self.total = torch.zeros_like(gram) if index == 0 else self.total
+                self.total.add_(gram, alpha=weight)
+            regression.add(gram, index)
+            del gram
+        return regression
+
+    def solver_for(self, alpha: float) -> Any:
+        """One of `SOLVERS`, made from the sum of the Grams.
+
+        Raises:
+            SolveError: the system has no factor.
+        """
+        if alpha not in self.solvers:
+            self.solvers[alpha] = SOLVERS[self.solver](self.total, alpha)
+        return self.solvers[alpha]
+
+    def _per_token(self, gram: np.ndarray, index: int, device: torch.device) -> torch.Tensor:
+        return torch.from_numpy(gram).to(device).div_(self.tokens[index])
+
+
+def block_elements(models: int, side_by_side: bool) -> int:
+    """Elements of the outputs, per model, that a system is to be solved for at a time."""
+    return SIDE_BY_SIDE_BLOCK_ELEMENTS if side_by_side and models == 2 else BLOCK_ELEMENTS
+
+
+def system_bytes(models: int, systems: list[tuple[int, int]], alphas: int, side_by_side: bool) -> int:
+    """The most bytes of arrays that a `System` of any of these (inputs, outputs), with its block, holds at once."""
+    # Squares (the sum of Grams, one more Gram or the difference of two, a factor for each alpha), and blocks: one per
+    # model, eight in the solver.
+    squares, block = 2 + alphas, block_elements(models, side_by_side)
+    sizes = (4 * (squares * inputs**2 + (models + 8) * min(block, inputs * outputs)) for inputs, outputs in systems)
+    return max(sizes, default=0)
+
+
 class Regression:
     """Right-hand sides and objectives of some outputs, for any alpha: what several alphas share.
 
     Everything is kept twice, with whole Grams and with their diagonals alone: at alpha it is alpha times the one plus
-    (1 - alpha) times the other.
-
-    Of two models only the difference of the Grams is asked for. With D_i = W_i - M, w_1 D_1 + w_2 D_2 = 0, so that
-    sum_i w_i D_i G_i = w_1 D_1 (G_1 - G_2): one product in place of two.
-
-    Args:
-        weights: each model's weights, float32 (outputs, inputs); overwritten by their differences to the mean.
-        mean: the weighted mean, of the same shape.
-        shares: the models' weights w_i, summing to 1.
+    (1 - alpha) times the other. Arguments are those of `System.regress`.
     """
 
-    def __init__(self, weights: list[torch.Tensor], mean: torch.Tensor, shares: list[float]):
+    def __init__(self, system: System, rows: list[torch.Tensor], mean: torch.Tensor):
+        self._system = system
         self._mean = mean
         # The second of two is a multiple of the first.
-        self._deltas = [weight.sub_(mean) for weight in (weights[:1] if len(weights) == 2 else weights)]
-        self._shares = shares
+        self._deltas = [row.sub_(mean) for row in (rows[:1] if len(rows) == 2 else rows)]
+        self._model_weights = system.model_weights
         self._rhs: torch.Tensor | None = None
         self._diagonal_rhs: torch.Tensor | None = None
         # tr(D A D^T) for each matrix A added and the D that goes with it: with A whole, and its diagonal alone.
@@ -204,32 +260,23 @@ class Regression:
         self._under_total: list[tuple[float, float]] = []
 
     def add(self, matrix: torch.Tensor, index: int = 0) -> None:
-        """Take in, per token, of two models G_1 - G_2, of more the Gram of model `index`.
-
-        Args:
-            matrix: float32 (inputs, inputs), symmetric.
-            index: of the model; 0 for two.
-        """
-        delta, share = self._deltas[index], self._shares[index]
+        """Take in, per token, of two models G_1 - G_2 (under index 0), of more the Gram of model `index`."""
+        delta, weight = self._deltas[index], self._model_weights[index]
         product, diagonal_product = linear(delta, matrix), delta * matrix.diagonal()
         self._own.append((_inner(delta, product), _inner(delta, diagonal_product)))
         if self._rhs is None:
-            self._rhs, self._diagonal_rhs = product.mul_(share), diagonal_product.mul_(share)
+            self._rhs, self._diagonal_rhs = product.mul_(weight), diagonal_product.mul_(weight)
         else:
-            self._rhs.add_(product, alpha=share)
-            self._diagonal_rhs.add_(diagonal_product, alpha=share)
+            self._rhs.add_(product, alpha=weight)
+            self._diagonal_rhs.add_(diagonal_product, alpha=weight)
 
-    def solve(self, total: GramSum, solver: Any, alpha: float) -> tuple[torch.Tensor, Objective]:
-        """The merged weights, float32 (outputs, inputs), and the objective's values.
-
-        Args:
-            total: the sum of the same Grams.
-            solver: one of `SOLVERS`, made from `total` and `alpha`.
-            alpha: the off-diagonals' factor.
+    def solve(self, alpha: float) -> torch.Tensor:
+        """The merged weights, float32 (outputs, inputs); the objective's values are added to the system's.
 
         Raises:
-            SolveError: the solution is not finite, or does not solve the system.
+            SolveError: there is no solution, or it is not finite or does not solve the system.
         """
+        total, solver = self._system.total, self._system.solver_for(alpha)
         rhs = torch.lerp(self._diagonal_rhs, self._rhs, alpha)
         delta = solver.solve(rhs)
         residual_norm, against_delta = _probed_residual(rhs, delta, total, alpha)
@@ -242,10 +289,11 @@ class Regression:
             delta.zero_()
             gain = 0.0
         at_mean, at_inputs = self._at_mean_and_inputs(rhs, total, alpha)
-        return delta.add_(self._mean), Objective(at_mean, at_inputs, at_mean - gain)
+        self._system.objectives.setdefault(alpha, Objective()).add(Objective(at_mean, at_inputs, at_mean - gain))
+        return delta.add_(self._mean)
 
     def _refined(
-        self, rhs: torch.Tensor, delta: torch.Tensor, total: GramSum, solver: Any, alpha: float
+        self, rhs: torch.Tensor, delta: torch.Tensor, total: torch.Tensor, solver: Any, alpha: float
     ) -> tuple[torch.Tensor, float]:
         """The solution refined against the whole residual where the solver allows for it, and what it gains."""
         rhs_norm = rhs.norm().item()
@@ -259,40 +307,37 @@ class Regression:
         residual_norm = (rhs - product).norm().item()
         # `not <=` also catches NaN.
         if not residual_norm <= ACCEPTED_RESIDUAL * rhs_norm:
-            share = residual_norm / (rhs_norm or 1.0)
-            raise SolveError(
-                f"{solver.label} left a residual of {share:.1g} of the right-hand side, as happens on singular Grams; "
-                "use --solver cholesky, or a smaller --alpha"
-            )
+            left = f"{solver.label} left a residual of {residual_norm / (rhs_norm or 1.0):.1g} of the right-hand side"
+            raise SolveError(f"{left}, as happens on singular Grams; use --solver cholesky, or a smaller --alpha")
         return delta, 2 * _inner(delta, rhs) - _inner(delta, product)
 
-    def _at_mean_and_inputs(self, rhs: torch.Tensor, total: GramSum, alpha: float) -> tuple[float, list[float]]:
+    def _at_mean_and_inputs(self, rhs: torch.Tensor, total: torch.Tensor, alpha: float) -> tuple[float, list[float]]:
         """The objective at the mean and at each model's weights."""
         if not self._under_total:
-            self._under_total = [_quadratic_form(delta, total.matrix) for delta in self._deltas]
+            self._under_total = [_quadratic_form(delta, total) for delta in self._deltas]
         own, under_total = (
             [alpha * whole + (1 - alpha) * diagonal for whole, diagonal in values]
             for values in (self._own, self._under_total)
         )
-        if len(self._shares) == 2:
+        if len(self._model_weights) == 2:
             # G_1 = G + w_2 (G_1 - G_2), G_2 = G - w_1 (G_1 - G_2) and D_2 = -(w_1 / w_2) D_1; and the objective at
             # W_1 is w_2 tr((W_1 - W_2) G_2 (W_1 - W_2)^T), with W_1 - W_2 = D_1 / w_2.
-            first, second = self._shares
+            first, second = self._model_weights
             under_first, under_second = under_total[0] + second * own[0], under_total[0] - first * own[0]
             at_mean = first * under_first + first**2 / second * under_second
             return at_mean, [under_second / second, first * under_first / second**2]
-        at_mean = sum(share * value for share, value in zip(self._shares, own, strict=True))
+        at_mean = sum(weight * value for weight, value in zip(self._model_weights, own, strict=True))
         return at_mean, [
             value - 2 * _inner(delta, rhs) + at_mean for delta, value in zip(self._deltas, under_total, strict=True)
         ]
 
 
-def _times(delta: torch.Tensor, total: GramSum, alpha: float) -> torch.Tensor:
+def _times(delta: torch.Tensor, total: torch.Tensor, alpha: float) -> torch.Tensor:
     """delta times G, which is symmetric, with its off-diagonals scaled, without a scaled copy of G."""
-    return torch.lerp(delta * total.matrix.diagonal(), linear(delta, total.matrix), alpha)
+    return torch.lerp(delta * total.diagonal(), linear(delta, total), alpha)
 
 
-def _probed_residual(rhs: torch.Tensor, delta: torch.Tensor, total: GramSum, alpha: float) -> tuple[float, float]:
+def _probed_residual(rhs: torch.Tensor, delta: torch.Tensor, total: torch.Tensor, alpha: float) -> tuple[float, float]:
     """|r| and <D, r> of the residual r = R - D G, estimated without the product D G.
 
     From sums of the outputs with random signs s: the mean of |s r|^2 is |r|^2, that of <s D, s r> is <D, r>, and
@@ -324,12 +369,8 @@ def _inner(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _largest_eigenvalue(times: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor, steps: int = 8) -> float:
-    """Of a positive definite matrix, estimated from below by power iteration.
-
-    Args:
-        times: the matrix times a vector, (n, 1).
-        like: of size n, and the matrix's dtype and device.
-        steps: of the iteration.
+    """Of a positive definite matrix, given by its product with a vector (n, 1), estimated from below by power iteration
+    in the dtype and on the device of `like`, which has n elements.
     """
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(len(like), 1, generator=generator, dtype=torch.float64).to(like)

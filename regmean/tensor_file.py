@@ -13,28 +13,18 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from common.errors import InputError
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit; a damaged length field must not make us allocate more
-
-# NumPy has no bfloat16: its bits travel as uint16 until `decode`.
-STORAGE = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("u1"),
-}
-FLOATS = ("F64", "F32", "F16", "BF16")
+# How values lie in memory. NumPy has no bfloat16: its bits travel as uint16 until `decode`.
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_OTHERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "u1"}
+STORAGE = {name: np.dtype(code) for name, code in (_FLOATS | _OTHERS).items()}
+FLOATS = tuple(_FLOATS)
 
 
 @dataclass(frozen=True)
@@ -64,16 +54,12 @@ class TensorInfo:
             InputError: the file cannot be read or ends early.
         """
         values = np.empty((self.size if stop is None else stop) - start, STORAGE[self.dtype])
-        buffer = memoryview(values).cast("B")
         try:
-            with self.path.open("rb", buffering=0) as file:
+            with self.path.open("rb") as file:
                 file.seek(self.offset + start * values.itemsize)
-                done = 0
-                while done < len(buffer):
-                    count = file.readinto(buffer[done:])
-                    if not count:
-                        raise InputError(f"{self.path}: ends within tensor {self.name}; copy or download it again")
-                    done += count
+                # A buffered file reads on until the array is full or the file ends.
+                if file.readinto(memoryview(values).cast("B")) < values.nbytes:
+                    raise InputError(f"{self.path}: ends within tensor {self.name}; copy or download it again")
         except OSError as error:
             raise InputError(f"{self.path}: cannot read tensor {self.name}: {error.strerror}") from error
         return values
@@ -125,63 +111,42 @@ class TensorFile:
     """
 
     def __init__(self, path: Path):
-        self.path = path
         try:
-            with path.open("rb") as file:
-                total = path.stat().st_size
-                (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
-                if length > min(MAX_HEADER_BYTES, total - 8):
-                    raise InputError(f"{path}: not a whole safetensors file; copy or download it again")
+            with path.open("rb") as file, safe_open(path, framework="np"):
+                # The library has compared the header with the format and with the file's size.
+                (length,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(length))
+        except SafetensorError as error:
+            raise InputError(f"{path}: not a whole safetensors file; copy or download it again ({error})") from error
         except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: the safetensors header is damaged: {error}") from error
-        try:
-            self.metadata: dict[str, str] = dict(header.pop("__metadata__", {}))
-            self.tensors = {name: self._info(name, entry, 8 + length) for name, entry in header.items()}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: the safetensors header is damaged: {error!r}") from error
-        end = max((info.offset + info.nbytes for info in self.tensors.values()), default=8 + length)
-        if end != total:
-            raise InputError(f"{path}: {total} bytes where the header promises {end}; copy or download it again")
-
-    def _info(self, name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
-        if entry["dtype"] not in STORAGE:
-            raise InputError(f"{self.path}: tensor {name} has dtype {entry['dtype']}; this reads {', '.join(STORAGE)}")
-        begin, end = entry["data_offsets"]
-        if not all(isinstance(number, int) for number in (begin, end, *entry["shape"])):
-            raise ValueError(f"tensor {name} has a size that is no whole number")
-        info = TensorInfo(self.path, name, entry["dtype"], tuple(entry["shape"]), data_start + begin)
-        if begin < 0 or min(info.shape, default=0) < 0 or end - begin != info.nbytes:
-            raise ValueError(f"tensor {name} of shape {info.shape} cannot lie at {entry['data_offsets']}")
-        return info
+            raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, entry in header.items():
+            if entry["dtype"] not in STORAGE:
+                raise InputError(f"{path}: tensor {name} has dtype {entry['dtype']}; this reads {', '.join(STORAGE)}")
+            offset = 8 + length + entry["data_offsets"][0]
+            self.tensors[name] = TensorInfo(path, name, entry["dtype"], tuple(entry["shape"]), offset)
 
 
 class TensorWriter:
-    """Writes one safetensors file of a layout known beforehand, tensor by tensor or piece by piece, in any order, from
-    any thread.
-
-    Args:
-        path: the file; it must not be looked at before `close`.
-        layout: dtype and shape of each tensor.
-        metadata: strings for the header.
+    """Writes one safetensors file of a layout known beforehand (dtype and shape of each tensor), tensor by tensor or
+    piece by piece, in any order, from any thread; the file must not be looked at before `close`.
     """
 
     def __init__(self, path: Path, layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]):
         # Widest first keeps every tensor aligned, which readers that map the file rely on.
-        ordered = sorted(layout, key=lambda name: -STORAGE[layout[name][0]].itemsize)
-        header: dict[str, Any] = {"__metadata__": metadata}
+        ordered = dict(sorted(layout.items(), key=lambda item: -STORAGE[item[1][0]].itemsize))
+        header: dict[str, dict] = {"__metadata__": metadata}
         end = 0
-        for name in ordered:
-            dtype, shape = layout[name]
+        for name, (dtype, shape) in ordered.items():
             begin, end = end, end + math.prod(shape) * STORAGE[dtype].itemsize
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._infos = {
-            name: TensorInfo(path, name, *layout[name], offset=8 + len(text) + header[name]["data_offsets"][0])
-            for name in ordered
+            name: TensorInfo(path, name, dtype, shape, 8 + len(text) + header[name]["data_offsets"][0])
+            for name, (dtype, shape) in ordered.items()
         }
         self._missing = {name: info.size for name, info in self._infos.items()}
         self._lock = threading.Lock()

@@ -25,8 +25,9 @@ class Factor:
     def __init__(self, matrix: torch.Tensor):
         # L below the diagonal blocks, L^T above them: rows of either lie together in memory.
         self._matrix = matrix
+        self._blocks = [(start, min(start + BLOCK, len(matrix))) for start in range(0, len(matrix), BLOCK)]
         self._inverses: list[torch.Tensor] = []
-        for start, stop in self._blocks():
+        for start, stop in self._blocks:
             corner, failed = torch.linalg.cholesky_ex(matrix[start:stop, start:stop])
             if failed:
                 raise ArithmeticError("not positive definite")
@@ -41,7 +42,7 @@ class Factor:
 
     def solve(self, columns: torch.Tensor) -> torch.Tensor:
         """X with A X = columns, both (n, m), in the memory of `columns`."""
-        blocks = list(zip(self._blocks(), self._inverses, strict=True))
+        blocks = list(zip(self._blocks, self._inverses, strict=True))
         for (start, stop), inverse in blocks:
             part = columns[start:stop]
             if start:
@@ -53,7 +54,3 @@ class Factor:
                 add_product(part, self._matrix[start:stop, stop:], columns[stop:].T, -1.0)
             part.copy_(linear(inverse.T, part.T))
         return columns
-
-    def _blocks(self) -> list[tuple[int, int]]:
-        size = len(self._matrix)
-        return [(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]

@@ -358,7 +358,7 @@ def test_model_folders(tmp_path: Path, name: str) -> None:
             model = open_checkpoint(str(tmp_path / "A"))
             assert all(info.path == tmp_path / "A/model-1.safetensors" for info in model.tensors.values())
             base_vocabulary(model)
-            plan_merge(flags, [model, other], [])
+            plan_merge([model, other], flags.weights(), [], flags.selects, flags.dtype)
             model.fingerprint()
             for info in model.tensors.values():
                 info.read()
@@ -400,10 +400,12 @@ def test_gram_files(tmp_path: Path) -> None:
             file = open_grams(path)
             for gram in file.grams:
                 file.read(gram)
-            card = model_card(Provenance.of(flags, 0.1, "command", [model, model], [file, file]))
+            card = model_card(
+                Provenance.of("regmean", 0.1, "cholesky", "command", [model, model], [0.5, 0.5], [file, file])
+            )
             # Whatever it says of itself stays within its line of the list.
             assert sum(line.startswith("- `") and line.endswith("`") for line in card.splitlines()) == 2
-            plan_merge(flags, [model, model], [file, file])
+            plan_merge([model, model], flags.weights(), [file, file], flags.selects, flags.dtype)
 
         try_reading(tmp_path, read)
 

@@ -17,8 +17,8 @@ from common.io import inside
 from common.ranks import start_process
 from mindmerger.config import EvaluationFlags, ModelFlags, TrainingFlags
 from mindmerger.frozen_models import load_llm
+from regmean.compute import compute_grams
 from regmean.config import GramFlags
-from regmean.gram import compute_grams
 from regmean.model_folder import locate_model, open_checkpoint
 from regmean.report import Provenance, model_card
 from tests.conftest import REPOSITORY

@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 
 from common.errors import InputError
 from common.logging import quiet_libraries
+from regmean.compute import RESERVED, plan_passes
 from regmean.config import GramFlags, MergeFlags
-from regmean.gram import PANEL, RESERVED, plan_passes
+from regmean.gram import PANEL
 from regmean.gram_file import packed_size
 from regmean.hooks import LinearInputs, input_width, linear_layers, untied_head
-from regmean.merge import BLOCK_ELEMENTS, array_bytes
+from regmean.merge import array_bytes
+from regmean.solve import BLOCK_ELEMENTS
 from tools.estimate import (
     Cost,
     Device,

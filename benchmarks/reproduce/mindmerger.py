@@ -42,13 +42,12 @@ from benchmarks.reproduce.steps import costs, fine_tune, step, training_order
 from benchmarks.reproduce.tables import cost_table, markdown
 from benchmarks.reproduce.texts import Text
 from benchmarks.side_by_side import machine
-from common import runs
 from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
 from common.io import atomic_path, read_json, write_json, write_text
-from common.locks import locked
 from common.logging import quiet_libraries
 from common.ranks import start_process
+from common.runs import open_run
 from mindmerger.config import require_positive
 from mindmerger.data import Example, hold_out, read_evaluation, read_training
 from mindmerger.evaluation.answers import parse_answer
@@ -347,9 +346,8 @@ def reproduce(flags: MiniatureFlags) -> dict[str, Any]:
     work, settings = Path(flags.work_dir), flags.settings()
     # Results lie outside of work_dir, too, and know the LLM by its path: other settings, other names.
     run_name = f"{work.name}-{crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
-    with locked(work):
-        runs.is_finished(work, settings, flags.overwrite)
-        runs.start(work, settings, flags.overwrite, start_process("cpu"))
+    with open_run(work, settings, flags.overwrite, start_process("cpu")) as run:
+        run.start()
         step(work / "data", functools.partial(write_data, flags))
         for seed in range(flags.seeds):
             for stage in STAGES:

@@ -38,16 +38,16 @@ from benchmarks.reproduce.steps import costs, fine_tune, step, training_order
 from benchmarks.reproduce.tables import cost_table, markdown
 from benchmarks.reproduce.texts import HELD_OUT_PACKAGES, TRAINING_PACKAGES, Text, choices, functions, problems
 from benchmarks.side_by_side import machine
-from common import runs
 from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
 from common.io import read_json, sha256, write_json, write_text
 from common.locks import locked
 from common.logging import quiet_libraries
 from common.ranks import start_process
+from common.runs import open_run
 from mindmerger.frozen_models import load_llm
+from regmean.compute import compute_grams
 from regmean.config import GramFlags, MergeFlags
-from regmean.gram import compute_grams
 from regmean.merge import merge
 from regmean.model_folder import open_checkpoint
 
@@ -325,9 +325,8 @@ def reproduce(flags: ReproduceFlags) -> dict[str, Any]:
     """
     quiet_libraries()
     work, settings = Path(flags.work_dir), flags.settings()
-    with locked(work):
-        runs.is_finished(work, settings, flags.overwrite)
-        runs.start(work, settings, flags.overwrite, start_process("cpu"))
+    with open_run(work, settings, flags.overwrite, start_process("cpu")) as run:
+        run.start()
         tokenizer = AutoTokenizer.from_pretrained(flags.model)
         step(work / "texts", lambda folder: write_all_texts(folder, Path(flags.math_data), tokenizer))
         texts = read_all_texts(work / "texts", flags.test_num, flags.steps * flags.batch_size)

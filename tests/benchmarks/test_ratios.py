@@ -17,10 +17,10 @@ from benchmarks import regmean_inputs
 from benchmarks.published_regmean import published_grams, published_merge
 from common import onednn
 from common.ranks import start_process
+from regmean.compute import compute_grams
 from regmean.config import GramFlags
-from regmean.gram import compute_grams
 from regmean.gram_file import FILE_NAME, PUBLISHED_NAME, GramFile
-from regmean.solve import Cholesky, GramSum, Regression
+from regmean.solve import System
 from tests.conftest import REPOSITORY
 
 
@@ -79,10 +79,8 @@ def test_layers_of_one_input_are_solved_with_less_work_than_as_published() -> No
 
     def ours() -> torch.Tensor:
         copies = [weight.clone() for weight in weights]
-        regression = Regression(copies, (weights[0] + weights[1]) / 2, [0.5, 0.5])
-        total, difference = GramSum.of_two(grams[0].clone(), grams[1].clone(), [0.5, 0.5])
-        regression.add(difference)
-        return regression.solve(total, Cholesky(total, 0.1), 0.1)[0]
+        system = System(lambda index: grams[index].clone().numpy(), [1, 1], [0.5, 0.5], "cholesky")
+        return system.regress(copies, (weights[0] + weights[1]) / 2).solve(0.1)
 
     def published() -> torch.Tensor:
         merged = published_merge(models, [dict.fromkeys("qkv", gram) for gram in grams], 0.1, "gels")

@@ -104,8 +104,7 @@ import atexit, sys, time
 import torch
 import torch.distributed as dist
 from common.ranks import start_process
-from common.errors import InputError, exit_with_message
-from common.signals import Stopped
+from common.errors import InputError, Stopped, exit_with_message
 
 def main():
     process = start_process("cpu", needs_group=True)

@@ -11,9 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.errors import InputError
+from common.errors import InputError, Stopped
 from common.locks import locked
-from common.signals import Stopped
 from mindmerger import trainer
 from mindmerger.modeling import MindMergerForCausalLM
 from tests.mindmerger.scripts import train_here

@@ -9,14 +9,14 @@ import pytest
 
 from common.errors import InputError
 from regmean.calibration import collate, load_calibration, make_batches
-from regmean.config import GramFlags
+from regmean.config import GramFlags, TextSource
 from tests.regmean.conftest import make_tokenizer
 
 ROWS = [{"question": "w0 w1", "answer": "w2", "note": None}, {"question": "w3", "answer": "w4 w5 w6", "note": None}]
 
 
-def flags(dataset: Path, **options: Any) -> GramFlags:
-    return GramFlags(model="m", dataset=str(dataset), output_dir="o", **options)
+def source(dataset: Path, **options: Any) -> TextSource:
+    return GramFlags(model="m", dataset=str(dataset), output_dir="o", **options).texts()
 
 
 def texts_of(calibration: Any) -> list[str]:
@@ -37,9 +37,9 @@ def test_every_source(tmp_path: Path, form: str) -> None:
         (path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     else:
         datasets.Dataset.from_list(ROWS).save_to_disk(path)
-    calibration = load_calibration(flags(path, text_column="question"), make_tokenizer())
+    calibration = load_calibration(source(path, text_column="question"), make_tokenizer())
     assert texts_of(calibration) == ["<s> w0 w1", "<s> w3"]
-    calibration = load_calibration(flags(path, text_column="question", num_examples=1), make_tokenizer())
+    calibration = load_calibration(source(path, text_column="question", num_examples=1), make_tokenizer())
     assert len(calibration.examples) == 1
 
 
@@ -51,7 +51,7 @@ def rows_file(path: Path, rows: list[dict]) -> Path:
 
 def test_chat_columns_go_through_the_template_with_one_bos(tmp_path: Path) -> None:
     path = rows_file(tmp_path, ROWS)
-    chat = flags(path, user_column="question", assistant_column="answer")
+    chat = source(path, user_column="question", assistant_column="answer")
     assert texts_of(load_calibration(chat, make_tokenizer())) == [
         "<s> <|user|> w0 w1 <|assistant|> w2 </s>",
         "<s> <|user|> w3 <|assistant|> w4 w5 w6 </s>",
@@ -60,7 +60,7 @@ def test_chat_columns_go_through_the_template_with_one_bos(tmp_path: Path) -> No
     tokenizer = make_tokenizer()
     text = tokenizer.apply_chat_template([{"role": "user", "content": "w0"}], tokenize=False)
     assert tokenizer(text)["input_ids"][:2] == [tokenizer.bos_token_id] * 2
-    whole = flags(path, system_column="answer", user_column="question", assistant_column="note", max_length=4)
+    whole = source(path, system_column="answer", user_column="question", assistant_column="note", max_length=4)
     calibration = load_calibration(whole, make_tokenizer())
     assert texts_of(calibration) == ["<s> <|system|> w2 <|user|>", "<s> <|system|> w4 w5"]
     assert (calibration.truncated, calibration.empty) == (2, 0)
@@ -68,7 +68,7 @@ def test_chat_columns_go_through_the_template_with_one_bos(tmp_path: Path) -> No
 
 def test_a_text_that_spells_out_its_bos_has_one(tmp_path: Path) -> None:
     path = rows_file(tmp_path, [{"text": "<s> w1"}])
-    assert texts_of(load_calibration(flags(path, text_column="text"), make_tokenizer())) == ["<s> w1"]
+    assert texts_of(load_calibration(source(path, text_column="text"), make_tokenizer())) == ["<s> w1"]
 
 
 @pytest.mark.parametrize(
@@ -86,13 +86,13 @@ def test_bad_rows_are_named(tmp_path: Path, rows: list[dict], options: dict, mes
         (tmp_path / "folder").mkdir()
         path = path.rename(tmp_path / "folder" / "train.jsonl").parent
     with pytest.raises(InputError, match=message):
-        load_calibration(flags(path, **options), make_tokenizer())
+        load_calibration(source(path, **options), make_tokenizer())
 
 
 def test_a_row_that_the_chat_template_refuses_is_named(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    chat = flags(rows_file(tmp_path, ROWS), system_column="answer", user_column="question")
+    chat = source(rows_file(tmp_path, ROWS), system_column="answer", user_column="question")
     with pytest.raises(InputError, match="row 0: the chat template of --model .* refuses it: no system role; leave"):
         load_calibration(chat, tokenizer)
 
@@ -106,12 +106,12 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
         ("b.jsonl", "cannot be loaded"),
     ):
         with pytest.raises(InputError, match=message) as error:
-            load_calibration(flags(tmp_path / name, text_column="text"), make_tokenizer())
+            load_calibration(source(tmp_path / name, text_column="text"), make_tokenizer())
         assert name in str(error.value)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="no chat template; give --text_column"):
-        load_calibration(flags(rows_file(tmp_path, ROWS), user_column="question"), tokenizer)
+        load_calibration(source(rows_file(tmp_path, ROWS), user_column="question"), tokenizer)
 
 
 @pytest.mark.parametrize("padding", [True, False])

@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.published_regmean import published_grams
-from common.errors import InputError
+from common.errors import InputError, Stopped
 from common.ranks import start_process
-from common.signals import Stopped
+from regmean import compute as compute_module
 from regmean import gram as gram_module
+from regmean.compute import compute_grams, plan_passes
 from regmean.config import GramFlags, MergeFlags
-from regmean.gram import compute_grams, plan_passes
 from regmean.gram_file import FILE_NAME, GramFile
 from regmean.hooks import LinearInputs, linear_layers
 from regmean.merge import merge
@@ -110,7 +110,7 @@ def compute(save: Callable, texts: Path, tmp_path: Path, monkeypatch: pytest.Mon
             save(make_llama() if name == "experts" else MODELS[name](), name)
         if name == "experts":
             loaded = make_experts()
-            monkeypatch.setattr(gram_module, "load_model", lambda *a, **k: loaded)
+            monkeypatch.setattr(compute_module, "load_model", lambda *a, **k: loaded)
         settings = {"dataset": str(texts), "text_column": "text", "device": "cpu"} | options
         flags = GramFlags(model=str(folder), output_dir=str(tmp_path / output), **settings)
         compute_grams(flags, start_process("cpu"), snapshot_seconds)
@@ -208,7 +208,7 @@ def test_another_tensor_at_the_same_address_is_another_input() -> None:
 
     model, received = Reuses(), []
     layers = dict(model.layers.named_children())
-    with LinearInputs(layers, None, lambda name, x: received.append((name, x[0, 0, 0].item()))) as inputs:
+    with LinearInputs(layers, None, lambda name, x: received.append((name, x[0, 0].item()))) as inputs:
         inputs.run(model, torch.zeros(1, 1), torch.ones(1, 1))
     assert len(model.addresses) < len(layers), "the allocator did not use an address again, so this showed nothing"
     assert received == [(str(factor), float(factor)) for factor in range(8)]
@@ -270,7 +270,7 @@ def test_sums_of_two_data_sets_add(compute: Callable, texts: Path, tmp_path: Pat
 
 def test_no_logits_are_computed(compute: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama()
-    monkeypatch.setattr(gram_module, "load_model", lambda *args, **options: model)
+    monkeypatch.setattr(compute_module, "load_model", lambda *args, **options: model)
     products: list[tuple] = []
     model.lm_head.register_forward_hook(lambda module, args, output: products.append(output.shape))
     file = compute("llama")
@@ -296,7 +296,7 @@ def test_layers_are_done_in_passes_where_memory_is_short(
 ) -> None:
     whole = compute("llama", tokens_per_batch=60)
     assert ": 1 pass," in capsys.readouterr().out
-    monkeypatch.setattr(gram_module, "available_memory", lambda device: 5000)
+    monkeypatch.setattr(compute_module, "available_memory", lambda device: 5000)
     alive: WeakSet[gram_module.GramSums] = WeakSet()
 
     class OneAtATime(gram_module.GramSums):
@@ -305,11 +305,11 @@ def test_layers_are_done_in_passes_where_memory_is_short(
             super().__init__()
             alive.add(self)
 
-    monkeypatch.setattr(gram_module, "GramSums", OneAtATime)
+    monkeypatch.setattr(compute_module, "GramSums", OneAtATime)
     parts = compute("llama", output="passes", tokens_per_batch=60)
     assert "passes," in capsys.readouterr().out
     assert same_bits(whole, parts)
-    monkeypatch.setattr(gram_module, "available_memory", lambda device: 2000)
+    monkeypatch.setattr(compute_module, "available_memory", lambda device: 2000)
     with pytest.raises(InputError, match=r"widest layer \(24 features\) needs"):
         compute("llama", output="none")
 
@@ -327,13 +327,13 @@ def test_a_forward_pass_ends_where_nothing_more_is_read(compute: Callable, monke
             layer.register_forward_hook(lambda *_, name=name: computed.update([name]))
         return model
 
-    monkeypatch.setattr(gram_module, "load_model", load)
+    monkeypatch.setattr(compute_module, "load_model", load)
     whole = compute("tied", tokens_per_batch=60)
     batches = computed["first"] - 2
     assert batches > 1
     assert computed == {"first": 2 + batches, "second": 2 + batches, "last": 2 + 1}
     # Three passes, which end at the first layer's MLP, the second's attention, and the second's MLP.
-    monkeypatch.setattr(gram_module, "available_memory", lambda device: 5000)
+    monkeypatch.setattr(compute_module, "available_memory", lambda device: 5000)
     assert same_bits(whole, compute("tied", output="passes", tokens_per_batch=60))
     assert computed == {"first": 2 + 3 * batches, "second": 2 + 1 + 2 * batches, "last": 2 + 3}
 
@@ -404,7 +404,7 @@ def test_a_gram_that_is_there_is_replaced_when_told_to(compute: Callable, tmp_pa
 def test_a_run_that_was_cut_short_ends_with_the_same_gram(
     compute: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, memory: int
 ) -> None:
-    monkeypatch.setattr(gram_module, "available_memory", lambda device: memory)
+    monkeypatch.setattr(compute_module, "available_memory", lambda device: memory)
     whole = compute("experts", output="whole", tokens_per_batch=30)
     run, calls = LinearInputs.run, 0
     lives = [3, 1, 9, 14]
@@ -441,19 +441,19 @@ def test_sigkill_loses_nothing_but_the_last_batches(compute: Callable, texts: Pa
     killing = f"""
 import os, signal
 from common.ranks import start_process
-from regmean import gram
+from regmean import compute
 from regmean.config import GramFlags
-run, left = gram.LinearInputs.run, 8
+run, left = compute.LinearInputs.run, 8
 def run_or_die(self, *args):
     global left
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     run(self, *args)
-gram.LinearInputs.run = run_or_die
+compute.LinearInputs.run = run_or_die
 flags = GramFlags(model={str(tmp_path / "llama")!r}, dataset={str(texts)!r}, text_column="text", tokens_per_batch=30,
                   output_dir={str(tmp_path / "gram")!r}, device="cpu")
-gram.compute_grams(flags, start_process("cpu"), snapshot_seconds=0.0)
+compute.compute_grams(flags, start_process("cpu"), snapshot_seconds=0.0)
 """
     assert script(["-c", killing]).returncode == -9
     assert (tmp_path / "gram" / "gram.partial" / "pass0-rank0").exists()
@@ -510,7 +510,7 @@ def test_activations_that_are_not_finite_are_named(
     model = make_llama()
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight[3] = torch.inf
-    monkeypatch.setattr(gram_module, "load_model", lambda *args, **options: model)
+    monkeypatch.setattr(compute_module, "load_model", lambda *args, **options: model)
     with pytest.raises(InputError, match=r"input of model\.layers\.1\.self_attn\.q_proj is NaN or infinite in row"):
         compute("llama")
     assert not (tmp_path / "gram" / "gram.safetensors").exists()
@@ -526,7 +526,7 @@ def test_the_example_of_a_non_finite_activation_is_named(
     texts.write_text("\n".join(lines))
     with torch.no_grad():
         model.model.embed_tokens.weight[make_tokenizer().unk_token_id] = torch.nan
-    monkeypatch.setattr(gram_module, "load_model", lambda *args, **options: model)
+    monkeypatch.setattr(compute_module, "load_model", lambda *args, **options: model)
     named = r"(7|30|30, 7|7, 30)" if tokens_per_batch < 10_000 else r"(30, 7|7, 30)"
     message = rf"input of model\.layers\.0\.self_attn\.q_proj is NaN or infinite in row\(s\) {named} of the data set"
     with pytest.raises(InputError, match=message):

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.errors import InputError
 from common.io import read_json
 from common.ranks import start_process
+from regmean import average, merge_plan, regmean, solve
 from regmean import merge as merge_module
-from regmean import merge_plan as preflight
+from regmean.compute import compute_grams
 from regmean.config import GramFlags, MergeFlags
-from regmean.gram import compute_grams
 from regmean.gram_file import FILE_NAME, GramFile, write_grams
 from regmean.merge import merge
 from regmean.model_folder import Checkpoint, CheckpointWriter, open_checkpoint
@@ -69,7 +69,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def plain_regmean(folders: list[Path], alpha: float, shares: list[float]) -> dict[str, np.ndarray]:
+def plain_regmean(folders: list[Path], alpha: float, model_weights: list[float]) -> dict[str, np.ndarray]:
     """RegMean as the paper has it, in float64, every tensor in memory, by the explicit inverse."""
     weights = [{name: t.double().numpy() for name, t in tensors(folder).items()} for folder in folders]
     grams: list[dict[str, np.ndarray]] = [{} for _ in folders]
@@ -86,12 +86,12 @@ def plain_regmean(folders: list[Path], alpha: float, shares: list[float]) -> dic
         values = [theirs[name] for theirs in weights]
         if name in grams[0]:
             turned = [v if conv1d else v.T for v in values]
-            total = sum(s * g[name] for s, g in zip(shares, grams, strict=True))
-            right = sum(s * g[name] @ v for s, g, v in zip(shares, grams, turned, strict=True))
+            total = sum(s * g[name] for s, g in zip(model_weights, grams, strict=True))
+            right = sum(s * g[name] @ v for s, g, v in zip(model_weights, grams, turned, strict=True))
             solution = np.linalg.inv(total) @ right
             merged[name] = solution if conv1d else solution.T
         else:
-            merged[name] = sum(s * v for s, v in zip(shares, values, strict=True))
+            merged[name] = sum(s * v for s, v in zip(model_weights, values, strict=True))
     return merged
 
 
@@ -106,45 +106,45 @@ def test_avg_is_the_mean_bit_for_bit(library: Callable, tmp_path: Path, kind: st
 
 
 def test_avg_of_three_weighted_models(library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge_module, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(average, "CHUNK_ELEMENTS", 100)
     folders = library("llama", 3)
     values = [tensors(folder) for folder in folders]
     merged = tensors(run(folders, tmp_path / "out", "avg", model_weights=[1.0, 2.0, 5.0]))
     for name in merged:
-        plain = sum(t[name].double() * share for t, share in zip(values, (1 / 8, 2 / 8, 5 / 8), strict=True)).float()
+        plain = sum(t[name].double() * weight for t, weight in zip(values, (1 / 8, 2 / 8, 5 / 8), strict=True)).float()
         assert torch.equal(merged[name], plain), name
 
 
 @pytest.mark.parametrize("models", [2, 3])
 def test_systems_side_by_side_are_small_and_share_all_threads(models: int) -> None:
     some = 200 * [(576, 3072), (1536, 576)]
-    assert merge_module.systems_at_once(models, some, 1, threads=1) == 1
-    assert merge_module.systems_at_once(models, some, 1, threads=2) == 2
-    assert merge_module.systems_at_once(models, some[:1], 1, threads=64) == 1
-    assert merge_module.systems_at_once(models, [*some, (4096, 4096)], 1, threads=64) == 1
-    assert merge_module.systems_at_once(models, [], 1, threads=64) == 1
+    assert regmean.systems_at_once(models, some, 1, threads=1) == 1
+    assert regmean.systems_at_once(models, some, 1, threads=2) == 2
+    assert regmean.systems_at_once(models, some[:1], 1, threads=64) == 1
+    assert regmean.systems_at_once(models, [*some, (4096, 4096)], 1, threads=64) == 1
+    assert regmean.systems_at_once(models, [], 1, threads=64) == 1
     for threads in (7, 12, 64):
-        at_once = merge_module.systems_at_once(models, some, 1, threads)
+        at_once = regmean.systems_at_once(models, some, 1, threads)
         assert threads % at_once == 0
         squares = 3 * 1536**2 * 4
-        assert at_once * squares < merge_module.SIDE_BY_SIDE_BYTES
-    assert merge_module.systems_at_once(models, 9 * [(64, 64)], 1, threads=8) == 8
+        assert at_once * squares < regmean.SIDE_BY_SIDE_BYTES
+    assert regmean.systems_at_once(models, 9 * [(64, 64)], 1, threads=8) == 8
 
 
 def test_an_average_ends_soon_after_an_error(
     library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge_module, "CHUNK_ELEMENTS", 4)
-    folders, mean, read = library("llama"), merge_module.weighted_mean, []
+    monkeypatch.setattr(average, "CHUNK_ELEMENTS", 4)
+    folders, mean, read = library("llama"), average.weighted_mean, []
 
-    def spoilt(arrays: list[np.ndarray], shares: list[float]) -> np.ndarray:
+    def spoilt(arrays: list[np.ndarray], weights: list[float]) -> np.ndarray:
         read.append(arrays)
         if len(read) == 1:
             raise InputError("a tensor of nonsense")
         time.sleep(0.01)
-        return mean(arrays, shares)
+        return mean(arrays, weights)
 
-    monkeypatch.setattr(merge_module, "weighted_mean", spoilt)
+    monkeypatch.setattr(average, "weighted_mean", spoilt)
     with pytest.raises(InputError, match="a tensor of nonsense"):
         run(folders, tmp_path / "out", "avg")
     # Of thousands.
@@ -164,9 +164,9 @@ def test_small_systems_are_solved_side_by_side(
 
     torch.set_num_threads(4)
     try:
-        monkeypatch.setattr(merge_module, "systems_at_once", lambda *sizes: 1)
+        monkeypatch.setattr(regmean, "systems_at_once", lambda *sizes: 1)
         run(folders, tmp_path / "alone")
-        monkeypatch.setattr(merge_module, "systems_at_once", lambda *sizes: 2)
+        monkeypatch.setattr(regmean, "systems_at_once", lambda *sizes: 2)
         monkeypatch.setattr(CheckpointWriter, "write", write)
         run(folders, tmp_path / "two")
         # PyTorch's number for threads to come is one for the whole process.
@@ -188,14 +188,14 @@ def test_small_systems_are_solved_side_by_side(
 def test_regmean_is_the_plain_implementation(
     library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, count: int, block: int, at_once: int
 ) -> None:
-    monkeypatch.setattr(merge_module, "BLOCK_ELEMENTS", block)
-    monkeypatch.setattr(merge_module, "SIDE_BY_SIDE_BLOCK_ELEMENTS", block)
-    monkeypatch.setattr(merge_module, "systems_at_once", lambda *sizes: min(at_once, torch.get_num_threads()))
-    folders, shares = library(kind, count), {2: [0.25, 0.75], 3: [0.25, 0.25, 0.5]}[count]
-    run(folders, tmp_path / "out", alpha=[0.1, 0.9], model_weights=[4 * share for share in shares])
+    monkeypatch.setattr(solve, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(solve, "SIDE_BY_SIDE_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(regmean, "systems_at_once", lambda *sizes: min(at_once, torch.get_num_threads()))
+    folders, weights = library(kind, count), {2: [0.25, 0.75], 3: [0.25, 0.25, 0.5]}[count]
+    run(folders, tmp_path / "out", alpha=[0.1, 0.9], model_weights=[4 * weight for weight in weights])
     for alpha in (0.1, 0.9):
         merged = tensors(tmp_path / f"out_{alpha}")
-        plain = plain_regmean(folders, alpha, shares)
+        plain = plain_regmean(folders, alpha, weights)
         assert merged.keys() == plain.keys()
         for name, tensor in merged.items():
             np.testing.assert_allclose(tensor.numpy(), plain[name], atol=2e-5, err_msg=name)
@@ -320,7 +320,7 @@ def test_layers_without_a_gram_are_averaged_and_named(
     a, b, merged = (tensors(folder)[name] for folder in (*folders, out))
     assert torch.equal(merged, (a + b) / 2)
     assert name in json.loads((out / "merge_report.json").read_text())["averaged"]
-    assert f"averaged for want of a Gram: model.embed_tokens.weight, {name}" in capsys.readouterr().out
+    assert f"note: no Gram, averaged instead: model.embed_tokens.weight, {name}" in capsys.readouterr().out
 
 
 def test_checkpoints_without_the_base_models_prefix_find_their_grams(library: Callable, tmp_path: Path) -> None:
@@ -507,12 +507,12 @@ def test_configs_of_several_years_are_compared_by_what_they_mean(tmp_path: Path)
             models.append(Checkpoint(name, tmp_path / name, read_json(tmp_path / name / "config.json"), {}))
         problems: list[str] = []
         notes: list[str] = []
-        preflight._compare_configs(*models, problems, notes)
+        merge_plan._compare_configs(*models, problems, notes)
         return problems, notes
 
     # These say nothing of the weights, and nothing has to be read to know it.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preflight, "_as_transformers_has_it", None)
+        patch.setattr(merge_plan, "_as_transformers_has_it", None)
         assert compare("llama", {"_name_or_path": "a", "eos_token_id": 2}, {"dtype": "bfloat16"}) == ([], [])
     theta = {"rope_theta": 5e5}
     assert compare("llama", theta, {"rope_parameters": theta | {"rope_type": "default"}}) == ([], [])

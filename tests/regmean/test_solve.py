@@ -5,17 +5,17 @@ import pytest
 import torch
 
 from regmean import solve
-from regmean.solve import SOLVERS, Cholesky, GramSum, Inverse, Lstsq, Regression, SolveError
+from regmean.solve import Cholesky, Inverse, Lstsq, SolveError, System, scaled
 
-SHARES = [0.25, 0.75]
+MODEL_WEIGHTS = [0.25, 0.75]
 
 
-def oracle(weights: list[np.ndarray], grams: list[np.ndarray], shares: list[float], alpha: float) -> np.ndarray:
+def oracle(weights: list[np.ndarray], grams: list[np.ndarray], model_weights: list[float], alpha: float) -> np.ndarray:
     """argmin of the objective, in float64, by NumPy's SVD-based minimum-norm solution around the mean."""
     scaled = [scale(gram, alpha) for gram in grams]
-    mean = sum(share * weight for share, weight in zip(shares, weights, strict=True))
-    total = sum(share * gram for share, gram in zip(shares, scaled, strict=True))
-    rhs = sum(s * (w - mean) @ g for s, w, g in zip(shares, weights, scaled, strict=True))
+    mean = sum(w * weight for w, weight in zip(model_weights, weights, strict=True))
+    total = sum(w * gram for w, gram in zip(model_weights, scaled, strict=True))
+    rhs = sum(s * (w - mean) @ g for s, w, g in zip(model_weights, weights, scaled, strict=True))
     # Equilibrated, so that the cut-off for zero singular values means the same for every input.
     diagonal = np.diag(total)
     root = np.where(diagonal > 0, 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1)), 0)
@@ -28,10 +28,10 @@ def scale(gram: np.ndarray, alpha: float) -> np.ndarray:
 
 
 def objective(
-    weight: np.ndarray, weights: list[np.ndarray], grams: list[np.ndarray], shares: list[float], alpha: float
+    weight: np.ndarray, weights: list[np.ndarray], grams: list[np.ndarray], model_weights: list[float], alpha: float
 ) -> float:
     deltas = [weight - other for other in weights]
-    return sum(s * np.trace(d @ scale(g, alpha) @ d.T) for s, d, g in zip(shares, deltas, grams, strict=True))
+    return sum(s * np.trace(d @ scale(g, alpha) @ d.T) for s, d, g in zip(model_weights, deltas, grams, strict=True))
 
 
 def problem(tokens: int, width: int = 48, outputs: int = 20, dead: int = 0, ratio: float = 1e6, models: int = 2):
@@ -49,35 +49,26 @@ def problem(tokens: int, width: int = 48, outputs: int = 20, dead: int = 0, rati
     return weights, grams
 
 
-def merge(weights, grams, shares, alpha: float, solver: str = "cholesky"):
+def merge(weights, grams, model_weights, alpha: float, solver: str = "cholesky"):
     tensors = [torch.from_numpy(weight.copy()) for weight in weights]
-    mean = sum(share * tensor for share, tensor in zip(shares, tensors, strict=True))
-    regression = Regression(tensors, mean, shares)
-    copies = [torch.from_numpy(gram.copy()) for gram in grams]
-    if len(copies) == 2:
-        total, difference = GramSum.of_two(*copies, shares)
-        regression.add(difference)
-    else:
-        total = GramSum(torch.zeros_like(copies[0]))
-        for index, (gram, share) in enumerate(zip(copies, shares, strict=True)):
-            total.add(gram, share)
-            regression.add(gram, index)
-    used = SOLVERS[solver](total, alpha)
-    merged, values = regression.solve(total, used, alpha)
-    return merged.numpy().astype(np.float64), values, used
+    mean = sum(w * tensor for w, tensor in zip(model_weights, tensors, strict=True))
+    system = System(lambda index: grams[index].copy(), [1] * len(grams), model_weights, solver)
+    merged = system.regress(tensors, mean).solve(alpha)
+    return merged.numpy().astype(np.float64), system.objectives[alpha], system.solvers[alpha]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.9, 1.0])
 @pytest.mark.parametrize(("tokens", "dead"), [(4000, 0), (60, 0), (10, 0), (4000, 5), (10, 5), (1, 0)])
-def test_cholesky_is_as_good_as_the_oracle(tokens: int, dead: int, alpha: float) -> None:
-    weights, grams = problem(tokens, dead=dead)
-    double = [w.astype(np.float64) for w in weights], [g.astype(np.float64) for g in grams], SHARES, alpha
+@pytest.mark.parametrize("model_weights", [MODEL_WEIGHTS, [0.2, 0.3, 0.5]])
+def test_cholesky_is_as_good_as_the_oracle(model_weights: list[float], tokens: int, dead: int, alpha: float) -> None:
+    weights, grams = problem(tokens, dead=dead, models=len(model_weights))
+    double = [w.astype(np.float64) for w in weights], [g.astype(np.float64) for g in grams], model_weights, alpha
     expected = oracle(*double)
     best = objective(expected, *double)
-    mean = SHARES[0] * double[0][0] + SHARES[1] * double[0][1]
+    mean = sum(w * weight for w, weight in zip(model_weights, double[0], strict=True))
     at_mean = objective(mean, *double)
 
-    merged, values, solver = merge(weights, grams, SHARES, alpha)
+    merged, values, solver = merge(weights, grams, model_weights, alpha)
     found = objective(merged, *double)
     # Both bounds are relative to the mean's objective: the oracle's own may be zero.
     assert found <= at_mean * (1 + 1e-6)
@@ -99,9 +90,11 @@ def test_cholesky_is_as_good_as_the_oracle(tokens: int, dead: int, alpha: float)
 @pytest.mark.parametrize("solver", ["cholesky", "lstsq", "inverse"])
 def test_every_solver_solves_a_regular_system(solver: str) -> None:
     weights, grams = problem(4000, ratio=100.0, models=3)
-    shares = [0.2, 0.3, 0.5]
-    expected = oracle([w.astype(np.float64) for w in weights], [g.astype(np.float64) for g in grams], shares, 0.9)
-    merged, _, _ = merge(weights, grams, shares, 0.9, solver)
+    model_weights = [0.2, 0.3, 0.5]
+    expected = oracle(
+        [w.astype(np.float64) for w in weights], [g.astype(np.float64) for g in grams], model_weights, 0.9
+    )
+    merged, _, _ = merge(weights, grams, model_weights, 0.9, solver)
     np.testing.assert_allclose(merged, expected, atol=2e-4)
 
 
@@ -112,18 +105,42 @@ def test_the_objective_at_each_of_three_models() -> None:
     assert values.inputs == pytest.approx([objective(weight, *double) for weight in double[0]], rel=1e-4)
 
 
+@pytest.mark.parametrize(("models", "reads", "products"), [(2, 1, 1), (3, 4, 3)])
+def test_of_two_models_grams_are_read_once_and_multiplied_once(
+    monkeypatch: pytest.MonkeyPatch, models: int, reads: int, products: int
+) -> None:
+    """Of more, for each of the four blocks, and each for itself; the result is that of one block either way."""
+    weights, grams = problem(4000, ratio=100.0, models=models)
+    model_weights, read, multiplied = [1 / models] * models, [], []
+    whole, _, _ = merge(weights, grams, model_weights, 0.9)
+
+    def read_gram(index: int) -> np.ndarray:
+        read.append(index)
+        return 7 * grams[index]
+
+    exact = solve.Regression.add
+    monkeypatch.setattr(solve.Regression, "add", lambda *taken: multiplied.append(1) or exact(*taken))
+    system = System(read_gram, [7] * models, model_weights, "cholesky")
+    for start in range(0, 20, 5):
+        rows = [torch.from_numpy(weight[start : start + 5].copy()) for weight in weights]
+        merged = system.regress(rows, sum(rows) / models).solve(0.9)
+        np.testing.assert_allclose(merged.numpy(), whole[start : start + 5], atol=1e-5)
+    assert read == reads * list(range(models))
+    assert len(multiplied) == 4 * products
+
+
 def test_alpha_zero_is_the_diagonal_formula() -> None:
     weights, grams = problem(500)
-    a, b = (share * np.diag(gram).astype(np.float64) for share, gram in zip(SHARES, grams, strict=True))
-    merged, _, _ = merge(weights, grams, SHARES, 0.0)
+    a, b = (w * np.diag(gram).astype(np.float64) for w, gram in zip(MODEL_WEIGHTS, grams, strict=True))
+    merged, _, _ = merge(weights, grams, MODEL_WEIGHTS, 0.0)
     np.testing.assert_allclose(merged, (weights[0] * a + weights[1] * b) / (a + b), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 1.0])
 def test_equal_grams_give_the_mean(alpha: float) -> None:
     weights, grams = problem(4000, ratio=100.0)
-    merged, _, _ = merge(weights, [grams[0], grams[0]], SHARES, alpha)
-    np.testing.assert_allclose(merged, SHARES[0] * weights[0] + SHARES[1] * weights[1], atol=2e-5)
+    merged, _, _ = merge(weights, [grams[0], grams[0]], MODEL_WEIGHTS, alpha)
+    np.testing.assert_allclose(merged, MODEL_WEIGHTS[0] * weights[0] + MODEL_WEIGHTS[1] * weights[1], atol=2e-5)
 
 
 @pytest.mark.parametrize("solver", ["cholesky", "lstsq", "inverse"])
@@ -145,39 +162,39 @@ def test_the_order_of_the_models_does_not_matter() -> None:
 def test_a_singular_gram_is_refused_by_the_published_solvers(solver: str) -> None:
     weights, _ = problem(10)
     with pytest.raises(SolveError, match=r"singular.*--solver cholesky"):
-        merge(weights, [np.ones((48, 48), np.float32)] * 2, SHARES, 1.0, solver)
+        merge(weights, [np.ones((48, 48), np.float32)] * 2, MODEL_WEIGHTS, 1.0, solver)
 
 
 def test_a_solution_that_does_not_solve_the_system_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, grams = problem(4000)
     exact = Lstsq.solve
-    merge(weights, grams, SHARES, 0.9, "lstsq")
+    merge(weights, grams, MODEL_WEIGHTS, 0.9, "lstsq")
     monkeypatch.setattr(Lstsq, "solve", lambda self, rhs: exact(self, rhs) * 1.1)
     with pytest.raises(SolveError, match=r"residual of 0\.1 .*--solver cholesky"):
-        merge(weights, grams, SHARES, 0.9, "lstsq")
+        merge(weights, grams, MODEL_WEIGHTS, 0.9, "lstsq")
     monkeypatch.setattr(Lstsq, "solve", lambda self, rhs: rhs * np.nan)
     with pytest.raises(SolveError, match="residual of nan"):
-        merge(weights, grams, SHARES, 0.9, "lstsq")
+        merge(weights, grams, MODEL_WEIGHTS, 0.9, "lstsq")
 
 
 def test_float64_is_used_when_float32_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, grams = problem(10)
     monkeypatch.setattr(solve, "ATTEMPTS", ((torch.float32, 0.0), (torch.float64, 1e-5)))
-    merged, _, used = merge(weights, grams, SHARES, 1.0)
+    merged, _, used = merge(weights, grams, MODEL_WEIGHTS, 1.0)
     assert used.label == "cholesky float64 jitter 1e-05"
     assert np.isfinite(merged).all()
 
 
 def test_a_matrix_that_is_no_gram_is_refused() -> None:
-    total = GramSum(torch.tensor([[1.0, 5.0], [5.0, 1.0]]))
+    total = torch.tensor([[1.0, 5.0], [5.0, 1.0]])
     with pytest.raises(SolveError, match="positive semi-definite"):
         Cholesky(total, 1.0)
 
 
 def test_the_condition_number_is_estimated() -> None:
     _, grams = problem(4000, ratio=10.0)
-    total = GramSum(torch.from_numpy(grams[0]))
-    system = total.scaled(0.9).double().numpy()
+    total = torch.from_numpy(grams[0])
+    system = scaled(total, 0.9).double().numpy()
     root = 1 / np.sqrt(np.diag(system))
     assert Cholesky(total, 0.9).condition == pytest.approx(np.linalg.cond(system * root * root[:, None]), rel=0.3)
     assert Inverse(total, 0.9).condition == pytest.approx(np.linalg.cond(system, 1), rel=1e-3)
@@ -202,7 +219,7 @@ def test_a_residual_is_estimated_from_random_sums_of_the_outputs(alike: bool) ->
     error = generator.normal(size=(400, 48))
     if alike:
         error = np.outer(error[:, 0], error[0])
-    delta, total = weights[0] - weights[1], GramSum(torch.from_numpy(grams[0]))
+    delta, total = weights[0] - weights[1], torch.from_numpy(grams[0])
     rhs = delta.astype(np.float64) @ scale(grams[0].astype(np.float64), 0.9) + 1e-3 * error
     norm, inner = solve._probed_residual(
         torch.from_numpy(rhs.astype(np.float32)), torch.from_numpy(delta), total, alpha=0.9
@@ -222,4 +239,4 @@ def test_one_bad_output_among_many_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Lstsq, "solve", spoilt)
     with pytest.raises(SolveError, match="left a residual of"):
-        merge(weights, grams, SHARES, 0.9, "lstsq")
+        merge(weights, grams, MODEL_WEIGHTS, 0.9, "lstsq")

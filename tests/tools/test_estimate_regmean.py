@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.devices import HERE
+from regmean.average import AVERAGERS, CHUNK_ELEMENTS
+from regmean.compute import probe
 from regmean.config import GramFlags, MergeFlags
-from regmean.gram import probe
 from regmean.hooks import LinearInputs, linear_layers
-from regmean.merge import AVERAGERS, CHUNK_ELEMENTS
 from tests.commands import run
 from tests.conftest import REPOSITORY
 from tests.regmean.conftest import make_gpt2, make_llama

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from common.cli import parse_flags
-from common.errors import InputError
+from common.errors import InputError, Stopped
 from common.locks import locked
-from common.signals import Stopped
 from mindmerger import modeling
 from mindmerger.batching import lay_out
 from mindmerger.config import EvaluationFlags

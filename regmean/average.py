@@ -1,0 +1,96 @@
+"""The weighted mean of models, tensor by tensor: a merging method of its own, and RegMean's for what has no Gram.
+
+Threads read, average and write chunks of the tensors. Nothing here imports torch.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+
+import numpy as np
+
+from common.errors import InputError
+from regmean.merge_plan import MergePlan
+from regmean.model_folder import CheckpointWriter
+from regmean.tensor_file import FLOATS, TensorInfo
+
+CHUNK_ELEMENTS = 1 << 17  # of a tensor read at a time
+AVERAGERS = 2  # threads
+CACHED_ELEMENTS = 1 << 16  # of a chunk averaged at a time: their float64 sums stay in the processor's cache
+
+
+def write_averages(plan: MergePlan, writers: Iterable[CheckpointWriter], advance: Callable[[int], None]) -> None:
+    """Write all tensors that the plan averages, or copies from the first model, with every writer.
+
+    Calls `advance`, from any thread, with the number of elements written.
+
+    Raises:
+        InputError: a value that is not finite or does not fit its dtype; integers that differ between models.
+    """
+    chunks, lock = _chunks(plan), threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            infos, model_weights, start, stop = chunk
+            values = _mean_of(infos, model_weights, start, stop, plan)
+            for writer in writers:
+                writer.write(infos[0].name, values, start)
+            advance(stop - start)
+
+    with ThreadPoolExecutor(AVERAGERS) as threads:
+        workers = [threads.submit(work) for _ in range(AVERAGERS)]
+        try:
+            wait(workers, return_when=FIRST_EXCEPTION)
+        finally:
+            # After an error, or a signal, no thread begins another chunk.
+            with lock:
+                chunks.close()
+    for worker in workers:
+        worker.result()
+
+
+def weighted_mean(arrays: list[np.ndarray], weights: list[float]) -> np.ndarray:
+    """sum_i weights_i arrays_i over flat arrays of one size, added up in float64 and returned in the first's dtype.
+
+    float64 makes the mean of identical float32 models those models again, whatever the weights.
+    """
+    mean = np.empty_like(arrays[0])
+    room = min(CACHED_ELEMENTS, mean.size)
+    sums, terms = np.empty(room), np.empty(room)
+    for start in range(0, mean.size, CACHED_ELEMENTS):
+        chunk = slice(start, start + CACHED_ELEMENTS)
+        total, term = sums[: mean[chunk].size], terms[: mean[chunk].size]
+        np.multiply(arrays[0][chunk], weights[0], out=total, dtype=np.float64)
+        for array, weight in zip(arrays[1:], weights[1:], strict=True):
+            total += np.multiply(array[chunk], weight, out=term, dtype=np.float64)
+        mean[chunk] = total
+    return mean
+
+
+def _chunks(plan: MergePlan) -> Iterator[tuple[list[TensorInfo], list[float], int, int]]:
+    """Of each tensor, chunk by chunk: the models' own, their weights, and the first and last element."""
+    tensors = [(name, plan.models[:1], [1.0]) for name in plan.copied]
+    tensors += [(name, plan.models, plan.model_weights) for name in plan.averaged]
+    for name, models, model_weights in tensors:
+        infos = [model.tensors[name] for model in models]
+        for start in range(0, infos[0].size, CHUNK_ELEMENTS):
+            yield infos, model_weights, start, min(start + CHUNK_ELEMENTS, infos[0].size)
+
+
+def _mean_of(infos: list[TensorInfo], weights: list[float], start: int, stop: int, plan: MergePlan) -> np.ndarray:
+    """The chunk's values, in the dtype that they are written in."""
+    first, *others = infos
+    if plan.layout[first.name][0] in FLOATS:
+        return plan.encode(first.name, weighted_mean([info.read_floats(start, stop) for info in infos], weights))
+    values = first.read(start, stop)
+    for info in others:
+        if not np.array_equal(values, info.read(start, stop)):
+            raise InputError(
+                f"tensor {first.name} of {first.dtype} differs between {first.path} and {info.path}, and cannot be "
+                "averaged; --exclude takes the first model's"
+            )
+    return values
