@@ -7,19 +7,20 @@ mapped once into the memory that all ranks share.
 import hashlib
 import itertools
 import json
+import os
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import tokenizers
 import transformers
 from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
 from common.io import atomic_folder, read_json, sha256, write_json
@@ -53,10 +54,10 @@ class Rows:
         target_lengths: int64, tokens of each row's target.
     """
 
-    def __init__(self, table: datasets.Dataset, index: np.ndarray):
+    def __init__(self, table: pa.Table, index: np.ndarray):
         self._table = table
         self.index = index
-        lengths = {kind: pc.list_value_length(table.data.column(kind)).to_numpy()[index] for kind in KINDS}
+        lengths = {kind: pc.list_value_length(table.column(kind)).to_numpy()[index] for kind in KINDS}
         self.lengths = sum(lengths.values()).astype(np.int64) + 2
         self.target_lengths = lengths["target"].astype(np.int64)
 
@@ -65,13 +66,12 @@ class Rows:
 
     def tokens(self, rows: Sequence[int]) -> list[Tokens]:
         """The token ids of the rows with these numbers, as int32 arrays."""
-        columns = self._table[self.index[rows]]
-        ids = [[values.values.to_numpy() for values in columns.column(kind)] for kind in KINDS]
-        return [Tokens(*row) for row in zip(*ids, strict=True)]
+        columns = self._table.select(KINDS).take(self.index[rows]).itercolumns()
+        return [Tokens(*(ids.values.to_numpy() for ids in row)) for row in zip(*columns, strict=True)]
 
     def locations(self, rows: Sequence[int]) -> list[str]:
         """File and line of the rows with these numbers."""
-        return self._table[self.index[rows]].column("location").to_pylist()
+        return self._table.column("location").take(self.index[rows]).to_pylist()
 
     def languages(self) -> list[str]:
         """English names of the languages of these rows."""
@@ -81,7 +81,7 @@ class Rows:
         """How many texts of each kind were cut, by language: `{"German": {"prompt": 3}}`."""
         counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         cut = self._column("cut").to_numpy()
-        names = self._column("language").take(pa.array(np.flatnonzero(cut))).to_pylist()
+        names = self._column("language").take(np.flatnonzero(cut)).to_pylist()
         for language, bits in zip(names, cut[cut > 0].tolist(), strict=True):
             counts[language].update(kind for bit, kind in enumerate(KINDS) if bits >> bit & 1)
         return {language: dict(counter) for language, counter in counts.items()}
@@ -91,7 +91,7 @@ class Rows:
         return int(np.isin(self._column("target_hash").to_numpy(), other._column("target_hash").to_numpy()).sum())
 
     def _column(self, name: str) -> pa.ChunkedArray:
-        return self._table.data.column(name).take(pa.array(self.index))
+        return self._table.column(name).take(self.index)
 
 
 class TokenTable:
@@ -113,7 +113,8 @@ class TokenTable:
         self.size = (folder / ROWS).stat().st_size
         self.sha256: str = record["sha256"]
         self.files: list[str] = record["files"]
-        self._table = datasets.Dataset.from_file(str(folder / ROWS)).with_format("arrow")
+        with pa.memory_map(str(folder / ROWS)) as file, pa.ipc.open_stream(file) as stream:
+            self._table = stream.read_all()
 
     def __len__(self) -> int:
         return len(self._table)
@@ -134,12 +135,13 @@ def open_table(
         read: gives the rows.
         tokenizer: of the two models.
         settings: everything that decides which rows `read` gives, as JSON values, data files by their hashes.
-        cache_dir: None for a folder in the cache of `datasets` (`HF_DATASETS_CACHE`).
+        cache_dir: None for a folder beside the data sets that Hugging Face's library caches (`HF_DATASETS_CACHE`).
 
     Raises:
         InputError: a malformed row, a template longer than its limit, a full disk.
     """
-    root = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "mindmerger"
+    # Not asked of `datasets` itself, whose import takes longer than reading a table.
+    root = cache_dir or Path(os.environ.get("HF_DATASETS_CACHE", f"{HF_HOME}/datasets")) / "mindmerger"
     folder = root / _key(tokenizer, settings)
     if not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
