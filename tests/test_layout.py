@@ -20,7 +20,8 @@ ALLOWED = {
     "tools": set(PACKAGES),
 }
 LONGEST_FUNCTION, LONGEST_CLASS = 45, 220
-LINES = {("mindmerger",): 3900, ("regmean",): 2500, ("common",): 1300, PACKAGES: 9500}
+# What the packages have today, a little rounded: more needs a reason, and less is welcome.
+LINES = {("mindmerger",): 5400, ("regmean",): 2650, ("common",): 1400, PACKAGES: 11800}
 
 
 def path_of(module: str) -> Path | None:

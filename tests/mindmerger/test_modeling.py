@@ -1,3 +1,4 @@
+import copy
 import itertools
 import shutil
 from collections.abc import Callable
@@ -143,7 +144,7 @@ LLMS = {
 def test_other_llm_families(build: Build, examples: list[Example], family: str) -> None:
     """Sliding windows, scaled embeddings, soft-capped logits, learned positions: padding still changes nothing."""
     model, tokenizer = build()
-    config = LLMS[family]
+    config = copy.deepcopy(LLMS[family])
     config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = 420, 0, 1, 2
     torch.manual_seed(0)
     model.llm = AutoModelForCausalLM.from_config(config).eval()
@@ -168,7 +169,7 @@ def test_positions_counted_over_padding_matter_where_positions_are_learned(
 ) -> None:
     """The published training hands over no position ids: an LLM then counts from the first column, padding or not."""
     model, tokenizer = build()
-    config = LLMS[family]
+    config = copy.deepcopy(LLMS[family])
     config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = 420, 0, 1, 2
     torch.manual_seed(0)
     llm = AutoModelForCausalLM.from_config(config).eval()

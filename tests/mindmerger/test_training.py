@@ -300,9 +300,10 @@ def test_slurms_signal_to_all_of_a_job_ends_it_with_a_state_and_an_exit_code(wor
 def test_ranks_that_do_not_divide_a_parameter_stop_and_continue(
     work: Path, small: Words, optimizer: str, zero: dict[str, Any]
 ) -> None:
-    words = (*small, "--optimizer", optimizer, "--train_batch_size", 6, "--epoch_num", 10, "--save_steps", 5)
+    words = (*small, "--optimizer", optimizer, "--train_batch_size", 6, "--epoch_num", 5, "--save_steps", 5)
     whole, parts = f"whole_{optimizer}", f"parts_{optimizer}_{zero['stage']}"
-    run(python_command("run_training.py", *words, "--train_micro_batch_size_per_gpu", 6, "--save_name", whole), work)
+    if not (work / "outputs" / whole).exists():
+        train_here(work, *words, "--train_micro_batch_size_per_gpu", 6, "--save_name", whole)
     reference = load_file(work / "outputs" / whole / "mapping/model.safetensors")
     assert any(tensor.numel() % 3 for tensor in reference.values())
 
@@ -314,7 +315,7 @@ def test_ranks_that_do_not_divide_a_parameter_stop_and_continue(
         wait_for((state / "step_5").exists, process)
         os.killpg(process.pid, signal.SIGUSR1)
         assert process.wait(timeout=60) == 75
-    assert re.search(r"continuing after step \d+ of 40", run(command, work))
+    assert re.search(r"continuing after step \d+ of 20", run(command, work))
     assert_same(work, parts, reference, tolerance=1e-4)
 
 
