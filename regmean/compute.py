@@ -30,7 +30,7 @@ from common.signals import StopSignals
 from regmean.calibration import Calibration, collate, load_calibration, make_batches
 from regmean.config import GramFlags, TextSource
 from regmean.gram import GramSums
-from regmean.gram_file import FILE_NAME, GramFile, write_grams
+from regmean.gram_file import FILE_NAME, GramFile, join_files
 from regmean.hooks import LinearInputs, input_width, linear_layers, untied_head
 from regmean.model_folder import Checkpoint, open_checkpoint
 
@@ -294,10 +294,7 @@ def _assemble(parts: list[Path], target: Path, provenance: dict[str, Any]) -> Pa
     """One Gram file of all passes' files."""
     if len(parts) == 1:
         return parts[0]
-    files = [GramFile(part) for part in parts]
-    source = {name: file for file in files for name in file.grams}
-    grams = [gram for file in files for gram in file.grams.values()]
-    write_grams(target, grams, lambda name: source[name].read(name), provenance)
+    join_files(target, [GramFile(part) for part in parts], provenance)
     return target
 
 

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet
 
@@ -359,6 +360,48 @@ def test_products_are_added_below_the_diagonal(
     gram_module.add_products(total, rows)
     expected = 1 + rows.double().numpy().T @ rows.double().numpy()
     np.testing.assert_allclose(np.tril(total.numpy()), np.tril(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_products_are_summed_in_float32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has no product of two half-precision matrices in float32: a stand-in computes what its arguments mean."""
+    calls = []
+
+    def mm(input: torch.Tensor, mat2: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        assert input.ndim == mat2.ndim == 2 and input.shape[1] == mat2.shape[0]
+        assert input.dtype == mat2.dtype and input.dtype in (torch.bfloat16, torch.float16)
+        assert out_dtype == torch.float32
+        calls.append(input.dtype)
+        return (input.double() @ mat2.double()).float()
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(gram_module, "_is_widened", lambda rows: False)
+    monkeypatch.setattr(gram_module, "_panel_rows_on", lambda device, width: 5)
+    for dtype in (torch.bfloat16, torch.float16):
+        rows = torch.randn(9, 13, generator=torch.Generator().manual_seed(0)).to(dtype)
+        total = torch.ones(13, 13)
+        gram_module.add_products(total, rows)
+        expected = 1 + rows.double().numpy().T @ rows.double().numpy()
+        np.testing.assert_allclose(np.tril(total.numpy()), np.tril(expected), rtol=1e-6, atol=1e-6)
+    assert calls == 3 * [torch.bfloat16] + 3 * [torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("width", "multiprocessors", "rows"),
+    # An H200, an A100, an A40; of a narrow sum one panel is all of it.
+    [(4096, 132, 2048), (14336, 132, 2048), (4096, 108, 1024), (4096, 84, 1024), (512, 132, 512)],
+)
+def test_panels_fill_the_multiprocessors_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, width: int, multiprocessors: int, rows: int
+) -> None:
+    assert gram_module.panel_rows(width, multiprocessors) == rows
+    asked = []
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: asked.append(device) or SimpleNamespace(multi_processor_count=multiprocessors),
+    )
+    assert gram_module._panel_rows_on(torch.device("cuda:1"), width) == rows
+    assert asked == [torch.device("cuda:1")]
 
 
 class Killed(BaseException):
