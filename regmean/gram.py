@@ -18,6 +18,8 @@ from common.ranks import Process
 from regmean.gram_file import Gram, GramFile, write_grams
 
 PANEL = 512  # rows of a sum that a batch is added to at a time, at most on a CPU and at least on a GPU
+# Of each call of `GramSums.add` for one batch, by name and number: the rows of the sum that have the batch.
+Added = dict[tuple[str, int], int]
 TILE = (128, 256)  # rows and columns of a large product that one multiprocessor of a GPU computes at a time
 
 
@@ -90,6 +92,11 @@ def panel_rows(width: int, multiprocessors: int) -> int:
     return min((PANEL, 2 * PANEL, 4 * PANEL, 8 * PANEL), key=rounds)
 
 
+def product_bytes(width: int, device: torch.device) -> int:
+    """The most bytes of a product on its way into a sum of this width; a CPU adds products in place."""
+    return 4 * _panel_rows_on(device, width) * width if device.type == "cuda" else 0
+
+
 @dataclass(eq=False)
 class GramSums:
     """The running sums of one pass, each a float32 matrix of shape (width, width) beside the activations.
@@ -100,16 +107,16 @@ class GramSums:
     Attributes:
         totals, tokens: by the name of the first layer that reads an input.
         shared_name: of each layer, that name.
-        added: of each call of `add` for the batch in progress, by name and number, the rows of the sum that are done.
+        added: what they have of the batch in progress.
     """
 
     totals: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     shared_name: dict[str, str] = field(default_factory=dict)
-    added: dict[tuple[str, int], int] = field(default_factory=dict)
+    added: Added = field(default_factory=dict)
     _calls: Counter[str] = field(default_factory=Counter)
 
-    def begin(self, added: dict[tuple[str, int], int]) -> None:
+    def begin(self, added: Added) -> None:
         """Begin a batch; `add` leaves out what `added` has of it."""
         self.added = dict(added)
         self._calls.clear()

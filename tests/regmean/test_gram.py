@@ -468,10 +468,40 @@ def test_a_run_that_was_cut_short_ends_with_the_same_gram(
         partial = tmp_path / "gram/gram.partial"
         assert not any((partial / f"{part.stem}-rank0").exists() for part in partial.glob("pass*.safetensors"))
         assert not (tmp_path / "gram" / "gram.safetensors").exists()
-    with pytest.raises(InputError, match="another run .tokens_per_batch was 30, now 31.: .*--overwrite"):
-        compute("experts", tokens_per_batch=31)
+    with pytest.raises(InputError, match=r"another run .examples was .*, now .*.: .*--overwrite"):
+        compute("experts", tokens_per_batch=30, num_examples=39)
     assert same_bits(whole, compute("experts", tokens_per_batch=30))
     assert [path.name for path in (tmp_path / "gram").iterdir()] == ["gram.safetensors"]
+
+
+@pytest.mark.parametrize(("tokens_per_batch", "same"), [(1, False), (11, False), (30, True), (500, True)])
+def test_another_batch_size_continues_the_run(
+    compute: Callable, monkeypatch: pytest.MonkeyPatch, tokens_per_batch: int, same: bool
+) -> None:
+    """A smaller one runs what is left in smaller batches, a larger one as before."""
+    whole = compute("llama", output="whole", tokens_per_batch=30)
+    run, shapes, left = LinearInputs.run, [], 7
+
+    def run_or_die(self: LinearInputs, model: nn.Module, ids: torch.Tensor, *args: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+        shapes.append(ids.shape)
+        run(self, model, ids, *args)
+
+    monkeypatch.setattr(LinearInputs, "run", run_or_die)
+    with pytest.raises(Killed):
+        compute("llama", tokens_per_batch=30, snapshot_seconds=0)
+    shapes.clear()
+    continued = compute("llama", tokens_per_batch=tokens_per_batch)
+    assert shapes and all(shape[0] == 1 or shape.numel() <= tokens_per_batch for shape in shapes)
+    assert continued.grams == whole.grams and same_bits(whole, continued) == same
+    assert_close(continued, oracle_of(whole))
+
+
+def oracle_of(file: GramFile) -> dict[str, tuple[np.ndarray, int]]:
+    return {name: (file.read(gram.name), gram.tokens) for gram in file.grams.values() for name in gram.modules}
 
 
 def script(words: list[str], **environment: str) -> subprocess.CompletedProcess:
