@@ -18,9 +18,9 @@ from common.ranks import Process
 from regmean.gram_file import Gram, GramFile, write_grams
 
 PANEL = 512  # rows of a sum that a batch is added to at a time, at most on a CPU and at least on a GPU
-# Of each call of `GramSums.add` for one batch, by name and number: the rows of the sum that have the batch.
-Added = dict[tuple[str, int], int]
 TILE = (128, 256)  # rows and columns of a large product that one multiprocessor of a GPU computes at a time
+# By name and number of each call of `GramSums.add` for one batch: the rows of the sum that have the batch.
+Added = dict[tuple[str, int], int]
 
 
 def zeros(width: int, device: torch.device) -> torch.Tensor:
