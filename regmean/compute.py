@@ -8,7 +8,8 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,21 +25,26 @@ from common.io import read_json, write_json
 from common.logging import progress, quiet_libraries, say
 from common.models import load_model, load_tokenizer
 from common.onednn import use_onednn
-from common.ranks import Process, available_memory, finish
+from common.ranks import Process, available_memory, finish, is_out_of_memory
 from common.runs import open_run
 from common.signals import StopSignals
+from regmean.batch_runner import BatchRunner, TooLargeError
 from regmean.calibration import Calibration, collate, load_calibration, make_batches
 from regmean.config import GramFlags, TextSource
-from regmean.gram import GramSums
-from regmean.gram_file import FILE_NAME, GramFile, write_grams
+from regmean.gram import GramSums, product_bytes
+from regmean.gram_file import FILE_NAME, GramFile, join_files
 from regmean.hooks import LinearInputs, input_width, linear_layers, untied_head
 from regmean.model_folder import Checkpoint, open_checkpoint
 
 SNAPSHOT_SECONDS = 600.0
 SUMS_NAME = "sums.safetensors"
 PLAN = "plan.json"
-# Of the memory that is free beside the model, what the activations of a batch and fragmentation may take.
+# Of the memory that is free beside the model, what sums leave at least: for activations of a batch and fragmentation.
 RESERVED = 0.1
+# A batch's bytes, as measured on a GPU, times this; and what libraries take there, as cuBLAS and NCCL.
+BATCH_MARGIN = 1.15
+LIBRARIES = 0.5e9
+MORE_MEMORY = "take a larger --device, a narrower --dtype or a smaller --max_length"
 
 
 def compute_grams(
@@ -50,7 +56,8 @@ def compute_grams(
     ends with the same Gram.
 
     Args:
-        process: this rank; every rank takes its shard of the batches.
+        process: this rank; every rank takes its shard of the batches. It has left the process group at the end, and
+            before the first rank joins the Grams of several passes, which may take longer than others wait.
         snapshot_seconds: the time between two snapshots.
         model: that of `flags.model`, where it is loaded already; it loses its output head.
 
@@ -74,7 +81,6 @@ def compute_grams(
         "model": checkpoint.name,
         "fingerprint": checkpoint.fingerprint(),
         "examples": hashlib.sha256(json.dumps(calibration.examples).encode()).hexdigest(),
-        "tokens_per_batch": tokens_per_batch,
         "dtype": str(model.dtype).removeprefix("torch."),
         "world_size": process.world_size,
     }
@@ -105,18 +111,28 @@ def _prepare(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.devic
 
 @dataclass(frozen=True)
 class Plan:
-    """How the work is cut: the layers of each pass over the texts, and whether batches may hold padding."""
+    """How the work is cut.
+
+    Attributes:
+        passes: the layers of each pass over the texts.
+        inputs: the layers of each distinct input.
+        padding: whether batches may hold padding.
+        tokens_per_batch: of the batches that are dealt to the ranks; where memory is short they are run in parts.
+    """
 
     passes: list[list[str]]
+    inputs: list[list[str]]
     padding: bool
+    tokens_per_batch: int
 
 
 class Probe(NamedTuple):
-    """What one example tells: the layers of each distinct input, `Plan`'s padding, and the seconds that it takes."""
+    """What one example tells: the first two as of `Plan`, and the seconds and the bytes on a GPU that it takes."""
 
     inputs: list[list[str]]
     padding: bool
     seconds: float
+    nbytes: int
 
 
 def probe(model: PreTrainedModel, layers: dict[str, nn.Module], ids: list[int], device: torch.device) -> Probe:
@@ -134,7 +150,27 @@ def probe(model: PreTrainedModel, layers: dict[str, nn.Module], ids: list[int], 
         inputs.run(model, example, mask)
         finish(device)
         seconds = time.monotonic() - started
-    return Probe(inputs.groups(), inputs.aligned and len(inputs.shared_name) == len(layers), seconds)
+        # Without the sums, but with the copies of rows that a batch with padding needs.
+        inputs.receive = lambda name, rows: None
+        real = mask.flatten().nonzero().flatten() if inputs.aligned else None
+        nbytes = peak_bytes(device, lambda: inputs.run(model, example, mask, real))
+    return Probe(inputs.groups(), inputs.aligned and len(inputs.shared_name) == len(layers), seconds, nbytes)
+
+
+def peak_bytes(device: torch.device, run: Callable[[], None]) -> int:
+    """The most bytes that PyTorch holds on a GPU while `run` is called, beyond those before; 0 elsewhere, uncalled."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def memory_for_sums(free: int, batch_bytes: float, device_type: str) -> int:
+    """Of the bytes that are free beside the model, those that the sums of a pass may take."""
+    left = min(free * (1 - RESERVED), free - BATCH_MARGIN * batch_bytes)
+    return max(0, int(left - (LIBRARIES if device_type == "cuda" else 0)))
 
 
 def plan_passes(inputs: list[list[str]], widths: list[int], memory: int) -> list[list[str]]:
@@ -149,7 +185,8 @@ def plan_passes(inputs: list[list[str]], widths: list[int], memory: int) -> list
     if largest > memory:
         raise InputError(
             f"the widest layer ({max(widths)} features) needs {largest / 1e9:.1f} GB beside the model, "
-            f"and {memory / 1e9:.1f} GB are free; take a larger --device or a narrower --dtype"
+            f"and {memory / 1e9:.1f} GB are free; take a larger --device, a narrower --dtype or a smaller batch "
+            "(--tokens_per_batch)"
         )
     passes: list[list[str]] = []
     free = 0
@@ -162,9 +199,12 @@ def plan_passes(inputs: list[list[str]], widths: list[int], memory: int) -> list
     return passes
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Passes:
-    """All passes of a run over its texts; `folder` holds what an interrupted one continues from."""
+    """All passes of a run over its texts; `folder` holds what an interrupted one continues from.
+
+    `tokens_per_batch` falls where a batch of so many does not fit into memory.
+    """
 
     model: PreTrainedModel
     layers: dict[str, nn.Module]
@@ -176,12 +216,16 @@ class _Passes:
 
     def run(self, target: Path, provenance: dict[str, Any]) -> None:
         """Do what is left to do, write the Grams to `target`, and remove the folder."""
-        process, plan = self.process, self._agreed_plan()
+        process, plan, number = self.process, self._agreed_plan(), 0
         started = time.monotonic()
-        parts = [self.folder / f"pass{number}.safetensors" for number in range(len(plan.passes))]
-        for number, part in enumerate(parts):
+        while number < len(plan.passes):
+            part = self._part(number)
             if not process.gather(part.exists())[0]:
                 sums = self._sums_of_pass(number, plan)
+                if not all(process.gather(sums is not None)):
+                    del sums
+                    plan = self._with_smaller_passes(plan, number)
+                    continue
                 sums.add_ranks(process)
                 if process.is_main:
                     sums.write(part, self.layers, provenance)
@@ -190,23 +234,33 @@ class _Passes:
                 process.barrier()
             # Also where an earlier run was killed before it came to this.
             shutil.rmtree(self._snapshots(number), ignore_errors=True)
+            number += 1
+        # The other ranks leave first: joining may take longer than a collective waits.
+        process.barrier()
+        process.close()
         if process.is_main:
+            parts = [self._part(number) for number in range(len(plan.passes))]
             _assemble(parts, self.folder / FILE_NAME, provenance).replace(target)
             shutil.rmtree(self.folder)
             self._report(target, time.monotonic() - started)
-        process.barrier()
 
     def _agreed_plan(self) -> Plan:
         """The plan that an interrupted run began with, else a new one; the first rank decides, and keeps it."""
-        path = self.folder / PLAN
+        path, device = self.folder / PLAN, self.process.device
         known = Plan(**read_json(path)) if self.process.is_main and path.exists() else None
         if plan := self.process.gather(known)[0]:
             return plan
         longest = max(self.calibration.examples, key=len)
-        inputs, padding, seconds = probe(self.model, self.layers, longest, self.process.device)
-        widths = [input_width(self.layers[names[0]]) for names in inputs]
-        memory = int(min(self.process.gather(available_memory(self.process.device))) * (1 - RESERVED))
-        plan = Plan(plan_passes(inputs, widths, memory), padding)
+        try:
+            inputs, padding, seconds, nbytes = probe(self.model, self.layers, longest, device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(f"out of memory with the model and one example; {MORE_MEMORY}") from error
+        widths = self._widths(inputs)
+        batch = nbytes * max(1.0, self.tokens_per_batch / len(longest)) + product_bytes(max(widths), device)
+        memory = min(self.process.gather(memory_for_sums(available_memory(device), batch, device.type)))
+        plan = Plan(plan_passes(inputs, widths, memory), inputs, padding, self.tokens_per_batch)
         if self.process.is_main:
             write_json(path, asdict(plan))
         runs, sums = len(plan.passes), sum(4 * width**2 for width in widths)
@@ -218,35 +272,65 @@ class _Passes:
         say(self.process, f"plan: {found} {free}: {passes}, at most about {minutes:.1f} min{alike}")
         return plan
 
+    def _with_smaller_passes(self, plan: Plan, number: int) -> Plan:
+        """The plan with pass `number`, for which a rank has too little memory, in parts of half the sums.
+
+        Raises:
+            InputError: the pass is for one input alone.
+        """
+        inputs = [names for names in plan.inputs if names[0] in plan.passes[number]]
+        widths = self._widths(inputs)
+        if len(inputs) == 1:
+            raise InputError(
+                f"out of memory with the sum of one layer ({widths[0]} features) and one example; {MORE_MEMORY}"
+            )
+        sums = [4 * width**2 for width in widths]
+        parts = plan_passes(inputs, widths, max(*sums, sum(sums) // 2))
+        say(self.process, f"out of memory with one example at once: pass {number + 1} becomes {len(parts)} passes")
+        # Snapshots of the whole pass are none of its parts'.
+        shutil.rmtree(self._snapshots(number), ignore_errors=True)
+        self.process.barrier()
+        plan = replace(plan, passes=[*plan.passes[:number], *parts, *plan.passes[number + 1 :]])
+        if self.process.is_main:
+            write_json(self.folder / PLAN, asdict(plan))
+        return plan
+
+    def _widths(self, inputs: list[list[str]]) -> list[int]:
+        return [input_width(self.layers[names[0]]) for names in inputs]
+
+    def _part(self, number: int) -> Path:
+        """The Gram file of pass `number`."""
+        return self.folder / f"pass{number}.safetensors"
+
     def _snapshots(self, number: int) -> Path:
         """This rank's snapshots of pass `number`."""
         return self.folder / f"pass{number}-rank{self.process.rank}"
 
-    def _sums_of_pass(self, number: int, plan: Plan) -> GramSums:
-        """This rank's sums for the layers of pass `number`, from its snapshot on where there is one."""
+    def _sums_of_pass(self, number: int, plan: Plan) -> GramSums | None:
+        """This rank's sums for the layers of pass `number`, from its snapshot on where there is one.
+
+        None where not even one example at once fits into memory.
+        """
         lengths, process = [len(example) for example in self.calibration.examples], self.process
-        batches = make_batches(lengths, self.tokens_per_batch, plan.padding)[process.rank :: process.world_size]
+        batches = make_batches(lengths, plan.tokens_per_batch, plan.padding)[process.rank :: process.world_size]
         root, done, sums = self._snapshots(number), 0, GramSums()
         if snapshot := snapshots.newest(root, tqdm.write):
             done, sums = snapshots.step_of(snapshot), GramSums.read(snapshot / SUMS_NAME, process.device)
             say(process, f"continuing after {done} of {len(batches)} batches")
-        row_sums: dict[str, torch.Tensor] = {}
-
-        def receive(name: str, rows: torch.Tensor) -> None:
-            # A sum is finite where every term is; in float32, since half precision would overflow.
-            row_sums[name] = rows.sum(dim=1, dtype=torch.float32)
-            sums.add(name, rows)
-
         layers = {name: self.layers[name] for name in plan.passes[number]}
-        # Where every layer reads every token, no forward pass calls other layers than the one before.
-        inputs = LinearInputs(layers, self.model.get_output_embeddings(), receive, plan.padding, sums.shared_name)
+        runner = BatchRunner(
+            self.model, layers, self.calibration, process.device, sums, plan.padding, self.tokens_per_batch
+        )
         tokens = [sum(lengths[index] for index in batch) for batch in batches]
         title, counts = f"pass {number + 1} of {len(plan.passes)}", (sum(tokens), sum(tokens[:done]))
         bar = progress(process, total=counts[0], initial=counts[1], unit="tok", unit_scale=True, desc=title)
         saved = time.monotonic()
-        with inputs, bar, StopSignals() as signals:
+        with runner, bar, StopSignals() as signals:
             for position in range(done, len(batches)):
-                self._run_batch(batches[position], inputs, row_sums)
+                try:
+                    runner.add(batches[position])
+                except TooLargeError:
+                    return None
                 bar.update(tokens[position])
                 signal = signals.received
                 if signal or time.monotonic() - saved >= self.snapshot_seconds:
@@ -257,30 +341,8 @@ class _Passes:
                         f"{signal} after {position + 1} of {len(batches)} batches, which are kept in {self.folder}: "
                         "the same command continues"
                     )
+        self.tokens_per_batch = runner.tokens_per_batch
         return sums
-
-    def _run_batch(self, batch: list[int], inputs: LinearInputs, row_sums: dict[str, torch.Tensor]) -> None:
-        """Run the examples of these indices; `row_sums` gets the sum of each row that a layer reads.
-
-        Raises:
-            InputError: a layer, the first of the forward pass is named, read NaN or infinity.
-        """
-        ids, mask = collate([self.calibration.examples[index] for index in batch])
-        owners, real = mask.nonzero()[:, 0], mask.flatten().nonzero().flatten()
-        device = self.process.device
-        row_sums.clear()
-        inputs.run(self.model, ids.to(device), mask.to(device), real.to(device) if len(real) < mask.numel() else None)
-        # One look for all layers: each makes a GPU's queue run empty.
-        if not row_sums or torch.cat(list(row_sums.values())).isfinite().all():
-            return
-        layer, rows = next((name, finite) for name, sums in row_sums.items() if not (finite := sums.isfinite()).all())
-        # An expert's rows are some of the batch's, in its own order: then any of the examples may be the one.
-        suspects = owners[~rows.cpu()].unique().tolist() if len(rows) == len(owners) else range(len(batch))
-        examples = ", ".join(str(self.calibration.rows[batch[suspect]]) for suspect in suspects)
-        raise InputError(
-            f"the input of {layer} is NaN or infinite in row(s) {examples} of the data set (from 0): mend or leave out "
-            "these rows, or take a wider --dtype (bfloat16 or float32)"
-        )
 
     def _report(self, target: Path, seconds: float) -> None:
         grams, size = GramFile(target).grams.values(), target.stat().st_size / 1e9
@@ -294,10 +356,7 @@ def _assemble(parts: list[Path], target: Path, provenance: dict[str, Any]) -> Pa
     """One Gram file of all passes' files."""
     if len(parts) == 1:
         return parts[0]
-    files = [GramFile(part) for part in parts]
-    source = {name: file for file in files for name in file.grams}
-    grams = [gram for file in files for gram in file.grams.values()]
-    write_grams(target, grams, lambda name: source[name].read(name), provenance)
+    join_files(target, [GramFile(part) for part in parts], provenance)
     return target
 
 

@@ -1,6 +1,10 @@
 """The sums: x x^T of each distinct input of a model's linear layers, added up over tokens."""
 
+import functools
+import math
 import mmap
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +17,10 @@ from common.errors import InputError
 from common.ranks import Process
 from regmean.gram_file import Gram, GramFile, write_grams
 
-PANEL = 512  # rows of a sum that a batch is added to at a time
+PANEL = 512  # rows of a sum that a batch is added to at a time, at most on a CPU and at least on a GPU
+TILE = (128, 256)  # rows and columns of a large product that one multiprocessor of a GPU computes at a time
+# By name and number of each call of `GramSums.add` for one batch: the rows of the sum that have the batch.
+Added = dict[tuple[str, int], int]
 
 
 def zeros(width: int, device: torch.device) -> torch.Tensor:
@@ -31,39 +38,101 @@ def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
 
     `total` is float32 (width, width), of which nothing above the diagonal is to be read; `rows` float (tokens, width).
     """
-    step = PANEL
-    if rows.device.type == "cpu":
+    for _ in added_panels(total, rows):
+        pass
+
+
+def added_panels(total: torch.Tensor, rows: torch.Tensor, start: int = 0) -> Iterator[int]:
+    """As `add_products`, from row `start` of `total` on, panel by panel: gives the row that each panel ends before."""
+    if _is_widened(rows):
         rows = rows.float()
-        # The fewer, the less is computed above the diagonal; a CPU is as fast with 192, and with 512 of wide layers.
-        step = min(PANEL, max(192, len(total) // 8))
-    for start in range(0, len(total), step):
-        panel, below = rows[:, start : start + step].T, rows[:, : start + step]
-        part = total[start : start + step, : start + step]
-        if rows.dtype == torch.float32:
-            part.addmm_(panel, below)
-        else:
-            # Products of two half-precision numbers are exact in float32, and so is nearly their sum.
-            part += torch.mm(panel, below, out_dtype=torch.float32)
+    step = _panel_rows_on(rows.device, len(total))
+    for first in range(start, len(total), step):
+        panel, below = rows[:, first : first + step].T, rows[:, : first + step]
+        _add_product(total[first : first + step, : first + step], panel, below)
+        yield min(first + step, len(total))
+
+
+def _is_widened(rows: torch.Tensor) -> bool:
+    # A CPU has no product of half-precision numbers in float32.
+    return rows.device.type == "cpu"
+
+
+def _add_product(part: torch.Tensor, panel: torch.Tensor, below: torch.Tensor) -> None:
+    if panel.dtype == torch.float32:
+        part.addmm_(panel, below)
+    else:
+        # Products of two half-precision numbers are exact in float32, and so is nearly their sum.
+        part += torch.mm(panel, below, out_dtype=torch.float32)
+
+
+def _panel_rows_on(device: torch.device, width: int) -> int:
+    if device.type == "cuda":
+        return panel_rows(width, torch.cuda.get_device_properties(device).multi_processor_count)
+    # The fewer, the less is computed above the diagonal; a CPU is as fast with 192, and with 512 of wide layers.
+    return min(PANEL, max(192, width // 8))
+
+
+@functools.cache
+def panel_rows(width: int, multiprocessors: int) -> int:
+    """Rows of a panel of a sum of this width on a GPU with so many multiprocessors.
+
+    A GPU computes a product in rounds, of one tile for each multiprocessor. Low panels have too few tiles to fill a
+    round, and high ones compute more above the diagonal: the fewest rounds decide.
+    """
+
+    def rounds(step: int) -> int:
+        total = 0
+        for first in range(0, width, step):
+            end = min(first + step, width)
+            tiles = math.ceil((end - first) / TILE[0]) * math.ceil(end / TILE[1])
+            total += math.ceil(tiles / multiprocessors)
+        return total
+
+    return min((PANEL, 2 * PANEL, 4 * PANEL, 8 * PANEL), key=rounds)
+
+
+def product_bytes(width: int, device: torch.device) -> int:
+    """The most bytes of a product on its way into a sum of this width; a CPU adds products in place."""
+    return 4 * _panel_rows_on(device, width) * width if device.type == "cuda" else 0
 
 
 @dataclass(eq=False)
 class GramSums:
     """The running sums of one pass, each a float32 matrix of shape (width, width) beside the activations.
 
-    `totals` and `tokens` are by the name of the first layer that reads an input; `shared_name` has that of each layer.
+    A batch that fails halfway is in some sums and not in others. It is then done again by `begin` with what `added`
+    was, in any number of parts.
+
+    Attributes:
+        totals, tokens: by the name of the first layer that reads an input.
+        shared_name: of each layer, that name.
+        added: what they have of the batch in progress.
     """
 
     totals: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     shared_name: dict[str, str] = field(default_factory=dict)
+    added: Added = field(default_factory=dict)
+    _calls: Counter[str] = field(default_factory=Counter)
+
+    def begin(self, added: Added) -> None:
+        """Begin a batch; `add` leaves out what `added` has of it."""
+        self.added = dict(added)
+        self._calls.clear()
 
     def add(self, name: str, rows: torch.Tensor) -> None:
         """Add the products of `rows`, of shape (tokens, width) and any float dtype, to the sum called `name`."""
         if name not in self.totals:
             self.totals[name] = zeros(rows.shape[1], rows.device)
             self.tokens[name] = 0
-        add_products(self.totals[name], rows)
-        self.tokens[name] += rows.shape[0]
+        total, call = self.totals[name], (name, self._calls[name])
+        self._calls[name] += 1
+        start = self.added.get(call, 0)
+        for end in added_panels(total, rows, start):
+            self.added[call] = end
+        if start < len(total):
+            self.tokens[name] += len(rows)
 
     def add_ranks(self, process: Process) -> None:
         """Add up the sums of all ranks; a rank whose tokens never reached a layer adds nothing to it.

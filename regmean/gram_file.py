@@ -8,6 +8,7 @@ The published form, `gram.pkl`, is a pickled dict of module name to mean Gram. I
 builds tensors and containers and nothing else.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,7 @@ VERSION = "1"
 FILE_NAME = "gram.safetensors"
 PUBLISHED_NAME = "gram.pkl"
 BLOCK_ROWS = 128  # of a Gram, packed or unpacked at a time
+BLOCK_ELEMENTS = 1 << 22  # of a packed Gram, copied at a time
 ABOVE = np.triu(np.ones((BLOCK_ROWS, BLOCK_ROWS), bool), 1)  # the diagonal of such a block
 
 
@@ -111,11 +113,15 @@ class GramFile(Grams):
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: the Gram file's header is damaged: {error!r}") from error
 
+    def read_packed(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements `start` to `stop` of a Gram as it is stored."""
+        return self._infos[name].read(start, stop)
+
     def _read_square(self, name: str) -> np.ndarray:
         width = self.grams[name].width
         square = np.empty((width, width), np.float32)
         for first, last in _row_blocks(width):
-            packed = self._infos[name].read(packed_size(first), packed_size(last))
+            packed = self.read_packed(name, packed_size(first), packed_size(last))
             start = 0
             for length in range(first + 1, last + 1):
                 square[length - 1, :length] = packed[start : start + length]
@@ -162,16 +168,10 @@ def write_grams(
     Raises:
         InputError: a Gram holds NaN or infinite values, or the file cannot be written.
     """
-    by_name = {gram.name: gram for gram in grams}
-    entries = {name: asdict(gram) for name, gram in by_name.items()}
-    for entry in entries.values():
-        del entry["name"]
-    texts = {"grams": json.dumps(entries), "provenance": json.dumps(provenance)}
-    metadata = {"format": FORMAT, "version": VERSION} | texts
-    layout = {name: ("F32", (packed_size(gram.width),)) for name, gram in by_name.items()}
-    with atomic_path(path) as partial, TensorWriter(partial, layout, metadata) as writer:
-        for name, gram in by_name.items():
-            square = read(name)
+    grams = list(grams)
+    with _writer(path, grams, provenance) as writer:
+        for gram in grams:
+            square = read(gram.name)
             for first, last in _row_blocks(gram.width):
                 packed = np.concatenate([square[row, : row + 1] for row in range(first, last)])
                 if not np.isfinite(packed).all():
@@ -179,7 +179,33 @@ def write_grams(
                         f"the input of {', '.join(gram.modules)} is NaN or infinite for some token; "
                         "a wider --dtype (bfloat16 or float32) may hold it"
                     )
-                writer.write(name, packed, start=packed_size(first))
+                writer.write(gram.name, packed, start=packed_size(first))
+
+
+def join_files(path: Path, files: list[GramFile], provenance: dict[str, Any]) -> None:
+    """Write the Grams of all `files`, which have none in common, as one file, whole or not at all, packed as they are.
+
+    Raises:
+        InputError: a file cannot be read, or `path` cannot be written.
+    """
+    with _writer(path, [gram for file in files for gram in file.grams.values()], provenance) as writer:
+        for file in files:
+            for gram in file.grams.values():
+                for start in range(0, packed_size(gram.width), BLOCK_ELEMENTS):
+                    stop = min(start + BLOCK_ELEMENTS, packed_size(gram.width))
+                    writer.write(gram.name, file.read_packed(gram.name, start, stop), start)
+
+
+@contextlib.contextmanager
+def _writer(path: Path, grams: list[Gram], provenance: dict[str, Any]) -> Iterator[TensorWriter]:
+    entries = {gram.name: asdict(gram) for gram in grams}
+    for entry in entries.values():
+        del entry["name"]
+    texts = {"grams": json.dumps(entries), "provenance": json.dumps(provenance)}
+    metadata = {"format": FORMAT, "version": VERSION} | texts
+    layout = {gram.name: ("F32", (packed_size(gram.width),)) for gram in grams}
+    with atomic_path(path) as partial, TensorWriter(partial, layout, metadata) as writer:
+        yield writer
 
 
 def convert(source: Path, target: Path) -> None:

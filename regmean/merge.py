@@ -32,7 +32,7 @@ def merge(flags: MergeFlags, command: str) -> None:
     grams = [open_grams(Path(path)) for path in flags.grams]
     outputs, model_weights = flags.output_dirs(), flags.weights()
     plan = plan_merge(models, model_weights, grams, flags.selects, flags.dtype)
-    _print_plan(flags.method, plan, len(outputs))
+    _print_plan(flags, plan, len(outputs))
 
     alphas = flags.alpha if grams else [None]
     with contextlib.ExitStack() as folders:
@@ -56,8 +56,8 @@ def merge(flags: MergeFlags, command: str) -> None:
     print(f"merged in {time.monotonic() - started:.1f} s")
 
 
-def array_bytes(models: int, systems: list[tuple[int, int]], alphas: int) -> int:
-    """The most bytes of arrays that a merge of so many models holds at once.
+def array_bytes(models: int, systems: list[tuple[int, int]], alphas: int, device: str = "cpu") -> int:
+    """The most bytes of arrays that a merge of so many models holds at once, on a GPU where `device` is one, if free.
 
     `systems` has (inputs, outputs) of each that RegMean solves, for so many alphas; it is empty for an average.
     """
@@ -67,7 +67,7 @@ def array_bytes(models: int, systems: list[tuple[int, int]], alphas: int) -> int
         return averaging
     from regmean.regmean import solving_bytes  # with torch, which an average does without
 
-    return max(averaging, solving_bytes(models, systems, alphas))
+    return max(averaging, solving_bytes(models, systems, alphas, device))
 
 
 def _write(
@@ -93,13 +93,15 @@ def _write(
         return method.write()
 
 
-def _print_plan(method: str, plan: MergePlan, outputs: int) -> None:
+def _print_plan(flags: MergeFlags, plan: MergePlan, outputs: int) -> None:
     models = plan.models
     read = sum(model.tensors[name].nbytes for model in models for name in plan.layout if name in model.tensors)
     written = sum(math.prod(shape) * STORAGE[dtype].itemsize for dtype, shape in plan.layout.values())
-    peak = array_bytes(len(models), plan.systems(), outputs)
+    peak = array_bytes(len(models), plan.systems(), outputs, flags.device)
     size = f"{read / 1e9:.2f} GB to read, {written / 1e9:.2f} GB to write for each of {outputs}"
-    print(f"plan: {method} of {len(models)} models, {size}, at most about {peak / 1e9:.2f} GB of arrays in memory")
+    print(
+        f"plan: {flags.method} of {len(models)} models, {size}, at most about {peak / 1e9:.2f} GB of arrays in memory"
+    )
     layers = sum(len(group.tensors) for group in plan.groups)
     rest = f"{len(plan.averaged)} tensors averaged, {len(plan.copied)} copied from {models[0].name}"
     print(f"plan: {layers} weights by RegMean in {len(plan.groups)} systems, {rest}")

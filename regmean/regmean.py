@@ -10,11 +10,20 @@ import numpy as np
 import torch
 
 from common.errors import InputError
+from common.ranks import available_memory
 from regmean.average import weighted_mean
 from regmean.merge_plan import LayerGroup, MergePlan
 from regmean.model_folder import Checkpoint, CheckpointWriter
 from regmean.report import LayerReport
-from regmean.solve import SolveError, System, block_elements, system_bytes
+from regmean.solve import (
+    GPU_BLOCK_ELEMENTS,
+    GPU_SQUARES,
+    SolveError,
+    System,
+    block_elements,
+    gpu_block_elements,
+    system_bytes,
+)
 
 READERS = 2  # threads that read weights and Grams for a system
 # Small systems are solved side by side on a CPU, since their products do not divide well among threads: as many as hold
@@ -24,15 +33,17 @@ SIDE_BY_SIDE_BYTES = 256 << 20
 
 def systems_at_once(models: int, systems: list[tuple[int, int]], alphas: int, threads: int) -> int:
     """How many systems a CPU solves side by side, sharing `threads` evenly; the rest is as of `merge.array_bytes`."""
-    largest = system_bytes(models, systems, alphas, side_by_side=True)
+    largest = system_bytes(models, systems, alphas, block_elements(models, side_by_side=True))
     fitting = min(threads, len(systems), SIDE_BY_SIDE_BYTES // max(largest, 1))
     return max((count for count in range(1, fitting + 1) if threads % count == 0), default=1)
 
 
-def solving_bytes(models: int, systems: list[tuple[int, int]], alphas: int) -> int:
+def solving_bytes(models: int, systems: list[tuple[int, int]], alphas: int, device: str) -> int:
     """The most bytes of arrays that RegMean holds at once; arguments as of `merge.array_bytes`."""
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return system_bytes(models, systems, alphas, GPU_BLOCK_ELEMENTS, GPU_SQUARES)
     at_once = systems_at_once(models, systems, alphas, os.cpu_count() or 1)
-    alone, beside = (system_bytes(models, systems, alphas, side_by_side) for side_by_side in (False, True))
+    alone, beside = (system_bytes(models, systems, alphas, block_elements(models, beside)) for beside in (False, True))
     return max(alone, at_once * beside)
 
 
@@ -72,18 +83,26 @@ class RegMean:
         # A Conv1D's block is the whole weight, however large.
         if self.device.type == "cuda" or any(group.conv1d for group in self.plan.groups):
             at_once = 1
-        groups, elements = self.plan.groups, block_elements(len(self.plan.models), at_once > 1)
+        groups, elements = self.plan.groups, self._elements(at_once > 1)
         if at_once == 1:
             with ThreadPoolExecutor(READERS) as readers:
-                solved = [self._write_group(group, elements, readers.map) for group in groups]
+                solved = list(map(self._write_group, groups, elements, repeat(readers.map)))
         else:
             try:
                 # Each thread has PyTorch's number of threads of its own.
                 with ThreadPoolExecutor(at_once, "solver", torch.set_num_threads, (threads // at_once,)) as solvers:
-                    solved = list(solvers.map(self._write_group, groups, repeat(elements), repeat(map)))
+                    solved = list(solvers.map(self._write_group, groups, elements, repeat(map)))
             finally:
                 torch.set_num_threads(threads)
         return {alpha: [reports[alpha] for reports in solved] for alpha in self.writers}
+
+    def _elements(self, side_by_side: bool) -> list[int]:
+        """Elements of a block of each group."""
+        groups, models = self.plan.groups, len(self.plan.models)
+        if self.device.type != "cuda":
+            return [block_elements(models, side_by_side)] * len(groups)
+        free = available_memory(self.device), available_memory(torch.device("cpu"))
+        return [gpu_block_elements(models, group.width, len(self.writers), *free) for group in groups]
 
     def _write_group(
         self, group: LayerGroup, elements: int, for_each: Callable[..., Iterator]

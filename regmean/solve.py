@@ -25,11 +25,18 @@ import numpy as np
 import torch
 
 from common.onednn import linear
-from regmean.triangular import Factor
+from regmean.triangular import factor_on
 
 # Of outputs solved at a time, elements per model: 28 MB in float32. From 32 MB on the C library takes the memory of
 # every array anew from the system, page by page.
 BLOCK_ELEMENTS = 7 << 20
+# The most on a GPU, which small blocks leave idle: whole weights, if memory holds them.
+GPU_BLOCK_ELEMENTS = 1 << 28
+# Of the memory that is free, what blocks may fill: of a GPU's, and of the host's.
+GPU_PART, HOST_PART = 0.8, 0.5
+# Square matrices beside a factor for each alpha: the sum of Grams, and one more Gram or the difference of two; on a GPU
+# also the system in float64 and its factor's other half, and a copy of the factor.
+SQUARES, GPU_SQUARES = 2, 6
 # The same where several systems are solved side by side, and a block costs no reading of Grams.
 SIDE_BY_SIDE_BLOCK_ELEMENTS = 1 << 19
 # Tried in turn until the factorisation succeeds; the jitter is relative to the equilibrated diagonal of ones.
@@ -88,9 +95,10 @@ class Cholesky:
         system.diagonal().fill_(1 + jitter)
         largest = _largest_eigenvalue(system.matmul, self._scale)
         try:
-            self._factor = Factor(system)
+            self._factor = factor_on(system.device)(system)
         except ArithmeticError:
             return False
+        del system  # one factor is in this memory, and the other has its own
         self.condition: float | None = largest * _largest_eigenvalue(self._factor.solve, self._scale)
         self.label = f"cholesky {str(dtype).removeprefix('torch.')}" + (f" jitter {jitter:g}" if jitter else "")
         # As LAPACK's posvx: a factor of a matrix that is singular to working precision is no use.
@@ -230,12 +238,23 @@ def block_elements(models: int, side_by_side: bool) -> int:
     return SIDE_BY_SIDE_BLOCK_ELEMENTS if side_by_side and models == 2 else BLOCK_ELEMENTS
 
 
-def system_bytes(models: int, systems: list[tuple[int, int]], alphas: int, side_by_side: bool) -> int:
-    """The most bytes of arrays that a `System` of any of these (inputs, outputs), with its block, holds at once."""
-    # Squares (the sum of Grams, one more Gram or the difference of two, a factor for each alpha), and blocks: one per
-    # model, eight in the solver.
-    squares, block = 2 + alphas, block_elements(models, side_by_side)
-    sizes = (4 * (squares * inputs**2 + (models + 8) * min(block, inputs * outputs)) for inputs, outputs in systems)
+def gpu_block_elements(models: int, inputs: int, alphas: int, free: int, free_host: int) -> int:
+    """The same on a GPU, with so many bytes free there and on the host, for a system of so many inputs."""
+    there = (GPU_PART * free - 4 * (GPU_SQUARES + alphas) * inputs**2) / (4 * (models + 8))
+    # On the host each model's values, those of two being decoded, their mean, and the merged values being encoded.
+    here = HOST_PART * free_host / (4 * (models + 12))
+    return max(BLOCK_ELEMENTS, min(GPU_BLOCK_ELEMENTS, int(there), int(here)))
+
+
+def system_bytes(models: int, systems: list[tuple[int, int]], alphas: int, block: int, squares: int = SQUARES) -> int:
+    """The most bytes of arrays that a `System` of any of these (inputs, outputs) holds at once, with blocks of outputs
+    of so many elements.
+    """
+    # Of a block, one array for each model, and eight in the solver.
+    sizes = (
+        4 * ((squares + alphas) * inputs**2 + (models + 8) * min(block, inputs * outputs))
+        for inputs, outputs in systems
+    )
     return max(sizes, default=0)
 
 
@@ -352,20 +371,27 @@ def _probed_residual(rhs: torch.Tensor, delta: torch.Tensor, total: torch.Tensor
 
 def _quadratic_form(delta: torch.Tensor, matrix: torch.Tensor) -> tuple[float, float]:
     """tr(D A D^T), for a symmetric A and for its diagonal alone, as <D^T D, A>: half the work of the product D A."""
-    whole, columns = 0.0, delta.T.contiguous()
-    for start in range(0, len(matrix), PANEL):
-        down = slice(start, start + PANEL)
-        for left in range(0, start + 1, PANEL):
-            across = slice(left, left + PANEL)
+    # Added up on the device: each number that is read from a GPU waits for all that it has to do.
+    whole, columns = torch.zeros((), dtype=torch.float64, device=delta.device), delta.T.contiguous()
+    side = 4 * PANEL if matrix.device.type == "cuda" else PANEL  # products of fewer rows leave a GPU idle
+    for start in range(0, len(matrix), side):
+        down = slice(start, start + side)
+        for left in range(0, start + 1, side):
+            across = slice(left, left + side)
             # A tile left of the diagonal stands for its mirror image too.
-            factor = 1 if left == start else 2
-            whole += factor * _inner(linear(columns[down], columns[across]), matrix[down, across])
-    return whole, _inner(delta.square().sum(0), matrix.diagonal())
+            times = 1 if left == start else 2
+            whole += times * _inner_sum(linear(columns[down], columns[across]), matrix[down, across])
+    return whole.item(), _inner(delta.square().sum(0), matrix.diagonal())
 
 
 def _inner(a: torch.Tensor, b: torch.Tensor) -> float:
     """<a, b>, by rows in their own precision, over these in float64."""
-    return torch.linalg.vecdot(a, b).sum(dtype=torch.float64).item()
+    return _inner_sum(a, b).item()
+
+
+def _inner_sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`_inner` as a tensor, on the device."""
+    return torch.linalg.vecdot(a, b).sum(dtype=torch.float64)
 
 
 def _largest_eigenvalue(times: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor, steps: int = 8) -> float:

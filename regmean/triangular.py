@@ -1,8 +1,9 @@
-"""Cholesky factors of large systems and substitution, in blocks, so that nearly all of their work is matrix products.
+"""Cholesky factors of large systems, and substitution.
 
-Products are what a processor is fastest at: LAPACK's own routines reach a half of their rate or less on some. Block
-forms as in Golub and Van Loan, "Matrix Computations" (4th edition), sections 3.1.4 and 4.2.9; diagonal blocks are
-inverted, which makes solving by them a product as well.
+On a CPU both are in blocks, so that nearly all of their work is matrix products. Products are what a processor is
+fastest at: LAPACK's own routines reach a half of their rate or less on some. Block forms as in Golub and Van Loan,
+"Matrix Computations" (4th edition), sections 3.1.4 and 4.2.9; diagonal blocks are inverted, which makes solving by them
+a product as well. A GPU would wait for the host at each block, so there PyTorch's own routines do both.
 """
 
 import torch
@@ -54,3 +55,21 @@ class Factor:
                 add_product(part, self._matrix[start:stop, stop:], columns[stop:].T, -1.0)
             part.copy_(linear(inverse.T, part.T))
         return columns
+
+
+class LibraryFactor:
+    """As `Factor`, by PyTorch's own routines, in memory of its own."""
+
+    def __init__(self, matrix: torch.Tensor):
+        self._lower, failed = torch.linalg.cholesky_ex(matrix)
+        if failed.item():
+            raise ArithmeticError("not positive definite")
+
+    def solve(self, columns: torch.Tensor) -> torch.Tensor:
+        """X with A X = columns, both (n, m)."""
+        return torch.cholesky_solve(columns, self._lower)
+
+
+def factor_on(device: torch.device) -> type[Factor] | type[LibraryFactor]:
+    """The class of factors of matrices on this device."""
+    return LibraryFactor if device.type == "cuda" else Factor

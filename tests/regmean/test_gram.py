@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet
 
@@ -24,6 +25,7 @@ from common.errors import InputError, Stopped
 from common.ranks import start_process
 from regmean import compute as compute_module
 from regmean import gram as gram_module
+from regmean.batch_runner import BatchRunner
 from regmean.compute import compute_grams, plan_passes
 from regmean.config import GramFlags, MergeFlags
 from regmean.gram_file import FILE_NAME, GramFile
@@ -338,6 +340,129 @@ def test_a_forward_pass_ends_where_nothing_more_is_read(compute: Callable, monke
     assert computed == {"first": 2 + 3 * batches, "second": 2 + 1 + 2 * batches, "last": 2 + 3}
 
 
+@pytest.fixture
+def limit_sums(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Have memory run out where sums take more than so many bytes, whatever the batch; the probe's are not counted."""
+
+    def limit(memory: int) -> None:
+        alive: WeakSet[gram_module.GramSums] = WeakSet()
+
+        class Limited(gram_module.GramSums):
+            def __init__(self) -> None:
+                # Those of a pass that failed are gone, too.
+                assert not any(sums.totals for sums in alive)
+                super().__init__()
+                alive.add(self)
+
+            def add(self, name: str, rows: torch.Tensor) -> None:
+                sizes = {name: 4 * len(total) ** 2 for name, total in self.totals.items()}
+                if sum((sizes | {name: 4 * rows.shape[1] ** 2}).values()) > memory:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+                super().add(name, rows)
+
+        monkeypatch.setattr(compute_module, "GramSums", Limited)
+
+    return limit
+
+
+def test_a_pass_that_does_not_fit_is_cut_in_two_for_good(
+    compute: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    limit_sums: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    whole = compute("llama", output="whole", tokens_per_batch=60)
+    # Of 11,776 bytes, cut to at most 5,888, and again.
+    limit_sums(5000)
+    run, left = BatchRunner._run, 20
+
+    def run_or_die(self: BatchRunner, batch: list[int]) -> None:
+        nonlocal left
+        run(self, batch)
+        left -= 1
+        if left == 0:
+            raise Killed
+
+    monkeypatch.setattr(BatchRunner, "_run", run_or_die)
+    with pytest.raises(Killed):
+        compute("llama", tokens_per_batch=60, snapshot_seconds=0)
+    assert capsys.readouterr().out.count("out of memory with one example at once: pass 1 becomes 3 passes") == 2
+    limit_sums(5000)  # counted anew: the traceback above holds sums
+    parts = compute("llama", tokens_per_batch=60, snapshot_seconds=0)
+    printed = capsys.readouterr().out
+    # The second of the three fails only now; what failed before is not tried again.
+    assert "continuing after" in printed and "pass 4 becomes 3 passes" in printed and "pass 1 becomes" not in printed
+    assert parts.grams == whole.grams and same_bits(whole, parts)
+    assert [path.name for path in (tmp_path / "gram").iterdir()] == ["gram.safetensors"]
+
+
+def test_one_sum_that_does_not_fit_is_told(compute: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(BatchRunner, "_run", fail)
+    with pytest.raises(
+        InputError, match=r"out of memory with the sum of one layer \(16 features\) and one example; take"
+    ):
+        compute("llama", tokens_per_batch=60)
+
+
+def test_a_model_that_does_not_run_at_all_is_told(compute: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(LinearInputs, "run", fail)
+    with pytest.raises(InputError, match="out of memory with the model and one example; take a larger --device"):
+        compute("llama")
+
+
+def test_the_memory_of_a_batch_is_left_free(
+    compute: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """What a GPU's probe measures of one example, for all tokens of a batch."""
+    monkeypatch.setattr(compute_module, "available_memory", lambda device: 14_000)
+    probed = []
+
+    def measure(device: torch.device, run: Callable[[], None]) -> int:
+        run()
+        probed.append(device)
+        return 200
+
+    compute("llama", tokens_per_batch=60)
+    assert ": 1 pass," in capsys.readouterr().out
+    monkeypatch.setattr(compute_module, "peak_bytes", measure)
+    whole = compute("llama", output="measured", tokens_per_batch=60)
+    # Examples of up to 21 tokens: 14000 - 1.15 * 200 * 60 / 21 = 13343; below 11776 are 14000 - 1.15 * 200 * 10.
+    assert ": 1 pass," in capsys.readouterr().out
+    assert same_bits(whole, compute("llama", output="larger", tokens_per_batch=210)) is False
+    assert ": 2 passes," in capsys.readouterr().out
+    assert probed == 2 * [torch.device("cpu")]
+
+
+def test_a_batch_is_measured_where_pytorch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, held = torch.device("cuda:1"), [700, 900]
+
+    def of_device(value: int) -> Callable[[torch.device], int]:
+        return lambda given: held[value] if given == device else pytest.fail(f"of {given}")
+
+    assert compute_module.peak_bytes(torch.device("cpu"), lambda: pytest.fail("nothing is measured on a CPU")) == 0
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda given: held.__setitem__(1, held[0]))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", of_device(0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", of_device(1))
+    assert compute_module.peak_bytes(device, lambda: held.__setitem__(1, 1200)) == 500
+
+
+def test_memory_for_sums_leaves_a_tenth_or_a_batch_and_room_for_libraries() -> None:
+    memory = compute_module.memory_for_sums
+    assert memory(5000, 0, "cpu") == 4500
+    assert memory(5000, 1000, "cpu") == 3850
+    # Llama-3-8B on 24 GB, whose batches of 8192 tokens take 1.0 GB; and a large card.
+    assert memory(9_800_000_000, 1e9, "cuda") == 8_150_000_000
+    assert memory(120_000_000_000, 1e9, "cuda") == 107_500_000_000
+    assert memory(400_000_000, 0, "cuda") == 0
+
+
 def test_passes_fit_and_keep_sharing_layers_together() -> None:
     inputs, widths = [["q", "k"], ["o"], ["gate", "up"], ["down"]], [10, 10, 10, 20]
     # The widest sum takes 1600 bytes; a narrow one takes 400.
@@ -359,6 +484,48 @@ def test_products_are_added_below_the_diagonal(
     gram_module.add_products(total, rows)
     expected = 1 + rows.double().numpy().T @ rows.double().numpy()
     np.testing.assert_allclose(np.tril(total.numpy()), np.tril(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_products_are_summed_in_float32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has no product of two half-precision matrices in float32: a stand-in computes what its arguments mean."""
+    calls = []
+
+    def mm(input: torch.Tensor, mat2: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        assert input.ndim == mat2.ndim == 2 and input.shape[1] == mat2.shape[0]
+        assert input.dtype == mat2.dtype and input.dtype in (torch.bfloat16, torch.float16)
+        assert out_dtype == torch.float32
+        calls.append(input.dtype)
+        return (input.double() @ mat2.double()).float()
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(gram_module, "_is_widened", lambda rows: False)
+    monkeypatch.setattr(gram_module, "_panel_rows_on", lambda device, width: 5)
+    for dtype in (torch.bfloat16, torch.float16):
+        rows = torch.randn(9, 13, generator=torch.Generator().manual_seed(0)).to(dtype)
+        total = torch.ones(13, 13)
+        gram_module.add_products(total, rows)
+        expected = 1 + rows.double().numpy().T @ rows.double().numpy()
+        np.testing.assert_allclose(np.tril(total.numpy()), np.tril(expected), rtol=1e-6, atol=1e-6)
+    assert calls == 3 * [torch.bfloat16] + 3 * [torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("width", "multiprocessors", "rows"),
+    # An H200, an A100, an A40; of a narrow sum one panel is all of it.
+    [(4096, 132, 2048), (14336, 132, 2048), (4096, 108, 1024), (4096, 84, 1024), (512, 132, 512)],
+)
+def test_panels_fill_the_multiprocessors_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, width: int, multiprocessors: int, rows: int
+) -> None:
+    assert gram_module.panel_rows(width, multiprocessors) == rows
+    asked = []
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: asked.append(device) or SimpleNamespace(multi_processor_count=multiprocessors),
+    )
+    assert gram_module._panel_rows_on(torch.device("cuda:1"), width) == rows
+    assert asked == [torch.device("cuda:1")]
 
 
 class Killed(BaseException):
@@ -425,10 +592,40 @@ def test_a_run_that_was_cut_short_ends_with_the_same_gram(
         partial = tmp_path / "gram/gram.partial"
         assert not any((partial / f"{part.stem}-rank0").exists() for part in partial.glob("pass*.safetensors"))
         assert not (tmp_path / "gram" / "gram.safetensors").exists()
-    with pytest.raises(InputError, match="another run .tokens_per_batch was 30, now 31.: .*--overwrite"):
-        compute("experts", tokens_per_batch=31)
+    with pytest.raises(InputError, match=r"another run .examples was .*, now .*.: .*--overwrite"):
+        compute("experts", tokens_per_batch=30, num_examples=39)
     assert same_bits(whole, compute("experts", tokens_per_batch=30))
     assert [path.name for path in (tmp_path / "gram").iterdir()] == ["gram.safetensors"]
+
+
+@pytest.mark.parametrize(("tokens_per_batch", "same"), [(1, False), (11, False), (30, True), (500, True)])
+def test_another_batch_size_continues_the_run(
+    compute: Callable, monkeypatch: pytest.MonkeyPatch, tokens_per_batch: int, same: bool
+) -> None:
+    """A smaller one runs what is left in smaller batches, a larger one as before."""
+    whole = compute("llama", output="whole", tokens_per_batch=30)
+    run, shapes, left = LinearInputs.run, [], 7
+
+    def run_or_die(self: LinearInputs, model: nn.Module, ids: torch.Tensor, *args: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+        shapes.append(ids.shape)
+        run(self, model, ids, *args)
+
+    monkeypatch.setattr(LinearInputs, "run", run_or_die)
+    with pytest.raises(Killed):
+        compute("llama", tokens_per_batch=30, snapshot_seconds=0)
+    shapes.clear()
+    continued = compute("llama", tokens_per_batch=tokens_per_batch)
+    assert shapes and all(shape[0] == 1 or shape.numel() <= tokens_per_batch for shape in shapes)
+    assert continued.grams == whole.grams and same_bits(whole, continued) == same
+    assert_close(continued, oracle_of(whole))
+
+
+def oracle_of(file: GramFile) -> dict[str, tuple[np.ndarray, int]]:
+    return {name: (file.read(gram.name), gram.tokens) for gram in file.grams.values() for name in gram.modules}
 
 
 def script(words: list[str], **environment: str) -> subprocess.CompletedProcess:
@@ -472,6 +669,71 @@ def test_two_ranks_find_what_one_does(compute: Callable, texts: Path, tmp_path: 
     for name in alone.grams:
         error = np.linalg.norm(together.read(name) - alone.read(name)) / np.linalg.norm(alone.read(name))
         assert error < 1e-6
+
+
+SHORT_OF_MEMORY = """
+import sys, time
+import torch
+import torch.distributed as dist
+from common import ranks
+from common.ranks import start_process
+from regmean import compute
+from regmean.batch_runner import BatchRunner
+from regmean.config import GramFlags
+
+ranks.LOOK_SECONDS = 0.2
+model, dataset, output_dir, failures = sys.argv[1:]
+process = start_process("cpu")
+run, add, left = BatchRunner._run, compute.GramSums.add, int(failures)
+
+def run_or_fail(self, batch):
+    global left
+    seen = 0
+
+    def add_or_fail(*args):
+        global left
+        nonlocal seen
+        seen += 1
+        if process.rank == 1 and left and seen == 4:
+            left -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        add(*args)
+
+    compute.GramSums.add = add_or_fail
+    run(self, batch)
+
+def join(*args):
+    # Longer than it takes to see that the other rank has ended.
+    time.sleep(2)
+    print("ranks are joined still:", dist.is_initialized())
+    exact(*args)
+
+BatchRunner._run = run_or_fail
+exact, compute.join_files = compute.join_files, join
+flags = GramFlags(model=model, dataset=dataset, text_column="text", tokens_per_batch=60, output_dir=output_dir)
+compute.compute_grams(flags, process)
+"""
+
+
+@pytest.mark.parametrize(("failures", "passes"), [(1, 1), (20, 3)])
+def test_memory_that_runs_out_on_one_of_two_ranks(
+    compute: Callable, texts: Path, tmp_path: Path, failures: int, passes: int
+) -> None:
+    """Once, which halves its batch; and until one example is too much, which cuts the pass on both ranks.
+
+    The passes are joined when the other rank has ended, without that being taken for its death.
+    """
+    alone = compute("llama", tokens_per_batch=60)
+    (tmp_path / "short.py").write_text(SHORT_OF_MEMORY)
+    result = script(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "short.py"),
+                     str(tmp_path / "llama"), str(texts), str(tmp_path / "ranks"), str(failures)])  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "out of memory with a batch of" in result.stdout
+    assert (f"pass 1 becomes {passes} passes" in result.stdout) == (passes > 1)
+    assert ("ranks are joined still: False" in result.stdout) == (passes > 1)
+    together = GramFile(tmp_path / "ranks" / "gram.safetensors")
+    assert together.grams == alone.grams
+    assert_close(together, oracle_of(alone))
 
 
 def test_ranks_whose_tokens_reached_other_experts_still_add_up() -> None:

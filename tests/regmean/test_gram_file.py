@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from common.errors import InputError
 from regmean import gram_file
-from regmean.gram_file import Gram, GramFile, PublishedGrams, convert, open_grams, write_grams
+from regmean.gram_file import Gram, GramFile, PublishedGrams, convert, join_files, open_grams, write_grams
 
 
 def random_gram(width: int, seed: int = 0) -> np.ndarray:
@@ -38,6 +38,17 @@ def test_a_gram_comes_back_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     # The contract: the lower triangle, row by row, in float32.
     packed = load_file(tmp_path / "gram.safetensors")["a"]
     np.testing.assert_array_equal(packed, sums["a"][np.tril_indices(13)])
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 22])
+def test_joined_files_hold_the_same_bytes_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(gram_file, "BLOCK_ELEMENTS", block)
+    sums = {"a": random_gram(5), "b": random_gram(1), "c": random_gram(4)}
+    whole = write(tmp_path / "whole.safetensors", sums)
+    parts = [{name: sums[name] for name in names} for names in ("ab", "c")]
+    files = [GramFile(write(tmp_path / f"{number}.safetensors", part)) for number, part in enumerate(parts)]
+    join_files(tmp_path / "joined.safetensors", files, {"model": "m"})
+    assert (tmp_path / "joined.safetensors").read_bytes() == whole.read_bytes()
 
 
 def test_a_gram_that_is_not_finite_is_never_written(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from regmean import merge as merge_module
 from regmean.compute import compute_grams
 from regmean.config import GramFlags, MergeFlags
 from regmean.gram_file import FILE_NAME, GramFile, write_grams
-from regmean.merge import merge
+from regmean.merge import array_bytes, merge
 from regmean.model_folder import Checkpoint, CheckpointWriter, open_checkpoint
 from tests.regmean.conftest import make_gpt2, make_llama, make_tokenizer
 
@@ -129,6 +130,31 @@ def test_systems_side_by_side_are_small_and_share_all_threads(models: int) -> No
         squares = 3 * 1536**2 * 4
         assert at_once * squares < regmean.SIDE_BY_SIDE_BYTES
     assert regmean.systems_at_once(models, 9 * [(64, 64)], 1, threads=8) == 8
+
+
+def test_blocks_follow_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"cuda": 16 * 10**9, "cpu": 128 * 10**9}
+    monkeypatch.setattr(regmean, "available_memory", lambda device: free[device.type])
+    plan = SimpleNamespace(models=[1, 2], groups=[SimpleNamespace(width=4096), SimpleNamespace(width=14336)])
+
+    def elements(device: str) -> list[int]:
+        method = regmean.RegMean(plan, {0.1: None, 0.9: None}, "cholesky", torch.device(device), lambda count: None)
+        return method._elements(side_by_side=False)
+
+    assert elements("cpu") == 2 * [solve.BLOCK_ELEMENTS]
+    expected = [solve.gpu_block_elements(2, width, 2, free["cuda"], free["cpu"]) for width in (4096, 14336)]
+    assert elements("cuda:0") == expected and solve.BLOCK_ELEMENTS < expected[1] < expected[0]
+
+
+def test_the_memory_of_a_merge_on_a_gpu_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    systems = [(14336, 4096), (4096, 128256)]
+    on_cpu, on_gpu = (array_bytes(2, systems, 1, device) for device in ("cpu", "cuda:1"))
+    # The head in two blocks; seven squares of the widest layer with its whole weight.
+    assert on_gpu == max(4 * (7 * 4096**2 + 10 * (1 << 28)), 4 * (7 * 14336**2 + 10 * 14336 * 4096)) > on_cpu
+    assert array_bytes(2, systems, 1) == on_cpu
+    for available, expected in ((False, on_cpu), (True, on_gpu)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert array_bytes(2, systems, 1, "auto") == expected
 
 
 def test_an_average_ends_soon_after_an_error(

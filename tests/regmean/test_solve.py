@@ -5,7 +5,19 @@ import pytest
 import torch
 
 from regmean import solve
-from regmean.solve import Cholesky, Inverse, Lstsq, SolveError, System, scaled
+from regmean.solve import (
+    GPU_BLOCK_ELEMENTS,
+    GPU_SQUARES,
+    Cholesky,
+    Inverse,
+    Lstsq,
+    SolveError,
+    System,
+    gpu_block_elements,
+    scaled,
+    system_bytes,
+)
+from regmean.triangular import LibraryFactor
 
 MODEL_WEIGHTS = [0.25, 0.75]
 
@@ -209,6 +221,46 @@ def test_a_quadratic_form_is_summed_in_panels(monkeypatch: pytest.MonkeyPatch, p
     delta, gram = weights[0].astype(np.float64), grams[0].astype(np.float64)
     assert whole == pytest.approx(np.trace(delta @ gram @ delta.T), rel=1e-5)
     assert diagonal == pytest.approx(np.trace(delta @ scale(gram, 0.0) @ delta.T), rel=1e-5)
+
+
+def test_of_a_quadratic_form_one_number_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solve, "PANEL", 7)
+    weights, grams = problem(4000)
+    exact, read = torch.Tensor.item, []
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: read.append(tensor.dtype) or exact(tensor))
+    solve._quadratic_form(torch.from_numpy(weights[0]), torch.from_numpy(grams[0]))
+    assert read == 2 * [torch.float64]  # and one of the diagonal
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0])
+@pytest.mark.parametrize("tokens", [4000, 10])
+def test_the_factor_of_a_gpu_gives_the_same_merge(monkeypatch: pytest.MonkeyPatch, tokens: int, alpha: float) -> None:
+    """With jitter, too, where the system is singular."""
+    weights, grams = problem(tokens)
+    expected, values, solver = merge(weights, grams, MODEL_WEIGHTS, alpha)
+    monkeypatch.setattr(solve, "factor_on", lambda device: LibraryFactor)
+    found, gpu_values, gpu_solver = merge(weights, grams, MODEL_WEIGHTS, alpha)
+    assert gpu_solver.label == solver.label and ("jitter" in solver.label) == (alpha == 1.0 and tokens == 10)
+    assert gpu_solver.condition == pytest.approx(solver.condition, rel=0.05)
+    assert gpu_values.merged == pytest.approx(values.merged, rel=1e-3, abs=1e-5 * values.mean)
+    if tokens == 4000:
+        assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+def test_a_gpu_solves_whole_weights_where_memory_holds_them() -> None:
+    down, gate_and_up = 14336 * 4096, 4096 * 28672
+    for inputs, elements in ((14336, down), (4096, gate_and_up)):
+        # A large card on a large host, and both of 24 GB.
+        assert gpu_block_elements(2, inputs, 1, 140 * 10**9, 128 * 10**9) == GPU_BLOCK_ELEMENTS > elements
+        assert gpu_block_elements(2, inputs, 1, 24 * 10**9, 24 * 10**9) > elements
+    # Two further alphas hold two further factors.
+    one, three = (gpu_block_elements(2, 14336, alphas, 16 * 10**9, 10**12) for alphas in (1, 3))
+    assert one - three == pytest.approx(2 * 14336**2 / 10, abs=1)
+    held = system_bytes(2, [(14336, 10**9)], 3, three, GPU_SQUARES)
+    assert held == pytest.approx(0.8 * 16e9, rel=1e-6)
+    # Of a host with little memory, and of a GPU with none, it is what a CPU takes.
+    assert gpu_block_elements(2, 4096, 1, 140 * 10**9, 2 * 10**9) == 10**9 // 56
+    assert gpu_block_elements(2, 14336, 1, 4 * 10**9, 128 * 10**9) == solve.BLOCK_ELEMENTS
 
 
 @pytest.mark.parametrize("alike", [True, False])

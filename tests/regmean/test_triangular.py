@@ -8,7 +8,7 @@ import torch
 
 from common import onednn
 from regmean import triangular
-from regmean.triangular import Factor
+from regmean.triangular import Factor, LibraryFactor, factor_on
 
 
 def system(size: int) -> np.ndarray:
@@ -57,3 +57,32 @@ def test_a_matrix_that_is_not_positive_definite_has_none(monkeypatch: pytest.Mon
     matrix[bad, bad] = -1.0
     with pytest.raises(ArithmeticError):
         Factor(matrix)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 30, 300])
+def test_the_factor_of_a_gpu_solves_the_system(size: int, dtype: torch.dtype) -> None:
+    matrix, columns = system(size), np.random.default_rng(0).normal(size=(size, 3))
+    given, given_columns = torch.tensor(matrix, dtype=dtype), torch.tensor(columns, dtype=dtype)
+    solution = LibraryFactor(given).solve(given_columns)
+    expected = np.linalg.solve(matrix, columns)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    assert solution.dtype == dtype
+    assert np.linalg.norm(solution.double().numpy() - expected) < tolerance * np.linalg.norm(expected)
+    blocks = Factor(given.clone()).solve(given_columns.clone())
+    assert (solution - blocks).norm() < tolerance * blocks.norm()
+
+
+def test_a_gpu_is_asked_once_whether_there_is_a_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, asked = torch.Tensor.item, []
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: asked.append(tensor.shape) or exact(tensor))
+    LibraryFactor(torch.tensor(system(300), dtype=torch.float32)).solve(torch.ones(300, 2))
+    assert asked == [()]
+    matrix = torch.eye(40)
+    matrix[37, 37] = -1.0
+    with pytest.raises(ArithmeticError):
+        LibraryFactor(matrix)
+
+
+def test_the_device_decides_which_factor_is_taken() -> None:
+    assert [factor_on(torch.device(name)) for name in ("cpu", "cuda:1")] == [Factor, LibraryFactor]
