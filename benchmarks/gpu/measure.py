@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from common.devices import HERE
-from common.ranks import Process, finish
+from common.ranks import Process
 from mindmerger import packing
 from regmean.config import GramFlags
 from tools.estimate import Device, Estimate, causal_lm_on_meta, cost_of, find_device, weight_bytes
@@ -117,15 +117,20 @@ class Bench:
         config.save_pretrained(self.folder / name)
         return self.folder / name
 
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was started on it."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
     def seconds_of(self, work: Callable[[], Any], at_most: float = 8.0) -> float:
         """Median seconds of a call, with all that it starts on the device, after one that warms up; five at most."""
         times: list[float] = []
         started = time.perf_counter()
         while len(times) < 2 or (len(times) < 6 and not self.small and time.perf_counter() - started < at_most):
-            finish(self.device)
+            self.synchronize()
             begun = time.perf_counter()
             work()
-            finish(self.device)
+            self.synchronize()
             times.append(time.perf_counter() - begun)
         return statistics.median(times[1:])
 
@@ -136,12 +141,12 @@ class Bench:
         """
         if not self.is_cuda:
             return cost_of(work, *given).peak_bytes
-        finish(self.device)
+        self.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         work()
-        finish(self.device)
+        self.synchronize()
         return torch.cuda.max_memory_allocated(self.device) - before
 
     @contextmanager
