@@ -10,8 +10,10 @@ check measures: of products in 16 bits for Grams and training, in float32 for me
 """
 
 import argparse
+import gc
 import json
 import math
+import re
 import sys
 import tempfile
 import time
@@ -24,7 +26,7 @@ import torch
 import transformers
 
 from benchmarks.gpu.equality import EQUALITY
-from benchmarks.gpu.measure import REPOSITORY, Bench, LeftOut, adapt_to_older_torch
+from benchmarks.gpu.measure import Bench, LeftOut, adapt_to_older_torch
 from benchmarks.gpu.speed import SPEED, rates
 from common.errors import first_line
 from common.logging import quiet_libraries
@@ -79,9 +81,10 @@ def line_of(check: Check, bench: Bench, needed: float, left: float) -> dict[str,
         line |= {"result": "left out", "reason": str(reason)}
     except Exception as error:
         traceback.print_exc()
-        # The line is for others to read: no folder of this machine.
-        reason = f"{type(error).__name__}: {first_line(error)}".replace(str(REPOSITORY), ".")
-        line |= {"result": "failed", "reason": reason.replace(str(bench.folder), ".")}
+        # The line is for others to read: of a path the name, no folder of this machine.
+        reason = re.sub(r"/[\w./-]+", lambda path: Path(path[0]).name, first_line(error))
+        line |= {"result": "failed", "reason": f"{type(error).__name__}: {reason}"}
+    gc.collect()
     if bench.is_cuda:
         torch.cuda.empty_cache()
     return line | {"took_s": time.monotonic() - started}

@@ -37,7 +37,7 @@ def child(words: list[str], folder: Path = REPOSITORY, **environment: str) -> st
     """What a Python program prints.
 
     Raises:
-        RuntimeError: it fails; the message is the end of its errors.
+        RuntimeError: it fails; the message is the last line of its errors, which are printed.
     """
     done = subprocess.run(
         [sys.executable, *words],
@@ -48,7 +48,8 @@ def child(words: list[str], folder: Path = REPOSITORY, **environment: str) -> st
         timeout=CHILD_SECONDS,
     )
     if done.returncode:
-        raise RuntimeError(done.stderr[-1500:])
+        print(done.stderr, file=sys.stderr)
+        raise RuntimeError(done.stderr.strip().rpartition("\n")[2])
     return done.stdout
 
 

@@ -200,7 +200,7 @@ def random_texts(count: int, shortest: int, longest: int, vocabulary: int) -> li
 
 
 def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """The Frobenius norm of the difference, as a share of the reference's."""
+    """The Frobenius norm of the difference, as a fraction of the reference's."""
     ours, reference = ours.detach().double().cpu(), reference.detach().double().cpu()
     return float((ours - reference).norm() / reference.norm())
 

@@ -171,6 +171,7 @@ def training(bench: Bench) -> list[dict[str, Any]]:
     sizes = {"llm_hidden_size": llm.config.hidden_size, "mt_hidden_size": config.hidden_size}
     model = MindMergerForCausalLM(MindMergerConfig(**sizes), encoder, llm)
     model.mapping.to(bench.device, HALF)
+    llm.set_attn_implementation("sdpa")  # as loaded, whatever has run before
     if not model.pack_rows():
         raise RuntimeError("rows are not packed")
     names = ModelFlags(llm_path=bench.planned_llm.name_or_path, mt_path=str(bench.mt))
@@ -186,10 +187,10 @@ def stage(bench: Bench, model: MindMergerForCausalLM, planned: MindMergerForCaus
     def costs(row: Row) -> tuple[Any, Any]:
         return encoder_cost(planned, rows, row), step_cost(planned, rows, row)
 
-    while (memory := max(cost.peak_bytes for cost in costs(limits))) > free and rows:
+    while (memory := max(cost.peak_bytes for cost in costs(limits))) > free:
+        if rows == 1:
+            raise LeftOut(f"a row at the limits takes {memory / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
         rows //= 2
-    if not rows:
-        raise LeftOut(f"a row at the limits takes {memory / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
 
     def step(batch: Batch) -> None:
         model.mapping.zero_grad()
@@ -204,7 +205,7 @@ def stage(bench: Bench, model: MindMergerForCausalLM, planned: MindMergerForCaus
     longest = random_batch(rows, limits, vocabulary, spread=0).to(bench.device)
     flops = sum(cost.flops for cost in costs(mean))
     return {
-        "what": f"{name} stage, {rows} rows",
+        "what": f"{name} stage, micro batch of {rows}",
         "seconds": seconds,
         "tokens_per_s": sum(sum(batch.lengths) for batch in batches) / len(batches) / seconds,
         "roofline": flops / bench.roofline.half_flops / seconds,
@@ -229,6 +230,7 @@ def random_batch(rows: int, mean: Row, vocabulary: int, seed: int = 0, spread: f
 def decoding(bench: Bench) -> list[dict[str, Any]]:
     """A token of each of 16 problems, all of mean length, in their slots."""
     llm, planned = bench.llm, bench.planned_llm
+    llm.set_attn_implementation("sdpa")
     rows, length, new = (4, 9, 6) if bench.small else (16, MEAN_PROBLEM.prefix, 40)
     with torch.inference_mode():
         embeds = llm.get_input_embeddings()(torch.zeros(rows, length, dtype=torch.long, device=bench.device))

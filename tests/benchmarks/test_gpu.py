@@ -6,6 +6,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,22 @@ import torch
 from benchmarks.gpu import equality, measure
 from benchmarks.gpu.__main__ import line_of, table
 from benchmarks.gpu.measure import Bench, LeftOut, adapt_to_older_torch
+from benchmarks.gpu.speed import training
 from common.ranks import Process
 from mindmerger import packing
-from mindmerger.config import TrainingFlags
+from mindmerger.config import ModelFlags, TrainingFlags
 from tests.conftest import REPOSITORY
+from tools.estimate import weight_bytes
+from tools.estimate_mindmerger import model_on_meta
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in a dry run: at such sizes several wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def bench(folder: Path, device: str = "cpu") -> Bench:
@@ -63,12 +77,12 @@ def test_what_fails_or_lacks_time_is_named(tmp_path: Path) -> None:
     here = bench(tmp_path)
     lines = [line_of(check, here, 5, left) for check, left in ((unequal, 9), (broken, 9), (absent, 9), (absent, 4))]
     assert [line["result"] for line in lines] == ["failed", "failed", "left out", "left out"]
-    assert lines[1]["reason"] == "RuntimeError: ./x and ./y"
+    assert lines[1]["reason"] == "RuntimeError: x and y"
     assert "4 s are left" in lines[3]["reason"]
     assert [row.split(" | ")[:3] for row in table(lines).splitlines()[2:5]] == [
         ["| unequal", "failed", "right"],
         ["| unequal", "failed", "wrong"],
-        ["| broken", "failed", "RuntimeError: ./x and ./y"],
+        ["| broken", "failed", "RuntimeError: x and y"],
     ]
 
 
@@ -105,6 +119,20 @@ def test_as_many_layers_as_memory_allows(tmp_path: Path, monkeypatch: pytest.Mon
         assert here.planned_llm.config.num_hidden_layers == layers
         assert layers * 1.46e9 + 3.2e9 < measure.ROOM * memory
     assert measure.ROOM * 24.8e9 < 16 * 1.46e9 + 3.2e9
+
+
+def test_micro_batches_are_halved_until_they_fit(tmp_path: Path) -> None:
+    here = bench(tmp_path)
+    here.roofline = measure.Device("", "cpu", 1, 1e12, 1.0, 1.0, 1.0, "")
+    whole = training(here)[0]
+    assert whole["what"] == "mapping stage, micro batch of 2"
+    names = ModelFlags(llm_path=here.planned_llm.name_or_path, mt_path=str(here.mt))
+    weights = weight_bytes(here.llm, model_on_meta(names, measure.HALF).encoder)
+    for part, what in ((0.99, "mapping stage, micro batch of 1"), (0.1, "a row at the limits takes")):
+        memory = (weights + part * 1e9 * whole["planned_GB"]) / measure.ROOM
+        here.roofline = replace(here.roofline, memory=memory)
+        line = line_of(training, here, 0, 1)
+        assert what in json.dumps(line)
 
 
 def test_an_older_torch_is_told_nothing_of_groups(monkeypatch: pytest.MonkeyPatch) -> None:
