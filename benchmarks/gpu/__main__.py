@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.gpu.equality import EQUALITY
+from benchmarks.gpu.equality import EQUALITY, PROGRAMS
 from benchmarks.gpu.measure import Bench, LeftOut, adapt_to_older_torch
 from benchmarks.gpu.speed import SPEED, rates
 from common.errors import first_line
@@ -59,7 +59,7 @@ def main() -> int:
             | {"torch": torch.__version__, "transformers": transformers.__version__, "small": flags.small}
             | {"varlen_attn_adapted": is_adapted}
         )
-        for check, seconds in ({rates: SPEED[rates]} | EQUALITY | SPEED).items():
+        for check, seconds in ({rates: SPEED[rates]} | EQUALITY | SPEED | PROGRAMS).items():
             left = float("inf") if flags.small else ends - time.monotonic()
             lines.append(line_of(check, bench, seconds, left))
             show(lines[-1])
@@ -69,14 +69,14 @@ def main() -> int:
 
 def line_of(check: Check, bench: Bench, needed: float, left: float) -> dict[str, Any]:
     """What a check finds, or why it finds nothing."""
-    line: dict[str, Any] = {"check": check.__name__, "kind": "equality" if check in EQUALITY else "speed"}
+    line: dict[str, Any] = {"check": check.__name__, "kind": "speed" if check in SPEED else "equality"}
     if left < needed:
         return line | {"result": "left out", "reason": f"{left:.0f} s are left, and it may take {needed:.0f}"}
     started = time.monotonic()
     try:
         rows = check(bench)
         failed = any(row.pop("failed", False) for row in rows)
-        line |= {"result": "failed" if failed else "passed" if check in EQUALITY else "measured", "rows": rows}
+        line |= {"result": "failed" if failed else "measured" if check in SPEED else "passed", "rows": rows}
     except LeftOut as reason:
         line |= {"result": "left out", "reason": str(reason)}
     except Exception as error:
