@@ -33,6 +33,8 @@ BACKWARD_PRODUCTS = 2.5
 # Of the data sheets' figures, what matrix products and streams over memory reach in practice.
 SUSTAINED_FLOPS = 0.4
 SUSTAINED_BANDWIDTH = 0.7
+# What a host takes to start one of PyTorch's operations on a GPU, between Python and the driver.
+LAUNCH_SECONDS = 5e-6
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,13 @@ class Cost:
         peak_bytes: of tensors that are alive at once.
         kept_bytes: of tensors that are alive at its end.
         flops: operations of matrix products; a multiplication and an addition are two.
+        calls: of PyTorch's operations, each of which a GPU's host has to start.
     """
 
     peak_bytes: float
     kept_bytes: float
     flops: float
+    calls: float = 0
 
 
 class _Tracker(TorchDispatchMode):
@@ -57,7 +61,7 @@ class _Tracker(TorchDispatchMode):
 
     def __init__(self, *given: nn.Module):
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.calls = 0
         self.flops = 0.0
         tensors = (tensor for module in given for tensor in (*module.parameters(), *module.buffers()))
         self._seen = {tensor.untyped_storage()._cdata for tensor in tensors}
@@ -72,6 +76,7 @@ class _Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.calls += 1
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
@@ -104,7 +109,7 @@ def cost_of(run: Callable[[], Any], *given: nn.Module) -> Cost:
         kept = run()
         live = tracker.live
         del kept
-    return Cost(tracker.peak, live, tracker.flops)
+    return Cost(tracker.peak, live, tracker.flops, tracker.calls)
 
 
 def cost_of_layers(run: Callable[[], Any], model: PreTrainedModel, *given: nn.Module) -> Cost:

@@ -22,6 +22,7 @@ from mindmerger.frozen_models import cut_layers, recompute_layers, without_pooli
 from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, find_task, select_languages
 from tools.estimate import (
+    LAUNCH_SECONDS,
     Cost,
     Device,
     Estimate,
@@ -141,7 +142,10 @@ def _frozen_weights(
     # Gathered for the forward pass, the backward pass, and between them to compute anew.
     readings = 3 if flags.gradient_checkpointing else 2
     traffic = readings * weights * (1 - 1 / device.count) * steps * flags.gradient_accumulation
-    gathered = min(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS), parameters(model.llm, model.encoder))
+    limit = min(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS), parameters(model.llm, model.encoder))
+    # A module's own parameters are gathered together, whatever the limit: the head of a 405B model has 2.1e9.
+    modules = (*model.llm.modules(), *model.encoder.modules())
+    gathered = max(limit, *(sum(p.numel() for p in module.parameters(recurse=False)) for module in modules))
     return weights / device.count + gathered * model.llm.dtype.itemsize, traffic
 
 
@@ -195,6 +199,7 @@ def estimate_evaluation(flags: EvaluationFlags, name: str, device: Device, dtype
             encoder_cost(model, batch, row) if model else Cost(0, 0, 0) for row in (limits, mean)
         )
         cache = prefill_cost(llm, batch, limits.prefix + limits.target).kept_bytes
+        calls = prefill_cost(llm, batch, 1).calls
     if flags.by_likelihood(task):
         # Once as read, and a copy for each label.
         cache *= 1 + len(task.labels)
@@ -205,6 +210,10 @@ def estimate_evaluation(flags: EvaluationFlags, name: str, device: Device, dtype
     token_flops = 2 * (parameters(llm) - llm.get_input_embeddings().weight.numel()) * batch
     # For a token of every row all weights are read, and the cache.
     token_seconds = max((weight_bytes(llm) + mean_prefill.kept_bytes) / device.bandwidth, token_flops / speed)
+    time_note = "every row of a batch in use"
+    if device.type == "cuda" and flags.backend == "transformers" and calls * LAUNCH_SECONDS > token_seconds:
+        token_seconds = calls * LAUNCH_SECONDS
+        time_note += f"; a token takes {calls:,.0f} operations, each {LAUNCH_SECONDS * 1e6:.0f} us to start (assumed)"
     activations = max(encoding.peak_bytes, prefill.peak_bytes - prefill.kept_bytes)
     return Estimate(
         parameters={title: parameters(part) for title, part in parts.items()},
@@ -216,7 +225,7 @@ def estimate_evaluation(flags: EvaluationFlags, name: str, device: Device, dtype
             "weights": str(dtype).removeprefix("torch."),
             "cache": f"at most: {batch} problems at once, {limits.describe()}",
             "work": f"assumed at mean length: {mean.describe()}",
-            "time": "every row of a batch in use",
+            "time": time_note,
         },
     )
 

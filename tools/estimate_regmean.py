@@ -14,12 +14,14 @@ from transformers import PreTrainedModel
 
 from common.errors import InputError
 from common.logging import quiet_libraries
+from regmean.average import AVERAGERS
 from regmean.compute import RESERVED, plan_passes
 from regmean.config import GramFlags, MergeFlags
 from regmean.gram import PANEL
 from regmean.gram_file import packed_size
 from regmean.hooks import LinearInputs, input_width, linear_layers, untied_head
 from regmean.merge import array_bytes
+from regmean.regmean import READERS
 from regmean.solve import BLOCK_ELEMENTS
 from tools.estimate import (
     Cost,
@@ -38,6 +40,9 @@ from tools.estimate import (
 
 # Of a disk, in bytes per second, as good local ones give.
 DISK = 1e9
+# What a thread of a busy host does in a second, by NumPy: elements decoded from 16 bits and looked at, averaged of two
+# models in float64, rounded to 16 bits; bytes of Grams unpacked from files.
+DECODED, AVERAGED, ENCODED, UNPACKED = 0.57e9, 0.20e9, 0.14e9, 0.45e9
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,8 @@ def estimate_merge(flags: MergeFlags, device: Device) -> Estimate:
         raise InputError(f"models of different sizes do not merge; parameters: {listed}")
     total, count, alphas = parameters(models[0]), len(models), len(flags.alpha)
     inputs = layer_inputs(models[0]) if flags.method == "regmean" else []
-    read, flops = float(sum(model.dtype.itemsize * total for model in models)), 0.0
+    weights_read, flops = float(sum(model.dtype.itemsize * total for model in models)), 0.0
+    read = weights_read
     for each in inputs:
         # Of three models or more every Gram is read anew for each block of outputs.
         blocks = math.ceil(each.outputs / max(1, BLOCK_ELEMENTS // each.width)) if count > 2 else 1
@@ -203,17 +209,29 @@ def estimate_merge(flags: MergeFlags, device: Device) -> Estimate:
         flops += alphas * (each.width**3 / 3 + 2 * each.outputs * each.width**2)
         flops += 3 * each.outputs * each.width**2 * (1 if count == 2 else count)
     systems = [(each.width, each.outputs) for each in inputs]
+    arithmetic, host = flops / device.single_flops, _host_seconds(flags, total, read - weights_read)
     written = float(len(flags.output_dirs()) * total * _dtype(flags.dtype, models[0].dtype).itemsize)
-    disk = f"and {duration((read + written) / DISK)} of disk at {gb(DISK)}/s"
+    time = f"{duration(arithmetic)} of arithmetic, {duration(host)} of work on the host, a busy one's rates assumed; "
+    time += f"disk excluded, {duration((read + written) / DISK)} at {gb(DISK)}/s"
     return Estimate(
         parameters={"each model": total},
         memory={"arrays": array_bytes(count, systems, alphas if inputs else 0)},
         counts={"systems": len(inputs)},
         flops=flops,
-        seconds=flops / device.single_flops,
+        seconds=arithmetic + host,
         transfers={"read": read, "written": written},
-        notes={"work": "in float32", "memory": "never a model", "time": disk},
+        notes={"work": "in float32", "memory": "never a model", "time": time},
     )
+
+
+def _host_seconds(flags: MergeFlags, elements: int, gram_bytes: float) -> float:
+    """Time of a merge's work on the host, which the device waits for; `elements` are each model's."""
+    models = len(flags.models)
+    decoding, averaging = models * elements / DECODED, models / 2 * elements / AVERAGED
+    encoding = len(flags.output_dirs()) * elements / ENCODED
+    if flags.method != "regmean":
+        return (decoding + averaging + encoding) / AVERAGERS
+    return (decoding + gram_bytes / UNPACKED) / READERS + averaging + encoding
 
 
 def _model(path: str, revision: str | None, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:

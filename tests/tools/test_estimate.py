@@ -63,6 +63,7 @@ def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (device.type, device.count) == ("cpu", 2)
     assert device.memory > 1e8 and device.single_flops > 1e9 and device.bandwidth > 1e8
     assert find_device("4xh100", "cpu") == known_device("h100", 4)
+    assert find_device("a6000", "auto").memory == 47.4 * 2**30
 
 
 def test_a_product_is_counted() -> None:
@@ -73,6 +74,8 @@ def test_a_product_is_counted() -> None:
     # Two live at once, one at the end.
     cost = cost_of(lambda: layer(x).relu(), layer)
     assert (cost.peak_bytes, cost.kept_bytes) == (2 * 4 * 4 * 16, 4 * 4 * 16)
+    # The weight's transpose, the product, the maximum.
+    assert cost.calls == 3
 
 
 def test_few_layers_tell_of_many(tmp_path: Path) -> None:

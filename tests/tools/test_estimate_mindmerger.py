@@ -1,36 +1,41 @@
 """Plans of training and evaluation: published sizes, and small ones against real models and real tensors."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from common.errors import InputError
+from common.io import read_json
 from mindmerger.config import EvaluationFlags, ModelFlags, TrainingFlags
 from mindmerger.frozen_models import load_encoder
 from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 from tests.commands import run
 from tests.conftest import REPOSITORY
 from tests.tiny_models import tiny_llama, tiny_mt5, tiny_nllb, tiny_qwen, tiny_xlm_roberta
-from tools.estimate import cost_of, known_device, parameters, weight_bytes
+from tools.estimate import LAUNCH_SECONDS, causal_lm_on_meta, cost_of, known_device, parameters, weight_bytes
 from tools.estimate_mindmerger import (
     Row,
+    _frozen_weights,
     encoder_cost,
     encoder_on_meta,
     estimate_evaluation,
     estimate_training,
     model_on_meta,
+    prefill_cost,
     step_cost,
 )
 
 MODELS = REPOSITORY / "configs" / "models"
 PUBLISHED = {"llm_path": str(MODELS / "metamath-7b"), "mt_path": str(MODELS / "mt5-xl")}
-ZERO2, ZERO3 = ({"zero_optimization": {"stage": stage}} for stage in (2, 3))
+ZERO2, ZERO3 = (read_json(REPOSITORY / f"configs/deepspeed/zero{stage}_bf16.json") for stage in (2, 3))
+BUCKET = 30_000_000  # elements of DeepSpeed's buffer for gradients, by both files
 
 
 def flags(plan: str, **more: object) -> TrainingFlags:
-    options = {"train_micro_batch_size_per_gpu": 8, "train_batch_size": 128, "plan": plan}
-    return TrainingFlags(**PUBLISHED, **(options | more))
+    options = PUBLISHED | {"train_micro_batch_size_per_gpu": 8, "train_batch_size": 128, "plan": plan}
+    return TrainingFlags(**(options | more))
 
 
 def plan(device: str, count: int = 1, zero: dict = ZERO2, **more: object):
@@ -75,7 +80,11 @@ def test_the_published_training_fits_one_gpu() -> None:
     # Of each layer four attention matrices, three of the feed-forward and two norms; one norm, and one table of biases.
     assert size["encoder"] == vocabulary * m + layers * (4 * m * m + 3 * m * inner + 2 * m) + m + 32 * 32
     assert mapping.memory["weights"] == pytest.approx(2 * (size["LLM"] + size["encoder"]), rel=1e-6)
-    assert mapping.memory["optimizer"] == 20 * size["mapping"] + 2 * 500_000_000
+    assert mapping.memory["optimizer"] == 20 * size["mapping"] + 2 * BUCKET
+    # The whole mapping goes into the buffer at once; DeepSpeed's own size would take 0.94 GB more.
+    assert size["mapping"] < BUCKET
+    own = plan("a100-80gb", zero={"zero_optimization": {"stage": 2}}, stage_name="mapping")
+    assert own.memory["optimizer"] - mapping.memory["optimizer"] == 2 * (500_000_000 - BUCKET)
     assert mapping.transfers == {"disk": 48 * size["mapping"]}
     assert mapping.counts["steps"] == 3 * 7008
     # A token of LLaMA-7B keeps 131 KB a layer in bf16; 8 rows of 1 + 512 + 1 + 512 tokens.
@@ -107,9 +116,19 @@ def test_recomputation_and_zero3_take_less() -> None:
     assert "traffic" not in whole.transfers and split.transfers["traffic"] == pytest.approx(read)
     assert split.memory["weights"] == pytest.approx(whole.memory["weights"] / 8 + 2 * gathered)
     mapping = whole.parameters["mapping"]
-    assert whole.memory["optimizer"] == pytest.approx((4 + 16 / 8) * mapping + 2 * 500_000_000)
+    assert whole.memory["optimizer"] == pytest.approx((4 + 16 / 8) * mapping + 2 * BUCKET)
     recomputed = plan("a100-80gb", 8, gradient_checkpointing=True)
     assert recomputed.memory["activations"] < whole.memory["activations"] / 4
+
+
+def test_zero3_gathers_the_largest_module_whole() -> None:
+    """Of Llama-3.1-405B the head, as large as the embedding: more than DeepSpeed's limit of live parameters."""
+    largest = flags("8xh200", llm_path=str(MODELS / "llama-3.1-405b"))
+    model = model_on_meta(largest, torch.bfloat16)
+    head = 16384 * 128256
+    assert head == model.llm.get_output_embeddings().weight.numel() == 2_101_346_304 > 1_000_000_000
+    weights, _ = _frozen_weights(largest, known_device("h200", 8), ZERO3["zero_optimization"], model, 1)
+    assert weights == weight_bytes(model.llm, model.encoder) / 8 + 2 * head
 
 
 def test_under_zero3_linear_layers_keep_their_inputs() -> None:
@@ -141,6 +160,15 @@ def test_the_cache_of_an_evaluation() -> None:
     )
     assert alone.parameters == {"LLM": planned.parameters["LLM"]} and alone.counts["encoder tokens"] == 0
     assert alone.memory["cache"] < planned.memory["cache"]
+    # Of LLaMA-7B a token of every row is bound by what its operations take to start, about 77 a layer: in an A100 too,
+    # whose memory would be through with 13.5 GB of weights and 2.2 GB of cache (16 rows of 265 tokens) in 11 ms.
+    calls = prefill_cost(causal_lm_on_meta(PUBLISHED["llm_path"], dtype=torch.bfloat16), 16, 1).calls
+    assert 32 * 75 < calls < 32 * 80
+    assert planned.seconds > 2750 / 16 * 103 * calls * LAUNCH_SECONDS > 2750 / 16 * 103 * 15.7e9 / device.bandwidth
+    assert f"a token takes {calls:,.0f} operations" in planned.notes["time"]
+    vllm = estimate_evaluation(replace(evaluation, backend="vllm"), "mgsm", device, torch.bfloat16)
+    cpu = estimate_evaluation(evaluation, "mgsm", replace(device, type="cpu"), torch.bfloat16)
+    assert "operations" not in vllm.notes["time"] + cpu.notes["time"] and cpu.seconds < planned.seconds
     labels = estimate_evaluation(evaluation, "xnli", device, torch.bfloat16)
     assert labels.memory["cache"] == 4 * 2 * 32 * 4096 * 2 * 16 * (1 + 512 + 1 + 512 + 2)
 

@@ -87,6 +87,24 @@ def test_llama_3_8b_merges_in_four_gigabytes() -> None:
     assert (average.flops, average.transfers["read"]) == (0, 6 * total)
 
 
+def test_a_merge_is_bound_by_its_host() -> None:
+    """Of two 8B models 10.6 s of arithmetic on an H100, and on the host: 16.1e9 elements decoded and 32.8 GB of Grams
+    unpacked by two threads, 14 s and 36 s; 8.03e9 averaged, 40 s, and rounded, 57 s. An average's two threads do all.
+    """
+    device = known_device("h100", 1)
+    planned = estimate_merge(MergeFlags(method="regmean", models=[LLAMA_3_8B] * 2, plan="h100"), device)
+    assert planned.flops / device.single_flops == pytest.approx(10.6, abs=0.1)
+    total, grams = planned.parameters["each model"], planned.transfers["read"] - 4 * planned.parameters["each model"]
+    host = (2 * total / 0.57e9 + grams / 0.45e9) / 2 + total / 0.20e9 + total / 0.14e9
+    assert host == pytest.approx(14.1 + 36.5 + 40.2 + 57.4, abs=0.2)
+    assert planned.seconds == pytest.approx(planned.flops / device.single_flops + host)
+    alphas = MergeFlags(method="regmean", models=[LLAMA_3_8B] * 2, alpha=[0.1, 0.5], plan="h100")
+    more = estimate_merge(alphas, device).seconds - planned.seconds
+    assert more > total / 0.14e9
+    average = estimate_merge(MergeFlags(method="avg", models=[LLAMA_3_8B] * 2, plan="h100"), device)
+    assert average.seconds == pytest.approx((2 * total / 0.57e9 + total / 0.20e9 + total / 0.14e9) / 2)
+
+
 def test_the_plan_of_a_merge_is_the_one_that_it_prints(
     save: Callable[..., Path], texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

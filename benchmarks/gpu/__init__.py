@@ -1,0 +1,1 @@
+"""Checks of everything that differs on a GPU; `python -m benchmarks.gpu`."""
