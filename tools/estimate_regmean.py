@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 from common.errors import InputError
 from common.logging import quiet_libraries
 from regmean.average import AVERAGERS
-from regmean.compute import RESERVED, plan_passes
+from regmean.compute import BATCH_MARGIN, LIBRARIES, memory_for_sums, plan_passes
 from regmean.config import GramFlags, MergeFlags
 from regmean.gram import PANEL
 from regmean.gram_file import packed_size
 from regmean.hooks import LinearInputs, input_width, linear_layers, untied_head
 from regmean.merge import array_bytes
 from regmean.regmean import READERS
-from regmean.solve import BLOCK_ELEMENTS
+from regmean.solve import BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS
 from tools.estimate import (
     Cost,
     Device,
@@ -88,16 +88,18 @@ def estimate_grams(flags: GramFlags, model: PreTrainedModel, device: Device) -> 
     # The head is gone when sums come.
     weights = weight_bytes(model) - (0 if head is None else weight_bytes(head))
     groups, widths = [each.layers for each in inputs], [each.width for each in inputs]
+    batch_tokens = flags.batch_tokens(device.type)
+    length = min(flags.max_length, batch_tokens)
+    batch = batch_cost(model, max(1, batch_tokens // length), length, device)
+    margin = (BATCH_MARGIN - 1) * batch.peak_bytes + (LIBRARIES if device.type == "cuda" else 0)
     try:
-        passes = plan_passes(groups, widths, int((device.memory - weights) * (1 - RESERVED)))
+        memory = memory_for_sums(int(device.memory - weights), batch.peak_bytes, device.type)
+        passes = plan_passes(groups, widths, memory)
     except InputError:
         passes = []
     sums = max(each.sum_bytes for each in inputs)
     for names in map(set, passes):
         sums = max(sums, sum(each.sum_bytes for each in inputs if not names.isdisjoint(each.layers)))
-    batch_tokens = flags.batch_tokens(device.type)
-    length = min(flags.max_length, batch_tokens)
-    batch = batch_cost(model, max(1, batch_tokens // length), length, device)
     tokens = flags.num_examples * flags.max_length
     forwards = _forward_passes(inputs, passes, linear_layers(model), head) if passes else 1.0
     # Of a symmetric product one half is computed.
@@ -105,7 +107,7 @@ def estimate_grams(flags: GramFlags, model: PreTrainedModel, device: Device) -> 
     all_sums, file = (sum(getattr(each, name) for each in inputs) for name in ("sum_bytes", "file_bytes"))
     return Estimate(
         parameters={"model": parameters(model)},
-        memory={"weights": weights, "sums": sums, "activations": batch.peak_bytes},
+        memory={"weights": weights, "sums": sums, "activations": batch.peak_bytes, "margin": margin},
         counts={"inputs": len(inputs), "tokens": tokens} | ({"passes": len(passes)} if passes else {}),
         flops=tokens * token_flops,
         seconds=tokens * token_flops / device.flops(model.dtype.itemsize) / device.count,
@@ -202,7 +204,8 @@ def estimate_merge(flags: MergeFlags, device: Device) -> Estimate:
     read = weights_read
     for each in inputs:
         # Of three models or more every Gram is read anew for each block of outputs.
-        blocks = math.ceil(each.outputs / max(1, BLOCK_ELEMENTS // each.width)) if count > 2 else 1
+        elements = GPU_BLOCK_ELEMENTS if device.type == "cuda" else BLOCK_ELEMENTS
+        blocks = math.ceil(each.outputs / max(1, elements // each.width)) if count > 2 else 1
         read += count * each.file_bytes * blocks
         # For each alpha a factor, and for each output a solution; for each output besides a right-hand side, and half
         # a product for the objective: of each model, but of two together.
@@ -215,7 +218,7 @@ def estimate_merge(flags: MergeFlags, device: Device) -> Estimate:
     time += f"disk excluded, {duration((read + written) / DISK)} at {gb(DISK)}/s"
     return Estimate(
         parameters={"each model": total},
-        memory={"arrays": array_bytes(count, systems, alphas if inputs else 0)},
+        memory={"arrays": array_bytes(count, systems, alphas if inputs else 0, device.type)},
         counts={"systems": len(inputs)},
         flops=flops,
         seconds=arithmetic + host,

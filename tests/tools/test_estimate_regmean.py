@@ -44,7 +44,7 @@ def test_a_batch_takes_what_its_plan_says(save: Callable[..., Path]) -> None:
     assert planned == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize(("device", "passes"), [("a100-80gb", 1), ("h100", 1), ("rtx4090", 4), ("rtx3090", 4)])
+@pytest.mark.parametrize(("device", "passes"), [("a100-80gb", 1), ("h100", 1), ("rtx4090", 5), ("rtx3090", 4)])
 def test_llama_3_8b_on_one_gpu(device: str, passes: int) -> None:
     model = causal_lm_on_meta(LLAMA_3_8B)
     flags = GramFlags(model=LLAMA_3_8B, plan=device)
@@ -60,8 +60,9 @@ def test_llama_3_8b_on_one_gpu(device: str, passes: int) -> None:
     assert planned.peak < known_device(device, 1).memory
     layers = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     attention = 32 * 4 * 256 * 4096 / 2
-    # Four passes end after about one, two, three quarters of the layers, and all of them.
-    forwards = (passes + 1) / 2
+    # Four passes end after about one, two, three quarters of the layers, and all of them; where a quarter's sums do not
+    # quite fit, a fifth has what is left of the last layers.
+    forwards = {1: 1, 4: 2.5, 5: 3.5}[passes]
     work = planned.counts["tokens"] * (forwards * (2 * layers + attention) + sum(width**2 for width in widths))
     assert planned.flops == pytest.approx(work, rel=0.01 if passes == 1 else 0.05)
 
@@ -73,11 +74,14 @@ def test_a_model_that_does_not_fit_is_told(capsys: pytest.CaptureFixture) -> Non
     assert "no number of passes fits" in out and "DOES NOT FIT" in out
 
 
-def test_llama_3_8b_merges_in_four_gigabytes() -> None:
+def test_llama_3_8b_merges_in_few_gigabytes() -> None:
     device = known_device("h100", 1)
     planned = estimate_merge(MergeFlags(method="regmean", models=[LLAMA_3_8B] * 2, plan="h100"), device)
     assert planned.counts == {"systems": 129}
-    assert 2.7e9 < planned.peak < 2.8e9
+    # Seven squares of the head's inputs, and ten blocks of its outputs, as large as blocks become on a GPU.
+    assert planned.peak == 4 * (7 * 4096**2 + 10 * 2**28)
+    on_cpu = estimate_merge(MergeFlags(method="regmean", models=[LLAMA_3_8B] * 2, plan="h100"), LARGE)
+    assert 2.7e9 < on_cpu.peak < 2.8e9
     widths = 32 * [4096, 4096, 4096, 14336] + [4096]
     total = planned.parameters["each model"]
     assert planned.transfers["read"] == 2 * (2 * total + sum(2 * width * (width + 1) for width in widths))
