@@ -432,7 +432,7 @@ def test_a_run_that_was_cut_short_ends_with_the_same_gram(
 
 
 def script(words: list[str], **environment: str) -> subprocess.CompletedProcess:
-    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | environment
+    environment = dict(os.environ) | {"PYTHONPATH": str(REPOSITORY)} | environment
     return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120)
 
 
