@@ -48,6 +48,7 @@ def seconds(folder: Path, environment: dict[str, str]) -> float:
         "--train_num": (STEPS * BATCH + DEV) // 2,
         "--dev_size": DEV,
         "--train_batch_size": BATCH,
+        "--epoch_num": 1,
         "--cache_dir": "cache",
         "--save_name": "run",
     }
