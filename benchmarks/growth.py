@@ -98,12 +98,13 @@ def ranks_seconds(ranks: int, folder: Path) -> float:
     words = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "compute_gram.py", "--model", str(model)]
     words += ["--dataset", str(folder / "texts.jsonl"), "--text_column", "text", "--max_length", "256"]
     words += ["--device", "cpu", "--output_dir", str(folder / f"gram_{ranks}")]
+    cores = sorted(os.sched_getaffinity(0))[:ranks]
     output = subprocess.run(
         [sys.executable, *words],
         check=True,
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
     ).stdout
     return float(output.strip().splitlines()[-1].rsplit(", ", 1)[1].removesuffix(" s"))
 

@@ -1,6 +1,5 @@
 """The scripts that run on several ranks, started as a user starts them."""
 
-import os
 import shlex
 import subprocess
 import sys
@@ -15,7 +14,7 @@ LAUNCHERS = {
 
 
 def launch(script: str, words: str, ranks: int = 2) -> None:
-    """Run one of the two scripts, on the cores of this machine divided among the ranks.
+    """Run one of the two scripts.
 
     Args:
         script: one of `LAUNCHERS`.
@@ -29,7 +28,6 @@ def launch(script: str, words: str, ranks: int = 2) -> None:
     command = [Path(sys.executable).with_name(name), *flags, str(ranks), script, *shlex.split(words)]
     if script == "run_training.py":
         command.append("--deepspeed")
-    threads = max(1, (os.cpu_count() or 1) // ranks)
-    code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
+    code = subprocess.run(command).returncode
     if code:
         raise InputError(f"{script} has ended with exit code {code}: its own message is above")

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
@@ -25,18 +26,21 @@ def first_line(error: Exception) -> str:
 def exit_with_message(main: Callable[[], None]) -> None:
     """Run a script's `main` and end the process; in one line on stderr, without a traceback, where that says all.
 
-    Exit codes: 0, 2 for an `InputError`, `EXIT_STOPPED` for a run that a signal has stopped.
+    Exit codes: 0, 2 for an `InputError`, `EXIT_STOPPED` for a run that a signal has stopped, 1 for any other exception.
     """
     code = 0
     try:
         main()
-    except (InputError, Stopped, OSError) as error:
+    except (Exception, KeyboardInterrupt) as error:
         # What the system refuses to do with a file that it names, a flag or a link has named.
-        if isinstance(error, OSError) and error.filename is None:
+        refused = isinstance(error, OSError) and error.filename is not None
+        expected = refused or isinstance(error, (InputError, Stopped))
+        if not expected and end_process is sys.exit:
             raise
         rank = os.environ.get("RANK", "0")
         stopped = isinstance(error, Stopped)
         kind = ("stopped" if stopped else "error") + ("" if rank == "0" else f" (rank {rank})")
-        print(f"{kind}: {error}", file=sys.stderr, flush=True)
-        code = EXIT_STOPPED if stopped else 2
+        # At once, so that the lines of two ranks do not mix.
+        print(f"{kind}: {error if expected else traceback.format_exc().rstrip()}", file=sys.stderr, flush=True)
+        code = EXIT_STOPPED if stopped else 2 if expected else 1
     end_process(code)

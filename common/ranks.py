@@ -7,6 +7,7 @@ import resource
 import socket
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +23,12 @@ from common.errors import InputError
 # A rank that waits on a GPU for a dead one may not notice, and DeepSpeed's launcher ends such ranks one by one, with
 # half a minute for each. So each rank checks its peers, this often.
 LOOK_SECONDS = 5.0
+# Checks without a beat of another machine until it counts as dead: two minutes, with the one before and the one after.
+# Counted, not timed: a rank that was stopped itself has read no beats meanwhile.
+SILENT_CHECKS = 22
 _closed = threading.Event()
+# Where the kernel shows control groups: those of a container or a job have limits.
+GROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -131,22 +137,14 @@ def available_memory(device: torch.device) -> int:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     free = min(psutil.virtual_memory().available, free_in_groups())
-    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # The first name is torchrun's, the second DeepSpeed's.
+    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1"))
 
 
-def free_in_groups(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that this process's control groups, those of a container or a job, may still take; infinite without limits.
-
-    Args:
-        root: where the kernel shows control groups, version 2.
-    """
-    try:
-        own = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
-    except OSError:
-        return math.inf
+def free_in_groups(root: Path = GROUPS) -> float:
+    """Bytes that this process's control groups may still take; infinite without limits."""
     free = math.inf
-    # In a container the path may be the host's, of which only the last part exists, at the root.
-    for group in (root / own, *(root / own).parents):
+    for group in _own_groups(root):
         try:
             limit, taken = (float((group / name).read_text()) for name in ("memory.max", "memory.current"))
             kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -154,26 +152,57 @@ def free_in_groups(root: Path = Path("/sys/fs/cgroup")) -> float:
             free = min(free, limit - taken + float(kept["inactive_file"]) + float(kept["active_file"]))
         except (OSError, ValueError, KeyError):  # no group, or "max": no limit
             pass
-        if group == root:
-            break
     return free
 
 
-def finish(device: torch.device) -> None:
-    """Synchronize: wait until `device` has done all work that was started on it, as before a clock is read."""
+def cores_in_groups(root: Path = GROUPS) -> float:
+    """Cores whose time this process's control groups may take; infinite without limits."""
+    cores = math.inf
+    for group in _own_groups(root):
+        with suppress(OSError, ValueError):  # no group, or "max": no limit
+            quota, period = map(int, (group / "cpu.max").read_text().split())
+            cores = min(cores, quota / period)
+    return cores
+
+
+def _own_groups(root: Path) -> list[Path]:
+    """The control groups, of version 2, that this process is in: its own, then the one around it, up to the root."""
+    try:
+        own = root / Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+    except OSError:
+        return []
+    # In a container the path may be the host's, of which only the last part exists, at the root.
+    return [group for group in (own, *own.parents) if group.is_relative_to(root)]
+
+
+def usable_cores() -> frozenset[str]:
+    """The cores that this process may run on, each named by its processors: two, where a core runs two threads."""
+    processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = set()
+    for number in processors:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+        cores.add(siblings.read_text().strip() if siblings.exists() else str(number))
+    return frozenset(cores)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done all work that was started on it, as before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a computation ran out of memory, on a GPU or in PyTorch's allocator of host memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether a computation ran out of memory: PyTorch's, CUDA's own, a CUDA library's, or the host's."""
+    texts = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def start_process(
     device: str = "auto", timeout: timedelta = timedelta(minutes=30), needs_group: bool = False
 ) -> Process:
     """Join the process group that the launcher announced in the environment, if any, and pick this rank's device.
+
+    Sets this rank's number of threads, and float32 products to float32 throughout.
 
     Args:
         device: "auto" takes this rank's GPU where there is one, else the CPU; "cuda" this rank's GPU; any other torch
@@ -185,6 +214,9 @@ def start_process(
         InputError: no such device.
     """
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    # NVIDIA's containers turn TF32 on, by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE: 10 bits of mantissa in place of 23.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -202,33 +234,101 @@ def start_process(
         dist.init_process_group(backend, timeout=timeout)
     elif needs_group:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if not dist.is_initialized():
-        return Process(0, 1, chosen)
-    process = Process(dist.get_rank(), dist.get_world_size(), chosen)
-    _leave_with_peers(process)
+    has_group = dist.is_initialized()
+    process = Process(dist.get_rank(), dist.get_world_size(), chosen) if has_group else Process(0, 1, chosen)
+    peers = process.gather(_Peer(process.rank, os.getpid(), _where_pids_count(), usable_cores()))
+    _share_cores(peers[process.rank], peers)
+    if has_group:
+        errors.end_process = end_rank
+        _leave_with_peers(peers[process.rank], peers)
     return process
 
 
-def _leave_with_peers(process: Process) -> None:
-    """From now until `Process.close`, end this process when another rank on this machine has died."""
-    here = _where_pids_count()
-    pids = [pid for where, pid in process.gather((here, os.getpid())) if where == here and pid != os.getpid()]
-    peers = [psutil.Process(pid) for pid in pids]
+@dataclass(frozen=True)
+class _Peer:
+    """A rank, as the others need it.
+
+    Attributes:
+        machine: equal for processes with one space of process ids.
+        cores: that it may run on.
+    """
+
+    rank: int
+    pid: int
+    machine: tuple[str, ...]
+    cores: frozenset[str]
+
+
+def _share_cores(own: _Peer, peers: list[_Peer]) -> None:
+    """Compute on this rank's part of the cores that it may use, unless the user has set OMP_NUM_THREADS.
+
+    DeepSpeed's launcher starts every rank with as many threads as the machine has cores, `torchrun` with one.
+    """
+    is_set, by_torchrun = "OMP_NUM_THREADS" in os.environ, False
+    if is_set and "TORCHELASTIC_RUN_ID" in os.environ:
+        with suppress(psutil.Error):
+            # The environment that `torchrun` was started with.
+            by_torchrun = "OMP_NUM_THREADS" not in psutil.Process(os.getppid()).environ()
+    if is_set and not by_torchrun:
+        return
+    here = [peer for peer in peers if peer.machine == own.machine]
+    part = sum(1 / sum(core in peer.cores for peer in here) for core in own.cores)
+    # Thirds may add up to a little less than a whole.
+    threads = max(1, int(min(part, cores_in_groups() / len(here)) + 1e-6))
+    if by_torchrun:
+        torch.set_num_threads(threads)
+    elif threads < len(own.cores):
+        torch.set_num_threads(min(threads, torch.get_num_threads()))
+
+
+def _leave_with_peers(own: _Peer, peers: list[_Peer]) -> None:
+    """From now until `Process.close`, end this process when another rank has died.
+
+    Each rank checks the processes of its machine, and the first rank of each machine those of the other machines.
+    """
+    here = {peer.rank: psutil.Process(peer.pid) for peer in peers if peer.machine == own.machine and peer != own}
+    firsts = {peer.machine: peer.rank for peer in reversed(peers)}.values()
+    silent = {rank: 0 for rank in firsts if rank != own.rank} if own.rank in firsts else {}
+
+    def find_dead() -> str | None:
+        for rank, process in here.items():
+            if not _is_alive(process):
+                return f"rank {rank} (process {process.pid}) has died"
+        for rank in silent:
+            silent[rank] += 1
+            if silent[rank] > SILENT_CHECKS:
+                seconds = round(SILENT_CHECKS * LOOK_SECONDS)
+                return f"no sign of rank {rank} for {seconds} s: it, its machine or the network has failed"
+        return None
 
     def look() -> None:
         while not _closed.wait(LOOK_SECONDS):
-            dead = [peer.pid for peer in peers if not _is_alive(peer)]
+            found = find_dead()
             # This rank's own error, if it has one, and the dead one's come first.
-            if dead and not _closed.wait(LOOK_SECONDS):
-                print(
-                    f"error (rank {process.rank}): process {dead[0]} of this run has died", file=sys.stderr, flush=True
-                )
+            if found and not _closed.wait(LOOK_SECONDS):
+                print(f"error (rank {own.rank}): {found}", file=sys.stderr, flush=True)
                 os._exit(1)
 
-    errors.end_process = end_rank
     _closed.clear()
-    if peers:
+    if silent:
+        # A connection of its own: the group's is taken for as long as it waits for another rank.
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
+        threading.Thread(target=_beat, args=(own.rank, store, silent), daemon=True).start()
+    if here or silent:
         threading.Thread(target=look, daemon=True).start()
+
+
+def _beat(own: int, store: dist.Store, silent: dict[int, int]) -> None:
+    """Show that this rank lives, and set `silent` to 0 for each other rank that does, until `Process.close`."""
+    beats = dict.fromkeys(silent, 0)
+    # Without the store, whose rank may have died, all others are silent.
+    with suppress(RuntimeError):
+        while not _closed.wait(LOOK_SECONDS):
+            store.add(f"beats/{own}", 1)
+            for rank, before in beats.items():
+                beats[rank] = store.add(f"beats/{rank}", 0)
+                if beats[rank] != before:
+                    silent[rank] = 0
 
 
 def _where_pids_count() -> tuple[str, ...]:

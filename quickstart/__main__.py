@@ -111,9 +111,6 @@ def _run(step: Step) -> None:
     environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
     # On the CPU everywhere: the models are too small for a GPU to help, and the figures are then the same.
     environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    if words[0] in ("deepspeed", "torchrun"):
-        # Two ranks share the cores; each would take all of them.
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // 2)))
     code = subprocess.run([programs / words[0], *words[1:]], env=environment, check=False).returncode
     if code:
         raise InputError(f"the step {step.name!r} ended with exit code {code}; its own message stands above")

@@ -25,7 +25,7 @@ from common.io import read_json, write_json
 from common.logging import progress, quiet_libraries, say
 from common.models import load_model, load_tokenizer
 from common.onednn import use_onednn
-from common.ranks import Process, available_memory, finish, is_out_of_memory
+from common.ranks import Process, available_memory, is_out_of_memory, synchronize
 from common.runs import open_run
 from common.signals import StopSignals
 from regmean.batch_runner import BatchRunner, TooLargeError
@@ -145,10 +145,10 @@ def probe(model: PreTrainedModel, layers: dict[str, nn.Module], ids: list[int], 
     head = model.get_output_embeddings()
     with LinearInputs(layers, head, lambda name, rows: GramSums().add(name, rows)) as inputs:
         inputs.run(model, example, mask)  # the first pass also warms up; the second is timed
-        finish(device)
+        synchronize(device)
         started = time.monotonic()
         inputs.run(model, example, mask)
-        finish(device)
+        synchronize(device)
         seconds = time.monotonic() - started
         # Without the sums, but with the copies of rows that a batch with padding needs.
         inputs.receive = lambda name, rows: None

@@ -182,8 +182,7 @@ def test_a_language_and_a_task_are_added_as_the_pages_say(tmp_path: Path, materi
                 apply(block.text, tmp_path)
     add_korean(tmp_path / "datas")
     program = "import sys, pathlib, tests.test_docs as t; [t.run_page(pathlib.Path(p)) for p in sys.argv[1:]]"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, pages)],
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900,

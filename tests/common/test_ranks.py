@@ -1,9 +1,12 @@
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -11,17 +14,18 @@ import pytest
 import torch
 
 from common import ranks
-from common.ranks import available_memory, free_in_groups, start_process
+from common.ranks import available_memory, cores_in_groups, free_in_groups, is_out_of_memory, start_process
 from tests.conftest import REPOSITORY
-from tests.mindmerger.scripts import free_port
+from tests.mindmerger.scripts import ENVIRONMENT, deepspeed_command, free_port, python_command, run, torchrun_command
 
 
 def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "free_in_groups", lambda: math.inf)
     free = psutil.virtual_memory().available
     assert 0.5 * free < available_memory(torch.device("cpu")) < 1.5 * free
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert 0.5 * free < 4 * available_memory(torch.device("cpu")) < 1.5 * free
+    for name, count in {"LOCAL_SIZE": 2, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(count))
+        assert 0.5 * free < count * available_memory(torch.device("cpu")) < 1.5 * free
 
 
 def test_a_container_or_a_job_has_less_than_its_machine(tmp_path: Path) -> None:
@@ -31,6 +35,111 @@ def test_a_container_or_a_job_has_less_than_its_machine(tmp_path: Path) -> None:
     assert free_in_groups(tmp_path) == math.inf
     (tmp_path / "memory.max").write_text("1000\n")
     assert free_in_groups(tmp_path) == 1000 - 400 + 100
+    for content, cores in {"max 100000": math.inf, "250000 100000": 2.5}.items():
+        (tmp_path / "cpu.max").write_text(content + "\n")
+        assert cores_in_groups(tmp_path) == cores
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"), True),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"), False),
+    ],
+)
+def test_memory_runs_out_in_several_ways(error: RuntimeError, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+PRECISION = """
+import torch
+from common.ranks import start_process
+def show():
+    print(torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+show()
+start_process("cpu")
+show()
+"""
+
+
+def test_float32_is_float32_whatever_a_container_sets() -> None:
+    environment = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    shown = run([sys.executable, "-c", PRECISION], REPOSITORY, environment=environment).splitlines()
+    assert shown == ["high True True", "highest False False"]
+
+
+THREADS = """
+import math, sys
+import torch
+from common import ranks
+from common.ranks import start_process
+if "eight" in sys.argv:
+    ranks.usable_cores, ranks.cores_in_groups = lambda: frozenset("abcdefgh"), lambda: math.inf
+process = start_process("cpu")
+threads = process.gather(torch.get_num_threads())
+if process.is_main:
+    print("threads:", *threads)
+process.close()
+"""
+
+
+def test_ranks_share_the_cores_under_every_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "threads.py"
+    script.write_text(THREADS)
+
+    def threads(command: list[str], **environment: str) -> list[int]:
+        shown = run(command, tmp_path, environment=environment).splitlines()
+        return [int(word) for line in shown if line.startswith("threads:") for word in line.split()[1:]]
+
+    monkeypatch.delitem(ENVIRONMENT, "OMP_NUM_THREADS", raising=False)
+    (alone,) = threads(python_command(script))
+    shared = [max(1, alone // 2)] * 2
+    assert threads(deepspeed_command(2, script)) == shared
+    # What `torchrun` sets is 1, whatever the cores.
+    assert threads(torchrun_command(2, script, "eight")) == [4, 4]
+    assert threads(torchrun_command(2, script, "eight"), OMP_NUM_THREADS="1") == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "quota", "expected"),
+    [
+        (8, [8], math.inf, 4),
+        (8, [8, 8], math.inf, 2),
+        (8, [8] * 15, math.inf, 1),
+        (8, [8], 3.0, 1),
+        (8, [], 3.5, 3),
+        (6, [6, 6], math.inf, 2),
+        # Half of those cores are another rank's, too.
+        (8, [4], math.inf, 6),
+        # Nothing to share: PyTorch's own number stays.
+        (8, [], math.inf, None),
+        (8, ["elsewhere"], math.inf, None),
+    ],
+)
+def test_a_rank_takes_its_part_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, own: int, others: list, quota: float, expected: int | None
+) -> None:
+    def peer(rank: int, cores: int | str) -> ranks._Peer:
+        if cores == "elsewhere":
+            return ranks._Peer(rank, rank, ("other",), frozenset("01234567"))
+        return ranks._Peer(rank, rank, ("this",), frozenset(map(str, range(cores))))
+
+    found: list[int] = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(ranks, "cores_in_groups", lambda: quota)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    peers = [peer(rank, cores) for rank, cores in enumerate([own, *others])]
+    ranks._share_cores(peers[0], peers)
+    assert found == [] if expected is None else [expected]
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    found.clear()
+    ranks._share_cores(peers[0], peers)
+    assert found == []
 
 
 @pytest.mark.parametrize(("device", "expected"), [("auto", "cuda:2"), ("cuda", "cuda:2"), ("cuda:1", "cuda:1")])
@@ -46,57 +155,124 @@ def test_a_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch, device: str, expe
 
 
 RANK = """
-import sys, time
+import os, sys, time
 from datetime import timedelta
 from common import ranks
 from common.ranks import start_process
 ranks.LOOK_SECONDS = 0.5
-process = start_process("cpu", timeout=timedelta(seconds=4))
+if "machines" in sys.argv:
+    ranks.LOOK_SECONDS = 0.2
+    ranks._where_pids_count = lambda: (os.environ["RANK"],)
+process = start_process("cpu", timeout=timedelta(seconds=4 if sys.argv[1] == "waits" else 60))
 print("started", flush=True)
 if sys.argv[1] == "computes":
     time.sleep(600)
+elif sys.argv[1] == "a while":
+    time.sleep(9)
 elif process.rank == 1:
     time.sleep(600)
 process.sum(1.0)
+process.close()
 """
+
+
+FAILING = """
+import threading, time
+import torch
+import torch.distributed as dist
+from common import ranks
+from common.errors import exit_with_message
+from common.ranks import start_process
+ranks.LOOK_SECONDS = 0.5
+
+def main():
+    process = start_process("cpu")
+    print("started", flush=True)
+    if process.rank == 1:
+        # Never complete, as the other rank takes no part; the interpreter would wait for the thread.
+        threading.Thread(target=dist.all_reduce, args=(torch.ones(1),)).start()
+        raise ValueError("of no foreseen kind")
+    time.sleep(600)
+
+exit_with_message(main)
+"""
+
+
+@contextmanager
+def two_ranks(errors: Path, program: str, *words: str) -> Iterator[list[subprocess.Popen]]:
+    """Two ranks without a launcher, once each has printed `started`; what they print to stderr goes to `errors`."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment["MASTER_PORT"] = str(free_port())
+    with errors.open("a") as stderr:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", program, *words],
+                env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+            for rank in "01"
+        ]
+    try:
+        for process in processes:
+            assert process.stdout.readline() == "started\n"
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 @pytest.mark.parametrize(
     ("doing", "fault", "message"),
     [
         # In no collective, as a rank that waits on a GPU for the other is in none that would tell it.
-        ("computes", signal.SIGKILL, "has died"),
+        ("computes", signal.SIGKILL, "rank 1 .* has died"),
         # Its peer is there, but hangs.
         ("waits", signal.SIGSTOP, "Timed out"),
     ],
 )
-def test_no_rank_outlives_another(doing: str, fault: signal.Signals, message: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    environment["MASTER_PORT"] = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, doing],
-            env={**environment, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    try:
-        for process in processes:
-            assert process.stdout.readline() == "started\n"
+def test_no_rank_outlives_another(tmp_path: Path, doing: str, fault: signal.Signals, message: str) -> None:
+    with two_ranks(tmp_path / "errors", RANK, doing) as processes:
         processes[1].send_signal(fault)
         begun = time.monotonic()
         if fault == signal.SIGKILL:
             processes[1].wait()
-        _, errors = processes[0].communicate(timeout=60)
-        assert processes[0].returncode != 0 and message in errors
+        assert processes[0].wait(timeout=60) != 0
         assert time.monotonic() - begun < 60
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+        assert re.search(message, (tmp_path / "errors").read_text())
+
+
+@pytest.mark.parametrize("dead", [1, 0], ids=["", "with the store"])
+def test_a_rank_that_dies_on_another_machine_is_missed(tmp_path: Path, dead: int) -> None:
+    """Each rank takes the other for one of another machine; a check each 0.2 s, of which 22 may find no beat."""
+    with two_ranks(tmp_path / "errors", RANK, "computes", "machines") as processes:
+        time.sleep(2)
+        processes[dead].kill()
+        begun = time.monotonic()
+        assert processes[1 - dead].wait(timeout=60) == 1
+        assert 4 < time.monotonic() - begun < 30
+        assert f"error (rank {1 - dead}): no sign of rank {dead} for 4 s" in (tmp_path / "errors").read_text()
+
+
+@pytest.mark.parametrize(("stopped", "seconds"), [([1], 2), ([0, 1], 6)], ids=["less than the limit", "both, longer"])
+def test_ranks_that_were_only_stopped_go_on(tmp_path: Path, stopped: list[int], seconds: float) -> None:
+    with two_ranks(tmp_path / "errors", RANK, "a while", "machines") as processes:
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for rank in stopped:
+                processes[rank].send_signal(number)
+            time.sleep(seconds)
+        assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    assert (tmp_path / "errors").read_text() == ""
+
+
+def test_an_error_of_any_kind_ends_all_ranks_and_comes_first(tmp_path: Path) -> None:
+    with two_ranks(tmp_path / "errors", FAILING) as processes:
+        assert [process.wait(timeout=60) for process in processes] == [1, 1]
+    errors = (tmp_path / "errors").read_text()
+    assert errors.startswith("error (rank 1): Traceback")
+    assert errors.index("ValueError: of no foreseen kind") < errors.index("error (rank 0): rank 1 (process")
 
 
 LAST_COLLECTIVE = """

@@ -629,7 +629,7 @@ def oracle_of(file: GramFile) -> dict[str, tuple[np.ndarray, int]]:
 
 
 def script(words: list[str], **environment: str) -> subprocess.CompletedProcess:
-    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | environment
+    environment = dict(os.environ) | {"PYTHONPATH": str(REPOSITORY)} | environment
     return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120)
 
 
