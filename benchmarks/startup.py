@@ -99,6 +99,8 @@ def one_rank(folder: Path, pairs: int) -> None:
         patch.object(model, "from_base_models", timed(model.from_base_models)),
         patch.object(model, "pack_rows", timed(model.pack_rows)),
         patch.object(build.deepspeed, "initialize", timed(build.deepspeed.initialize)),
+        # It loads an operator that it compiles at its first use.
+        patch.object(build.deepspeed, "init_distributed", timed(build.deepspeed.init_distributed)),
     ):
         try:
             build.train(flags)
