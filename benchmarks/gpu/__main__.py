@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def line_of(check: Check, bench: Bench, needed: float, left: float) -> dict[str, Any]:
-    """What a check finds, or why it finds nothing."""
+    """The findings of a check, or the reason for none."""
     line: dict[str, Any] = {"check": check.__name__, "kind": "speed" if check in SPEED else "equality"}
     if left < needed:
         return line | {"result": "left out", "reason": f"{left:.0f} s are left, and it may take {needed:.0f}"}

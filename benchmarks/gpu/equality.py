@@ -34,7 +34,7 @@ def row(what: str, difference: float, at_most: float) -> dict[str, Any]:
 
 
 def child(words: list[str], folder: Path = REPOSITORY, **environment: str) -> str:
-    """What a Python program prints.
+    """The output of a Python program.
 
     Raises:
         RuntimeError: it fails; the message is the last line of its errors, which are printed.

@@ -1,4 +1,4 @@
-"""What the checks share: the device and its roofline, a clock, peak memory, waits of the host, models at random."""
+"""Parts of all checks: the device and its roofline, a clock, peak memory, waits of the host, models at random."""
 
 import functools
 import inspect
@@ -46,7 +46,7 @@ class LeftOut(Exception):
 
 @dataclass(eq=False)
 class Bench:
-    """Where the checks run.
+    """The device of the checks.
 
     Attributes:
         process: this process and its device.
@@ -65,7 +65,7 @@ class Bench:
 
     @property
     def is_cuda(self) -> bool:
-        """Whether that is a GPU."""
+        """True on a GPU."""
         return self.device.type == "cuda"
 
     @cached_property
@@ -97,7 +97,7 @@ class Bench:
 
     @property
     def tokens(self) -> int:
-        """Of a batch of texts."""
+        """Tokens of a batch of texts."""
         return 64 if self.small else 8192
 
     @property
@@ -106,7 +106,7 @@ class Bench:
         return 16 if self.small else LENGTH
 
     def planned_grams(self, model: PreTrainedModel) -> Estimate:
-        """What `--plan` says of a model's Grams, all in one pass."""
+        """The plan of a model's Grams, all in one pass."""
         flags = GramFlags(model=model.name_or_path, plan=HERE, tokens_per_batch=self.tokens, max_length=self.length)
         return estimate_grams(flags, model, replace(self.roofline, memory=float(1 << 50)))
 
