@@ -206,7 +206,7 @@ def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def adapt_to_older_torch() -> bool:
-    """Whether `varlen_attn` had to be adapted: torch 2.11's takes grouped heads without being told that they are."""
+    """True where `varlen_attn` had to be adapted: torch 2.11's takes grouped heads without being told that they are."""
     original = packing.varlen_attn
     if "enable_gqa" in inspect.signature(original).parameters:
         return False

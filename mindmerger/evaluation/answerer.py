@@ -153,9 +153,7 @@ class AnswererParts:
         if self.mapping is None:
             llm = load_llm(models.llm_path, models.llm_revision, dtype, models.trust_remote_code)
             return Answerer(llm.to(device), self.tokenizer)
-        model = MindMergerForCausalLM.from_base_models(self.config, dtype, models.trust_remote_code)
-        model.mapping.load_state_dict(self.mapping)
-        model.mapping.to(dtype)
+        model = MindMergerForCausalLM.from_base_models(self.config, dtype, models.trust_remote_code, self.mapping)
         model.to(device)
         return Answerer(model.llm, self.tokenizer, model)
 
