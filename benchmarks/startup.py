@@ -59,6 +59,7 @@ class _FirstBatch(BaseException):
 
 def one_rank(folder: Path, pairs: int) -> None:
     """Train up to the first batch, and write what it took."""
+    import pandas  # noqa: F401  # pyarrow imports it with the first array
     import torch.distributed as dist
 
     from mindmerger import build

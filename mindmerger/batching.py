@@ -14,16 +14,20 @@ import torch
 IGNORED = -100
 
 
+# What an example is made of.
+KINDS = ("source", "prompt", "target")
+
+
 @dataclass(frozen=True)
 class Tokens:
     """One example as token ids.
 
     Attributes:
-        source: for the encoder, with its special tokens; like all ids here an int32 array (`array` or NumPy).
+        source: for the encoder, with its special tokens; like all ids here a list or an int32 array.
         prompt: for the LLM, without special tokens; empty where augmentation is off.
         target: for the LLM, closed by eos unless it was cut; empty for generation.
         language: English name of the source's language.
-        cut: which of "source", "prompt" and "target" were shortened.
+        cut: which of `KINDS` were shortened.
     """
 
     source: Sequence[int]

@@ -24,16 +24,15 @@ from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
 from common.io import atomic_folder, read_json, sha256, write_json
-from mindmerger.batching import Tokens
+from mindmerger.batching import KINDS, Tokens
 from mindmerger.data import Example
 from mindmerger.tokenization import ExampleTokenizer
 
 ROWS, RECORD = "rows.arrow", "rows.json"
 # Of the file's form and of everything that decides which ids a row has; a new one makes every table anew.
 VERSION = 1
-# Rows that are tokenised together: enough for a tokenizer's threads, few enough for its memory.
-AT_ONCE = 10_000
-KINDS = ("source", "prompt", "target")
+# Rows that are tokenised together: enough for a tokenizer's threads, few enough for the processor's caches.
+AT_ONCE = 1000
 _IDS = pa.list_(pa.int32())
 _SCHEMA = pa.schema(
     [*((kind, _IDS) for kind in KINDS), ("language", pa.string()), ("cut", pa.uint8()), ("location", pa.string()),
@@ -177,11 +176,7 @@ def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
 
 
 def _record_batch(examples: list[Example], rows: list[Tokens]) -> pa.RecordBatch:
-    columns: dict[str, pa.Array] = {}
-    for kind in KINDS:
-        ids = [np.asarray(getattr(row, kind), np.int32) for row in rows]
-        edges = np.cumsum([0, *map(len, ids)], dtype=np.int32)
-        columns[kind] = pa.ListArray.from_arrays(edges, np.concatenate(ids))
+    columns: dict[str, pa.Array] = {kind: pa.array([getattr(row, kind) for row in rows], _IDS) for kind in KINDS}
     columns["language"] = pa.array([row.language for row in rows])
     columns["cut"] = pa.array([sum(1 << KINDS.index(kind) for kind in row.cut) for row in rows], pa.uint8())
     columns["location"] = pa.array([example.location for example in examples])

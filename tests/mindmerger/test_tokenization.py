@@ -2,6 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from common.errors import InputError
 from common.models import base_config
@@ -116,3 +117,30 @@ def test_the_llm_alone_reads_no_source(build: Callable) -> None:
     )
     tokens = alone([example(math_prompt("Anna"))], with_targets=False)[0]
     assert (len(tokens.source), len(tokens.target), alone.source_pad_id) == (0, 0, 0)
+
+
+def test_many_texts_have_the_ids_of_the_tokenizers_own_call(build: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"Anna hat {n} Äpfel </s> und <s> {n + 1}  Birnen" for n in range(40)]
+    rows = [example(math_prompt(text), text) for text in texts]
+
+    def call(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    _, tokenizer = build()
+    llm_tokenizer = tokenizer.llm_tokenizer
+    # Options of an earlier call do not leak in.
+    llm_tokenizer("Anna </s>", padding="max_length", max_length=8, truncation=True)
+    for row, text in zip(tokenizer(rows), texts, strict=True):
+        assert row.source[:-1] == call(tokenizer.mt_tokenizer, text)
+        assert row.target[:-1] == call(llm_tokenizer, text)
+
+    # A tokenizer that changes a text before its backend reads it.
+    own_call = type(llm_tokenizer).__call__
+
+    def lower(self: PreTrainedTokenizerBase, text: str | list[str], **options: object) -> BatchEncoding:
+        return own_call(self, text.lower() if isinstance(text, str) else [one.lower() for one in text], **options)
+
+    monkeypatch.setattr(type(llm_tokenizer), "__call__", lower)
+    changed = tokenizer(rows)
+    assert [row.target[:-1] for row in changed] == [call(llm_tokenizer, text) for text in texts]
+    assert changed[0].target != tokenizer.llm_tokenizer.backend_tokenizer.encode(texts[0]).ids
