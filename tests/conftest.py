@@ -1,6 +1,7 @@
 import os
 import resource
 import subprocess
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -15,6 +16,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests compare float32 results to 1e-5, on ranks that a machine's GPUs may be too few for.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
+# As in an activated environment. DeepSpeed has its operator compiled by the first `ninja` on the path, and another
+# version of it compiles everything anew.
+os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 # Tokenised rows and prepared data sets of the tests are theirs alone.
 CACHE = tempfile.TemporaryDirectory(prefix="datasets-")
 os.environ["HF_DATASETS_CACHE"] = CACHE.name

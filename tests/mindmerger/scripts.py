@@ -1,21 +1,22 @@
 """Runs the scripts as a user does: a process of its own, in a folder of its own."""
 
+import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager, suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 
 from tests.conftest import REPOSITORY
 
-# DeepSpeed calls `ninja`, which stands on the PATH of a user who has activated the environment.
-PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-ENVIRONMENT = {**os.environ, "PATH": PATH, "PYTHONPATH": str(REPOSITORY)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
 
 def free_port() -> int:
@@ -55,6 +56,48 @@ def run(command: list[str], folder: Path, expect: int = 0, environment: dict[str
     )
     assert done.returncode == expect, done.stdout
     return done.stdout
+
+
+def rank_processes(ranks: int, folder: Path, script: str, *words: object) -> list[BaseProcess]:
+    """Start a script's ranks as a launcher would, their output to `folder/output.txt`.
+
+    They are forked from a process that has imported the libraries, which takes longer than a small run.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.mindmerger.libraries"])
+    (folder / "output.txt").write_text("")
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    processes = []
+    for rank in map(str, range(ranks)):
+        environment = ENVIRONMENT | shared | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": str(ranks)}
+        argv = [str(REPOSITORY / script), *map(str, words)]
+        processes.append(context.Process(target=_one_rank, args=(argv, folder, environment)))
+        processes[-1].start()
+    return processes
+
+
+def _one_rank(argv: list[str], folder: Path, environment: dict[str, str]) -> None:
+    output = os.open(folder / "output.txt", os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def run_ranks(ranks: int, folder: Path, script: str, *words: object) -> str:
+    """Run a script's ranks to the end in `folder`; what they printed."""
+    return end_of(rank_processes(ranks, folder, script, *words), folder)
+
+
+def end_of(processes: list[BaseProcess], folder: Path, expect: int = 0) -> str:
+    """Wait for ranks, all of which must end with the exit code `expect`; what they printed."""
+    for process in processes:
+        process.join(timeout=300)
+    printed = (folder / "output.txt").read_text()
+    assert [process.exitcode for process in processes] == [expect] * len(processes), printed
+    return printed
 
 
 @contextmanager

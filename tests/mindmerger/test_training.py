@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,17 @@ from common import onednn
 from common.errors import InputError
 from mindmerger.modeling import MindMergerForCausalLM
 from tests.conftest import REPOSITORY
-from tests.mindmerger.scripts import deepspeed_command, python_command, run, started, train_here, wait_for
+from tests.mindmerger.scripts import (
+    deepspeed_command,
+    end_of,
+    python_command,
+    rank_processes,
+    run,
+    run_ranks,
+    started,
+    train_here,
+    wait_for,
+)  # fmt: skip
 
 Words = tuple[object, ...]
 # At the default threshold ZeRO-3 would leave tensors as small as these whole.
@@ -44,7 +55,7 @@ def small(pair: Words) -> Words:
 @pytest.fixture(scope="module")
 def reference(work: Path, small: Words) -> dict[str, torch.Tensor]:
     """The mapping after the small run on one rank, every row of a step at once."""
-    run(python_command("run_training.py", *small, "--train_micro_batch_size_per_gpu", 8, "--save_name", "one"), work)
+    train_here(work, *small, "--train_micro_batch_size_per_gpu", 8, "--save_name", "one")
     return load_file(work / "outputs/one/mapping/model.safetensors")
 
 
@@ -113,7 +124,7 @@ def test_micro_batch_accumulation_ranks_and_zero_stage_change_nothing(
     work: Path, small: Words, reference: dict[str, torch.Tensor], save_name: str, ranks: int, words: Words
 ) -> None:
     (work / "zero3.json").write_text(json.dumps({"zero_optimization": ZERO_3}))
-    run(deepspeed_command(ranks, "run_training.py", *small, *words, "--save_name", save_name), work)
+    run_ranks(ranks, work, "run_training.py", *small, *words, "--save_name", save_name)
     assert_same(work, save_name, reference)
     ours, theirs = (metrics(work, f"{name}/mapping", "loss") for name in (save_name, "one"))
     assert ours == pytest.approx(theirs, rel=1e-5) and len(ours) == 6
@@ -309,13 +320,15 @@ def test_ranks_that_do_not_divide_a_parameter_stop_and_continue(
 
     (work / f"{parts}.json").write_text(json.dumps({"zero_optimization": zero}))
     words = (*words, "--deepspeed_config", f"{parts}.json", "--gradient_accumulation", 1, "--save_name", parts)
-    command = deepspeed_command(3, "run_training.py", *words)
     state = work / "outputs" / parts / "mapping/state"
-    with started(["bash", "-c", 'trap "" USR1; "$@"', "job", *command], work) as process:
-        wait_for((state / "step_5").exists, process)
-        os.killpg(process.pid, signal.SIGUSR1)
-        assert process.wait(timeout=60) == 75
-    assert re.search(r"continuing after step \d+ of 20", run(command, work))
+    ranks = rank_processes(3, work, "run_training.py", *words)
+    while not (state / "step_5").exists():
+        assert all(rank.is_alive() for rank in ranks), (work / "output.txt").read_text()
+        time.sleep(0.001)
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGUSR1)
+    end_of(ranks, work, expect=75)
+    assert re.search(r"continuing after step \d+ of 20", run_ranks(3, work, "run_training.py", *words))
     assert_same(work, parts, reference, tolerance=1e-4)
 
 

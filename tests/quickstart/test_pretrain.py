@@ -17,15 +17,17 @@ SHIPPED = Path("quickstart/models")
 
 @torch.inference_mode()
 def solved(folder: Path, code: str, count: int = 60) -> float:
-    """Share of dev problems, asked in this language, that the LLM solves by itself."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    """Fraction of dev problems, asked in this language, that the LLM solves by itself."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    right = 0
-    for problem in islice(problems("dev", 5), count):
-        inputs = tokenizer(math_prompt(problem.question(code)).text, return_tensors="pt")
-        output = model.generate(**inputs, max_new_tokens=48, do_sample=False)[0, inputs.input_ids.shape[1] :]
-        right += parse_answer(tokenizer.decode(output, skip_special_tokens=True)) == problem.answer
-    return right / count
+    chosen = list(islice(problems("dev", 5), count))
+    prompts = [math_prompt(problem.question(code)).text for problem in chosen]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    output = model.generate(
+        input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=48, do_sample=False
+    )
+    answers = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return sum(parse_answer(a) == problem.answer for a, problem in zip(answers, chosen, strict=True)) / count
 
 
 @torch.inference_mode()

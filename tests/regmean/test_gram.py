@@ -31,6 +31,7 @@ from regmean.config import GramFlags, MergeFlags
 from regmean.gram_file import FILE_NAME, GramFile
 from regmean.hooks import LinearInputs, linear_layers
 from regmean.merge import merge
+from tests.mindmerger.scripts import run_ranks
 from tests.regmean.conftest import make_gpt2, make_llama, make_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -661,9 +662,7 @@ def test_two_ranks_find_what_one_does(compute: Callable, texts: Path, tmp_path: 
     alone = compute("llama", tokens_per_batch=60)
     words = ["--model", str(tmp_path / "llama"), "--dataset", str(texts), "--text_column", "text", "--device", "cpu",
              "--tokens_per_batch", "60", "--output_dir", str(tmp_path / "ranks")]  # fmt: skip
-    result = script(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                     str(REPOSITORY / "compute_gram.py"), *words])  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    run_ranks(2, tmp_path, "compute_gram.py", *words)
     together = GramFile(tmp_path / "ranks" / "gram.safetensors")
     assert together.grams == alone.grams
     for name in alone.grams:
@@ -725,12 +724,11 @@ def test_memory_that_runs_out_on_one_of_two_ranks(
     """
     alone = compute("llama", tokens_per_batch=60)
     (tmp_path / "short.py").write_text(SHORT_OF_MEMORY)
-    result = script(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "short.py"),
-                     str(tmp_path / "llama"), str(texts), str(tmp_path / "ranks"), str(failures)])  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "out of memory with a batch of" in result.stdout
-    assert (f"pass 1 becomes {passes} passes" in result.stdout) == (passes > 1)
-    assert ("ranks are joined still: False" in result.stdout) == (passes > 1)
+    words = (tmp_path / "short.py", tmp_path / "llama", texts, tmp_path / "ranks", failures)
+    printed = run_ranks(2, tmp_path, *map(str, words))
+    assert "out of memory with a batch of" in printed
+    assert (f"pass 1 becomes {passes} passes" in printed) == (passes > 1)
+    assert ("ranks are joined still: False" in printed) == (passes > 1)
     together = GramFile(tmp_path / "ranks" / "gram.safetensors")
     assert together.grams == alone.grams
     assert_close(together, oracle_of(alone))

@@ -27,7 +27,7 @@ from mindmerger.evaluation.decoding import greedy, label_log_likelihoods
 from mindmerger.evaluation.report import read_predictions
 from mindmerger.evaluation.run import evaluate
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, Prompt, math
-from tests.mindmerger.scripts import run, torchrun_command
+from tests.mindmerger.scripts import run_ranks
 
 Words = tuple[object, ...]
 
@@ -77,8 +77,7 @@ def test_all_tasks_with_every_output(words: Words) -> None:
 
 
 def test_two_ranks_answer_each_problem_once_and_as_one_does(work: Path, words: Words) -> None:
-    command = torchrun_command(2, "run_evaluation.py", *words, "--save_name", "two", "--eval_batch_size", 3)
-    run(command, work)
+    run_ranks(2, work, "run_evaluation.py", *words, "--save_name", "two", "--eval_batch_size", 3)
     evaluate_words(*words, "--save_name", "one", "--eval_batch_size", 8)
     assert predictions(Path("results/two/mgsm")) == predictions(Path("results/one/mgsm"))
     paths = list(Path("results/two/mgsm/predictions").iterdir())

@@ -1,7 +1,6 @@
 """The aligned start on models and tokenizers: what is matched, what is read, what is kept."""
 
 import json
-from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -29,7 +28,7 @@ from mindmerger.tokenization import ids_with_spans, load_example_tokenizer
 from quickstart.world import problems
 from tests.conftest import REPOSITORY
 from tests.mindmerger.datas import ROWS, write_datas
-from tests.mindmerger.scripts import deepspeed_command, run, train_here
+from tests.mindmerger.scripts import run_ranks, train_here
 
 CPU = Process(0, 1, torch.device("cpu"))
 TEXTS = ["Anna has 12 apples.", " two  spaces, é and 苹果 ", "</s> is text"]
@@ -55,7 +54,7 @@ def test_special_tokens_stand_nowhere(build: Callable) -> None:
         example = Example(replace(PROMPT, query=TEXTS[0]), replace(PROMPT, query=TEXTS[0]), "7", LANGUAGES["English"])
         ((ids, spans),) = tokenizer.sources_with_spans([TEXTS[0]], LANGUAGES["English"])
         # What the fit reads is what the training reads.
-        assert array("i", ids) == tokenizer([example])[0].source
+        assert ids == tokenizer([example])[0].source
         words = tokenizer.mt_tokenizer(TEXTS[0], add_special_tokens=False).input_ids
         assert [span == (0, 0) for span in spans] == [token not in words for token in ids]
 
@@ -175,7 +174,7 @@ def test_a_stage_from_an_aligned_start(
         *("--deepspeed", *pair, "--stage_name", "mapping", "--languages", "de,sw", "--mapping_init", "aligned"),
         *("--train_num", ROWS, "--dev_size", 4, "--train_batch_size", 10, "--epoch_num", 1, "--lr", "1e-12"),
     )
-    printed = run(deepspeed_command(2, "run_training.py", *words), tmp_path)
+    printed = run_ranks(2, tmp_path, "run_training.py", *words)
     start, mapping = tmp_path / "outputs/MergeMinds/aligned_start", tmp_path / "outputs/MergeMinds/mapping"
     record = json.loads((start / "aligned_start.json").read_text())
     assert f"layer {record['encoder_layer']} of the encoder, relative error {record['relative_error']:.3f}" in printed
