@@ -22,11 +22,11 @@ from mindmerger.evaluation import answerer as answerer_module
 from mindmerger.evaluation import decoding
 from mindmerger.evaluation import run as evaluation
 from mindmerger.evaluation.answerer import Answerer
-from mindmerger.evaluation.answers import parse_answer
 from mindmerger.evaluation.decoding import greedy, label_log_likelihoods
 from mindmerger.evaluation.report import read_predictions
 from mindmerger.evaluation.run import evaluate
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, Prompt, math
+from mindmerger.tasks.answers import parse_answer
 from tests.mindmerger.scripts import run, torchrun_command
 
 Words = tuple[object, ...]
