@@ -1,5 +1,6 @@
 """Runs the scripts as a user does: a process of its own, in a folder of its own."""
 
+import json
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.conftest import REPOSITORY
 
@@ -115,3 +117,10 @@ def forget_ranks() -> None:
     for name, value in vars(groups).items():
         if isinstance(value, dist.ProcessGroup):
             setattr(groups, name, None)
+
+
+def trained_before_5(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a mapping's record one of transformers 4, and the tiny LLM's type one that scaled embeddings there."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"transformers_version": "4.57.3"}))
+    monkeypatch.setattr("mindmerger.checkpoint._SCALED_BEFORE_5", ("llama",))
