@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save
 
 from common.errors import InputError
 from common.io import read_json, write_bytes, write_json
-from common.logging import say
 from common.models import base_config
 
 if TYPE_CHECKING:
@@ -117,6 +116,8 @@ def with_trained_layer(models: "ModelPair", checkpoint: Path) -> "ModelPair":
 
 def warn_of_scale(models: "ModelPair", checkpoint: Path, process: "Process") -> None:
     """Warn of a mapping that was trained under a transformers version whose LLM scales the mapped states otherwise."""
+    from common.logging import say
+
     trained, current = read_record(checkpoint).get("transformers_version"), transformers.__version__
     if not isinstance(trained, str) or trained.partition(".")[0] == current.partition(".")[0]:
         return
