@@ -24,10 +24,10 @@ from common.models import base_config, load_tokenizer
 from mindmerger.batching import plan_once
 from mindmerger.data import read_evaluation
 from mindmerger.evaluation.answerer import Answerer
-from mindmerger.evaluation.answers import parse_answer
 from mindmerger.evaluation.decoding import greedy
 from mindmerger.modeling import MindMergerForCausalLM
 from mindmerger.tasks import EVALUATION_TASKS
+from mindmerger.tasks.answers import parse_answer
 from mindmerger.tokenization import ExampleTokenizer
 from quickstart.results import without_english
 from quickstart.world import WORLD_LANGUAGES

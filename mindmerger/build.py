@@ -21,7 +21,15 @@ from common.ranks import Process, start_process
 from common.runs import RunFolder, open_run
 from mindmerger.batching import lay_out
 from mindmerger.card import source_datasets
-from mindmerger.checkpoint import CONFIG, PUBLISHED, mapping_file, read_mapping, with_trained_layer, write_published
+from mindmerger.checkpoint import (
+    CONFIG,
+    PUBLISHED,
+    mapping_file,
+    read_mapping,
+    warn_of_scale,
+    with_trained_layer,
+    write_published,
+)
 from mindmerger.config import ModelPair, TrainingFlags
 from mindmerger.data import Example, hold_out, read_training
 from mindmerger.frozen_models import check_context, recompute_layers
@@ -107,6 +115,7 @@ def prepare(flags: TrainingFlags, process: Process) -> Stage:
     models, checkpoint = flags.models, initial_checkpoint(flags)
     if checkpoint is not None:
         models = with_trained_layer(models, checkpoint)
+        warn_of_scale(models, checkpoint, process)
         if flags.mapping_init == "aligned":
             say(process, f"warning: --mapping_init aligned does nothing, the mapping starts from {checkpoint}")
     tokenizer = load_example_tokenizer(models, flags.limits, uses_prompt)

@@ -7,18 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from common.errors import InputError
 from common.io import read_json, write_bytes, write_json
+from common.models import base_config
 
 if TYPE_CHECKING:
+    from common.ranks import Process
     from mindmerger.config import ModelPair
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
 PUBLISHED = "pytorch_model.bin"
+# Model types that multiply vectors given in place of token ids by the root of their width up to transformers 4 only.
+_SCALED_BEFORE_5 = ("gemma", "gemma2", "vaultgemma")
 
 
 def mapping_shapes(mt_hidden_size: int, llm_hidden_size: int) -> dict[str, tuple[int, ...]]:
@@ -107,6 +112,23 @@ def with_trained_layer(models: "ModelPair", checkpoint: Path) -> "ModelPair":
         layers = "all layers" if trained is None else f"{trained} layer(s)"
         raise InputError(f"--encoder_layer {models.encoder_layer}: {checkpoint} was trained on {layers} of the encoder")
     return models
+
+
+def warn_of_scale(models: "ModelPair", checkpoint: Path, process: "Process") -> None:
+    """Warn of a mapping that was trained under a transformers version whose LLM scales the mapped states otherwise."""
+    from common.logging import say
+
+    trained, current = read_record(checkpoint).get("transformers_version"), transformers.__version__
+    if not isinstance(trained, str) or trained.partition(".")[0] == current.partition(".")[0]:
+        return
+    config = base_config(models.llm_path, models.llm_revision, models.trust_remote_code)
+    model_type = config.get_text_config().model_type
+    if model_type in _SCALED_BEFORE_5:
+        say(
+            process,
+            f"warning: {checkpoint} was trained under transformers {trained}, which scales what a mapping hands to "
+            f"{model_type} otherwise than {current} does: train the mapping anew, or take that version",
+        )
 
 
 def write_mapping(folder: Path, config: dict[str, Any], state: dict[str, torch.Tensor]) -> None:

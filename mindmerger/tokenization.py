@@ -1,5 +1,6 @@
 """Text to token ids, once per example: special tokens by id, and the query cut where a text is too long."""
 
+import re
 from dataclasses import asdict
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -14,6 +15,8 @@ from mindmerger.tasks import LANGUAGES, Language, Prompt
 
 # Texts by which the tokenizer's backend is compared with the tokenizer.
 _CHECKED = 16
+# eng_Latn (NLLB), __en__ (M2M100), en_XX (mBART), __en_XX__ (PLBart), __eng__ (SeamlessM4T).
+_LANGUAGE_TOKEN = re.compile(r"(?P<nllb>[a-z]{3}_[A-Z][a-z]{3})|[a-z]{2}_[A-Z]{2}|__[a-z]{2,3}(_[A-Z]\w+)?__")
 # A "</s>" in somebody's text is text. verbose=False: what is too long is cut below, by our own rule.
 _PLAIN = {
     "add_special_tokens": False,
@@ -27,8 +30,8 @@ class ExampleTokenizer:
     """Turns examples into `Tokens` for one pair of models.
 
     Args:
-        mt_tokenizer, mt_config: the multilingual model's, None for the LLM alone, which reads no source. M2M100 and
-            NLLB open a source with its language's token.
+        mt_tokenizer, mt_config: the multilingual model's, None for the LLM alone, which reads no source. Where the
+            tokenizer puts a language token around a text, a source gets its own language's.
         llm_tokenizer: the LLM's.
         augmentation: whether the prompt follows the mapped states.
         max_seq_len: tokens of a source, its special tokens included.
@@ -36,10 +39,10 @@ class ExampleTokenizer:
         max_gen_len: tokens of a target, its eos included.
 
     Attributes:
-        names_language: whether a source is opened by its language's token.
+        names_language: whether its language's token stands before or after a source.
 
     Raises:
-        InputError: the LLM's tokenizer names no eos token.
+        InputError: the LLM's tokenizer names no eos token, or the encoder takes a language as anything but a token.
     """
 
     def __init__(
@@ -63,11 +66,11 @@ class ExampleTokenizer:
         self.max_seq_len = min(max_seq_len, mt_tokenizer.model_max_length) if mt_tokenizer else max_seq_len
         self.max_prompt_len = max_prompt_len
         self.max_gen_len = max_gen_len
-        self.names_language = mt_config is not None and mt_config.model_type == "m2m_100"
+        if mt_config is not None:
+            _refuse_languages_beside_tokens(mt_config, mt_tokenizer.name_or_path)
         self._source_prefix, self._source_suffix = _special_tokens(mt_tokenizer) if mt_tokenizer else ([], [])
-        if self.names_language:
-            # Where such a tokenizer itself puts the language has changed; the models were trained on this order.
-            self._source_suffix = [mt_tokenizer.eos_token_id]
+        self._language_id = self._find_language() if mt_tokenizer else None
+        self.names_language = self._language_id is not None
 
     @property
     def source_pad_id(self) -> int:
@@ -83,7 +86,7 @@ class ExampleTokenizer:
         """
         texts: dict[str, tuple[list[list[int]], set[int]]] = dict.fromkeys(KINDS, ([[]] * len(examples), set()))
         if self.mt_tokenizer is not None:
-            specials = (1 if self.names_language else len(self._source_prefix)) + len(self._source_suffix)
+            specials = len(self._source_prefix) + len(self._source_suffix)
             sources = [example.source for example in examples]
             texts["source"] = _fit_all(sources, self.mt_tokenizer, self.max_seq_len - specials, "--max_seq_len")
         if self.augmentation:
@@ -92,14 +95,14 @@ class ExampleTokenizer:
         if with_targets:
             texts["target"] = self._targets([example.target for example in examples])
 
-        suffix = self._source_suffix
         tokens = []
+        around = {language: self._around_source(language) for language in {e.language for e in examples}}
         for row, (example, source, prompt, target) in enumerate(
             zip(examples, *(ids for ids, _ in texts.values()), strict=True)
         ):
-            source = [*self._source_prefix_of(example.language), *source, *suffix]
+            prefix, suffix = around[example.language]
             cut = tuple([kind for kind, (_, cut_rows) in texts.items() if row in cut_rows])
-            tokens.append(Tokens(source, prompt, target, example.language.name, cut))
+            tokens.append(Tokens([*prefix, *source, *suffix], prompt, target, example.language.name, cut))
         return tokens
 
     def sources_with_spans(self, texts: list[str], language: Language) -> list[tuple[list[int], list[Span]]]:
@@ -108,7 +111,7 @@ class ExampleTokenizer:
         Raises:
             InputError: the tokenizer gives no character offsets, or the encoder lacks the language.
         """
-        prefix, suffix = self._source_prefix_of(language), self._source_suffix
+        prefix, suffix = self._around_source(language)
         limit = self.max_seq_len - len(prefix) - len(suffix)
         return [
             ([*prefix, *ids[:limit], *suffix], [*[(0, 0)] * len(prefix), *spans[:limit], *[(0, 0)] * len(suffix)])
@@ -129,23 +132,37 @@ class ExampleTokenizer:
         cut = {row for row, ids in enumerate(targets) if len(ids) >= limit}
         return [ids[:limit] if row in cut else [*ids, eos] for row, ids in enumerate(targets)], cut
 
-    def _source_prefix_of(self, language: Language) -> list[int]:
-        return [self._language_token(language)] if self.names_language else self._source_prefix
-
-    def _language_token(self, language: Language) -> int:
-        for token in (language.nllb, f"__{language.code}__"):
-            index = self.mt_tokenizer.convert_tokens_to_ids(token)
-            if index is not None and index != self.mt_tokenizer.unk_token_id:
+    def _find_language(self) -> int | None:
+        """The language token among the special tokens around a source."""
+        specials = [*self._source_prefix, *self._source_suffix]
+        for index, token in zip(specials, self.mt_tokenizer.convert_ids_to_tokens(specials), strict=True):
+            if match := _LANGUAGE_TOKEN.fullmatch(token):
+                if match["nllb"]:
+                    # Where NLLB's tokenizers put the language has changed; the models were trained on this order.
+                    self._source_prefix, self._source_suffix = [index], [self.mt_tokenizer.eos_token_id]
                 return index
-        known = [other.code for other in LANGUAGES.values() if self._knows(other)]
-        raise InputError(
-            f"{self.mt_tokenizer.name_or_path} has no language token for {language.name}: "
-            f"leave it out, as in --languages {','.join(known)}"
-        )
+        return None
 
-    def _knows(self, language: Language) -> bool:
-        tokens = self.mt_tokenizer.convert_tokens_to_ids([language.nllb, f"__{language.code}__"])
-        return any(index not in (None, self.mt_tokenizer.unk_token_id) for index in tokens)
+    def _around_source(self, language: Language) -> tuple[list[int], list[int]]:
+        """The special tokens before and after a source in `language`."""
+        if not self.names_language:
+            return self._source_prefix, self._source_suffix
+        own = self._token_of(language)
+        if own is None:
+            known = [other.code for other in LANGUAGES.values() if self._token_of(other) is not None]
+            raise InputError(
+                f"{self.mt_tokenizer.name_or_path} has no language token for {language.name}: "
+                f"leave it out, as in --languages {','.join(known)}"
+            )
+        prefix, suffix = (
+            [own if index == self._language_id else index for index in specials]
+            for specials in (self._source_prefix, self._source_suffix)
+        )
+        return prefix, suffix
+
+    def _token_of(self, language: Language) -> int | None:
+        indices = self.mt_tokenizer.convert_tokens_to_ids(list(language.tokens))
+        return next((index for index in indices if index not in (None, self.mt_tokenizer.unk_token_id)), None)
 
 
 def load_example_tokenizer(models: ModelPair, limits: Limits, augmentation: bool) -> ExampleTokenizer:
@@ -204,6 +221,15 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
 def _backend_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
+
+
+def _refuse_languages_beside_tokens(config: PretrainedConfig, path: str) -> None:
+    """Refuse X-MOD, which has an adapter for each language, and XLM where it has embeddings of languages."""
+    if config.model_type == "xmod" or (getattr(config, "use_lang_emb", False) and config.n_langs > 1):
+        raise InputError(
+            f"{path} is told a source's language by ids beside its tokens, which are not given here: take an encoder "
+            "that reads all languages alike or has language tokens"
+        )
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -1,13 +1,14 @@
 """DeepSpeed as training uses it: its settings, and the mapping as ZeRO partitions it."""
 
 import contextlib
+import reprlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -37,12 +38,16 @@ def deepspeed_config(path: str | None, sizes: BatchSizes, device: torch.device) 
         device: of this rank.
 
     Raises:
-        InputError: an unreadable file, or one that sets what flags set.
+        InputError: an unreadable file, one that sets what flags set, or one that leaves the precision open.
     """
     path = Path(path or CONFIGS / ("zero2_bf16.json" if device.type == "cuda" else "cpu.json"))
     config = read_json(path)
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a JSON object")
+    bf16 = config.get("bf16", {})
+    if not isinstance(bf16, dict) or not isinstance(bf16.get("enabled", False), bool):
+        raise InputError(f'{path}: write "bf16": {{"enabled": true}} or false, not {reprlib.repr(bf16)}')
+    config = _without_auto(config)
     for key, instead in {"optimizer": "--lr", "scheduler": "--lr_scheduler", "fp16": "bf16"}.items():
         if key in config:
             raise InputError(f"{path}: take {key!r} out, {instead} stands for it")
@@ -54,14 +59,24 @@ def deepspeed_config(path: str | None, sizes: BatchSizes, device: torch.device) 
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }
-    config.setdefault("gradient_clipping", 1.0)
+    if not isinstance(config.setdefault("gradient_clipping", 1.0), int | float):
+        raise InputError(f"{path}: gradient_clipping is {reprlib.repr(config['gradient_clipping'])}, no number")
     try:
         stage = DeepSpeedConfig(config).zero_optimization_stage
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
         raise InputError(f"{path}: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
     if stage == 0:
         raise InputError(f'{path}: set "zero_optimization": {{"stage": 2}}, or 1, or 3')
     return config
+
+
+def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
+    """A section of a DeepSpeed JSON without what it leaves to Hugging Face's Trainer: keys whose value is "auto"."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value != "auto"
+    }
 
 
 def weights_dtype(ds_config: dict[str, Any]) -> torch.dtype:

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from common.io import write_text
-from mindmerger.evaluation.answers import parse_answer
+from mindmerger.tasks.answers import parse_answer
 from quickstart.programs import programs
 from quickstart.world import Split, problems
 

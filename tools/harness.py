@@ -16,6 +16,7 @@ from common.errors import InputError
 from common.logging import progress, quiet_libraries
 from common.ranks import start_process
 from mindmerger.batching import Tokens
+from mindmerger.checkpoint import warn_of_scale
 from mindmerger.config import EvaluationFlags
 from mindmerger.data import Example
 from mindmerger.evaluation.answerer import Answerer, pick_dtype, prepare_answerer
@@ -84,6 +85,7 @@ class MindMergerLM(LM):
         given = self._flags
         dtype = pick_dtype(given.dtype, self._process.device)
         parts = prepare_answerer(given.models, Path(checkpoint), given.limits, given.augmentation)
+        warn_of_scale(parts.models, Path(checkpoint), self._process)
         self._answerer: Answerer = parts.load(dtype, self._process.device)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

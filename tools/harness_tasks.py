@@ -6,8 +6,8 @@ from typing import Any
 from datasets import Dataset
 
 from mindmerger.data import read_evaluation
-from mindmerger.evaluation.answers import is_same_number, parse_answer
 from mindmerger.tasks import EVALUATION_TASKS, find_language
+from mindmerger.tasks.answers import is_same_number, parse_answer
 
 
 def load(task_name: str, language: str, data_dir: str = "./datas", **_: Any) -> dict[str, Dataset]:

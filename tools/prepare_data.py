@@ -14,8 +14,8 @@ from common.errors import InputError, exit_with_message
 from common.io import read_json, sha256, write_json, write_text
 from mindmerger.config import require_positive
 from mindmerger.data import MANIFEST, Example, read_evaluation, read_training
-from mindmerger.evaluation.answers import parse_answer
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, Language, Task, find_task, select_languages
+from mindmerger.tasks.answers import parse_answer
 from tools import sources
 from tools.sources import SOURCES, Reading, pairs_source
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError, first_line
-from mindmerger.evaluation.answers import parse_answer
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, Language
+from mindmerger.tasks.answers import parse_answer
 
 
 @dataclass(frozen=True)

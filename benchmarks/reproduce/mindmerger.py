@@ -50,11 +50,11 @@ from common.ranks import start_process
 from common.runs import open_run
 from mindmerger.config import require_positive
 from mindmerger.data import Example, hold_out, read_evaluation, read_training
-from mindmerger.evaluation.answers import parse_answer
 from mindmerger.evaluation.metrics import SCORES
 from mindmerger.evaluation.report import read_predictions
 from mindmerger.frozen_models import load_llm
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, Language, math_prompt, select_languages
+from mindmerger.tasks.answers import parse_answer
 from regmean.model_folder import open_checkpoint
 
 RESULTS = Path("results/reproduce/mindmerger.json")

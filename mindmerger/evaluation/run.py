@@ -19,6 +19,7 @@ from common.ranks import Process, is_out_of_memory, start_process
 from common.runs import RunFolder, open_run
 from common.signals import StopSignals
 from mindmerger.batching import Tokens, plan_once
+from mindmerger.checkpoint import warn_of_scale
 from mindmerger.config import EvaluationFlags, Limits
 from mindmerger.data import Example, read_evaluation
 from mindmerger.evaluation.answerer import Answerer, AnswererParts, Output, pick_dtype, prepare_answerer
@@ -100,6 +101,8 @@ def evaluate(flags: EvaluationFlags) -> None:
         examples[task.name] = list(itertools.chain.from_iterable(rows.values()))
     checkpoint = None if flags.baseline else Path(flags.init_checkpoint)
     parts = prepare_answerer(flags.models, checkpoint, flags.limits, flags.augmentation)
+    if checkpoint is not None:
+        warn_of_scale(parts.models, checkpoint, process)
     dtype = pick_dtype(flags.dtype, process.device)
     settings = {**parts.settings(), **_settings(flags.limits, flags.answer_parser, flags.classification, dtype)}
     if flags.backend != "transformers":

@@ -9,44 +9,52 @@ from common.errors import InputError
 
 @dataclass(frozen=True)
 class Language:
-    """A language under the three names that data files and multilingual models use.
+    """A language under the names that data files and multilingual models use.
 
     Attributes:
         name: English name, as in the data and the prompts.
         code: ISO 639-1, as in file names; M2M100's language token is `__code__`.
         nllb: FLORES-200 code, NLLB's language token.
+        mbart: mBART's language token; empty where it has none.
     """
 
     name: str
     code: str
     nllb: str
+    mbart: str = ""
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The language's token in NLLB, M2M100, mBART, PLBart and SeamlessM4T."""
+        seamless = "cmn" if self.code == "zh" else self.nllb[:3]
+        return self.nllb, f"__{self.code}__", self.mbart, f"__{self.mbart}__", f"__{seamless}__"
 
 
 LANGUAGES = {
     language.name: language
     for language in (
-        Language("Arabic", "ar", "arb_Arab"),
-        Language("Bengali", "bn", "ben_Beng"),
+        Language("Arabic", "ar", "arb_Arab", "ar_AR"),
+        Language("Bengali", "bn", "ben_Beng", "bn_IN"),
         Language("Bulgarian", "bg", "bul_Cyrl"),
-        Language("Chinese", "zh", "zho_Hans"),
-        Language("English", "en", "eng_Latn"),
-        Language("Flemish", "nl", "nld_Latn"),
-        Language("French", "fr", "fra_Latn"),
-        Language("German", "de", "deu_Latn"),
+        Language("Chinese", "zh", "zho_Hans", "zh_CN"),
+        Language("English", "en", "eng_Latn", "en_XX"),
+        Language("Flemish", "nl", "nld_Latn", "nl_XX"),
+        Language("French", "fr", "fra_Latn", "fr_XX"),
+        Language("German", "de", "deu_Latn", "de_DE"),
         Language("Greek", "el", "ell_Grek"),
-        Language("Hindi", "hi", "hin_Deva"),
-        Language("Italian", "it", "ita_Latn"),
-        Language("Japanese", "ja", "jpn_Jpan"),
-        Language("Polish", "pl", "pol_Latn"),
-        Language("Portuguese", "pt", "por_Latn"),
-        Language("Russian", "ru", "rus_Cyrl"),
-        Language("Spanish", "es", "spa_Latn"),
-        Language("Swahili", "sw", "swh_Latn"),
-        Language("Telugu", "te", "tel_Telu"),
-        Language("Thai", "th", "tha_Thai"),
-        Language("Turkish", "tr", "tur_Latn"),
-        Language("Urdu", "ur", "urd_Arab"),
-        Language("Vietnamese", "vi", "vie_Latn"),
+        Language("Hindi", "hi", "hin_Deva", "hi_IN"),
+        Language("Italian", "it", "ita_Latn", "it_IT"),
+        Language("Japanese", "ja", "jpn_Jpan", "ja_XX"),
+        Language("Polish", "pl", "pol_Latn", "pl_PL"),
+        Language("Portuguese", "pt", "por_Latn", "pt_XX"),
+        Language("Russian", "ru", "rus_Cyrl", "ru_RU"),
+        Language("Spanish", "es", "spa_Latn", "es_XX"),
+        Language("Swahili", "sw", "swh_Latn", "sw_KE"),
+        Language("Telugu", "te", "tel_Telu", "te_IN"),
+        Language("Thai", "th", "tha_Thai", "th_TH"),
+        Language("Turkish", "tr", "tur_Latn", "tr_TR"),
+        Language("Urdu", "ur", "urd_Arab", "ur_PK"),
+        Language("Vietnamese", "vi", "vie_Latn", "vi_VN"),
     )
 }
 ENGLISH = LANGUAGES["English"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
-from mindmerger.evaluation.answers import PARSERS, is_same_number, parse_answer
+from mindmerger.tasks.answers import PARSERS, is_same_number, parse_answer
 from mindmerger.tasks.languages import Language, named
 from mindmerger.tasks.readers import json_lines, one_file_each, one_list, string, text_lines
 from mindmerger.tasks.task import Example, Prompt, Task

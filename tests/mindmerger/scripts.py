@@ -1,5 +1,6 @@
 """Runs the scripts as a user does: a process of its own, in a folder of its own."""
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -13,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.conftest import REPOSITORY
 
@@ -158,3 +160,10 @@ def forget_ranks() -> None:
     for name, value in vars(groups).items():
         if isinstance(value, dist.ProcessGroup):
             setattr(groups, name, None)
+
+
+def trained_before_5(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a mapping's record one of transformers 4, and the tiny LLM's type one that scaled embeddings there."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"transformers_version": "4.57.3"}))
+    monkeypatch.setattr("mindmerger.checkpoint._SCALED_BEFORE_5", ("llama",))

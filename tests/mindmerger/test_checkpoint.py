@@ -3,10 +3,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
+from transformers import (
+    Gemma2Config,
+    Gemma2Model,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    VaultGemmaConfig,
+    VaultGemmaModel,
+)
 
 from common.errors import InputError
-from mindmerger.checkpoint import mapping_shapes, read_mapping, write_mapping
+from common.ranks import Process
+from mindmerger.checkpoint import mapping_shapes, read_mapping, warn_of_scale, write_mapping
+from mindmerger.config import ModelPair
 
 
 @pytest.fixture
@@ -83,3 +97,33 @@ def test_damaged_and_malicious_files_are_refused(state: dict[str, torch.Tensor],
         read_mapping(tmp_path / "list.bin", 6, 4)
     with pytest.raises(InputError, match="no mapping at"):
         read_mapping(tmp_path / "nowhere", 6, 4)
+
+
+@pytest.mark.parametrize("config", [GemmaConfig(), Gemma2Config(), VaultGemmaConfig(), Gemma3TextConfig()])
+@pytest.mark.parametrize("version", ["4.57.3", transformers.__version__, None])
+def test_a_mapping_for_gemma_of_another_major_version_is_warned_of(
+    state: dict[str, torch.Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    config: PretrainedConfig,
+    version: str | None,
+) -> None:
+    write_mapping(tmp_path / "checkpoint", {"transformers_version": version}, state)
+    config.save_pretrained(tmp_path)
+    warn_of_scale(ModelPair(llm_path=str(tmp_path)), tmp_path / "checkpoint", Process(0, 1, torch.device("cpu")))
+    printed = capsys.readouterr().out
+    if version == "4.57.3" and config.model_type != "gemma3_text":
+        assert "checkpoint was trained under transformers 4.57.3, which scales what a mapping" in printed
+        assert f"{config.model_type} otherwise than {transformers.__version__} does: train the mapping anew" in printed
+    else:
+        assert printed == ""
+
+
+@pytest.mark.parametrize("model_class", [GemmaModel, Gemma2Model, VaultGemmaModel])
+def test_this_transformers_scales_token_ids_alone(model_class: type[PreTrainedModel]) -> None:
+    """What the warning goes by: vectors given in place of ids come scaled."""
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4, "vocab_size": 9}
+    model = model_class(model_class.config_class(num_attention_heads=2, num_key_value_heads=1, **shape)).eval()
+    ids = torch.tensor([[3, 4, 5]])
+    scaled = model.embed_tokens.weight[ids] * 8**0.5
+    assert torch.allclose(model(input_ids=ids)[0], model(inputs_embeds=scaled)[0], atol=1e-6)

@@ -1,11 +1,26 @@
+import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from sentencepiece import SentencePieceTrainer
+from transformers import (
+    BatchEncoding,
+    M2M100Tokenizer,
+    MBart50Tokenizer,
+    MBartTokenizer,
+    NllbTokenizer,
+    PLBartTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    SeamlessM4TTokenizer,
+    XLMConfig,
+    XmodConfig,
+)
 
 from common.errors import InputError
-from common.models import base_config
+from common.models import base_config, load_tokenizer
 from mindmerger.data import Example
 from mindmerger.tasks import LANGUAGES, Prompt, math_prompt, x_csqa_prompt, xnli_prompt
 from mindmerger.tokenization import ExampleTokenizer
@@ -101,13 +116,96 @@ def test_an_encoder_that_lacks_a_language_says_so(build: Callable, models: dict[
         tokenizer([example(math_prompt("?"), language="Telugu")])
 
 
-def test_language_tokens_of_nllb_and_m2m100_exist() -> None:
-    """Against the lists that transformers itself carries; M2M100 was never trained on Telugu."""
-    from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES as M2M100
-    from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES as NLLB
+@pytest.fixture(scope="module")
+def language_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny tokenizers of the real classes that name a source's language."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["abcde abc"]), model_prefix=str(folder / "spm"), vocab_size=10, num_threads=1,
+        pad_id=-1, minloglevel=2,
+    )  # fmt: skip
+    (folder / "vocab.json").write_text(json.dumps({"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4}))
+    vocab = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "▁": 4, "a": 5}
+    makers = {
+        "mbart50": lambda: MBart50Tokenizer(),
+        "mbart": lambda: MBartTokenizer(),
+        "nllb": lambda: NllbTokenizer(vocab, [], src_lang="fin_Latn"),
+        "nllb_suffix": lambda: NllbTokenizer(vocab, [], legacy_behaviour=True),
+        "m2m100": lambda: M2M100Tokenizer(folder / "vocab.json", folder / "spm.model"),
+        "seamless": lambda: SeamlessM4TTokenizer(vocab, [], extra_special_tokens=["__eng__", "__swh__", "__cmn__"]),
+        "plbart": lambda: PLBartTokenizer(str(folder / "spm.model"), language_codes="multi"),
+    }
+    for name, make in makers.items():
+        make().save_pretrained(folder / name)
+    return {name: folder / name for name in makers}
 
-    assert {language.name for language in LANGUAGES.values() if language.nllb not in NLLB} == set()
-    assert {language.name for language in LANGUAGES.values() if language.code not in M2M100["m2m100"]} == {"Telugu"}
+
+@pytest.fixture
+def tokenizer_of(models: dict[str, Path], language_tokenizers: dict[str, Path]) -> Callable[[str], ExampleTokenizer]:
+    limits = {"augmentation": False, "max_seq_len": 5, "max_prompt_len": 300, "max_gen_len": 9}
+    llm_tokenizer, config = load_tokenizer(str(models["llama"])), base_config(str(models["mt5"]))
+    return lambda name: ExampleTokenizer(
+        load_tokenizer(str(language_tokenizers[name])), config, llm_tokenizer, **limits
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "language", "before", "after"),
+    [
+        ("mbart50", "Swahili", ["sw_KE"], ["</s>"]),
+        ("mbart", "Chinese", [], ["</s>", "zh_CN"]),
+        ("nllb", "Swahili", ["swh_Latn"], ["</s>"]),
+        ("nllb_suffix", "Chinese", ["zho_Hans"], ["</s>"]),
+        ("m2m100", "Swahili", ["__sw__"], ["</s>"]),
+        ("seamless", "Swahili", ["__swh__"], ["</s>"]),
+        ("seamless", "Chinese", ["__cmn__"], ["</s>"]),
+        ("plbart", "English", [], ["</s>", "__en_XX__"]),
+    ],
+)
+def test_a_source_carries_its_own_languages_token(
+    tokenizer_of: Callable, name: str, language: str, before: list[str], after: list[str]
+) -> None:
+    tokenizer = tokenizer_of(name)
+    mt = tokenizer.mt_tokenizer
+    prefix, suffix = mt.convert_tokens_to_ids(before), mt.convert_tokens_to_ids(after)
+    assert tokenizer.names_language and mt.unk_token_id not in (*prefix, *suffix)
+    short, long = tokenizer([example(Prompt("", text, ""), language=language) for text in ("a", "a " * 9)])
+    assert list(short.source) == [*prefix, *mt("a", add_special_tokens=False).input_ids, *suffix]
+    assert list(long.source[: len(prefix)]) == prefix and list(long.source[-len(suffix) :]) == suffix
+    assert len(long.source) <= 5 and long.cut == ("source",)
+
+
+@pytest.mark.parametrize(
+    ("name", "language"), [("mbart50", "Greek"), ("mbart", "Swahili"), ("seamless", "German"), ("plbart", "German")]
+)
+def test_a_language_without_a_token_is_refused(tokenizer_of: Callable, name: str, language: str) -> None:
+    with pytest.raises(InputError, match=f"{name} has no language token for {language}: leave it out, as in .*en"):
+        tokenizer_of(name)([example(Prompt("", "a", ""), language=language)])
+
+
+@pytest.mark.parametrize("config", [XmodConfig(), XLMConfig(n_langs=15, use_lang_emb=True)])
+def test_an_encoder_told_the_language_beside_its_tokens_is_refused(build: Callable, config: PretrainedConfig) -> None:
+    _, pair = build()
+    limits = {"augmentation": True, "max_seq_len": 50, "max_prompt_len": 300, "max_gen_len": 9}
+    with pytest.raises(InputError, match="is told a source's language by ids beside its tokens"):
+        ExampleTokenizer(pair.mt_tokenizer, config, pair.llm_tokenizer, **limits)
+
+
+def test_language_tokens_exist() -> None:
+    """Against the lists that transformers itself carries."""
+    codes = {
+        name: import_module(f"transformers.models.{name}.tokenization_{name}").FAIRSEQ_LANGUAGE_CODES
+        for name in ("nllb", "mbart50", "m2m_100")
+    }
+    lacking = {
+        name: {language.name for language in LANGUAGES.values() if getattr(language, code) not in known}
+        for name, code, known in (
+            ("nllb", "nllb", codes["nllb"]),
+            ("mbart50", "mbart", codes["mbart50"]),
+            ("m2m_100", "code", codes["m2m_100"]["m2m100"]),
+        )
+    }
+    assert lacking == {"nllb": set(), "mbart50": {"Bulgarian", "Greek"}, "m2m_100": {"Telugu"}}
 
 
 def test_the_llm_alone_reads_no_source(build: Callable) -> None:

@@ -29,8 +29,9 @@ from tests.mindmerger.scripts import (
     run_ranks,
     started,
     train_here,
+    trained_before_5,
     wait_for,
-)  # fmt: skip
+)
 
 Words = tuple[object, ...]
 # At the default threshold ZeRO-3 would leave tensors as small as these whole.
@@ -228,7 +229,11 @@ def test_other_encoders_train(
 
 
 def test_what_a_run_reads_is_part_of_what_it_is(
-    work: Path, small: Words, reference: dict[str, torch.Tensor], capsys: pytest.CaptureFixture[str]
+    work: Path,
+    small: Words,
+    reference: dict[str, torch.Tensor],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same words after the data, or the mapping to start from, have changed are another run."""
     augment = (*small, "--stage_name", "augmentation", "--save_name", "follows", "--epoch_num", 1)
@@ -237,10 +242,12 @@ def test_what_a_run_reads_is_part_of_what_it_is(
     train_here(work, *augment)
     train_here(work, *augment)
     assert "finished: nothing to do" in capsys.readouterr().out
-    # A mapping that starts from a checkpoint has no other start.
+    # A mapping that starts from a checkpoint has no other start. This one's LLM stands for Gemma.
+    trained_before_5(start, monkeypatch)
     train_here(work, *augment, "--mapping_init", "aligned")
     said = capsys.readouterr().out
     assert "finished: nothing to do" in said and "--mapping_init aligned does nothing" in said
+    assert "outputs/follows/mapping was trained under transformers 4.57.3" in said
     state = load_file(start / "model.safetensors")
     save_file({name: tensor * 2 for name, tensor in state.items()}, start / "model.safetensors")
     with pytest.raises(InputError, match="initial_mapping_sha256 was"):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from mindmerger.evaluation.answers import parse_answer
 from mindmerger.tasks import math_prompt
+from mindmerger.tasks.answers import parse_answer
 from quickstart import pretrain
 from quickstart.world import WORLD_LANGUAGES, problems
 

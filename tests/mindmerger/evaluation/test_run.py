@@ -22,12 +22,12 @@ from mindmerger.evaluation import answerer as answerer_module
 from mindmerger.evaluation import decoding
 from mindmerger.evaluation import run as evaluation
 from mindmerger.evaluation.answerer import Answerer
-from mindmerger.evaluation.answers import parse_answer
 from mindmerger.evaluation.decoding import greedy, label_log_likelihoods
 from mindmerger.evaluation.report import read_predictions
 from mindmerger.evaluation.run import evaluate
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, Prompt, math
-from tests.mindmerger.scripts import run_ranks
+from mindmerger.tasks.answers import parse_answer
+from tests.mindmerger.scripts import run_ranks, trained_before_5
 
 Words = tuple[object, ...]
 
@@ -85,7 +85,9 @@ def test_two_ranks_answer_each_problem_once_and_as_one_does(work: Path, words: W
     assert sum(len(path.read_text().splitlines()) for path in paths) == 22 and 8 <= of_second <= 14
 
 
-def test_a_second_run_continues_where_the_first_stopped(words: Words, capsys: pytest.CaptureFixture) -> None:
+def test_a_second_run_continues_where_the_first_stopped(
+    words: Words, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     evaluate_words(*words, "--save_name", "stopped")
     folder = Path("results/stopped/mgsm")
     before = predictions(folder)
@@ -104,8 +106,10 @@ def test_a_second_run_continues_where_the_first_stopped(words: Words, capsys: py
     assert "9 of 22 problems were answered before" in capsys.readouterr().out
     assert predictions(folder) == before
 
+    trained_before_5(Path("checkpoint"), monkeypatch)
     evaluate_words(*words, "--save_name", "stopped")
-    assert "answered before" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "answered before" not in printed and "checkpoint was trained under transformers 4.57.3" in printed
     with pytest.raises(InputError, match="max_gen_len was 12, now 13.*--overwrite"):
         evaluate_words(*words, "--save_name", "stopped", "--max_gen_len", 13)
     evaluate_words(*words, "--save_name", "stopped", "--max_gen_len", 13, "--overwrite")

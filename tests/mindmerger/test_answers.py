@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mindmerger.evaluation.answers import parse_answer, parse_answer_published
+from mindmerger.tasks import LANGUAGES, Example, Prompt, math_prompt
+from mindmerger.tasks.answers import parse_answer, parse_answer_published
+from mindmerger.tasks.math import grade_number
+from tools.harness_tasks import judge_number
 
 CASES: list[tuple[str, str | None, str]] = [
     # markers
@@ -37,6 +40,31 @@ CASES: list[tuple[str, str | None, str]] = [
     ("The answer is: x = -3", "-3", "3"),
     ("The answer is: $\\$1{,}500$", "1500", "500"),
     ("There are 3 ways, so 12.", "12", "12"),
+    ("The answer is $45,000, as said in step 2", "45000", "2"),
+    # equations: the last of the sides with the fewest numbers
+    ("The answer is 9 x 2 = 18", "18", "18"),
+    ("The answer is 9 eggs * $2 = $18", "18", "18"),
+    ("The answer is 20% of 50 = 10", "10", "10"),
+    ("So the answer is 9 * 2 = $<<9*2=18>>18.", "18", "18"),
+    ("#### 18 = 9 * 2", "18", "2"),
+    ("The answer is $5/hour * 3 hours = $15/day", "15", "15"),
+    ("The answer is: 2 (3 + 4) = 14", "14", "14"),
+    ("The answer is 12 apples -5 apples = 7", "7", "7"),
+    ("The answer is 1600/1.5 \\approx 1067 photos", "1067", "1067"),
+    ("The answer is 9 * 2 => **18** for 3 days", "18", "3"),
+    ("\\boxed{3 \\times 6 = 2 \\cdot 9 = 18}", "18", "18"),
+    ("The answer is 3 dozen = 36", "36", "36"),
+    ("The answer is: 2 + 3 = 4 + 1", "4", "1"),
+    ("The answer is 36 (6 * 2 = 12 in each)", "36", "12"),
+    ("The answer is 12 eggs, since each of 3 boxes has 2 * 2 = 4", "12", "4"),
+    ("The answer is 12 because each of the 3 boxes has 2 * 2 = 4", "12", "4"),
+    ("The answer is 12 and the rest is 3 * 2 = 6", "12", "6"),
+    ("The answer is 144 miles = miles the 3 ran", "144", "3"),
+    # the prompt of an invented next problem ends the answer
+    ("The answer is: 18\n\n### Instruction:\nAnna has 2 + 3 eggs.\n\n### Response: The answer is: 5", "18", "5"),
+    ("18 eggs\nBelow is an instruction that describes a task. Write 5.", "18", "5"),
+    ("9 * 2 = 18.\n\n### Response: The answer is: 18", "18", "18"),
+    ("\n### Instruction:\nThe answer is: 5", None, "5"),
     # signs
     ("-5", "-5", "5"),
     ("−5", "-5", "5"),
@@ -77,6 +105,9 @@ CASES: list[tuple[str, str | None, str]] = [
     ("1,2,3", "3", "3"),
     ("3 4", "4", "4"),
     ("1 000", "1000", "000"),
+    ("\\boxed{9\\;500}", "9500", "500"),
+    ("\\boxed{9\\ 500\\;\\text{kg}}", "9500", "500"),
+    ("\\boxed{9\\text{,}500}", "9500", "500"),
     ("12 345 678", "12345678", "678"),
     ("2020 100", "100", "100"),
     ("7\n1/2 of it", "1/2", "2"),
@@ -86,6 +117,14 @@ CASES: list[tuple[str, str | None, str]] = [
     ("1.5e3", "1500", "3"),
     ("2E-2", "1/50", "2"),
     ("1e999999999", None, "999999999"),
+    # powers
+    ("10^{3}", "1000", "3"),
+    ("\\boxed{10^{3}}", "1000", "3"),
+    ("2^5", "32", "5"),
+    ("2 \\times 10^3", "2000", "3"),
+    ("1.5 x 10^{-1}", "3/20", "1"),
+    ("0^{-1}", None, "1"),
+    ("10^{999}", None, "999"),
     # fractions
     ("3/4", "3/4", "4"),
     ("-3/4", "-3/4", "4"),
@@ -105,6 +144,13 @@ CASES: list[tuple[str, str | None, str]] = [
     ("१२३", "123", "123"),
     ("答えは１２です", "12", "12"),
     ("సమాధానం ౧౦", "10", "10"),
+    ("7万", "70000", "7"),
+    ("答えは1.5億円です", "150000000", "1.5"),
+    ("7万5000", "75000", "5000"),
+    # not read
+    ("1.5 million", "3/2", "1.5"),
+    ("3億5000万", "50000000", "5000"),
+    ("5千", "5", "5"),
     # no number
     ("", None, "0"),
     ("I cannot tell.", None, "0"),
@@ -122,6 +168,15 @@ def fraction(text: str | None) -> Fraction | None:
 def test_answers(text: str, expected: str | None, published: str) -> None:
     assert parse_answer(text) == fraction(expected)
     assert parse_answer_published(text) == fraction(published)
+
+
+def test_a_next_problem_ends_an_answer_in_both_evaluations() -> None:
+    question, gold = Prompt("", "2 + 3?", ""), Fraction(18)
+    example = Example(question, math_prompt("9 * 2?"), "18", LANGUAGES["English"], number=gold)
+    output = f" 9 * 2 = 18. The answer is: 18{math_prompt(question.text).text} The answer is: 5"
+    assert grade_number(example, output, "default") == (18.0, True)
+    assert grade_number(example, output, "published") == (5.0, False)
+    assert judge_number({"answer": "18"}, [output]) == {"acc": 1.0}
 
 
 def test_a_loop_of_digits_is_no_number_and_ends_soon() -> None:

@@ -1,5 +1,6 @@
 """From a model's text to the number it answers: pure functions of strings."""
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Callable
@@ -10,7 +11,7 @@ _MARKER = re.compile(r"the\s+(?:final\s+)?answer\s+is|####|\\boxed\s*\{", re.IGN
 # In the order in which they are tried; `'` stands for every separator that is no comma and no point.
 _UNSIGNED = r"""
         (?<![\d.,])\d{1,3}(?:[ ]\d{3})+(?![.,]?\d)              # 1 234
-      | (?<!\d,)\d{1,3}(?:,\d{2,3})*,\d{3}(?![,\d])(?:\.\d+)?   # 1,234,567.8 and India's 1,23,456
+      | (?<!\d,)\d{1,3}(?:,\d{2,3})*,\d{3}(?!,?\d)(?:\.\d+)?    # 1,234,567.8 and India's 1,23,456
       | \d{1,3}(?:\.\d{3})+,\d+                                 # 1.234,56
       | \d{1,3}(?:\.\d{3}){2,}                                  # 1.234.567
       | \d{1,3}(?:'\d{3})+(?:[.,]\d+)?                          # 1'234
@@ -25,8 +26,13 @@ _NUMBER = re.compile(
     (?P<inner_sign>(?<=[$€£¥₹])-)?
     (?:
         (?:(?P<frac_whole>\d+)\s?)?\\[dt]?frac\s*\{{\s*(?P<frac_sign>-?)(?P<frac_top>\d+)\s*\}}\s*\{{\s*(?P<frac_bottom>\d+)\s*\}}
-      | (?:(?P<whole>\d+)[ ]+)?(?P<top>\d+)\s?/\s?(?P<bottom>\d+)(?![\d/])
-      | (?P<plain>{_UNSIGNED})(?P<exponent>[eE][-+]?\d+)?
+      | (?:(?P<whole>\d+)[ ]+)?(?P<top>\d+)\s?/\s?(?P<bottom>\d+)(?![\d/]|[.,]\d)
+      | (?P<plain>{_UNSIGNED})
+        (?:
+            (?:[eE]|\s*(?:[*x×·]|\\times|\\cdot)\s*10\s*\^\s*\{{?)(?P<exponent>[-+]?\d+)
+          | \s*\^\s*\{{?(?P<power>-?\d+)
+          | \s*(?P<myriads>[万萬亿億])(?P<rest>\d{{1,4}}(?![\d.,千万萬]))?
+        )?
     )
     """,
     re.VERBOSE,
@@ -34,8 +40,22 @@ _NUMBER = re.compile(
 # No problem has such a number; a model's loop of digits must neither take long nor overflow a float.
 _LONGEST = 100
 
-# `3 * 4 =` or `x =`, of which the answer is the other side; but not the `=` of a remark, as in `18 (x = 2)`.
-_LEFT_SIDE = re.compile(r"[\s$\\(]*(?:[a-zA-Z]\s*|[-+*/×÷·().,%$€\d\s]+)=(?:[-+*/×÷·().,%$€\d\s]+=)*")
+# The prompt of `tasks/math.py`, which a model without an eos goes on with: the answer ends before the next problem.
+_NEXT_PROBLEM = re.compile(r"#\s*Instruction\b|Below is an instruction that describes a task", re.IGNORECASE)
+# A remark behind a number, as in `18 (x = 2)`.
+_REMARK = re.compile(r"(?<=[\d%])\s+\([^()]*=[^()]*\)?")
+_CLAUSE = r"(?:(?!\b(?:and|as|because|but|for|if|or|since|so|when|where|with)\b)[^,;:.!?(])*"
+_EQUALS = r"(?:=>?|≈|\\approx\b)"
+# What stands between two numbers of one equation.
+_LINK = re.compile(
+    rf"""
+    \s*\(
+  | {_CLAUSE}(?:[-*×·÷+/^]|\\(?:times|cdot|div)\b|\b(?:x|of|times|plus|minus|by|at)\b)[\s({{\\$*]*
+  | {_CLAUSE}{_EQUALS}[\s({{\\$*]*(?:[a-z]+\s)?
+    """,
+    re.VERBOSE,
+)
+_MYRIADS = {"万": 4, "萬": 4, "亿": 8, "億": 8}
 _GROUP_SEPARATORS = {"\u00a0", "\u2009", "\u202f", "'", "’", "٬"}
 _MINUS_SIGNS = "−‐‑‒–﹣－"
 
@@ -44,22 +64,21 @@ def parse_answer(text: str) -> Fraction | None:
     """The number that `text` answers, or None where it gives none.
 
     An explicit marker (`The answer is`, `####`, `\\boxed{}`) wins over position: the last marker that is followed
-    by a number on its line decides, by the first number after it; of an equation, `3 * 4 = 12` or `x = 12`, by its
-    right side. Without a marker the last number of the text counts. Signs, thousands and decimal separators, fractions,
-    exponents, currency signs and the digits of any script are read. A lone separator followed by exactly three digits
-    is a thousands comma (`1,234`) but a decimal point (`1.234`), as English text has them.
+    by a number on its line decides, by the first number after it; of an equation, `9 eggs * $2 = $18` or `18 = 9 * 2`,
+    by the last of the sides with the fewest numbers. Without a marker the last number of the text counts. Where a model
+    goes on with the prompt of a next problem, the text ends there.
+
+    Signs, thousands and decimal separators, fractions, exponents, powers, currency signs, the digits of any script, 万
+    and 亿 are read. `million` is not: problems ask for a number of millions, too. A lone separator followed by exactly
+    three digits is a thousands comma (`1,234`) but a decimal point (`1.234`), as English text has them.
     """
-    text = _normalise(text)
+    text = _normalise(_NEXT_PROBLEM.split(text, maxsplit=1)[0])
     for marker in reversed(list(_MARKER.finditer(text))):
         claim = text[marker.end() :].lstrip(" :\t\n").split("\n", 1)[0]
         if marker.group().startswith("\\"):
             claim = _braced(text[marker.end() :])
-        left_side = _LEFT_SIDE.match(claim)
-        if left_side and _NUMBER.search(claim[left_side.end() :]):
-            claim = claim[left_side.end() :]
-        numbers = [value for match in _NUMBER.finditer(claim) if (value := _value(match)) is not None]
-        if numbers:
-            return numbers[0]
+        if (number := _claimed(claim)) is not None:
+            return number
     numbers = [value for match in _NUMBER.finditer(text) if (value := _value(match)) is not None]
     return numbers[-1] if numbers else None
 
@@ -102,7 +121,24 @@ def _normalise(text: str) -> str:
             plain = unicodedata.normalize("NFKC", character).replace("⁄", "/")
             character = f" {plain}" if position and text[position - 1].isdecimal() else plain
         characters.append(character)
-    return "".join(characters).replace("\\$", "$").replace("\\!", "").replace("{,}", ",").replace("\\,", "'")
+    text = re.sub(r"\\!|<<[^<>]*>>", "", "".join(characters))  # also GSM8K's `<<9*2=18>>`
+    text = re.sub(r"(?:\\text)?\{,\}", ",", text)
+    return re.sub(r"(?<=\d)\\[,;: ](?=\d)", "'", text).replace("\\$", "$")
+
+
+def _claimed(claim: str) -> Fraction | None:
+    """The number that stands behind a marker, or of an equation there the side that is one."""
+    claim = _REMARK.sub("", claim)
+    matches = [match for match in _NUMBER.finditer(claim) if _value(match) is not None]
+    sides = [matches[:1]]
+    for before, after in itertools.pairwise(matches):
+        between = claim[before.end() : after.start() + len(after["sign"] or "")]
+        if not _LINK.fullmatch(between):
+            break
+        if re.search(_EQUALS, between):
+            sides.append([])
+        sides[-1].append(after)
+    return _value(min(reversed(sides), key=len)[0]) if matches else None
 
 
 def _braced(text: str) -> str:
@@ -131,10 +167,11 @@ def _value(match: re.Match[str]) -> Fraction | None:
         value = Fraction(int(part["top"]), int(part["bottom"])) + int(part["whole"] or 0)
     else:
         value = _decimal(part["plain"])
-        exponent = int((part["exponent"] or "e0")[1:])
-        if abs(exponent) > _LONGEST:
+        exponent, power = int(part["exponent"] or 0), int(part["power"] or 1)
+        if abs(exponent) > _LONGEST or len(part["plain"]) * abs(power) > _LONGEST or (power < 0 and value == 0):
             return None
-        value *= Fraction(10) ** exponent
+        exponent += _MYRIADS.get(part["myriads"], 0)
+        value = value**power * Fraction(10) ** exponent + int(part["rest"] or 0)
     return -value if negative else value
 
 
