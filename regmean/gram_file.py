@@ -11,6 +11,7 @@ builds tensors and containers and nothing else.
 import contextlib
 import hashlib
 import json
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -235,13 +236,13 @@ def _row_blocks(width: int) -> Iterator[tuple[int, int]]:
 def _read_means(path: Path) -> dict[str, np.ndarray]:
     import torch
 
-    from common.pickles import read_pickled
+    from common.pickles import read_pickle, read_torch
 
-    content = read_pickled(path)
+    content = (read_torch if zipfile.is_zipfile(path) else read_pickle)(path)
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path}: not a published Gram file: expected a dict of module name to Gram")
     for name, gram in content.items():
         square = isinstance(gram, torch.Tensor) and gram.ndim == 2 and gram.shape[0] == gram.shape[1] > 0
         if not square or not gram.dtype.is_floating_point or gram.itemsize < 2:
-            raise InputError(f"{path}: the entry {str(name)[:100]!r} is no square matrix of floats")
+            raise InputError(f"{path}: the entry {name!r} is no square matrix of floats")
     return {str(name): gram.detach().float().numpy() for name, gram in content.items()}
