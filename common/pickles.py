@@ -1,8 +1,8 @@
-"""Files that `torch.save` or `pickle.dump` wrote elsewhere, read as tensors and containers and nothing else."""
+"""Pickled files that others wrote, read as tensors and containers and nothing else."""
 
 import io
 import pickle
-from collections.abc import Callable
+import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,24 +11,17 @@ import torch
 from common.errors import InputError
 
 
-def read_torch(path: Path) -> Any:
-    """The content of a file that `torch.save` wrote, tensors on the CPU.
+def read_pickled(path: Path, by_torch: bool) -> Any:
+    """The content of a file of `torch.save`, tensors on the CPU; unless `by_torch`, `pickle.dump` may have written it.
 
     Raises:
         InputError: the file cannot be read, is damaged, or holds anything but tensors and containers.
     """
-    return _read(path, _load)
-
-
-def read_pickle(path: Path) -> Any:
-    """The content of a file that `pickle.dump` wrote, which `torch.load` does not read, else as `read_torch`."""
-    return _read(path, lambda file: _TensorUnpickler(file).load())
-
-
-def _read(path: Path, load: Callable[[BinaryIO], Any]) -> Any:
     try:
         with path.open("rb") as file:
-            return load(file)
+            by_torch = by_torch or zipfile.is_zipfile(file)
+            file.seek(0)
+            return _load(file) if by_torch else _TensorUnpickler(file).load()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # unpickling a damaged or hostile file can raise anything

@@ -141,9 +141,9 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_published(path: Path) -> dict[str, torch.Tensor]:
-    from common.pickles import read_torch
+    from common.pickles import read_pickled
 
-    content = read_torch(path)
+    content = read_pickled(path, by_torch=True)
     state = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise InputError(f'{path}: expected the published form, {{"model_state_dict": {{name: tensor}}}}')

@@ -11,7 +11,6 @@ builds tensors and containers and nothing else.
 import contextlib
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -236,9 +235,9 @@ def _row_blocks(width: int) -> Iterator[tuple[int, int]]:
 def _read_means(path: Path) -> dict[str, np.ndarray]:
     import torch
 
-    from common.pickles import read_pickle, read_torch
+    from common.pickles import read_pickled
 
-    content = (read_torch if zipfile.is_zipfile(path) else read_pickle)(path)
+    content = read_pickled(path, by_torch=False)
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path}: not a published Gram file: expected a dict of module name to Gram")
     for name, gram in content.items():

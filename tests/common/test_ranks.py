@@ -125,8 +125,8 @@ def test_a_rank_takes_its_part_of_the_cores(
 ) -> None:
     def peer(rank: int, cores: int | str) -> ranks._Peer:
         if cores == "elsewhere":
-            return ranks._Peer(rank, rank, ("other",), frozenset("01234567"))
-        return ranks._Peer(rank, rank, ("this",), frozenset(map(str, range(cores))))
+            return ranks._Peer(rank, rank, "other", frozenset("01234567"))
+        return ranks._Peer(rank, rank, "this", frozenset(map(str, range(cores))))
 
     found: list[int] = []
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -162,7 +162,7 @@ from common.ranks import start_process
 ranks.LOOK_SECONDS = 0.5
 if "machines" in sys.argv:
     ranks.LOOK_SECONDS = 0.2
-    ranks._where_pids_count = lambda: (os.environ["RANK"],)
+    ranks.socket.gethostname = lambda: os.environ["RANK"]
 process = start_process("cpu", timeout=timedelta(seconds=4 if sys.argv[1] == "waits" else 60))
 print("started", flush=True)
 if sys.argv[1] == "computes":
