@@ -88,17 +88,11 @@ def model_card(config: dict[str, Any], evaluations: list[Evaluation]) -> str:
         language=config.get("languages") or None,
         datasets=config.get("datasets") or None,
     )
-    parts = [
-        f"---\n{header.to_yaml()}\n---\n",
-        _INTRODUCTION.format(llm=llm, mt=mt),
-        _training(config),
-        _scores(evaluations),
-        _USE,
-    ]
+    parts = [_INTRODUCTION.format(llm=llm, mt=mt), _training(config), _scores(evaluations), _USE]
     if not (llm.is_public and mt.is_public):
         parts.append(_LOCAL)
     parts.append(_LICENCE)
-    return "\n".join(part for part in parts if part)
+    return f"---\n{header.to_yaml()}\n---\n\n" + "\n".join(part for part in parts if part)
 
 
 def source_datasets(data_dir: Path, files: list[str]) -> list[str]:

@@ -123,17 +123,13 @@ def open_tensors(path: Path) -> safe_open:
 
 
 class TensorFile:
-    """A safetensors file's header: `tensors` by name and the `metadata` strings. Reading happens in `TensorInfo`.
-
-    Raises:
-        InputError: as `open_tensors`, or a tensor of an unknown dtype.
-    """
+    """A safetensors file's header: `tensors` by name. InputError as of `open_tensors`, or for an unknown dtype."""
 
     def __init__(self, path: Path):
         with open_tensors(path), path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        header.pop("__metadata__", None)
         self.tensors: dict[str, TensorInfo] = {}
         for name, entry in header.items():
             if entry["dtype"] not in STORAGE:
