@@ -381,6 +381,7 @@ def published(kind: str) -> bytes:
         return pickle.dumps(grams, protocol=2)
     if kind == "gram pickle 4":
         return pickle.dumps(grams)
+    # Private: PyTorch has no public name for the form of its releases before 1.6.
     torch.save(grams if kind == "gram" else {"model_state_dict": state}, content,
                _use_new_zipfile_serialization=kind != "old mapping")  # fmt: skip
     return content.getvalue()
