@@ -1,6 +1,7 @@
 import os
 import resource
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -15,6 +16,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests compare float32 results to 1e-5, on ranks that a machine's GPUs may be too few for.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
+# As in an activated environment. PyTorch builds DeepSpeed's extension by the first `ninja` on the PATH; a test in this
+# process and one in a process of its own must find the same one, since each version builds anew what another has built.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 # Tokenised rows and prepared data sets of the tests are theirs alone.
 CACHE = tempfile.TemporaryDirectory(prefix="datasets-")
 os.environ["HF_DATASETS_CACHE"] = CACHE.name

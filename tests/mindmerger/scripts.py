@@ -13,9 +13,7 @@ import psutil
 
 from tests.conftest import REPOSITORY
 
-# DeepSpeed calls `ninja`, which stands on the PATH of a user who has activated the environment.
-PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-ENVIRONMENT = {**os.environ, "PATH": PATH, "PYTHONPATH": str(REPOSITORY)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
 
 def free_port() -> int:
