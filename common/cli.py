@@ -1,9 +1,8 @@
-"""Command lines and YAML files, parsed as one: a dataclass holds the flags, the command line wins."""
+"""Command lines and YAML files of flags, parsed into a dataclass; the command line wins."""
 
 import argparse
 import dataclasses
 import difflib
-import reprlib
 import sys
 from datetime import date
 from pathlib import Path
@@ -18,7 +17,7 @@ Flags = TypeVar("Flags")
 
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field that documents itself in `--help`."""
+    """A dataclass field with its help text."""
     metadata["help"] = help
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -28,12 +27,12 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 def parse_flags(flags_class: type[Flags], argv: list[str] | None = None, presets: Path | None = None) -> Flags:
     """Parse `argv` (default: the process's) into an instance of the dataclass `flags_class`.
 
-    `--config FILE.yaml` supplies flags in the same words; whatever stands on the command line wins over the file.
-    With `presets`, a first word NAME without dashes stands for `--config {presets}/NAME.yaml`.
+    `--config FILE.yaml` holds flags by the same names; the command line wins over the file.
+    With `presets`, a first word NAME without dashes means `--config {presets}/NAME.yaml`.
 
     Raises:
         InputError: an unknown flag or key (the nearest name is suggested), a value of the wrong type, an
-            unreadable YAML file. Cross-field checks are the dataclass's own, in `__post_init__`.
+            unreadable YAML file, a check of the dataclass's own, in `__post_init__`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = FlagParser(flags_class)
@@ -43,9 +42,7 @@ def parse_flags(flags_class: type[Flags], argv: list[str] | None = None, presets
 
     config = parser.parse_known_args(words)[0].config
     from_file = [] if config is None else _words_of_yaml(config, parser)
-    if any("\0" in word for word in (*from_file, *words)):
-        raise InputError("a flag's value holds a NUL character, which no text or file name has")
-    # Before the dataclass is made: its own checks would blame a misspelt flag on the one that it stands for.
+    # Before the dataclass is made: a misspelt flag must not show up as a missing one in its checks.
     values, unknown = parser.parse_known_args(from_file + words)
     if unknown:
         names = ["--config", *(f"--{name}" for name in parser.flags)]
@@ -54,11 +51,11 @@ def parse_flags(flags_class: type[Flags], argv: list[str] | None = None, presets
 
 
 class FlagParser(argparse.ArgumentParser):
-    """A word `--name` (or with dashes) for each field of a dataclass, as transformers' HfArgumentParser has them.
+    """A flag `--name` (or with dashes) for each field of a dataclass, as in transformers' HfArgumentParser.
 
     A field's type is str, int, float, bool, a Literal of strings, one of these or None, or a list of these, which takes
-    several words. A bool that cannot be None needs no value to be true, and has `--no_name` where that is the default.
-    Not that parser itself, because all of transformers is imported with it: a second or more before a word is read.
+    several words. A bool that cannot be None is true without a value, and has `--no_name` where its default is true.
+    Not HfArgumentParser itself: its import takes a second or more, since it imports all of transformers.
 
     Attributes:
         flags: from a flag's name, without dashes, to its action.
@@ -74,7 +71,7 @@ class FlagParser(argparse.ArgumentParser):
             self._add(field, hints[field.name])
 
     def make_flags(self, values: argparse.Namespace) -> Any:
-        """The dataclass of what was parsed; its own checks may raise."""
+        """The dataclass of the parsed values; its own checks may raise."""
         return self._flags_class(**{f.name: getattr(values, f.name) for f in dataclasses.fields(self._flags_class)})
 
     def _add(self, field: dataclasses.Field, hint: Any) -> None:
@@ -93,7 +90,7 @@ class FlagParser(argparse.ArgumentParser):
                 options |= {"nargs": "?", "const": True}
         else:
             options["type"] = kind
-        # argparse's own options of a flag.
+        # The field's options of `add_argument`.
         options |= {name: value for name, value in field.metadata.items() if name != "help"}
         self._add_spellings(field.name, **options)
         if hint is bool and default is True:
@@ -131,7 +128,7 @@ def _preset(presets: Path, name: str) -> Path:
 def _words_of_yaml(path: Path, parser: FlagParser) -> list[str]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, the 99th of May
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, the 99th of May
         raise InputError(f"--config {path}: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"--config {path}: expected `flag: value` lines at the top level")
@@ -139,19 +136,13 @@ def _words_of_yaml(path: Path, parser: FlagParser) -> list[str]:
     words: list[str] = []
     for key, value in content.items():
         if key not in parser.flags:
-            nearest = _nearest(str(key)[:100], list(parser.flags))
-            raise InputError(f"--config {path}: unknown key {reprlib.repr(key)}{nearest}")
+            raise InputError(f"--config {path}: unknown key {key!r}{_nearest(str(key), list(parser.flags))}")
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
         if not all(isinstance(item, str | int | float | date) for item in values):
-            # Shortened: by references to itself a few lines of YAML stand for gigabytes.
-            raise InputError(f"--config {path}: {key} takes a value or a list of values, not {reprlib.repr(value)}")
-        try:
-            texts = [str(item) for item in values]
-            "".join(texts).encode()
-        except ValueError as error:
-            raise InputError(f"--config {path}: {key} holds what is no text, or too long a number") from error
+            raise InputError(f"--config {path}: {key} takes a value or a list of values, not {value!r}")
+        texts = [str(item) for item in values]
         if isinstance(value, list) and parser.flags[key].nargs == "+":
             words += [f"--{key}", *texts]
         else:

@@ -12,8 +12,8 @@ PLAN_HELP = (
     "print memory, work and time, from the models' configs alone, and exit: on this machine, or on another one, as in "
     "h100 or 8xa100-80gb"
 )
-# Memory in GiB that PyTorch finds free on an empty one, CUDA's own taken off; data sheets' dense TFLOP/s with 16 bits
-# (accumulated in float32) and in float32; GB/s.
+# Memory in GiB that PyTorch finds free on an idle GPU; the data sheets' dense TFLOP/s with 16 bits (accumulated in
+# float32) and in float32; GB/s.
 GPUS = {
     "rtx3090": (23.2, 71, 35.6, 936),
     "rtx4090": (23.1, 165, 82.6, 1008),
@@ -27,10 +27,10 @@ GPUS = {
 
 
 def parse_devices(text: str) -> tuple[str, int | None]:
-    """(name, count) of `h100` or `8xh100`; (`HERE`, count) of `8x`; the count is None where none is said.
+    """(name, count) of `h100` or `8xh100`; (`HERE`, count) of `8x`; the count is None where none is given.
 
     Raises:
-        InputError: no such device.
+        InputError: unknown device.
     """
     if text == HERE:
         return HERE, None
@@ -41,7 +41,7 @@ def parse_devices(text: str) -> tuple[str, int | None]:
         nearest = difflib.get_close_matches(name, GPUS, n=1)
         hint = f"did you mean {nearest[0]}? " if nearest else ""
         raise InputError(
-            f"--plan {text[:100]!r}: {hint}known devices: {', '.join(GPUS)}, or several, as in 8xh100; without one, "
+            f"--plan {text!r}: {hint}known devices: {', '.join(GPUS)}, or several, as in 8xh100; without one, "
             "this machine"
         )
     return name, int(count) if count else None

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,20 +27,16 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write one file to; it takes the name `path` when the block ends well.
+    """A path beside `path` to write one file to; the file takes the name `path` when the block ends well.
 
     Raises:
-        InputError: the file cannot be written; one that was there before is as it was.
+        InputError: the file cannot be written; an earlier file of that name is unchanged.
     """
+    partial = _partial(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-        os.close(handle)
-        partial = Path(name)
         try:
             yield partial
-            # mkstemp gives 0600; the file gets what an ordinary open would have given.
-            partial.chmod(0o666 & ~_umask())
             _sync(partial)
             partial.replace(path)
         finally:
@@ -51,21 +46,22 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` to fill; it takes the name `path` when the block ends well.
+    """A folder beside `path` to fill; it takes the name `path` when the block ends well.
 
     Raises:
         InputError: `path` exists already, or something in it cannot be written.
     """
     if path.exists():
         raise InputError(f"{path} exists already: remove it, or choose another output folder")
+    partial = _partial(path)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
+        # Of a killed run.
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         try:
             yield partial
             for file in (*partial.rglob("*"), partial):
                 _sync(file)
-            partial.chmod(0o777 & ~_umask())
             partial.rename(path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -103,12 +99,10 @@ def read_json(path: Path) -> Any:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file `name` of `folder`, which nothing in the folder may lead out of.
-
-    In a hub download the links may lead to its neighbour `../../blobs`, where the files are.
+    """The file `name` of `folder`; in a hub download it may be a link to `../../blobs`, where the files are.
 
     Raises:
-        InputError: `name` is no plain file name, or a link to somewhere else.
+        InputError: `name` is no plain file name, or a link out of the folder.
     """
     if Path(name).name != name or name in ("", ".."):
         raise InputError(f"{name!r} is not a file of {folder}")
@@ -148,15 +142,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _partial(path: Path) -> Path:
+    """The one name for an unfinished `path`: a run that follows a killed one writes over what that has left."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

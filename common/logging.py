@@ -24,7 +24,7 @@ _OPTIONAL = ("wandb", "trackio")
 
 
 def quiet_libraries() -> None:
-    """Silence the libraries' notes and progress bars; their errors are still shown."""
+    """Silence the libraries' notes and progress bars, but not their errors."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -45,7 +45,7 @@ def progress(process: "Process", iterable: Iterable | None = None, **options: An
 
 
 def require_board(report_to: ReportTo) -> None:
-    """Raise InputError, saying how to install it, unless the package that `--report_to` names is there."""
+    """Raise InputError, with the command that installs it, unless the package that `--report_to` names is there."""
     if report_to in _OPTIONAL:
         require(report_to, f"requirements-{report_to}.txt")
 
@@ -56,11 +56,10 @@ class Metrics:
     Args:
         process: only the main one writes.
         folder: of the run.
-        step: that a continued run starts after, 0 for a new one.
-        size: of `metrics.jsonl` when that step was saved; what an interrupted run wrote later is dropped.
-        report_to: the board. TensorBoard's events are written to `folder`; Weights & Biases and Trackio get a run that
-            has the folder's name, in a project of the name of the folder around it (`WANDB_PROJECT` and
-            `TRACKIO_PROJECT` name another one), and read the rest of their settings from the environment.
+        step: the last step of a continued run, 0 for a new one.
+        size: bytes of `metrics.jsonl` at that step; later lines, of an interrupted run, are dropped.
+        report_to: the board. TensorBoard's events are written to `folder`. A run of Weights & Biases or Trackio is
+            named after the folder, its project after the parent folder, or by `WANDB_PROJECT` or `TRACKIO_PROJECT`.
         settings: of the run, for the board.
     """
 
@@ -90,10 +89,10 @@ class Metrics:
         return self._file.tell() if self._file else 0
 
     def write(self, step: int, rows: list[str] | None = None, **values: float) -> None:
-        """Record `values`, and the `rows` that they are about, at optimizer step `step`.
+        """Record `values`, and the locations of their `rows`, at optimizer step `step`.
 
         Raises:
-            InputError: the disk is full, or gone.
+            InputError: the file cannot be written, as on a full disk.
         """
         if self._file is None:
             return
@@ -115,17 +114,15 @@ class Metrics:
 
 class _TensorBoard:
     def __init__(self, folder: Path, step: int):
-        # Seconds to import, and only the rank that writes needs it.
+        # Imported late: the import takes seconds, and only the main process writes.
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self.close = self._writer.close
 
     def write(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class _Tracker:
@@ -133,16 +130,12 @@ class _Tracker:
 
     def __init__(self, package: str, folder: Path, settings: dict[str, Any]):
         project = os.environ.get(f"{package.upper()}_PROJECT", folder.parent.name)
-        # wandb keeps its own files; Trackio has one place for all.
-        place = {"dir": str(folder)} if package == "wandb" else {}
-        self._package = importlib.import_module(package)
+        # wandb writes files of its own; Trackio has one folder for all runs.
+        where = {"dir": str(folder)} if package == "wandb" else {}
+        tracker = importlib.import_module(package)
         try:
-            self._package.init(project=project, name=folder.name, config=settings, **place)
+            tracker.init(project=project, name=folder.name, config=settings, **where)
         except Exception as error:  # each has its own kinds: no account, no connection
             raise InputError(f"--report_to {package} did not start: {first_line(error)}") from error
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        self._package.log(values, step=step)
-
-    def close(self) -> None:
-        self._package.finish()
+        self.write = lambda step, values: tracker.log(values, step=step)
+        self.close = tracker.finish

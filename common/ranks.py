@@ -1,4 +1,4 @@
-"""Ranks and devices: this process among its peers, and where its tensors are."""
+"""Ranks and devices: this process in its process group, its device, its threads, and checks on the other ranks."""
 
 import atexit
 import math
@@ -20,20 +20,20 @@ import torch.distributed as dist
 from common import errors
 from common.errors import InputError
 
-# A rank that waits on a GPU for a dead one may not notice, and DeepSpeed's launcher ends such ranks one by one, with
-# half a minute for each. So each rank checks its peers, this often.
+# Between two checks of the other ranks: a rank that waits on a GPU for a dead one may wait on, and DeepSpeed's launcher
+# ends such ranks one by one, with half a minute for each.
 LOOK_SECONDS = 5.0
-# Checks without a beat of another machine until it counts as dead: two minutes, with the one before and the one after.
-# Counted, not timed: a rank that was stopped itself has read no beats meanwhile.
+# Checks without a beat of another machine until it counts as dead: two minutes, with one more before and after.
+# Checks, not seconds: a rank that was itself stopped has read no beats meanwhile.
 SILENT_CHECKS = 22
 _closed = threading.Event()
-# Where the kernel shows control groups: those of a container or a job have limits.
+# Control groups: those of a container or a job have limits.
 GROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class Process:
-    """This process among its peers.
+    """This process in its process group.
 
     Attributes:
         rank: 0 to `world_size` - 1, over all nodes.
@@ -51,7 +51,7 @@ class Process:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has called this."""
         if self.world_size > 1:
             dist.barrier()
 
@@ -62,10 +62,7 @@ class Process:
         return total.tolist()
 
     def sum_(self, tensor: torch.Tensor) -> None:
-        """Replace `tensor`, of one shape and dtype everywhere, in place by its sum over all processes.
-
-        This and those beside it wait for all processes; where one of a machine has died, its others end themselves.
-        """
+        """Replace `tensor`, of one shape and dtype in all processes, in place by its sum over them."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
 
@@ -110,7 +107,7 @@ class Process:
 
 
 def leave_together() -> None:
-    """Wait for all ranks and leave the process group, in code that holds no `Process`."""
+    """Wait for all ranks and leave the process group; for code that has no `Process`."""
     if dist.is_initialized():
         dist.barrier()
         _closed.set()
@@ -120,10 +117,11 @@ def leave_together() -> None:
 def end_rank(code: int) -> None:
     """End a process that has been in a process group: as `sys.exit(code)`, without the interpreter's shutdown.
 
-    A thread of Gloo's lets go of a collective's tensors when it next runs, and asks the interpreter to free them: one
-    that is ending aborts the process, and the launcher calls a run failed that is complete. DeepSpeed keeps groups, and
-    with them their threads, beyond `Process.close`. `multiprocessing` ends its processes this way.
+    A thread of Gloo frees a collective's tensors in the interpreter; during the interpreter's shutdown this aborts the
+    process, and the launcher reports a complete run as failed. DeepSpeed keeps groups, and so their threads, beyond
+    `Process.close`. `multiprocessing` ends its processes this way, too.
     """
+    # Private, as `multiprocessing` does: `atexit` has no public function that runs what is registered.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -131,9 +129,9 @@ def end_rank(code: int) -> None:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that this process may still take on `device`; ranks that share a machine's memory share what is free."""
+    """Bytes that this process may still allocate on `device`; on a CPU, its part of the machine's free memory."""
     if device.type == "cuda":
-        # What PyTorch keeps of freed tensors would not count as free.
+        # Else the memory that PyTorch keeps of freed tensors would not count as free.
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     free = min(psutil.virtual_memory().available, free_in_groups())
@@ -142,13 +140,13 @@ def available_memory(device: torch.device) -> int:
 
 
 def free_in_groups(root: Path = GROUPS) -> float:
-    """Bytes that this process's control groups may still take; infinite without limits."""
+    """Bytes that this process's control groups may still allocate; infinite without limits."""
     free = math.inf
     for group in _own_groups(root):
         try:
             limit, taken = (float((group / name).read_text()) for name in ("memory.max", "memory.current"))
             kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            # Of what is taken, cached files may go.
+            # The kernel frees cached files where memory is needed.
             free = min(free, limit - taken + float(kept["inactive_file"]) + float(kept["active_file"]))
         except (OSError, ValueError, KeyError):  # no group, or "max": no limit
             pass
@@ -156,7 +154,7 @@ def free_in_groups(root: Path = GROUPS) -> float:
 
 
 def cores_in_groups(root: Path = GROUPS) -> float:
-    """Cores whose time this process's control groups may take; infinite without limits."""
+    """Cores that this process's control groups may use at a time; infinite without limits."""
     cores = math.inf
     for group in _own_groups(root):
         with suppress(OSError, ValueError):  # no group, or "max": no limit
@@ -176,7 +174,7 @@ def _own_groups(root: Path) -> list[Path]:
 
 
 def usable_cores() -> frozenset[str]:
-    """The cores that this process may run on, each named by its processors: two, where a core runs two threads."""
+    """The cores that this process may run on, each named by its processors: two, if a core runs two threads."""
     processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     cores = set()
     for number in processors:
@@ -192,7 +190,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a computation ran out of memory: PyTorch's, CUDA's own, a CUDA library's, or the host's."""
+    """Whether an error is one of too little memory: PyTorch's, CUDA's, a CUDA library's, or the host's."""
     texts = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
@@ -200,21 +198,21 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def start_process(
     device: str = "auto", timeout: timedelta = timedelta(minutes=30), needs_group: bool = False
 ) -> Process:
-    """Join the process group that the launcher announced in the environment, if any, and pick this rank's device.
+    """Join the process group of the launcher, if there is one, and choose this rank's device.
 
-    Sets this rank's number of threads, and float32 products to float32 throughout.
+    Sets this rank's number of threads, and float32 products to full float32 precision.
 
     Args:
-        device: "auto" takes this rank's GPU where there is one, else the CPU; "cuda" this rank's GPU; any other torch
-            device name that very device.
+        device: "auto" for this rank's GPU if there is one, else the CPU; "cuda" for this rank's GPU; else the name of
+            a torch device.
         timeout: of a collective.
-        needs_group: without a launcher, form a group of one, which DeepSpeed needs.
+        needs_group: whether to form a group of one without a launcher, as DeepSpeed needs.
 
     Raises:
-        InputError: no such device.
+        InputError: unknown device.
     """
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
-    # NVIDIA's containers turn TF32 on, by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE: 10 bits of mantissa in place of 23.
+    # NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE: TF32 has 10 bits of mantissa in place of 23.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     if device == "auto":
@@ -236,7 +234,7 @@ def start_process(
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     has_group = dist.is_initialized()
     process = Process(dist.get_rank(), dist.get_world_size(), chosen) if has_group else Process(0, 1, chosen)
-    peers = process.gather(_Peer(process.rank, os.getpid(), _where_pids_count(), usable_cores()))
+    peers = process.gather(_Peer(process.rank, os.getpid(), socket.gethostname(), usable_cores()))
     _share_cores(peers[process.rank], peers)
     if has_group:
         errors.end_process = end_rank
@@ -246,21 +244,16 @@ def start_process(
 
 @dataclass(frozen=True)
 class _Peer:
-    """A rank, as the others need it.
-
-    Attributes:
-        machine: equal for processes with one space of process ids.
-        cores: that it may run on.
-    """
+    """What the other ranks need of a rank: its process, the machine by its host name, the cores that it may use."""
 
     rank: int
     pid: int
-    machine: tuple[str, ...]
+    machine: str
     cores: frozenset[str]
 
 
 def _share_cores(own: _Peer, peers: list[_Peer]) -> None:
-    """Compute on this rank's part of the cores that it may use, unless the user has set OMP_NUM_THREADS.
+    """Set this rank's threads to its part of the cores that it may use, unless the user has set OMP_NUM_THREADS.
 
     DeepSpeed's launcher starts every rank with as many threads as the machine has cores, `torchrun` with one.
     """
@@ -282,12 +275,13 @@ def _share_cores(own: _Peer, peers: list[_Peer]) -> None:
 
 
 def _leave_with_peers(own: _Peer, peers: list[_Peer]) -> None:
-    """From now until `Process.close`, end this process when another rank has died.
+    """Until `Process.close`, end this process when another rank has died.
 
-    Each rank checks the processes of its machine, and the first rank of each machine those of the other machines.
+    Each rank checks the processes of its machine; the first rank of each machine checks the first ones of the others.
     """
     here = {peer.rank: psutil.Process(peer.pid) for peer in peers if peer.machine == own.machine and peer != own}
     firsts = {peer.machine: peer.rank for peer in reversed(peers)}.values()
+    # Checks since the last beat of each.
     silent = {rank: 0 for rank in firsts if rank != own.rank} if own.rank in firsts else {}
 
     def find_dead() -> str | None:
@@ -304,14 +298,14 @@ def _leave_with_peers(own: _Peer, peers: list[_Peer]) -> None:
     def look() -> None:
         while not _closed.wait(LOOK_SECONDS):
             found = find_dead()
-            # This rank's own error, if it has one, and the dead one's come first.
+            # First the error of the dead rank, and of this one, if it has any.
             if found and not _closed.wait(LOOK_SECONDS):
                 print(f"error (rank {own.rank}): {found}", file=sys.stderr, flush=True)
                 os._exit(1)
 
     _closed.clear()
     if silent:
-        # A connection of its own: the group's is taken for as long as it waits for another rank.
+        # A second connection: the group's is in use while it waits for another rank.
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
         threading.Thread(target=_beat, args=(own.rank, store, silent), daemon=True).start()
     if here or silent:
@@ -319,9 +313,9 @@ def _leave_with_peers(own: _Peer, peers: list[_Peer]) -> None:
 
 
 def _beat(own: int, store: dist.Store, silent: dict[int, int]) -> None:
-    """Show that this rank lives, and set `silent` to 0 for each other rank that does, until `Process.close`."""
+    """Count up this rank's beats in the store, and set `silent` to 0 for each other rank whose beats have gone up."""
     beats = dict.fromkeys(silent, 0)
-    # Without the store, whose rank may have died, all others are silent.
+    # If the rank that holds the store has died, all others are silent.
     with suppress(RuntimeError):
         while not _closed.wait(LOOK_SECONDS):
             store.add(f"beats/{own}", 1)
@@ -331,15 +325,7 @@ def _beat(own: int, store: dist.Store, silent: dict[int, int]) -> None:
                     silent[rank] = 0
 
 
-def _where_pids_count() -> tuple[str, ...]:
-    """Equal for processes with one space of process ids: machines and containers may have the same host name."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    linux = (boot.read_text(), str(Path("/proc/self/ns/pid").readlink())) if boot.exists() else ()
-    return socket.gethostname(), *linux
-
-
 def _is_alive(peer: psutil.Process) -> bool:
-    try:
+    with suppress(psutil.NoSuchProcess):
         return peer.is_running() and peer.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return False

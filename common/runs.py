@@ -22,10 +22,7 @@ class RunFolder:
     """The folder of one run, as `open_run` gives it.
 
     Attributes:
-        folder: of outputs or results.
-        settings: all that makes two runs the same run, as JSON values.
-        overwrite: whether whatever the folder holds is replaced.
-        process: this rank.
+        folder, settings, overwrite, process: as of `open_run`.
         result: what `finish` recorded; None while the run is not finished.
     """
 
@@ -44,7 +41,7 @@ class RunFolder:
         return self.result is not None
 
     def start(self) -> None:
-        """Record the settings in the folder, on the first rank; with `overwrite` the folder is emptied first.
+        """Record the settings in the folder, which `overwrite` empties first.
 
         Called by all ranks, after every check and before anything else is written.
 
@@ -89,13 +86,13 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, process: "
 
     Args:
         folder: of outputs or results; need not exist.
-        settings: all that makes two runs the same run, as JSON values.
-        overwrite: whether whatever it holds is to be replaced.
+        settings: JSON values; two runs are the same run if these are equal.
+        overwrite: whether the content of the folder is to be replaced.
         process: this rank.
 
     Raises:
-        InputError: another process holds the folder; or it holds a run of other settings, and `overwrite` is off (the
-            differences are listed).
+        InputError: another process holds the folder; or it holds a run of other settings (the differences are listed),
+            and `overwrite` is off.
     """
     with locked(folder) if process.is_main else contextlib.nullcontext():
         yield RunFolder(folder, settings, overwrite, process)

@@ -1,7 +1,7 @@
-"""Signals that stop a run where it can be continued, and the exit code of such a run."""
+"""Signals that stop a run where it can be continued."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -21,7 +21,7 @@ class StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -1,4 +1,4 @@
-"""Snapshots that an interrupted run continues from: numbered folders with checksums, of which the last two are kept."""
+"""Snapshots that an interrupted run continues from: numbered folders with checksums. The last two are kept."""
 
 import shutil
 from collections.abc import Callable
@@ -14,12 +14,10 @@ _PREFIX = "step_"
 
 
 def save(root: Path, step: int, write: Callable[[Path], None]) -> None:
-    """Keep what `write` puts into an empty folder as `root`'s snapshot of `step`, unless there is one already.
-
-    It appears whole or not at all, and older ones are removed only after that.
+    """Make a folder in `root` that `write` fills, the snapshot of `step`, whole or not at all, unless there is one.
 
     Raises:
-        InputError: it cannot be written; the earlier ones are as they were.
+        InputError: it cannot be written; the earlier snapshots are unchanged.
     """
     target = root / f"{_PREFIX}{step}"
     if target.exists():
@@ -28,34 +26,30 @@ def save(root: Path, step: int, write: Callable[[Path], None]) -> None:
         shutil.rmtree(killed)
     with atomic_folder(target) as partial:
         write(partial)
-        write_text(partial / SUMS, "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(partial.iterdir())))
+        write_text(partial / SUMS, _sums(partial))
     for folder in _snapshots(root)[KEPT:]:
         shutil.rmtree(folder)
 
 
 def newest(root: Path, warn: Callable[[str], None]) -> Path | None:
-    """The last snapshot in `root` whose checksums hold, None where there is no snapshot at all.
+    """The last snapshot in `root` whose checksums hold; None where there is no snapshot.
 
-    Args:
-        root: as for `save`.
-        warn: called with a message for each later one, which is damaged and is removed.
+    Damaged snapshots after it are removed, each with a warning by `warn`.
 
     Raises:
         InputError: there are snapshots, and all of them are damaged.
     """
     snapshots = _snapshots(root)
-    for index, folder in enumerate(snapshots):
-        if _is_whole(folder):
-            for damaged in snapshots[:index]:
-                warn(f"warning: {damaged} is damaged (see `sha256sum --check {SUMS}`): {folder} is taken instead")
-                shutil.rmtree(damaged)
-            return folder
-    if snapshots:
+    whole = next(filter(_is_whole, snapshots), None)
+    if snapshots and whole is None:
         raise InputError(
             f"{', '.join(map(str, snapshots))}: not as written, by the checksums in {SUMS}, and there is no other to "
             "continue from: --overwrite starts anew"
         )
-    return None
+    for damaged in snapshots[: snapshots.index(whole) if whole else 0]:
+        warn(f"warning: {damaged} is damaged (see `sha256sum --check {SUMS}`): {whole} is taken instead")
+        shutil.rmtree(damaged)
+    return whole
 
 
 def step_of(snapshot: Path) -> int:
@@ -69,11 +63,10 @@ def _snapshots(root: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def _sums(folder: Path) -> str:
+    files = sorted(path for path in folder.iterdir() if path.name != SUMS)
+    return "".join(f"{sha256(path)}  {path.name}\n" for path in files)
+
+
 def _is_whole(folder: Path) -> bool:
-    try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-        files = sorted(path for path in folder.iterdir() if path.name != SUMS)
-        return bool(files) and sums == {path.name: sha256(path) for path in files}
-    except (OSError, ValueError):
-        return False
+    return (folder / SUMS).is_file() and (folder / SUMS).read_bytes() == _sums(folder).encode()

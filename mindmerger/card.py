@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
@@ -14,9 +14,6 @@ from mindmerger.checkpoint import CONFIG, PUBLISHED, SAFETENSORS
 from mindmerger.data import MANIFEST
 from mindmerger.evaluation.metrics import SCORES
 from mindmerger.tasks import LANGUAGES
-
-if TYPE_CHECKING:
-    pass
 
 CARD = "README.md"
 
@@ -48,7 +45,7 @@ def write_card(folder: Path, results: Path = Path("results")) -> None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one task, and those of the LLM alone on the same problems, where they are known."""
+    """The scores of one task, and those of the LLM alone on the same problems; None where there are none."""
 
     task: str
     scores: dict[str, Any]
@@ -65,7 +62,7 @@ def find_scores(results: Path, hashes: set[str]) -> list[Evaluation]:
     ]
     found, seen = [], []
     for folder, settings in finished:
-        # Under two names the same evaluation is still one.
+        # The same evaluation may be there under two names.
         if settings.get("mapping_sha256") in hashes and (folder.name, settings) not in seen:
             seen.append((folder.name, settings))
             same = ("llm_path", "llm_revision", "problems_sha256", "max_gen_len", "answer_parser", "classification")
@@ -81,26 +78,25 @@ def find_scores(results: Path, hashes: set[str]) -> list[Evaluation]:
 
 
 def model_card(config: dict[str, Any], evaluations: list[Evaluation]) -> str:
-    """A model card in Markdown, with the YAML header that the Hub reads; the licence is left to the user."""
+    """The model card of a mapping; the licence is left to the user."""
     llm, mt = (_Base(config.get(f"{name}_path"), config.get(f"{name}_revision")) for name in ("llm", "mt"))
-    header = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["mindmerger", "multilingual"],
-        "base_model": [base.path for base in (llm, mt) if base.is_public],
-        "language": config.get("languages") or [],
-        "datasets": config.get("datasets") or [],
-    }
-    text = yaml.safe_dump({key: value for key, value in header.items() if value}, sort_keys=False, allow_unicode=True)
-    parts = [f"---\n{text}---\n", _INTRODUCTION.format(llm=llm, mt=mt), _training(config), _scores(evaluations), _USE]
+    header = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["mindmerger", "multilingual"],
+        base_model=[base.path for base in (llm, mt) if base.is_public] or None,
+        language=config.get("languages") or None,
+        datasets=config.get("datasets") or None,
+    )
+    parts = [_INTRODUCTION.format(llm=llm, mt=mt), _training(config), _scores(evaluations), _USE]
     if not (llm.is_public and mt.is_public):
         parts.append(_LOCAL)
     parts.append(_LICENCE)
-    return "\n".join(part for part in parts if part)
+    return f"---\n{header.to_yaml()}\n---\n\n" + "\n".join(part for part in parts if part)
 
 
 def source_datasets(data_dir: Path, files: list[str]) -> list[str]:
-    """Hub ids of the data sets that these files of `data_dir` stem from, as far as its manifest tells."""
+    """Hub ids of the data sets that these files of `data_dir` were made from, by its manifest."""
     if not (data_dir / MANIFEST).is_file():
         return []
     manifest = read_json(data_dir / MANIFEST)
@@ -109,7 +105,7 @@ def source_datasets(data_dir: Path, files: list[str]) -> list[str]:
         known = manifest["files"]
         return sorted({source["dataset"] for name in names & known.keys() for source in known[name]["sources"]})
     except (TypeError, KeyError, AttributeError):
-        return []  # somebody else's manifest
+        return []  # a manifest of another kind
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ class _Base:
 
     @property
     def is_public(self) -> bool:
-        """Whether this can be a name on the Hub, and not the path of a local folder."""
+        """Whether the path can be a Hub id, and is no local folder."""
         return self.path is not None and self.path.count("/") <= 1 and not Path(self.path).exists()
 
     def __str__(self) -> str:

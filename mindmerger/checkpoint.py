@@ -1,7 +1,6 @@
 """The trained mapping on disk: as a Hugging Face folder, and in the published form beside it."""
 
 import io
-import reprlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +64,7 @@ def read_mapping(checkpoint: Path, mt_hidden_size: int, llm_hidden_size: int) ->
 
     expected = mapping_shapes(mt_hidden_size, llm_hidden_size)
     problems = [f"{name} is missing" for name in expected if name not in state]
-    problems += [f"{str(name)[:100]} is not a tensor of a mapping" for name in state if name not in expected]
+    problems += [f"{name} is not a tensor of a mapping" for name in state if name not in expected]
     for name, shape in expected.items():
         if name in state and tuple(state[name].shape) != shape:
             problems.append(f"{name} is {list(state[name].shape)}, these models need {list(shape)}")
@@ -94,7 +93,7 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     kinds = {f"{name}_{what}": str for name in ("llm", "mt") for what in ("path", "revision")}
     for name, kind in (kinds | {"augmentation": bool, "encoder_layer": int}).items():
         if not isinstance(record.get(name), kind | None):
-            raise InputError(f"{path}: {name} is {reprlib.repr(record[name])}, no {kind.__name__}")
+            raise InputError(f"{path}: {name} is {record[name]!r}, no {kind.__name__}")
     return record
 
 
@@ -166,7 +165,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def _read_published(path: Path) -> dict[str, torch.Tensor]:
     from common.pickles import read_pickled
 
-    content = read_pickled(path)
+    content = read_pickled(path, by_torch=True)
     state = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise InputError(f'{path}: expected the published form, {{"model_state_dict": {{name: tensor}}}}')

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from common.errors import InputError
 from common.io import atomic_path
-from regmean.tensor_file import TensorFile, TensorWriter
+from regmean.tensor_file import TensorWriter, open_tensors
 
 FORMAT = "regmean-gram"
 VERSION = "1"
@@ -94,28 +95,31 @@ class GramFile(Grams):
 
     def __init__(self, path: Path):
         self.path = path
-        file = TensorFile(path)
-        form = (file.metadata.get("format"), file.metadata.get("version"))
+        self._file = open_tensors(path)
+        metadata = self._file.metadata() or {}
+        form = (metadata.get("format"), metadata.get("version"))
         if form != (FORMAT, VERSION):
             raise InputError(f"{path}: format {form[0]!r}, version {form[1]!r}; this reads {FORMAT!r}, {VERSION!r}")
-        self._infos = file.tensors
         try:
-            entries = json.loads(file.metadata["grams"])
-            self.provenance = dict(json.loads(file.metadata["provenance"]).items())
+            entries = json.loads(metadata["grams"])
+            self.provenance = dict(json.loads(metadata["provenance"]).items())
             self.grams = {name: Gram(name, tuple(entry.pop("modules")), **entry) for name, entry in entries.items()}
             for gram in self.grams.values():
                 types = (type(gram.tokens), type(gram.width), type(gram.conv1d), *map(type, gram.modules))
                 if types != (int, int, bool, *(str for _ in gram.modules)) or min(gram.tokens, gram.width) < 1:
                     raise ValueError(f"{gram} is not a Gram")
-                info = self._infos[gram.name]
-                if (info.dtype, info.shape) != ("F32", (packed_size(gram.width),)):
-                    raise ValueError(f"tensor {gram.name} is {info.dtype} of shape {info.shape}")
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+                packed = self._file.get_slice(gram.name)
+                if (packed.get_dtype(), packed.get_shape()) != ("F32", [packed_size(gram.width)]):
+                    raise ValueError(f"tensor {gram.name} is {packed.get_dtype()} of shape {packed.get_shape()}")
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
             raise InputError(f"{path}: the Gram file's header is damaged: {error!r}") from error
 
     def read_packed(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements `start` to `stop` of a Gram as it is stored."""
-        return self._infos[name].read(start, stop)
+        try:
+            return self._file.get_slice(name)[start:stop]
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{self.path}: cannot read the Gram of {name}: {error}") from error
 
     def _read_square(self, name: str) -> np.ndarray:
         width = self.grams[name].width
@@ -237,11 +241,11 @@ def _read_means(path: Path) -> dict[str, np.ndarray]:
 
     from common.pickles import read_pickled
 
-    content = read_pickled(path)
+    content = read_pickled(path, by_torch=False)
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path}: not a published Gram file: expected a dict of module name to Gram")
     for name, gram in content.items():
         square = isinstance(gram, torch.Tensor) and gram.ndim == 2 and gram.shape[0] == gram.shape[1] > 0
         if not square or not gram.dtype.is_floating_point or gram.itemsize < 2:
-            raise InputError(f"{path}: the entry {str(name)[:100]!r} is no square matrix of floats")
+            raise InputError(f"{path}: the entry {name!r} is no square matrix of floats")
     return {str(name): gram.detach().float().numpy() for name, gram in content.items()}

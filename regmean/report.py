@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from common.io import write_json, write_text
 from regmean.gram_file import Grams
@@ -34,7 +34,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a merged model comes from."""
+    """The origin of a merged model."""
 
     method: str
     alpha: float | None
@@ -55,7 +55,7 @@ class Provenance:
         model_weights: list[float],
         grams: list[Grams],
     ) -> "Provenance":
-        """Collect it; without Grams there is no solver."""
+        """Collect the origin; without Grams there is no solver."""
         weighted = zip(models, model_weights, strict=True)
         described = [{"model": model.name, "weight": w, "fingerprint": model.fingerprint()} for model, w in weighted]
         files = [{**file.provenance, "file": str(file.path)} for file in grams]
@@ -72,19 +72,19 @@ def write_report(folder: Path, provenance: Provenance, plan: MergePlan, layers: 
 
 
 def model_card(provenance: Provenance) -> str:
-    """A model card in Markdown, with the YAML header that the Hugging Face hub reads."""
+    """The model card of a merged model."""
     title, names = TITLES[provenance.method], [model["model"] for model in provenance.models]
-    header = {"base_model": names, "library_name": "transformers", "tags": ["merge", provenance.method]}
+    header = ModelCardData(base_model=names, library_name="transformers", tags=["merge", provenance.method])
     alpha = "" if provenance.alpha is None else f" with alpha {provenance.alpha:g}"
-    rows = [f"| {_code(model['model'])} | {model['weight']:.4g} |" for model in provenance.models]
+    rows = [f"| `{model['model']}` | {model['weight']:.4g} |" for model in provenance.models]
     lines = [f"# {title} of {len(names)} models", f"Merged by {title}{alpha}."]
     lines += ["\n".join(["| model | weight |", "| --- | --- |", *rows])]
     if provenance.grams:
         lines += ["Inner products of the layers' inputs, in the models' order:"]
         lines += ["\n".join(f"- {_code(_describe(gram))}" for gram in provenance.grams)]
         lines += [f"Layer by layer, `merge_report.json` gives the solver ({provenance.solver}) and the objective."]
-    lines += [f"The command:\n\n```\n{provenance.command.replace('```', '')}\n```"]
-    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n" + "\n\n".join(lines) + "\n"
+    lines += [f"The command:\n\n```\n{provenance.command}\n```"]
+    return f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"
 
 
 def print_table(alpha: float, models: list[str], layers: list[LayerReport]) -> None:
@@ -104,7 +104,7 @@ def print_table(alpha: float, models: list[str], layers: list[LayerReport]) -> N
 
 
 def _describe(gram: dict[str, Any]) -> str:
-    """A Gram file's own account of itself, which anybody may have written."""
+    """The origin of a Gram file, by its own record."""
     if "dataset" not in gram:
         return gram["file"]
     tokens, examples = (f"{n:,}" if isinstance(n, int) else str(n) for n in (gram.get("tokens"), gram.get("examples")))
@@ -112,5 +112,5 @@ def _describe(gram: dict[str, Any]) -> str:
 
 
 def _code(text: str) -> str:
-    """`text` as an inline code span, in which Markdown and HTML mean nothing, and out of which it cannot break."""
+    """`text`, which a Gram file of others may hold, as one inline code span, without Markdown or HTML in effect."""
     return "`" + " ".join(text.replace("`", "'").replace("|", "/").split()) + "`"

@@ -1,8 +1,8 @@
 """safetensors files read and written piece by piece: memory holds a piece, not the file.
 
-The `safetensors` library maps whole files, and mapped pages count as this process's memory; merging two 8B models
-would show up as 32 GB. Here every read lands in a buffer of its own size, and a tensor may be written in pieces,
-in any order. The format: https://huggingface.co/docs/safetensors/index#format
+The `safetensors` library reads slices of a tensor, but bfloat16 only as PyTorch's, which a plain average does without;
+and it writes whole files. Here a tensor may be written in pieces, in any order.
+The format: https://huggingface.co/docs/safetensors/index#format
 """
 
 import json
@@ -107,24 +107,29 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
     return stored
 
 
-class TensorFile:
-    """A safetensors file's header: `tensors` by name and the `metadata` strings. Reading happens in `TensorInfo`.
+def open_tensors(path: Path) -> safe_open:
+    """A safetensors file, open for reading slices as NumPy arrays; its header is compared with the file's size.
 
     Raises:
-        InputError: no such file, not safetensors, truncated, or with tensors of an unknown dtype.
+        InputError: no such file, not safetensors, or truncated.
     """
+    try:
+        # Not mapped into memory: mapped pages count as this process's.
+        return safe_open(path, framework="np", backend="pread")
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a whole safetensors file; copy or download it again ({error})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+class TensorFile:
+    """A safetensors file's header: `tensors` by name. InputError as of `open_tensors`, or for an unknown dtype."""
 
     def __init__(self, path: Path):
-        try:
-            with path.open("rb") as file, safe_open(path, framework="np"):
-                # The library has compared the header with the format and with the file's size.
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
-        except SafetensorError as error:
-            raise InputError(f"{path}: not a whole safetensors file; copy or download it again ({error})") from error
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        with open_tensors(path), path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
         self.tensors: dict[str, TensorInfo] = {}
         for name, entry in header.items():
             if entry["dtype"] not in STORAGE:

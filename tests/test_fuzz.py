@@ -1,6 +1,6 @@
-"""Every reader on spoilt files: it reads them, or says in the project's own error what is wrong with which of them.
+"""Every reader of files that others made, on damaged files: each is read, or refused by an InputError.
 
-Some two thousand cases; `pytest tests/test_fuzz.py --hypothesis-profile thorough` runs over a hundred thousand.
+About fifteen hundred cases; `pytest tests/test_fuzz.py --hypothesis-profile thorough` runs 45 times as many.
 """
 
 import io
@@ -19,17 +19,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from common import snapshots
 from common.cli import parse_flags
 from common.errors import InputError
-from common.io import write_text
-from common.ranks import Process
-from common.runs import open_run
 from mindmerger.checkpoint import mapping_shapes, read_mapping, write_mapping
 from mindmerger.config import EvaluationFlags, TrainingFlags
 from mindmerger.data import read_evaluation, read_training
@@ -157,12 +152,12 @@ def spoilt_file(whole: bytes) -> st.SearchStrategy[bytes]:
 
 
 def try_reading(folder: Path, read: Callable[[], Any]) -> None:
-    """The claim: the file is read or refused by an InputError of a bearable length, and nothing is written."""
+    """The claim: the file is read or refused by an InputError, and nothing is written."""
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     try:
         read()
     except InputError as error:
-        assert 0 < len(str(error)) < 20_000
+        assert str(error)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
@@ -234,40 +229,6 @@ def use_flags(flags: Any) -> None:
     if isinstance(flags, TrainingFlags | EvaluationFlags):
         select_languages(flags.languages)
         Path("outputs", flags.save_name).exists()
-
-
-@pytest.mark.parametrize("script", FLAGS)
-def test_yaml_files(tmp_path: Path, script: str) -> None:
-    flags_class, whole = FLAGS[script]
-    text = yaml.safe_dump(whole).encode()
-    path = tmp_path / "c.yaml"
-    # Nine references to nine references to nine ...
-    layers = [b"lol"] + [b",".join([b"*x%d" % n] * 9) for n in range(12)]
-    bomb = b"".join(b"x%d: &x%d [%s]\n" % (n, n, layer) for n, layer in enumerate(layers))
-    odd = st.sampled_from(
-        [
-            *(bomb, b"languages: " + bomb.split(b" ", 1)[1], b"lr: &a [*a]\n"),
-            *(
-                b"lr: 2001-99-99\n",
-                b"lr: 0x" + b"f" * 6000,
-                b"? [a]\n: b\n",
-                b"lr: !!set {a, b}\n",
-                b"lr: !!binary aGk=",
-            ),
-            *(b"!!python/object/apply:os.system [ls]", b'save_name: "a\\0b"\n', b'llm_path: "\\uD800"\n'),
-        ]
-    )
-    spoilt = spoilt_json(whole).map(lambda value: json.dumps(value).encode())
-    # PyYAML takes seconds for a thousand brackets, and nobody else writes a user's file of flags.
-    spoilt |= spoilt_bytes(text).filter(lambda content: b"[" * 999 not in content)
-
-    @settings()
-    @given(st.one_of(odd, spoilt))
-    def check(content: bytes) -> None:
-        path.write_bytes(content)
-        try_reading(tmp_path, lambda: use_flags(parse_flags(flags_class, ["--config", str(path)])))
-
-    check()
 
 
 @pytest.mark.parametrize("script", FLAGS)
@@ -420,6 +381,7 @@ def published(kind: str) -> bytes:
         return pickle.dumps(grams, protocol=2)
     if kind == "gram pickle 4":
         return pickle.dumps(grams)
+    # Private: PyTorch has no public name for the form of its releases before 1.6.
     torch.save(grams if kind == "gram" else {"model_state_dict": state}, content,
                _use_new_zipfile_serialization=kind != "old mapping")  # fmt: skip
     return content.getvalue()
@@ -476,45 +438,5 @@ def test_mapping_folders(tmp_path: Path, name: str) -> None:
             read_mapping(tmp_path, 3, 2)
 
         try_reading(tmp_path, read)
-
-    check()
-
-
-def test_snapshots(tmp_path: Path) -> None:
-    root = tmp_path / "state"
-    for step in (1, 2):
-        snapshots.save(root, step, lambda folder, step=step: write_text(folder / "state", f"{step}" * 50))
-    shutil.copytree(root, tmp_path / "kept")
-    files = {path.name: path.read_bytes() for path in (root / "step_2").iterdir()}
-
-    @settings()
-    @given(st.sampled_from(sorted(files)).flatmap(lambda name: st.tuples(st.just(name), spoilt_bytes(files[name]))))
-    def check(spoilt: tuple[str, bytes]) -> None:
-        name, content = spoilt
-        shutil.rmtree(root)
-        shutil.copytree(tmp_path / "kept", root)
-        (root / "step_2" / name).write_bytes(content)
-        found = snapshots.newest(root, lambda warning: None)
-        # Spoilt is never taken for whole.
-        assert found.name == "step_1" or (found / "state").read_bytes() == files["state"]
-
-    check()
-
-
-def test_records_of_runs(tmp_path: Path) -> None:
-    folder, settings_now, process = tmp_path / "run", {"lr": 0.1, "rows": "abc"}, Process(0, 1, torch.device("cpu"))
-    folder.mkdir()
-    whole = json.dumps({"settings": {"lr": 0.1, "rows": "abc"}, "result": {"steps": 3}}).encode()
-
-    @settings()
-    @given(spoilt_file(whole))
-    def check(content: bytes) -> None:
-        (folder / "run.json").write_bytes(content)
-
-        def read() -> None:
-            with open_run(folder, settings_now, overwrite=False, process=process):
-                pass
-
-        try_reading(folder, read)
 
     check()

@@ -63,6 +63,8 @@ def test_preset_is_the_first_word(tmp_path: Path) -> None:
         ([], "lr: {a: 1}", "lr takes a value or a list of values"),
         ([], "- a\n- b", "expected `flag: value` lines"),
         ([], "a: [", "while parsing"),
+        ([], "lr: 2001-99-99", "month must be in 1..12"),
+        ([], "lr: &a [*a]", "lr takes a value or a list of values"),
     ],
 )
 def test_bad_input_is_named(tmp_path: Path, words: list[str], yaml_text: str | None, message: str) -> None:

@@ -31,6 +31,19 @@ def test_a_folder_appears_only_when_complete(tmp_path: Path) -> None:
         pass
 
 
+def test_what_a_killed_run_has_left_is_written_over(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "merged") as partial, atomic_path(tmp_path / "scores.json") as file:
+        names = partial.name, file.name
+        file.write_text("")
+    (tmp_path / "merged").rename(tmp_path / names[0])
+    (tmp_path / names[0] / "half.safetensors").touch()
+    (tmp_path / "scores.json").rename(tmp_path / names[1])
+    with atomic_folder(tmp_path / "merged"):
+        write_json(tmp_path / "scores.json", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "scores.json"]
+    assert list((tmp_path / "merged").iterdir()) == []
+
+
 def test_read_json_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.json: no such file"):
         read_json(tmp_path / "a.json")

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from common.errors import InputError
-from common.io import atomic_folder
 from common.locks import locked
 from tests.conftest import REPOSITORY
 
@@ -18,8 +17,6 @@ import sys, time
 from pathlib import Path
 from common.locks import locked
 with locked(Path("run")):
-    (Path("run") / ".model.bin.abcdefgh.partial").parent.mkdir()
-    (Path("run") / ".model.bin.abcdefgh.partial").write_text("half")
     print("held", flush=True)
     time.sleep(60)
 """
@@ -35,40 +32,22 @@ def test_a_lock_does_not_outlive_a_killed_run(tmp_path: Path, monkeypatch: pytes
         holder.kill()
     # The kernel has closed the file of a process that is waited for.
     with locked(Path("run")):
-        assert list(Path("run").iterdir()) == []
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_system_without_locks_is_written_to_with_a_warning_and_nothing_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_written_to_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, number: int
 ) -> None:
     def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    live = tmp_path / ".run.abc.partial"
-    live.mkdir()
     with locked(tmp_path / "run"):
         (tmp_path / "run").mkdir()
     assert capsys.readouterr().err.startswith("warning: no locks here: see that no other run writes to ")
-    assert sorted(tmp_path.iterdir()) == [live, tmp_path / "run"]
-
-
-def test_what_a_neighbour_of_a_longer_name_is_writing_stays(tmp_path: Path) -> None:
-    with locked(tmp_path / "merged_0.5"), atomic_folder(tmp_path / "merged_0.5") as partial:
-        with locked(tmp_path / "merged_0"):
-            assert partial.exists()
-        (tmp_path / ".merged_0.x7_zq0ab.partial").mkdir()
-        with locked(tmp_path / "merged_0"):
-            assert not (tmp_path / ".merged_0.x7_zq0ab.partial").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["merged_0.5"]
-
-
-def test_what_another_run_is_writing_inside_stays(tmp_path: Path) -> None:
-    merged = tmp_path / "out/merged"
-    with locked(merged), atomic_folder(merged) as partial, locked(tmp_path / "out"):
-        assert partial.exists()
-    assert (tmp_path / "out/merged").exists()
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
 
 
 def test_a_lock_is_taken_again_and_leaves_nothing(tmp_path: Path) -> None:

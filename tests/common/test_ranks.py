@@ -16,7 +16,7 @@ import torch
 from common import ranks
 from common.ranks import available_memory, cores_in_groups, free_in_groups, is_out_of_memory, start_process
 from tests.conftest import REPOSITORY
-from tests.mindmerger.scripts import ENVIRONMENT, deepspeed_command, free_port, python_command, run, torchrun_command
+from tests.mindmerger.scripts import ENVIRONMENT, deepspeed_command, free_port, run, torchrun_command
 
 
 def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,12 +73,14 @@ def test_float32_is_float32_whatever_a_container_sets() -> None:
 
 
 THREADS = """
-import math, sys
+import math, os
 import torch
 from common import ranks
 from common.ranks import start_process
-if "eight" in sys.argv:
-    ranks.usable_cores, ranks.cores_in_groups = lambda: frozenset("abcdefgh"), lambda: math.inf
+# As on a machine of eight cores.
+ranks.usable_cores, ranks.cores_in_groups = lambda: frozenset("abcdefgh"), lambda: math.inf
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(8)
 process = start_process("cpu")
 threads = process.gather(torch.get_num_threads())
 if process.is_main:
@@ -96,12 +98,10 @@ def test_ranks_share_the_cores_under_every_launcher(tmp_path: Path, monkeypatch:
         return [int(word) for line in shown if line.startswith("threads:") for word in line.split()[1:]]
 
     monkeypatch.delitem(ENVIRONMENT, "OMP_NUM_THREADS", raising=False)
-    (alone,) = threads(python_command(script))
-    shared = [max(1, alone // 2)] * 2
-    assert threads(deepspeed_command(2, script)) == shared
+    assert threads(deepspeed_command(2, script)) == [4, 4]
     # What `torchrun` sets is 1, whatever the cores.
-    assert threads(torchrun_command(2, script, "eight")) == [4, 4]
-    assert threads(torchrun_command(2, script, "eight"), OMP_NUM_THREADS="1") == [1, 1]
+    assert threads(torchrun_command(2, script)) == [4, 4]
+    assert threads(torchrun_command(2, script), OMP_NUM_THREADS="1") == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def test_a_rank_takes_its_part_of_the_cores(
 ) -> None:
     def peer(rank: int, cores: int | str) -> ranks._Peer:
         if cores == "elsewhere":
-            return ranks._Peer(rank, rank, ("other",), frozenset("01234567"))
-        return ranks._Peer(rank, rank, ("this",), frozenset(map(str, range(cores))))
+            return ranks._Peer(rank, rank, "other", frozenset("01234567"))
+        return ranks._Peer(rank, rank, "this", frozenset(map(str, range(cores))))
 
     found: list[int] = []
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -162,7 +162,7 @@ from common.ranks import start_process
 ranks.LOOK_SECONDS = 0.5
 if "machines" in sys.argv:
     ranks.LOOK_SECONDS = 0.2
-    ranks._where_pids_count = lambda: (os.environ["RANK"],)
+    ranks.socket.gethostname = lambda: os.environ["RANK"]
 process = start_process("cpu", timeout=timedelta(seconds=4 if sys.argv[1] == "waits" else 60))
 print("started", flush=True)
 if sys.argv[1] == "computes":
