@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     AutoModelForTextEncoding,
     DynamicCache,
     PretrainedConfig,
@@ -60,8 +63,8 @@ def is_decoder_only(config: PretrainedConfig) -> bool:
     """Whether a multilingual model is a causal language model: each state has seen only what stands before it."""
     return (
         not config.is_encoder_decoder
-        and type(config) in AutoModelForCausalLM._model_mapping
-        and type(config) not in AutoModelForMaskedLM._model_mapping
+        and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
     )
 
 
@@ -104,15 +107,15 @@ def load_encoder(
         options |= without_pooling(config)
         return load_model(AutoModel, path, trust_remote_code=trust_remote_code, **options)
     own_config = encoder_config(config)
-    if own_config is config and type(config) in AutoModelForTextEncoding._model_mapping:
+    if own_config is config and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
         return load_model(AutoModelForTextEncoding, path, trust_remote_code=trust_remote_code, **options)
 
-    if type(config) not in AutoModel._model_mapping:
+    if type(config) not in MODEL_MAPPING:
         raise InputError(f"{path}: an encoder of the type {config.model_type!r} is not known here")
     # No auto class reads the encoder half of the other families; their encoders are models of their own.
     # The class alone is wanted: no memory, no random weights, and no ZeRO-3 to hand them to.
     with torch.device("meta"), no_init_weights():
-        encoder_class = type(AutoModel._model_mapping[type(config)](config).get_encoder())
+        encoder_class = type(MODEL_MAPPING[type(config)](config).get_encoder())
     renamed = {r"^(model\.)?encoder\.": "", r"^(model\.)?shared\.": "embed_tokens."}
     return load_model(encoder_class, path, config=own_config, key_mapping=renamed, **options)
 
@@ -133,7 +136,7 @@ def cut_layers(layers: int, path: str, config: PretrainedConfig) -> None:
 
 
 def without_pooling(config: PretrainedConfig) -> dict[str, bool]:
-    known = AutoModel._model_mapping.get(type(config), None)
+    known = MODEL_MAPPING.get(type(config), None)
     has_pooling = known is not None and "add_pooling_layer" in inspect.signature(known).parameters
     return {"add_pooling_layer": False} if has_pooling else {}
 

@@ -143,6 +143,7 @@ def pack_attention(llm: PreTrainedModel) -> bool:
         Whether it reads packed rows from now on; if not it is as it was.
     """
     config = llm.config.get_text_config()
+    # Private: transformers sets it by `set_attn_implementation`, and has no public name to read it by.
     standard = config._attn_implementation
     if standard != "sdpa" or not set(getattr(config, "layer_types", None) or ()) <= _LAYER_TYPES:
         return False

@@ -162,7 +162,7 @@ class MappingState:
             moments = {name: torch.zeros_like(partition) for name in MOMENTS}
             self._optimizer.state[partition] = {"step": torch.zeros(()), **moments}
         if partitions:
-            # From here on DeepSpeed's own functions find a parameter's part of it.
+            # DeepSpeed's functions then find a parameter's part. Private: DeepSpeed calls it in its first step only.
             wrapper._lazy_init_hp_params_optimizer_state()
 
     def _set_optimizer_value(self, parameter: torch.nn.Parameter, value: torch.Tensor, moment: str = "") -> None:

@@ -4,7 +4,6 @@ Nothing is estimated from formulas that could go stale: the models' own code run
 tensor that it makes is counted for as long as it lives.
 """
 
-import itertools
 import os
 import weakref
 from collections.abc import Callable
@@ -13,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+# Private by its name, and documented: PyTorch has no other path to it.
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -64,7 +65,7 @@ class _Tracker(TorchDispatchMode):
         self.live = self.peak = self.calls = 0
         self.flops = 0.0
         tensors = (tensor for module in given for tensor in (*module.parameters(), *module.buffers()))
-        self._seen = {tensor.untyped_storage()._cdata for tensor in tensors}
+        self._seen = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in tensors}
 
     def __enter__(self) -> "_Tracker":
         _Tracker.current = self
@@ -77,16 +78,16 @@ class _Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.calls += 1
-        count = flop_registry.get(func._overloadpacket)
+        count = flop_registry.get(func.overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
-        for tensor in tree_leaves(out):
+        for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor.untyped_storage())
         return out
 
     def _see(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = StorageWeakRef(storage).cdata, storage.nbytes()
         if key not in self._seen:
             self._seen.add(key)
             self.live += size
@@ -114,17 +115,19 @@ def cost_of(run: Callable[[], Any], *given: nn.Module) -> Cost:
 
 def cost_of_layers(run: Callable[[], Any], model: PreTrainedModel, *given: nn.Module) -> Cost:
     """As `cost_of`, of a model of many layers, from runs with few: each further one adds as much as the one before."""
-    layers = max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
-    every = layers._modules
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    path, _, name = max(lists, key=lambda name: len(lists[name])).rpartition(".")
+    parent = model.get_submodule(path)
+    every = getattr(parent, name)
     if len(every) <= MORE:
         return cost_of(run, model, *given)
     costs = []
     try:
         for count in (FEW, MORE):
-            layers._modules = dict(itertools.islice(every.items(), count))
+            setattr(parent, name, every[:count])
             costs.append(cost_of(run, model, *given))
     finally:
-        layers._modules = every
+        setattr(parent, name, every)
     few, more = map(astuple, costs)
     return Cost(*(a + (b - a) / (MORE - FEW) * (len(every) - FEW) for a, b in zip(few, more, strict=True)))
 
