@@ -28,7 +28,6 @@ from common.cli import flag, parse_flags
 from common.errors import exit_with_message
 from common.logging import quiet_libraries
 from common.models import base_config, load_tokenizer
-from common.onednn import use_onednn
 from mindmerger.batching import IGNORED, Tokens, lay_out, plan_epoch
 from mindmerger.data import hold_out, read_training
 from mindmerger.modeling import MindMergerForCausalLM
@@ -113,7 +112,6 @@ def one_side(flags: TrainBenchmarkFlags) -> None:
     optimizer = torch.optim.AdamW(model.mapping.parameters(), lr=flags.lr)
     if flags.side == "ours":
         model.pack_rows(pad_id)
-        use_onednn(model.llm)
 
     micro = MICRO[flags.stage]
     plan = plan_epoch([len(row) for row in tokens], flags.batch_size, flags.batch_size // micro, 1, seed=0, epoch=0)

@@ -16,7 +16,6 @@ from transformers.integrations import HfDeepSpeedConfig
 from common.errors import InputError
 from common.io import sha256, write_json
 from common.logging import Metrics, quiet_libraries, say
-from common.onednn import use_onednn
 from common.ranks import Process, start_process
 from common.runs import RunFolder, open_run
 from mindmerger.batching import lay_out
@@ -227,9 +226,6 @@ def build_trainer(
         lr_scheduler=lambda it: make_schedule(flags.lr_scheduler, it, round(flags.warmup_ratio * steps), steps),
         config=stage.ds_config,
     )
-    # The encoder stays as it is: its states can be so large that a difference in rounding shows in the mapping's
-    # gradient (2e-5 of it with Gemma 3).
-    use_onednn(model.llm)
     # Under ZeRO-3 a model runs only once the engine is there.
     if not model.pack_rows(pad_id):
         say(process, f"{flags.llm_path} reads padded rows: packed ones would come out otherwise")

@@ -24,7 +24,6 @@ from common.errors import InputError, Stopped
 from common.io import read_json, write_json
 from common.logging import progress, quiet_libraries, say
 from common.models import load_model, load_tokenizer
-from common.onednn import use_onednn
 from common.ranks import Process, available_memory, is_out_of_memory, synchronize
 from common.runs import open_run
 from common.signals import StopSignals
@@ -95,7 +94,6 @@ def compute_grams(
 def _prepare(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device) -> dict[str, nn.Module]:
     """Put the model on `device`, without an output head of its own; gives the layers that have a Gram, by name."""
     model.to(device).eval()
-    use_onednn(model)
     head = untied_head(model)
     # A base model's checkpoint has no head: the one here is random, and no merge has a use for its Gram.
     layers = linear_layers(model)

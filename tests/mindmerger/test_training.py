@@ -10,13 +10,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import onednn
 from common.errors import InputError
 from mindmerger.modeling import MindMergerForCausalLM
 from tests.conftest import REPOSITORY
@@ -131,26 +129,6 @@ def test_micro_batch_accumulation_ranks_and_zero_stage_change_nothing(
     assert ours == pytest.approx(theirs, rel=1e-5) and len(ours) == 6
     ours, theirs = (metrics(work, f"{name}/mapping", "dev_perplexity") for name in (save_name, "one"))
     assert ours == pytest.approx(theirs, rel=1e-5) and len(ours) == 3
-
-
-@pytest.mark.parametrize(
-    ("save_name", "words"),
-    [("onednn", ()), ("onednn_zero3", ("--deepspeed_config", "zero3.json", "--gradient_checkpointing"))],
-)
-def test_frozen_layers_by_onednn_change_nothing(
-    work: Path,
-    small: Words,
-    reference: dict[str, torch.Tensor],
-    monkeypatch: pytest.MonkeyPatch,
-    onednn_products: Mock,
-    save_name: str,
-    words: Words,
-) -> None:
-    monkeypatch.setattr(onednn, "LARGE", 1)
-    (work / "zero3.json").write_text(json.dumps({"zero_optimization": ZERO_3}))
-    train_here(work, *small, "--train_micro_batch_size_per_gpu", 8, *words, "--save_name", save_name)
-    assert onednn_products.call_count > 0
-    assert_same(work, save_name, reference)
 
 
 def test_only_the_mapping_has_gradients_and_optimizer_state(

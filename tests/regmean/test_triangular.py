@@ -1,12 +1,9 @@
 """Factors in blocks against NumPy's in float64."""
 
-from unittest.mock import Mock
-
 import numpy as np
 import pytest
 import torch
 
-from common import onednn
 from regmean import triangular
 from regmean.triangular import Factor, LibraryFactor, factor_on
 
@@ -31,23 +28,6 @@ def test_a_factor_in_blocks_solves_the_system(
     assert np.linalg.norm(solution.double().numpy() - expected) < (
         1e-5 if dtype == torch.float32 else 1e-12
     ) * np.linalg.norm(expected)
-
-
-@pytest.mark.parametrize("size", [16, 61, 64])
-def test_so_does_one_by_onednn(monkeypatch: pytest.MonkeyPatch, onednn_products: Mock, size: int) -> None:
-    monkeypatch.setattr(onednn, "LARGE", 1)
-    monkeypatch.setattr(onednn, "TILE", 24)
-    monkeypatch.setattr(triangular, "BLOCK", 16)
-    matrix, columns = system(size), np.random.default_rng(0).normal(size=(size, 30))
-    factor = Factor(torch.tensor(matrix, dtype=torch.float32))
-    factored = onednn_products.call_count
-    solution = factor.solve(torch.tensor(columns, dtype=torch.float32))
-    expected = np.linalg.solve(matrix, columns)
-    assert np.linalg.norm(solution.double().numpy() - expected) < 1e-5 * np.linalg.norm(expected)
-    blocks = -(-size // 16)
-    # Below each block a product and further ones where it is taken off the rest; there and back twice as many at least.
-    assert factored >= (blocks - 1) * blocks / 2
-    assert onednn_products.call_count - factored >= 2 * (2 * blocks - 1)
 
 
 @pytest.mark.parametrize("bad", [0, 37])
