@@ -17,23 +17,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import snapshots
 from common.errors import InputError, Stopped
 from common.io import read_json, write_json
 from common.logging import progress, quiet_libraries, say
-from common.models import load_model, load_tokenizer
+from common.models import base_config, load_model, load_tokenizer
 from common.onednn import use_onednn
 from common.ranks import Process, available_memory, is_out_of_memory, synchronize
 from common.runs import open_run
 from common.signals import StopSignals
+from regmean.architectures import auto_class, layer_tensors, parameter_rows
 from regmean.batch_runner import BatchRunner, TooLargeError
-from regmean.calibration import Calibration, collate, load_calibration, make_batches
+from regmean.calibration import Calibration, check_tokens, collate, load_calibration, make_batches
 from regmean.config import GramFlags, TextSource
 from regmean.gram import GramSums, product_bytes
 from regmean.gram_file import FILE_NAME, GramFile, join_files
-from regmean.hooks import LinearInputs, input_width, linear_layers, untied_head
+from regmean.hooks import (
+    BeyondTableError,
+    IndexCheck,
+    LinearInputs,
+    input_width,
+    linear_layers,
+    share_modules,
+    untied_head,
+)
 from regmean.model_folder import Checkpoint, open_checkpoint
 
 SNAPSHOT_SECONDS = 600.0
@@ -70,12 +79,17 @@ def compute_grams(
         raise InputError(f"{target} exists already: --overwrite it, or choose another --output_dir")
     checkpoint = open_checkpoint(flags.model, flags.revision)
     quiet_libraries()
+    known = base_config(str(checkpoint.folder), trust_remote_code=flags.trust_remote_code)
+    model_class = auto_class(checkpoint.name, known)
     tokenizer = load_tokenizer(str(checkpoint.folder), trust_remote_code=flags.trust_remote_code)
     calibration = load_calibration(flags.texts(), tokenizer)
     counts = f"{len(calibration.examples):,} examples, {calibration.tokens:,} tokens"
     say(process, f"{counts}; {calibration.truncated:,} cut at {flags.max_length} tokens, {calibration.empty:,} empty")
     options = {"dtype": flags.dtype, "trust_remote_code": flags.trust_remote_code}
-    model = model or load_model(AutoModelForCausalLM, str(checkpoint.folder), needs_head=False, **options)
+    # An adapter that lies beside the weights is no part of the model; none is in a folder of no name.
+    options["adapter_kwargs"] = {"subfolder": "without adapter"}
+    model = model or load_model(model_class, str(checkpoint.folder), needs_head=False, **options)
+    check_tokens(calibration, model.get_input_embeddings())
     tokens_per_batch = flags.batch_tokens(process.device.type)
     identity = {
         "model": checkpoint.name,
@@ -87,26 +101,31 @@ def compute_grams(
     provenance = _provenance(identity, checkpoint, flags.texts(), tokenizer, calibration)
     with open_run(target.with_suffix(".partial"), identity, flags.overwrite, process) as run:
         run.start()
-        layers = _prepare(model, checkpoint, process.device)
-        passes = _Passes(model, layers, calibration, tokens_per_batch, run.folder, process, snapshot_seconds)
+        layers, tensors = _prepare(model, checkpoint, process.device)
+        passes = _Passes(model, layers, tensors, calibration, tokens_per_batch, run.folder, process, snapshot_seconds)
         passes.run(target, provenance)
 
 
-def _prepare(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device) -> dict[str, nn.Module]:
-    """Put the model on `device`, without an output head of its own; gives the layers that have a Gram, by name."""
+def _prepare(
+    model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device
+) -> tuple[dict[str, nn.Module], dict[str, set[str]]]:
+    """Put the model on `device`, without an output head of its own.
+
+    Returns:
+        The layers that have a Gram, by name; and the names of the tensors that hold their weights, as `layer_tensors`.
+    """
+    share_modules(model)
+    head, layers = untied_head(model), linear_layers(model)
+    stored = {name for name, _ in parameter_rows(model, checkpoint.tensors)} if head is not None else set()
+    # A base model's checkpoint has no head: the one here is random, and no merge has a use for its Gram.
+    layers = {name: layer for name, layer in layers.items() if layer is not head or f"{name}.weight" in stored}
+    tensors = layer_tensors(checkpoint.name, model, layers, checkpoint.tensors)
     model.to(device).eval()
     use_onednn(model)
-    head = untied_head(model)
-    # A base model's checkpoint has no head: the one here is random, and no merge has a use for its Gram.
-    layers = linear_layers(model)
-    for name in [
-        name for name, layer in layers.items() if layer is head and f"{name}.weight" not in checkpoint.tensors
-    ]:
-        del layers[name]
     if head is not None:
         # A forward pass ends before it, and that of Llama-3-8B takes as much as a layer's sums.
         head.to("meta")
-    return layers
+    return layers, tensors
 
 
 @dataclass(frozen=True)
@@ -144,7 +163,8 @@ def probe(model: PreTrainedModel, layers: dict[str, nn.Module], ids: list[int], 
     example, mask = (tensor.to(device) for tensor in collate([ids]))
     head = model.get_output_embeddings()
     with LinearInputs(layers, head, lambda name, rows: GramSums().add(name, rows)) as inputs:
-        inputs.run(model, example, mask)  # the first pass also warms up; the second is timed
+        with IndexCheck():
+            inputs.run(model, example, mask)  # the first pass also warms up; the second is timed
         synchronize(device)
         started = time.monotonic()
         inputs.run(model, example, mask)
@@ -208,6 +228,7 @@ class _Passes:
 
     model: PreTrainedModel
     layers: dict[str, nn.Module]
+    tensors: dict[str, set[str]]
     calibration: Calibration
     tokens_per_batch: int
     folder: Path
@@ -228,7 +249,7 @@ class _Passes:
                     continue
                 sums.add_ranks(process)
                 if process.is_main:
-                    sums.write(part, self.layers, provenance)
+                    sums.write(part, self.layers, self.tensors, provenance)
                 # The next pass is planned to fill the memory.
                 del sums
                 process.barrier()
@@ -250,9 +271,17 @@ class _Passes:
         known = Plan(**read_json(path)) if self.process.is_main and path.exists() else None
         if plan := self.process.gather(known)[0]:
             return plan
-        longest = max(self.calibration.examples, key=len)
+        row, longest = max(
+            zip(self.calibration.rows, self.calibration.examples, strict=True), key=lambda example: len(example[1])
+        )
         try:
             inputs, padding, seconds, nbytes = probe(self.model, self.layers, longest, device)
+        except BeyondTableError as error:
+            fits = len(longest) - error.excess
+            raise InputError(
+                f"row {row} of the data set (from 0) has {len(longest)} tokens, and the model has learned positions "
+                f"for {fits}: --max_length {fits} cuts it"
+            ) from error
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -334,7 +363,7 @@ class _Passes:
                 bar.update(tokens[position])
                 signal = signals.received
                 if signal or time.monotonic() - saved >= self.snapshot_seconds:
-                    snapshots.save(root, position + 1, lambda to: sums.write(to / SUMS_NAME, self.layers, {}))
+                    snapshots.save(root, position + 1, lambda to: sums.write(to / SUMS_NAME, self.layers, {}, {}))
                     saved = time.monotonic()
                 if signal:
                     raise Stopped(

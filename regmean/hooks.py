@@ -4,11 +4,12 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -23,6 +24,19 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module.weight is not getattr(embeddings, "weight", None)
     }
+
+
+def share_modules(model: PreTrainedModel) -> None:
+    """Make linear layers of one weight, as in blocks that a model passes several times, one module.
+
+    It is then called for each of them, and its Gram is the sum over all.
+    """
+    first: dict[int, nn.Module] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear | Conv1D) and not module.weight.is_meta:
+            same = first.setdefault(id(module.weight), module)
+            if same is not module and same.bias is module.bias and type(same) is type(module):
+                model.set_submodule(name, same)
 
 
 def untied_head(model: PreTrainedModel) -> nn.Module | None:
@@ -135,6 +149,23 @@ class LinearInputs:
                 raise InputError(f"layer {name} reads {tuple(x.shape)}, where padding cannot be told from tokens")
             rows = rows.index_select(0, self._real)
         self.receive(name, rows)
+
+
+class BeyondTableError(Exception):
+    """A place of a text beyond the last row of a table; the text is too long by `excess` tokens."""
+
+    def __init__(self, excess: int):
+        super().__init__(f"{excess} tokens too many")
+        self.excess = excess
+
+
+class IndexCheck(TorchFunctionMode):
+    """Raises BeyondTableError before a row is read that a table does not have, which stops a GPU for good."""
+
+    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is nn.functional.embedding and (excess := int(args[0].max()) + 1 - len(args[1])) > 0:
+            raise BeyondTableError(excess)
+        return func(*args, **(kwargs or {}))
 
 
 class _AllRead(Exception):

@@ -1,5 +1,6 @@
 """The report of a merge: a table on the terminal, `merge_report.json`, and the model card."""
 
+import re
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -8,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from common.io import write_json, write_text
-from regmean.gram_file import Grams
 from regmean.merge_plan import MergePlan
 from regmean.model_folder import Checkpoint
 
 if TYPE_CHECKING:
     from regmean.solve import Objective
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 TITLES = {"avg": "weighted average", "regmean": "RegMean"}
 
 
@@ -43,6 +44,7 @@ class Provenance:
     models: list[dict[str, Any]]
     grams: list[dict[str, Any]]
     versions: dict[str, str]
+    solved_fraction: float | None = None
 
     @classmethod
     def of(
@@ -52,15 +54,16 @@ class Provenance:
         solver: str,
         command: str,
         models: list[Checkpoint],
-        model_weights: list[float],
-        grams: list[Grams],
+        plan: MergePlan,
     ) -> "Provenance":
-        """Collect it; without Grams there is no solver."""
+        """Collect it, of the models as they are stored; without Grams there is no solver."""
+        model_weights, grams = plan.model_weights, plan.grams
         weighted = zip(models, model_weights, strict=True)
         described = [{"model": model.name, "weight": w, "fingerprint": model.fingerprint()} for model, w in weighted]
         files = [{**file.provenance, "file": str(file.path)} for file in grams]
         versions = {name: version(name) for name in ("torch", "numpy")}
-        return cls(method, alpha, solver if grams else None, command, described, files, versions)
+        solved = plan.solved_fraction() if grams else None
+        return cls(method, alpha, solver if grams else None, command, described, files, versions, solved)
 
 
 def write_report(folder: Path, provenance: Provenance, plan: MergePlan, layers: list[LayerReport]) -> None:
@@ -74,7 +77,10 @@ def write_report(folder: Path, provenance: Provenance, plan: MergePlan, layers: 
 def model_card(provenance: Provenance) -> str:
     """A model card in Markdown, with the YAML header that the Hugging Face hub reads."""
     title, names = TITLES[provenance.method], [model["model"] for model in provenance.models]
-    header = {"base_model": names, "library_name": "transformers", "tags": ["merge", provenance.method]}
+    # The hub looks these up; a local folder may have a name of the same form.
+    hub_ids = [name for name in names if HUB_ID.fullmatch(name) and not Path(name).exists()]
+    header = {"base_model": hub_ids} if hub_ids else {}
+    header |= {"library_name": "transformers", "tags": ["merge", provenance.method]}
     alpha = "" if provenance.alpha is None else f" with alpha {provenance.alpha:g}"
     rows = [f"| {_code(model['model'])} | {model['weight']:.4g} |" for model in provenance.models]
     lines = [f"# {title} of {len(names)} models", f"Merged by {title}{alpha}."]
@@ -82,15 +88,17 @@ def model_card(provenance: Provenance) -> str:
     if provenance.grams:
         lines += ["Inner products of the layers' inputs, in the models' order:"]
         lines += ["\n".join(f"- {_code(_describe(gram))}" for gram in provenance.grams)]
+        if provenance.solved_fraction is not None:
+            lines += [f"RegMean solved {provenance.solved_fraction:.1%} of the parameters; the rest is averaged."]
         lines += [f"Layer by layer, `merge_report.json` gives the solver ({provenance.solver}) and the objective."]
     lines += [f"The command:\n\n```\n{provenance.command.replace('```', '')}\n```"]
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n" + "\n\n".join(lines) + "\n"
 
 
-def print_table(alpha: float, models: list[str], layers: list[LayerReport]) -> None:
+def print_table(alpha: float, models: list[str], layers: list[LayerReport], solved_fraction: float) -> None:
     """Print one line per system: solver, condition, and the objective relative to the mean's."""
     measured = "RegMean's objective at the mean, and as a fraction of that at each model and at the merge"
-    print(f"\nalpha {alpha:g}; {measured}")
+    print(f"\nalpha {alpha:g}, {solved_fraction:.1%} of the parameters; {measured}")
     names = [Path(model).name[:14] for model in models]
     print(f"{'layers':<58} {'solver':<26} {'condition':>9} {'mean':>10} {' '.join(f'{n:>14}' for n in names)}  merged")
     for layer in layers:
