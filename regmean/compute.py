@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,19 +137,22 @@ class Plan:
         inputs: the layers of each distinct input.
         padding: whether batches may hold padding.
         tokens_per_batch: of the batches that are dealt to the ranks; where memory is short they are run in parts.
+        alone: layers that share no input, whatever they read.
     """
 
     passes: list[list[str]]
     inputs: list[list[str]]
     padding: bool
     tokens_per_batch: int
+    alone: list[str] = field(default_factory=list)
 
 
 class Probe(NamedTuple):
-    """What one example tells: the first two as of `Plan`, and the seconds and the bytes on a GPU that it takes."""
+    """What one example tells: as of `Plan`, and the seconds and the bytes on a GPU that it takes."""
 
     inputs: list[list[str]]
     padding: bool
+    alone: list[str]
     seconds: float
     nbytes: int
 
@@ -165,6 +168,7 @@ def probe(model: PreTrainedModel, layers: dict[str, nn.Module], ids: list[int], 
     with LinearInputs(layers, head, lambda name, rows: GramSums().add(name, rows)) as inputs:
         with IndexCheck():
             inputs.run(model, example, mask)  # the first pass also warms up; the second is timed
+        inputs.part()
         synchronize(device)
         started = time.monotonic()
         inputs.run(model, example, mask)
@@ -174,7 +178,8 @@ def probe(model: PreTrainedModel, layers: dict[str, nn.Module], ids: list[int], 
         inputs.receive = lambda name, rows: None
         real = mask.flatten().nonzero().flatten() if inputs.aligned else None
         nbytes = peak_bytes(device, lambda: inputs.run(model, example, mask, real))
-    return Probe(inputs.groups(), inputs.aligned and len(inputs.shared_name) == len(layers), seconds, nbytes)
+    padding = inputs.aligned and len(inputs.shared_name) == len(layers)
+    return Probe(inputs.groups(), padding, sorted(inputs.alone), seconds, nbytes)
 
 
 def peak_bytes(device: torch.device, run: Callable[[], None]) -> int:
@@ -275,7 +280,7 @@ class _Passes:
             zip(self.calibration.rows, self.calibration.examples, strict=True), key=lambda example: len(example[1])
         )
         try:
-            inputs, padding, seconds, nbytes = probe(self.model, self.layers, longest, device)
+            inputs, padding, alone, seconds, nbytes = probe(self.model, self.layers, longest, device)
         except BeyondTableError as error:
             fits = len(longest) - error.excess
             raise InputError(
@@ -289,7 +294,7 @@ class _Passes:
         widths = self._widths(inputs)
         batch = nbytes * max(1.0, self.tokens_per_batch / len(longest)) + product_bytes(max(widths), device)
         memory = min(self.process.gather(memory_for_sums(available_memory(device), batch, device.type)))
-        plan = Plan(plan_passes(inputs, widths, memory), inputs, padding, self.tokens_per_batch)
+        plan = Plan(plan_passes(inputs, widths, memory), inputs, padding, self.tokens_per_batch, alone)
         if self.process.is_main:
             write_json(path, asdict(plan))
         runs, sums = len(plan.passes), sum(4 * width**2 for width in widths)
@@ -348,7 +353,7 @@ class _Passes:
             say(process, f"continuing after {done} of {len(batches)} batches")
         layers = {name: self.layers[name] for name in plan.passes[number]}
         runner = BatchRunner(
-            self.model, layers, self.calibration, process.device, sums, plan.padding, self.tokens_per_batch
+            self.model, layers, self.calibration, process.device, sums, plan.padding, self.tokens_per_batch, plan.alone
         )
         tokens = [sum(lengths[index] for index in batch) for batch in batches]
         title, counts = f"pass {number + 1} of {len(plan.passes)}", (sum(tokens), sum(tokens[:done]))

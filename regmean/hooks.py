@@ -1,5 +1,6 @@
 """What a model's linear layers read, handed over during a forward pass by hooks that one object owns."""
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -64,6 +65,7 @@ class LinearInputs:
         same_calls: whether every forward pass calls the same layers in the same order; then all but the first end at
             the last of these calls, before what no layer here reads is computed.
         shared_name: of each layer that a token has reached, the name of its input.
+        alone: layers that share no input, whatever they read.
         aligned: whether the rows of every input were the batch's tokens in order, whatever the model did to them.
     """
 
@@ -72,6 +74,7 @@ class LinearInputs:
     receive: Callable[[str, torch.Tensor], None]
     same_calls: bool = False
     shared_name: dict[str, str] = field(default_factory=dict)
+    alone: set[str] = field(default_factory=set)
     aligned: bool = True
 
     def __enter__(self) -> Self:
@@ -94,6 +97,12 @@ class LinearInputs:
             # A layer that no token reached yet is on its own until it is seen to share.
             sharing.setdefault(self.shared_name.get(name, name), []).append(name)
         return list(sharing.values())
+
+    def part(self) -> None:
+        """Have layers share no input from now on where the last forward pass called one more often than the other."""
+        calls = Counter(self._called)
+        self.alone = {name for name, shared in self.shared_name.items() if calls[name] != calls[shared]}
+        self.shared_name.clear()
 
     @torch.no_grad()
     def run(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, real: torch.Tensor | None = None) -> None:
@@ -130,7 +139,7 @@ class LinearInputs:
         # A weak reference keeps the storage's identity from being used again, without keeping its data: another
         # tensor that the allocator puts at the same address is never taken for this one.
         storage = StorageWeakRef(x.untyped_storage())
-        key = (storage, x.storage_offset(), x.shape, x.stride(), x._version)
+        key = (storage, x.storage_offset(), x.shape, x.stride(), x._version, name if name in self.alone else None)
         names = self._received.setdefault(key, [])
         shared = self.shared_name.setdefault(name, names[0] if names else name)
         if shared in names:
