@@ -1,217 +1,39 @@
-"""Folders of many architectures, in every naming that transformers reads, against a float64 RegMean written here."""
+"""Folders of many architectures, in every naming that transformers reads, against a float64 RegMean."""
 
-import json
-import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+)
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.initialization import no_init_weights
 
-from common.errors import InputError
 from common.io import read_json
-from common.ranks import start_process
-from regmean.compute import compute_grams
-from regmean.config import GramFlags, MergeFlags
-from regmean.merge import merge
-from tests.regmean.conftest import make_tokenizer
+from regmean.architectures import layer_tensors
+from regmean.hooks import linear_layers
+from tests.regmean.folders import MODELS, assert_merged, build, grams, in_older_naming, rename, run, save
 
-TEXTS = [" ".join(f"w{(3 * i + j * j + i * j) % 20}" for j in range(1 + i % 9)) for i in range(30)]
-ALPHA = 0.5
-TEXT = {
-    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
-           "norm_topk_prob": True}  # fmt: skip
-VISION = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
-# Name of the config's class and of the model's, and settings.
-MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM", TEXT),
-    "neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", TEXT),
-    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", TEXT),
-    "mixtral": ("MixtralConfig", "MixtralForCausalLM", TEXT | EXPERTS),
-    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", TEXT | EXPERTS),
-    "phimoe": ("PhimoeConfig", "PhimoeForCausalLM", TEXT | EXPERTS | {"lm_head_bias": True, "attention_bias": True}),
-    "gemma3": (
-        "Gemma3Config",
-        "Gemma3ForConditionalGeneration",
-        {
-            "text_config": TEXT | {"sliding_window": 8},
-            "vision_config": VISION | {"image_size": 8, "patch_size": 4},
-            "mm_tokens_per_image": 4,
-        },
-    ),
-    "qwen3_5": (
-        "Qwen3_5Config",
-        "Qwen3_5ForConditionalGeneration",
-        {
-            "tie_word_embeddings": False,
-            "text_config": TEXT
-            | {
-                "layer_types": ["linear_attention", "full_attention"],
-                "linear_key_head_dim": 4,
-                "linear_value_head_dim": 4,
-                "linear_num_key_heads": 2,
-                "linear_num_value_heads": 2,
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 1e4,
-                    "mrope_section": [1, 1, 0],
-                    "partial_rotary_factor": 1.0,
-                },
-            },
-            "vision_config": {"depth": 1, "hidden_size": 8, "intermediate_size": 12, "num_heads": 2, "patch_size": 4}
-            | {"out_hidden_size": 16, "num_position_embeddings": 16},
-        },
-    ),
-    "llama4": (
-        "Llama4Config",
-        "Llama4ForConditionalGeneration",
-        {
-            "text_config": TEXT | EXPERTS | {"intermediate_size_mlp": 24, "attention_chunk_size": 8},
-            "vision_config": VISION
-            | {"image_size": 8, "patch_size": 4, "vision_output_dim": 8, "intermediate_size": 32}
-            | {"projector_input_dim": 8, "projector_output_dim": 8},
-        },
-    ),
-    "nemotron_h": (
-        "NemotronHConfig",
-        "NemotronHForCausalLM",
-        TEXT
-        | {"hybrid_override_pattern": "M*-M", "num_hidden_layers": 4, "ssm_state_size": 4, "mamba_num_heads": 4}
-        | {"mamba_head_dim": 8, "n_groups": 2, "chunk_size": 8},
-    ),
-    "kimi_linear": (
-        "KimiLinearConfig",
-        "KimiLinearForCausalLM",
-        TEXT
-        | EXPERTS
-        | {"kv_lora_rank": 8, "q_lora_rank": None, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4},
-    ),
-    "zamba2": (
-        "Zamba2Config",
-        "Zamba2ForCausalLM",
-        TEXT
-        | {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"], "hybrid_layer_ids": [1, 2]}
-        | {"mamba_d_state": 4, "mamba_headdim": 8, "n_mamba_heads": 4, "num_mem_blocks": 1, "chunk_size": 8}
-        | {"adapter_rank": 4, "attention_head_dim": 8, "attention_hidden_size": 32},
-    ),
+FAST = ("neox", "qwen3_moe", "zamba2")
+ENCODERS = {
+    "bert": AutoModelForSequenceClassification,
+    "roberta": AutoModelForTokenClassification,
+    "distilbert": AutoModelForQuestionAnswering,
 }
 
 
-def build(kind: str, seed: int = 0) -> PreTrainedModel:
-    config_class, model_class, settings = MODELS[kind]
-    torch.manual_seed(0)
-    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**settings)).eval()
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
-def save(model: PreTrainedModel, folder: Path) -> Path:
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def grams(folder: Path, texts: list[str] = TEXTS, **options: Any) -> Path:
-    file = folder.with_suffix(".jsonl")
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    settings = {"dataset": str(file), "text_column": "text", "device": "cpu", "dtype": "float32"} | options
-    output = folder.with_suffix(".gram")
-    compute_grams(GramFlags(model=str(folder), output_dir=str(output), **settings), start_process("cpu"))
-    return output
-
-
-def run(folders: list[Path], output: Path, method: str = "regmean", **options: Any) -> Path:
-    files = [str(folder.with_suffix(".gram")) for folder in folders] if method == "regmean" else []
-    settings = {"grams": files, "alpha": [ALPHA], "device": "cpu", "output_dir": str(output)} | options
-    merge(MergeFlags(method=method, models=[str(folder) for folder in folders], **settings), "the command")
-    return output
-
-
-@torch.no_grad()
-def oracle(models: list[PreTrainedModel], texts: list[str] = TEXTS) -> dict[str, torch.Tensor]:
-    """RegMean of two float64 models: one text at a time, Grams summed over all layers that have one weight."""
-    tokenizer, sums, weights = AutoTokenizer.from_pretrained(models[0].name_or_path), [], []
-    for model in models:
-        totals: dict[int, torch.Tensor] = {}
-        counts: dict[int, int] = {}
-
-        def add(module: nn.Module, args: tuple, totals: dict = totals, counts: dict = counts) -> None:
-            rows, key = args[0].reshape(-1, args[0].shape[-1]), id(module.weight)
-            totals[key] = totals.get(key, 0) + rows.T @ rows
-            counts[key] = counts.get(key, 0) + len(rows)
-
-        table = model.get_input_embeddings().weight
-        layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear | Conv1D)}
-        layers = {name: layer for name, layer in layers.items() if layer.weight is not table}
-        handles = [layer.register_forward_pre_hook(add) for layer in set(layers.values())]
-        for text in texts:
-            ids = torch.tensor([tokenizer(text)["input_ids"]])
-            model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), **{} if is_encoder(model) else {"use_cache": False}
-            )
-        for handle in handles:
-            handle.remove()
-        keys = {f"{name}.weight": id(layer.weight) for name, layer in layers.items()}
-        sums.append({name: totals[key] / counts[key] for name, key in keys.items() if key in totals})
-        weights.append(model.state_dict())
-    merged = {}
-    for name, first in weights[0].items():
-        values = [theirs[name] for theirs in weights]
-        merged[name] = sum(values) / 2 if first.is_floating_point() else first
-        if all(name in theirs for theirs in sums):
-            scaled = [ALPHA * g + (1 - ALPHA) * torch.diag(g.diagonal()) for g in (theirs[name] for theirs in sums)]
-            right = sum(g @ value.T for g, value in zip(scaled, values, strict=True))
-            merged[name] = torch.linalg.solve(sum(scaled), right).T
-    return merged
-
-
-def is_encoder(model: PreTrainedModel) -> bool:
-    return model.config.model_type in ("bert", "roberta", "distilbert")
-
-
-def load(folder: Path, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
-    # Kernels of experts do without float64.
-    return auto.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager").eval()
-
-
-def assert_merged(out: Path, folders: list[Path], auto: Any = AutoModelForCausalLM) -> None:
-    """Equal to the oracle, in units of the models' difference, and solved where that is."""
-    a, b = models = [load(folder, auto) for folder in folders]
-    expected, merged = oracle(models), load(out, auto).state_dict()
-    a, b = a.state_dict(), b.state_dict()
-    for name, value in expected.items():
-        if value.is_floating_point():
-            error = (merged[name] - value).norm() / ((a[name] - b[name]).norm() + 1e-6)
-            assert error < 1e-3, (name, error)
-
-
-def rename(folder: Path, change: Callable[[str], str]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    save_file({change(name): value for name, value in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-
-
-def in_older_naming(name: str) -> str:
-    """Of multimodal Gemma 3, as before transformers 5."""
-    name = re.sub(r"^(model\.)?language_model\.(model\.)?", "language_model.model.", name)
-    return re.sub(r"^model\.", "", re.sub(r"^lm_head", "language_model.lm_head", name))
-
-
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS]
+)
 def test_every_layer_is_solved(kind: str, tmp_path: Path) -> None:
     folders = [save(build(kind, seed), tmp_path / name) for seed, name in ((1, "A"), (2, "B"))]
     if kind == "gemma3":
@@ -220,4 +42,73 @@ def test_every_layer_is_solved(kind: str, tmp_path: Path) -> None:
     for folder in folders:
         grams(folder)
     out = run(folders, tmp_path / "out")
+    assert_merged(out, folders, ENCODERS.get(kind, AutoModelForCausalLM))
+    report = read_json(out / "merge_report.json")
+    assert f"RegMean solved {report['solved_fraction']:.1%} of the parameters" in (out / "README.md").read_text()
+    if kind == "neox":
+        assert any("embed_out.weight" in layer["tensors"] for layer in report["layers"])
+
+
+def as_in_memory(folder: Path, kind: str, seed: int) -> None:
+    """Rewrite a folder with the tensors that the model has in memory: experts in one tensor."""
+    save_file(build(kind, seed).state_dict(), folder / "model.safetensors", {"format": "pt"})
+
+
+def text_alone(folder: Path, kind: str, seed: int) -> None:
+    """Rewrite a multimodal folder as its language model."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    save(model, folder)
+
+
+def renamed(folder: Path, kind: str, seed: int) -> None:
+    rename(folder, in_older_naming)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "first"),
+    [
+        ("qwen3_moe", as_in_memory, "A"),
+        ("qwen3_moe", as_in_memory, "B"),
+        pytest.param("qwen3_5", text_alone, "A", marks=pytest.mark.slow),
+        pytest.param("qwen3_5", text_alone, "B", marks=pytest.mark.slow),
+        pytest.param("gemma3", renamed, "A", marks=pytest.mark.slow),
+        pytest.param("gemma3", renamed, "B", marks=pytest.mark.slow),
+    ],
+)
+def test_two_forms_of_one_model_merge(kind: str, change: Any, first: str, tmp_path: Path) -> None:
+    folders = [save(build(kind, seed), tmp_path / name) for seed, name in ((1, "A"), (2, "B"))]
+    change(folders[1], kind, 2)
+    for folder in folders:
+        grams(folder)
+    if first == "B":
+        folders.reverse()
+    out = run(folders, tmp_path / "out")
     assert_merged(out, folders)
+    # In the first one's form, with all that it has.
+    assert load_file(out / "model.safetensors").keys() == load_file(folders[0] / "model.safetensors").keys()
+    assert_average(run(folders, tmp_path / "avg", "avg"), folders)
+
+
+def assert_average(out: Path, folders: list[Path]) -> None:
+    a, b, merged = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (*folders, out))
+    for name in a:
+        torch.testing.assert_close(merged[name], (a[name] + b[name]) / 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config_class", MODEL_FOR_CAUSAL_LM_MAPPING, ids=lambda config_class: config_class.model_type)
+def test_the_tensors_of_every_causal_model_are_found(config_class: type[PretrainedConfig]) -> None:
+    try:
+        config = config_class()
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        pytest.skip(f"transformers builds none from a default config: {error!r}")
+    # As `save_pretrained` writes them.
+    tied = model.all_tied_weights_keys
+    own = {name: value for name, value in model.state_dict().items() if name not in tied}
+    stored = {name: SimpleNamespace(shape=value.shape) for name, value in revert_weight_conversion(model, own).items()}
+    layers = [name for name in linear_layers(model) if f"{name}.weight" not in tied]
+    found = layer_tensors("default", model, layers, stored)
+    assert set(layers) == set().union(*found.values())
