@@ -116,12 +116,16 @@ def parameter_rows(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) ->
 
 
 def layer_tensors(
-    name: str, model: PreTrainedModel, layers: Iterable[str], tensors: Mapping[str, TensorInfo]
-) -> dict[str, set[str]]:
-    """Of each stored tensor that holds nothing but weights of linear layers: these layers.
+    name: str, model: PreTrainedModel, layers: Iterable[str], optional: set[str], tensors: Mapping[str, TensorInfo]
+) -> tuple[dict[str, set[str]], set[str]]:
+    """Find the tensors of linear layers in those of the model `name`.
+
+    Returns:
+        Of each stored tensor that holds nothing but weights of linear layers, these layers; and which of the `optional`
+        layers are not stored.
 
     Raises:
-        InputError: some layers' weights are not found in the tensors of the model `name`.
+        InputError: another layer's weight is not found.
     """
     names, starts = list(tensors), _row_starts(tensors.values())
     left = Counter({stored: _row_count(info.shape) for stored, info in tensors.items()})
@@ -133,49 +137,43 @@ def layer_tensors(
             for index, count in zip(found.tolist(), counts.tolist(), strict=True):
                 owners[names[index]].add(layer)
                 left[names[index]] -= count
-    if missing:
-        listed = ", ".join(list(missing.values())[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    if lost := [layer for layer in missing.values() if layer not in optional]:
+        listed = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
         raise InputError(
             f"--model {name}: no tensors of its files were found for layers of {type(model).__name__}: {listed}; "
             f"load it with transformers {transformers.__version__}, save it, and take the saved folder"
         )
-    return {stored: theirs for stored, theirs in owners.items() if not left[stored]}
+    return {stored: theirs for stored, theirs in owners.items() if not left[stored]}, set(missing.values())
 
 
 def in_layout_of(first: Checkpoint, other: Checkpoint, model: PreTrainedModel) -> tuple[Checkpoint, set[str]]:
     """`other` with its tensors under the names and in the shapes of `first`, as far as both store the same parameters
     of `model`; and the names in either that are no parameters of it.
     """
-    theirs, starts = list(other.tensors.values()), _row_starts(other.tensors.values())
-    own_starts = _row_starts(first.tensors.values())
+    own_infos, infos = list(first.tensors.values()), list(other.tensors.values())
+    own_starts, starts = _row_starts(own_infos), _row_starts(infos)
     place = np.full(own_starts[-1], -1)  # of each row of `first` the row of `other`
-    own = dict(parameter_rows(model, first.tensors))
-    used = np.zeros(starts[-1], bool)
-    for name, rows in parameter_rows(model, other.tensors):
-        used[rows] = True
-        if name in own:
-            place[own[name]] = rows
+    own, theirs = (dict(parameter_rows(model, checkpoint.tensors)) for checkpoint in (first, other))
+    for name in own.keys() & theirs.keys():
+        place[own[name]] = theirs[name]
     tensors, taken = {}, set()
-    for start, (name, info) in zip(own_starts, first.tensors.items(), strict=False):
-        rows = place[start : start + _row_count(info.shape)]
-        joined = _joined(name, info, rows, theirs, starts) if len(rows) and rows.min() >= 0 else None
+    for info, rows in zip(own_infos, np.split(place, own_starts[1:-1]), strict=True):
+        joined = _joined(info, rows, infos, starts) if rows.size and rows.min() >= 0 else None
         if joined is not None:
-            tensors[name] = joined
-            taken |= {theirs[index].name for index in np.unique(np.searchsorted(starts, rows, "right") - 1)}
+            tensors[info.name] = joined
+            taken |= _names(rows, infos, starts)
     tensors |= {name: info for name, info in other.tensors.items() if name not in taken and name not in tensors}
-    own_used = np.zeros(own_starts[-1], bool)
-    for rows in own.values():
-        own_used[rows] = True
-    unused = {info.name for info, start in zip(theirs, starts, strict=False) if not used[start : start + 1].any()}
-    unused |= {
-        name for name, start in zip(first.tensors, own_starts, strict=False) if not own_used[start : start + 1].any()
-    }
-    return replace(other, tensors=tensors), unused
+    used = {name for rows in own.values() for name in _names(rows, own_infos, own_starts)}
+    used |= {name for rows in theirs.values() for name in _names(rows, infos, starts)}
+    return replace(other, tensors=tensors), {*first.tensors, *other.tensors} - used
 
 
-def _joined(
-    name: str, info: TensorInfo, rows: np.ndarray, stored: list[TensorInfo], starts: np.ndarray
-) -> TensorInfo | None:
+def _names(rows: np.ndarray, infos: list[TensorInfo], starts: np.ndarray) -> set[str]:
+    """Names of the tensors that these rows are of."""
+    return {infos[index].name for index in np.unique(np.searchsorted(starts, rows, "right") - 1)}
+
+
+def _joined(info: TensorInfo, rows: np.ndarray, stored: list[TensorInfo], starts: np.ndarray) -> TensorInfo | None:
     """The tensor of `rows`, in the shape of `info`; None where the stored tensors differ in dtype or width."""
     owner = np.searchsorted(starts, rows, "right") - 1
     firsts = np.concatenate([[0], np.flatnonzero((np.diff(rows) != 1) | (np.diff(owner) != 0)) + 1])
@@ -191,7 +189,7 @@ def _joined(
         return None
     if len(parts) == 1 and parts[0][0].shape == info.shape:
         return parts[0][0]
-    return JoinedTensor(parts[0][0].path, name, parts[0][0].dtype, info.shape, 0, tuple(parts))
+    return JoinedTensor(parts[0][0].path, info.name, parts[0][0].dtype, info.shape, 0, tuple(parts))
 
 
 def _row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -33,6 +33,11 @@ class Calibration:
         """Of all examples together."""
         return sum(map(len, self.examples))
 
+    def summary(self, max_length: int) -> str:
+        """The counts, in words."""
+        counts = f"{len(self.examples):,} examples, {self.tokens:,} tokens"
+        return f"{counts}; {self.truncated:,} cut at {max_length} tokens, {self.empty:,} empty"
+
 
 def load_calibration(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Calibration:
     """The texts of `source`, tokenised: every special token once, cut at the length limit.

@@ -28,7 +28,7 @@ from common.onednn import use_onednn
 from common.ranks import Process, available_memory, is_out_of_memory, synchronize
 from common.runs import open_run
 from common.signals import StopSignals
-from regmean.architectures import auto_class, layer_tensors, parameter_rows
+from regmean.architectures import auto_class, layer_tensors
 from regmean.batch_runner import BatchRunner, TooLargeError
 from regmean.calibration import Calibration, check_tokens, collate, load_calibration, make_batches
 from regmean.config import GramFlags, TextSource
@@ -79,18 +79,15 @@ def compute_grams(
         raise InputError(f"{target} exists already: --overwrite it, or choose another --output_dir")
     checkpoint = open_checkpoint(flags.model, flags.revision)
     quiet_libraries()
-    known = base_config(str(checkpoint.folder), trust_remote_code=flags.trust_remote_code)
-    model_class = auto_class(checkpoint.name, known)
-    tokenizer = load_tokenizer(str(checkpoint.folder), trust_remote_code=flags.trust_remote_code)
+    path, trusted = str(checkpoint.folder), {"trust_remote_code": flags.trust_remote_code}
+    model_class = auto_class(checkpoint.name, base_config(path, **trusted))
+    tokenizer = load_tokenizer(path, **trusted)
     calibration = load_calibration(flags.texts(), tokenizer)
-    counts = f"{len(calibration.examples):,} examples, {calibration.tokens:,} tokens"
-    say(process, f"{counts}; {calibration.truncated:,} cut at {flags.max_length} tokens, {calibration.empty:,} empty")
-    options = {"dtype": flags.dtype, "trust_remote_code": flags.trust_remote_code}
-    # An adapter that lies beside the weights is no part of the model; none is in a folder of no name.
-    options["adapter_kwargs"] = {"subfolder": "without adapter"}
-    model = model or load_model(model_class, str(checkpoint.folder), needs_head=False, **options)
+    say(process, calibration.summary(flags.max_length))
+    # An adapter that lies beside the weights is no part of the model: it is looked for where none is.
+    options = trusted | {"dtype": flags.dtype, "adapter_kwargs": {"subfolder": "no adapter"}}
+    model = model or load_model(model_class, path, needs_head=False, **options)
     check_tokens(calibration, model.get_input_embeddings())
-    tokens_per_batch = flags.batch_tokens(process.device.type)
     identity = {
         "model": checkpoint.name,
         "fingerprint": checkpoint.fingerprint(),
@@ -102,8 +99,10 @@ def compute_grams(
     with open_run(target.with_suffix(".partial"), identity, flags.overwrite, process) as run:
         run.start()
         layers, tensors = _prepare(model, checkpoint, process.device)
-        passes = _Passes(model, layers, tensors, calibration, tokens_per_batch, run.folder, process, snapshot_seconds)
-        passes.run(target, provenance)
+        size = flags.batch_tokens(process.device.type)
+        _Passes(model, layers, tensors, calibration, size, run.folder, process, snapshot_seconds).run(
+            target, provenance
+        )
 
 
 def _prepare(
@@ -116,10 +115,11 @@ def _prepare(
     """
     share_modules(model)
     head, layers = untied_head(model), linear_layers(model)
-    stored = {name for name, _ in parameter_rows(model, checkpoint.tensors)} if head is not None else set()
-    # A base model's checkpoint has no head: the one here is random, and no merge has a use for its Gram.
-    layers = {name: layer for name, layer in layers.items() if layer is not head or f"{name}.weight" in stored}
-    tensors = layer_tensors(checkpoint.name, model, layers, checkpoint.tensors)
+    optional = {name for name, layer in layers.items() if layer is head}
+    tensors, missing = layer_tensors(checkpoint.name, model, layers, optional, checkpoint.tensors)
+    for name in missing:
+        # A base model's checkpoint has no head: the one here is random, and no merge has a use for its Gram.
+        del layers[name]
     model.to(device).eval()
     use_onednn(model)
     if head is not None:
