@@ -57,7 +57,7 @@ def auto_class(name: str, config: PretrainedConfig) -> Any:
         InputError: the model is neither.
     """
     kind = f"--model {name}: a {config.model_type} model"
-    if config.is_encoder_decoder:
+    if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{kind} has an encoder and a decoder; causal language models and text encoders have Grams")
     written_by = next(iter(config.architectures or ()), "")
     is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING

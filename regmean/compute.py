@@ -43,6 +43,7 @@ from regmean.hooks import (
     share_modules,
     untied_head,
 )
+from regmean.merge_plan import compact
 from regmean.model_folder import Checkpoint, open_checkpoint
 
 SNAPSHOT_SECONDS = 600.0
@@ -88,21 +89,27 @@ def compute_grams(
     options = trusted | {"dtype": flags.dtype, "adapter_kwargs": {"subfolder": "no adapter"}}
     model = model or load_model(model_class, path, needs_head=False, **options)
     check_tokens(calibration, model.get_input_embeddings())
-    identity = {
+    identity = _identity(checkpoint, calibration, model, process)
+    provenance = _provenance(identity, checkpoint, flags.texts(), tokenizer, calibration)
+    with open_run(target.with_suffix(".partial"), identity, flags.overwrite, process) as run:
+        run.start()
+        layers, tensors = _prepare(model, checkpoint, process.device)
+        size = flags.batch_tokens(process.device.type)
+        passes = _Passes(model, layers, tensors, calibration, size, run.folder, process, snapshot_seconds)
+        passes.run(target, provenance)
+
+
+def _identity(
+    checkpoint: Checkpoint, calibration: Calibration, model: PreTrainedModel, process: Process
+) -> dict[str, Any]:
+    """What a run that is continued must have in common with the one that began it."""
+    return {
         "model": checkpoint.name,
         "fingerprint": checkpoint.fingerprint(),
         "examples": hashlib.sha256(json.dumps(calibration.examples).encode()).hexdigest(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "world_size": process.world_size,
     }
-    provenance = _provenance(identity, checkpoint, flags.texts(), tokenizer, calibration)
-    with open_run(target.with_suffix(".partial"), identity, flags.overwrite, process) as run:
-        run.start()
-        layers, tensors = _prepare(model, checkpoint, process.device)
-        size = flags.batch_tokens(process.device.type)
-        _Passes(model, layers, tensors, calibration, size, run.folder, process, snapshot_seconds).run(
-            target, provenance
-        )
 
 
 def _prepare(
@@ -383,7 +390,10 @@ class _Passes:
         covered = {module for gram in grams for module in gram.modules}
         say(self.process, f"{target}: {len(grams)} Grams of {len(covered)} layers, {size:.2f} GB, {seconds:.1f} s")
         if unseen := [name for name in self.layers if name not in covered]:
-            say(self.process, f"no token reached {len(unseen)} layers, which a merge will average: {', '.join(unseen)}")
+            say(
+                self.process,
+                f"no token reached {len(unseen)} layers, which a merge will average: {', '.join(compact(unseen))}",
+            )
 
 
 def _assemble(parts: list[Path], target: Path, provenance: dict[str, Any]) -> Path:

@@ -27,7 +27,7 @@ UNRELATED = {
     *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout"),
 }
-NUMBERED = re.compile(r"(?<=\.)\d+(?=\.)")  # in names of tensors that layers have, each its own
+NUMBERED = re.compile(r"(?<=\.)\d+(?=\.|$)")  # in names of tensors that layers have, each its own
 STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -246,8 +246,9 @@ def _compare_vocabularies(first: Checkpoint, other: Checkpoint, unlike: list[str
         pairs = ", ".join(f"{id}: {a[1][id]!r}, {b[1][id]!r}" for id in renamed[:5])
         notes.append(f"{first.name} and {other.name} name {len(renamed)} added tokens differently ({pairs})")
     for (model, mine), (lacking, theirs) in (((first, a), (other, b)), ((other, b), (first, a))):
-        texts = {text if isinstance(text, str) else text[0] for text in theirs[0]}
-        own = [id for id in sorted(mine[1].keys() - theirs[1].keys()) if mine[1][id] not in texts]
+        # A dict by text, or a list of pairs of text and score.
+        texts = {str(text[0] if isinstance(text, list) and text else text) for text in theirs[0]}
+        own = [id for id in sorted(mine[1].keys() - theirs[1].keys()) if str(mine[1][id]) not in texts]
         if own:
             listed = ", ".join(f"{id}: {mine[1][id]!r}" for id in own[:MAX_LISTED])
             listed += f" and {len(own) - MAX_LISTED} more" if len(own) > MAX_LISTED else ""

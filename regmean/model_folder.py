@@ -29,7 +29,7 @@ ADAPTER = "adapter_config.json"
 NOT_COMPANIONS = ("*.index.json", "config.json", "merge_report.json", "trainer_state.json", ADAPTER)
 # A second copy of the weights in some repositories, adapters, and other folders: a pattern's * stands for slashes, too.
 NOT_DOWNLOADED = (
-    *("consolidated*", "adapter_*", "[!0-9a]*/*", "[0-9][!_]*/*"),
+    *("consolidated*", "adapter_model*", "[!0-9a]*/*", "[0-9][!_]*/*"),
     *("a[!d]*/*", "ad[!d]*/*", "a*/*.safetensors"),
 )
 
@@ -148,8 +148,9 @@ class CheckpointWriter:
             config["dtype"] = dtype
         if untied:
             config["tie_word_embeddings"] = False
-            if "tie_word_embeddings" in config.get("text_config", {}):
-                config["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
+            text = config.get("text_config")
+            if isinstance(text, dict) and "tie_word_embeddings" in text:
+                config["text_config"] = text | {"tie_word_embeddings": False}
         write_json(folder / "config.json", config)
         for path in _companions(source.folder):
             target = folder / path.relative_to(source.folder)

@@ -98,7 +98,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "KimiLinearForCausalLM",
         TEXT
         | EXPERTS
-        | {"kv_lora_rank": 8, "q_lora_rank": None, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4},
+        | {"kv_lora_rank": 8, "q_lora_rank": None, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+        | {"linear_head_dim": 4, "linear_num_heads": 2},
     ),
     "zamba2": (
         "Zamba2Config",
