@@ -47,7 +47,9 @@ def merge(flags: MergeFlags, command: str) -> None:
         reports = _write(plan, writers, flags.solver, flags.device)
         for alpha, folder in zip(alphas, partial, strict=True):
             writers[alpha].close()
-            provenance = Provenance.of(flags.method, alpha, flags.solver, command, models, plan)
+            solved = plan.solved_fraction() if grams else None
+            origin = (models, model_weights, grams, solved)
+            provenance = Provenance.of(flags.method, alpha, flags.solver, command, *origin)
             write_report(folder, provenance, plan, reports[alpha])
     for alpha, path in zip(alphas, outputs, strict=True):
         if alpha is not None:

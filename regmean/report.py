@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from common.io import write_json, write_text
+from regmean.gram_file import Grams
 from regmean.merge_plan import MergePlan
 from regmean.model_folder import Checkpoint
 
@@ -54,16 +55,16 @@ class Provenance:
         solver: str,
         command: str,
         models: list[Checkpoint],
-        plan: MergePlan,
+        model_weights: list[float],
+        grams: list[Grams],
+        solved_fraction: float | None = None,
     ) -> "Provenance":
         """Collect it, of the models as they are stored; without Grams there is no solver."""
-        model_weights, grams = plan.model_weights, plan.grams
         weighted = zip(models, model_weights, strict=True)
         described = [{"model": model.name, "weight": w, "fingerprint": model.fingerprint()} for model, w in weighted]
         files = [{**file.provenance, "file": str(file.path)} for file in grams]
         versions = {name: version(name) for name in ("torch", "numpy")}
-        solved = plan.solved_fraction() if grams else None
-        return cls(method, alpha, solver if grams else None, command, described, files, versions, solved)
+        return cls(method, alpha, solver if grams else None, command, described, files, versions, solved_fraction)
 
 
 def write_report(folder: Path, provenance: Provenance, plan: MergePlan, layers: list[LayerReport]) -> None:
