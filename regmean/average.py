@@ -12,7 +12,7 @@ import numpy as np
 from common.errors import InputError
 from regmean.merge_plan import MergePlan
 from regmean.model_folder import CheckpointWriter
-from regmean.tensor_file import FLOATS, TensorInfo
+from regmean.tensor_file import FLOATS, TensorInfo, decode, is_finite
 
 CHUNK_ELEMENTS = 1 << 17  # of a tensor read at a time
 AVERAGERS = 2  # threads
@@ -84,8 +84,17 @@ def _chunks(plan: MergePlan) -> Iterator[tuple[list[TensorInfo], list[float], in
 def _mean_of(infos: list[TensorInfo], weights: list[float], start: int, stop: int, plan: MergePlan) -> np.ndarray:
     """The chunk's values, in the dtype that they are written in."""
     first, *others = infos
-    if plan.layout[first.name][0] in FLOATS:
-        return plan.encode(first.name, weighted_mean([info.read_floats(start, stop) for info in infos], weights))
+    dtype = plan.layout[first.name][0]
+    if dtype in FLOATS and (others or first.dtype != dtype):
+        arrays = [decode(info.read(start, stop), info.dtype) for info in infos]
+        mean = weighted_mean(arrays, weights)
+        if others and not is_finite(mean):
+            # Infinities that all models have, as buffers do, are their own mean.
+            alike = np.logical_and.reduce([array == arrays[0] for array in arrays])
+            if not (np.isfinite(mean) | alike).all():
+                for info in infos:
+                    info.read_floats(start, stop)
+        return plan.encode(first.name, mean)
     values = first.read(start, stop)
     for info in others:
         if not np.array_equal(values, info.read(start, stop)):

@@ -1,5 +1,6 @@
 """Batches of examples into the sums of some layers, in halves where memory runs out."""
 
+from collections.abc import Iterable
 from typing import Self
 
 import torch
@@ -25,6 +26,7 @@ class BatchRunner:
         layers: by name; `sums` is to have their inputs.
         padding: whether every layer reads every token, so that padding can be told from tokens.
         tokens_per_batch: padding included. A larger batch is run in halves; where memory runs out it is halved.
+        alone: layers that share no input.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class BatchRunner:
         sums: GramSums,
         padding: bool,
         tokens_per_batch: int,
+        alone: Iterable[str] = (),
     ):
         self.tokens_per_batch = tokens_per_batch
         self._model, self._calibration, self._device, self._sums = model, calibration, device, sums
@@ -48,7 +51,8 @@ class BatchRunner:
             sums.add(name, rows)
 
         # Where every layer reads every token, no forward pass calls other layers than the one before.
-        self._inputs = LinearInputs(layers, model.get_output_embeddings(), receive, padding, sums.shared_name)
+        head = model.get_output_embeddings()
+        self._inputs = LinearInputs(layers, head, receive, padding, sums.shared_name, set(alone))
 
     def __enter__(self) -> Self:
         self._inputs.__enter__()

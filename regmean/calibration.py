@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
@@ -31,6 +32,11 @@ class Calibration:
     def tokens(self) -> int:
         """Of all examples together."""
         return sum(map(len, self.examples))
+
+    def summary(self, max_length: int) -> str:
+        """The counts, in words."""
+        counts = f"{len(self.examples):,} examples, {self.tokens:,} tokens"
+        return f"{counts}; {self.truncated:,} cut at {max_length} tokens, {self.empty:,} empty"
 
 
 def load_calibration(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Calibration:
@@ -69,6 +75,21 @@ def load_calibration(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> 
     if not examples:
         raise InputError(f"--dataset {source.dataset}: no row has any text in {', '.join(columns)}")
     return Calibration(examples, numbers, truncated, empty=len(rows) - len(examples))
+
+
+def check_tokens(calibration: Calibration, table: nn.Module) -> None:
+    """Compare the texts with a model's embedding table.
+
+    Raises:
+        InputError: a token has no row in it.
+    """
+    size = table.weight.shape[0]
+    for row, example in zip(calibration.rows, calibration.examples, strict=True):
+        if max(example) >= size:
+            raise InputError(
+                f"row {row} of the data set (from 0) has the token {max(example)}, and the embedding table of --model "
+                f"has {size} rows: take the model's own tokenizer"
+            )
 
 
 def make_batches(lengths: list[int], tokens_per_batch: int, padding: bool) -> list[list[int]]:

@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,22 +17,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import snapshots
 from common.errors import InputError, Stopped
 from common.io import read_json, write_json
 from common.logging import progress, quiet_libraries, say
-from common.models import load_model, load_tokenizer
+from common.models import base_config, load_model, load_tokenizer
 from common.ranks import Process, available_memory, is_out_of_memory, synchronize
 from common.runs import open_run
 from common.signals import StopSignals
+from regmean.architectures import auto_class, layer_tensors
 from regmean.batch_runner import BatchRunner, TooLargeError
-from regmean.calibration import Calibration, collate, load_calibration, make_batches
+from regmean.calibration import Calibration, check_tokens, collate, load_calibration, make_batches
 from regmean.config import GramFlags, TextSource
 from regmean.gram import GramSums, product_bytes
 from regmean.gram_file import FILE_NAME, GramFile, join_files
-from regmean.hooks import LinearInputs, input_width, linear_layers, untied_head
+from regmean.hooks import (
+    BeyondTableError,
+    IndexCheck,
+    LinearInputs,
+    input_width,
+    linear_layers,
+    share_modules,
+    untied_head,
+)
+from regmean.merge_plan import compact
 from regmean.model_folder import Checkpoint, open_checkpoint
 
 SNAPSHOT_SECONDS = 600.0
@@ -69,42 +79,58 @@ def compute_grams(
         raise InputError(f"{target} exists already: --overwrite it, or choose another --output_dir")
     checkpoint = open_checkpoint(flags.model, flags.revision)
     quiet_libraries()
-    tokenizer = load_tokenizer(str(checkpoint.folder), trust_remote_code=flags.trust_remote_code)
+    path, trusted = str(checkpoint.folder), {"trust_remote_code": flags.trust_remote_code}
+    model_class = auto_class(checkpoint.name, base_config(path, **trusted))
+    tokenizer = load_tokenizer(path, **trusted)
     calibration = load_calibration(flags.texts(), tokenizer)
-    counts = f"{len(calibration.examples):,} examples, {calibration.tokens:,} tokens"
-    say(process, f"{counts}; {calibration.truncated:,} cut at {flags.max_length} tokens, {calibration.empty:,} empty")
-    options = {"dtype": flags.dtype, "trust_remote_code": flags.trust_remote_code}
-    model = model or load_model(AutoModelForCausalLM, str(checkpoint.folder), needs_head=False, **options)
-    tokens_per_batch = flags.batch_tokens(process.device.type)
-    identity = {
+    say(process, calibration.summary(flags.max_length))
+    # An adapter that lies beside the weights is no part of the model: it is looked for where none is.
+    options = trusted | {"dtype": flags.dtype, "adapter_kwargs": {"subfolder": "no adapter"}}
+    model = model or load_model(model_class, path, needs_head=False, **options)
+    check_tokens(calibration, model.get_input_embeddings())
+    identity = _identity(checkpoint, calibration, model, process)
+    provenance = _provenance(identity, checkpoint, flags.texts(), tokenizer, calibration)
+    with open_run(target.with_suffix(".partial"), identity, flags.overwrite, process) as run:
+        run.start()
+        layers, tensors = _prepare(model, checkpoint, process.device)
+        size = flags.batch_tokens(process.device.type)
+        passes = _Passes(model, layers, tensors, calibration, size, run.folder, process, snapshot_seconds)
+        passes.run(target, provenance)
+
+
+def _identity(
+    checkpoint: Checkpoint, calibration: Calibration, model: PreTrainedModel, process: Process
+) -> dict[str, Any]:
+    """What a run that is continued must have in common with the one that began it."""
+    return {
         "model": checkpoint.name,
         "fingerprint": checkpoint.fingerprint(),
         "examples": hashlib.sha256(json.dumps(calibration.examples).encode()).hexdigest(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "world_size": process.world_size,
     }
-    provenance = _provenance(identity, checkpoint, flags.texts(), tokenizer, calibration)
-    with open_run(target.with_suffix(".partial"), identity, flags.overwrite, process) as run:
-        run.start()
-        layers = _prepare(model, checkpoint, process.device)
-        passes = _Passes(model, layers, calibration, tokens_per_batch, run.folder, process, snapshot_seconds)
-        passes.run(target, provenance)
 
 
-def _prepare(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device) -> dict[str, nn.Module]:
-    """Put the model on `device`, without an output head of its own; gives the layers that have a Gram, by name."""
-    model.to(device).eval()
-    head = untied_head(model)
-    # A base model's checkpoint has no head: the one here is random, and no merge has a use for its Gram.
-    layers = linear_layers(model)
-    for name in [
-        name for name, layer in layers.items() if layer is head and f"{name}.weight" not in checkpoint.tensors
-    ]:
+def _prepare(
+    model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device
+) -> tuple[dict[str, nn.Module], dict[str, set[str]]]:
+    """Put the model on `device`, without an output head of its own.
+
+    Returns:
+        The layers that have a Gram, by name; and the names of the tensors that hold their weights, as `layer_tensors`.
+    """
+    share_modules(model)
+    head, layers = untied_head(model), linear_layers(model)
+    optional = {name for name, layer in layers.items() if layer is head}
+    tensors, missing = layer_tensors(checkpoint.name, model, layers, optional, checkpoint.tensors)
+    for name in missing:
+        # A base model's checkpoint has no head: the one here is random, and no merge has a use for its Gram.
         del layers[name]
+    model.to(device).eval()
     if head is not None:
         # A forward pass ends before it, and that of Llama-3-8B takes as much as a layer's sums.
         head.to("meta")
-    return layers
+    return layers, tensors
 
 
 @dataclass(frozen=True)
@@ -116,19 +142,22 @@ class Plan:
         inputs: the layers of each distinct input.
         padding: whether batches may hold padding.
         tokens_per_batch: of the batches that are dealt to the ranks; where memory is short they are run in parts.
+        alone: layers that share no input, whatever they read.
     """
 
     passes: list[list[str]]
     inputs: list[list[str]]
     padding: bool
     tokens_per_batch: int
+    alone: list[str] = field(default_factory=list)
 
 
 class Probe(NamedTuple):
-    """What one example tells: the first two as of `Plan`, and the seconds and the bytes on a GPU that it takes."""
+    """What one example tells: as of `Plan`, and the seconds and the bytes on a GPU that it takes."""
 
     inputs: list[list[str]]
     padding: bool
+    alone: list[str]
     seconds: float
     nbytes: int
 
@@ -142,7 +171,9 @@ def probe(model: PreTrainedModel, layers: dict[str, nn.Module], ids: list[int], 
     example, mask = (tensor.to(device) for tensor in collate([ids]))
     head = model.get_output_embeddings()
     with LinearInputs(layers, head, lambda name, rows: GramSums().add(name, rows)) as inputs:
-        inputs.run(model, example, mask)  # the first pass also warms up; the second is timed
+        with IndexCheck():
+            inputs.run(model, example, mask)  # the first pass also warms up; the second is timed
+        inputs.part()
         synchronize(device)
         started = time.monotonic()
         inputs.run(model, example, mask)
@@ -152,7 +183,8 @@ def probe(model: PreTrainedModel, layers: dict[str, nn.Module], ids: list[int], 
         inputs.receive = lambda name, rows: None
         real = mask.flatten().nonzero().flatten() if inputs.aligned else None
         nbytes = peak_bytes(device, lambda: inputs.run(model, example, mask, real))
-    return Probe(inputs.groups(), inputs.aligned and len(inputs.shared_name) == len(layers), seconds, nbytes)
+    padding = inputs.aligned and len(inputs.shared_name) == len(layers)
+    return Probe(inputs.groups(), padding, sorted(inputs.alone), seconds, nbytes)
 
 
 def peak_bytes(device: torch.device, run: Callable[[], None]) -> int:
@@ -206,6 +238,7 @@ class _Passes:
 
     model: PreTrainedModel
     layers: dict[str, nn.Module]
+    tensors: dict[str, set[str]]
     calibration: Calibration
     tokens_per_batch: int
     folder: Path
@@ -226,7 +259,7 @@ class _Passes:
                     continue
                 sums.add_ranks(process)
                 if process.is_main:
-                    sums.write(part, self.layers, provenance)
+                    sums.write(part, self.layers, self.tensors, provenance)
                 # The next pass is planned to fill the memory.
                 del sums
                 process.barrier()
@@ -248,9 +281,17 @@ class _Passes:
         known = Plan(**read_json(path)) if self.process.is_main and path.exists() else None
         if plan := self.process.gather(known)[0]:
             return plan
-        longest = max(self.calibration.examples, key=len)
+        row, longest = max(
+            zip(self.calibration.rows, self.calibration.examples, strict=True), key=lambda example: len(example[1])
+        )
         try:
-            inputs, padding, seconds, nbytes = probe(self.model, self.layers, longest, device)
+            inputs, padding, alone, seconds, nbytes = probe(self.model, self.layers, longest, device)
+        except BeyondTableError as error:
+            fits = len(longest) - error.excess
+            raise InputError(
+                f"row {row} of the data set (from 0) has {len(longest)} tokens, and the model has learned positions "
+                f"for {fits}: --max_length {fits} cuts it"
+            ) from error
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -258,7 +299,7 @@ class _Passes:
         widths = self._widths(inputs)
         batch = nbytes * max(1.0, self.tokens_per_batch / len(longest)) + product_bytes(max(widths), device)
         memory = min(self.process.gather(memory_for_sums(available_memory(device), batch, device.type)))
-        plan = Plan(plan_passes(inputs, widths, memory), inputs, padding, self.tokens_per_batch)
+        plan = Plan(plan_passes(inputs, widths, memory), inputs, padding, self.tokens_per_batch, alone)
         if self.process.is_main:
             write_json(path, asdict(plan))
         runs, sums = len(plan.passes), sum(4 * width**2 for width in widths)
@@ -317,7 +358,7 @@ class _Passes:
             say(process, f"continuing after {done} of {len(batches)} batches")
         layers = {name: self.layers[name] for name in plan.passes[number]}
         runner = BatchRunner(
-            self.model, layers, self.calibration, process.device, sums, plan.padding, self.tokens_per_batch
+            self.model, layers, self.calibration, process.device, sums, plan.padding, self.tokens_per_batch, plan.alone
         )
         tokens = [sum(lengths[index] for index in batch) for batch in batches]
         title, counts = f"pass {number + 1} of {len(plan.passes)}", (sum(tokens), sum(tokens[:done]))
@@ -332,7 +373,7 @@ class _Passes:
                 bar.update(tokens[position])
                 signal = signals.received
                 if signal or time.monotonic() - saved >= self.snapshot_seconds:
-                    snapshots.save(root, position + 1, lambda to: sums.write(to / SUMS_NAME, self.layers, {}))
+                    snapshots.save(root, position + 1, lambda to: sums.write(to / SUMS_NAME, self.layers, {}, {}))
                     saved = time.monotonic()
                 if signal:
                     raise Stopped(
@@ -347,7 +388,10 @@ class _Passes:
         covered = {module for gram in grams for module in gram.modules}
         say(self.process, f"{target}: {len(grams)} Grams of {len(covered)} layers, {size:.2f} GB, {seconds:.1f} s")
         if unseen := [name for name in self.layers if name not in covered]:
-            say(self.process, f"no token reached {len(unseen)} layers, which a merge will average: {', '.join(unseen)}")
+            say(
+                self.process,
+                f"no token reached {len(unseen)} layers, which a merge will average: {', '.join(compact(unseen))}",
+            )
 
 
 def _assemble(parts: list[Path], target: Path, provenance: dict[str, Any]) -> Path:

@@ -156,12 +156,16 @@ class GramSums:
         counts = process.sum(*(self.tokens.get(name, 0) for name in widths))
         self.tokens = {name: int(count) for name, count in zip(widths, counts, strict=True)}
 
-    def write(self, path: Path, layers: dict[str, nn.Module], provenance: dict[str, Any]) -> None:
-        """Write the sums as a Gram file; `layers` are the model's, by name."""
+    def write(
+        self, path: Path, layers: dict[str, nn.Module], tensors: dict[str, set[str]], provenance: dict[str, Any]
+    ) -> None:
+        """Write the sums as a Gram file; `layers` are the model's, by name, `tensors` as of `layer_tensors`."""
         grams = []
         for name, total in self.totals.items():
             modules = tuple(module for module, shared in self.shared_name.items() if shared == name)
-            grams.append(Gram(name, modules, self.tokens[name], len(total), isinstance(layers[name], Conv1D)))
+            stored = tuple(tensor for tensor, owners in tensors.items() if owners.issubset(modules))
+            conv1d = isinstance(layers[name], Conv1D)
+            grams.append(Gram(name, modules, self.tokens[name], len(total), conv1d, stored))
         write_grams(path, grams, lambda name: self.totals[name].cpu().numpy(), provenance)
 
     @classmethod

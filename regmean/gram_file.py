@@ -36,7 +36,8 @@ ABOVE = np.triu(np.ones((BLOCK_ROWS, BLOCK_ROWS), bool), 1)  # the diagonal of s
 class Gram:
     """One distinct input of `width` features: the modules that receive it, and how many tokens were summed.
 
-    `conv1d` says that those modules keep their weight as (in, out), as GPT-2's Conv1D does, not as (out, in).
+    `conv1d` says that those modules keep their weight as (in, out), as GPT-2's Conv1D does, not as (out, in). `tensors`
+    are the names under which their weights are stored; files of older versions have none.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Gram:
     tokens: int
     width: int
     conv1d: bool = False
+    tensors: tuple[str, ...] = ()
 
 
 class Grams:
@@ -103,10 +105,15 @@ class GramFile(Grams):
         try:
             entries = json.loads(metadata["grams"])
             self.provenance = dict(json.loads(metadata["provenance"]).items())
-            self.grams = {name: Gram(name, tuple(entry.pop("modules")), **entry) for name, entry in entries.items()}
+            names = {"modules", "tensors"}
+            lists = [{key: tuple(entry.pop(key)) for key in names & entry.keys()} for entry in entries.values()]
+            self.grams = {
+                name: Gram(name, **entry, **of) for (name, entry), of in zip(entries.items(), lists, strict=True)
+            }
             for gram in self.grams.values():
-                types = (type(gram.tokens), type(gram.width), type(gram.conv1d), *map(type, gram.modules))
-                if types != (int, int, bool, *(str for _ in gram.modules)) or min(gram.tokens, gram.width) < 1:
+                texts = (*gram.modules, *gram.tensors)
+                types = (type(gram.tokens), type(gram.width), type(gram.conv1d), *map(type, texts))
+                if types != (int, int, bool, *(str for _ in texts)) or min(gram.tokens, gram.width) < 1:
                     raise ValueError(f"{gram} is not a Gram")
                 packed = self._file.get_slice(gram.name)
                 if (packed.get_dtype(), packed.get_shape()) != ("F32", [packed_size(gram.width)]):

@@ -1,14 +1,16 @@
 """What a model's linear layers read, handed over during a forward pass by hooks that one object owns."""
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -23,6 +25,19 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module.weight is not getattr(embeddings, "weight", None)
     }
+
+
+def share_modules(model: PreTrainedModel) -> None:
+    """Make linear layers of one weight, as in blocks that a model passes several times, one module.
+
+    It is then called for each of them, and its Gram is the sum over all.
+    """
+    first: dict[int, nn.Module] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear | Conv1D) and not module.weight.is_meta:
+            same = first.setdefault(id(module.weight), module)
+            if same is not module and same.bias is module.bias and type(same) is type(module):
+                model.set_submodule(name, same)
 
 
 def untied_head(model: PreTrainedModel) -> nn.Module | None:
@@ -50,6 +65,7 @@ class LinearInputs:
         same_calls: whether every forward pass calls the same layers in the same order; then all but the first end at
             the last of these calls, before what no layer here reads is computed.
         shared_name: of each layer that a token has reached, the name of its input.
+        alone: layers that share no input, whatever they read.
         aligned: whether the rows of every input were the batch's tokens in order, whatever the model did to them.
     """
 
@@ -58,6 +74,7 @@ class LinearInputs:
     receive: Callable[[str, torch.Tensor], None]
     same_calls: bool = False
     shared_name: dict[str, str] = field(default_factory=dict)
+    alone: set[str] = field(default_factory=set)
     aligned: bool = True
 
     def __enter__(self) -> Self:
@@ -80,6 +97,12 @@ class LinearInputs:
             # A layer that no token reached yet is on its own until it is seen to share.
             sharing.setdefault(self.shared_name.get(name, name), []).append(name)
         return list(sharing.values())
+
+    def part(self) -> None:
+        """Have layers share no input from now on where the last forward pass called one more often than the other."""
+        calls = Counter(self._called)
+        self.alone = {name for name, shared in self.shared_name.items() if calls[name] != calls[shared]}
+        self.shared_name.clear()
 
     @torch.no_grad()
     def run(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, real: torch.Tensor | None = None) -> None:
@@ -116,7 +139,7 @@ class LinearInputs:
         # A weak reference keeps the storage's identity from being used again, without keeping its data: another
         # tensor that the allocator puts at the same address is never taken for this one.
         storage = StorageWeakRef(x.untyped_storage())
-        key = (storage, x.storage_offset(), x.shape, x.stride(), x._version)
+        key = (storage, x.storage_offset(), x.shape, x.stride(), x._version, name if name in self.alone else None)
         names = self._received.setdefault(key, [])
         shared = self.shared_name.setdefault(name, names[0] if names else name)
         if shared in names:
@@ -135,6 +158,23 @@ class LinearInputs:
                 raise InputError(f"layer {name} reads {tuple(x.shape)}, where padding cannot be told from tokens")
             rows = rows.index_select(0, self._real)
         self.receive(name, rows)
+
+
+class BeyondTableError(Exception):
+    """A place of a text beyond the last row of a table; the text is too long by `excess` tokens."""
+
+    def __init__(self, excess: int):
+        super().__init__(f"{excess} tokens too many")
+        self.excess = excess
+
+
+class IndexCheck(TorchFunctionMode):
+    """Raises BeyondTableError before a row is read that a table does not have, which stops a GPU for good."""
+
+    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is nn.functional.embedding and (excess := int(args[0].max()) + 1 - len(args[1])) > 0:
+            raise BeyondTableError(excess)
+        return func(*args, **(kwargs or {}))
 
 
 class _AllRead(Exception):

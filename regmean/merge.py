@@ -12,7 +12,7 @@ from common.locks import locked
 from regmean.average import AVERAGERS, CHUNK_ELEMENTS, write_averages
 from regmean.config import MergeFlags
 from regmean.gram_file import open_grams
-from regmean.merge_plan import MergePlan, plan_merge
+from regmean.merge_plan import MergePlan, compact, plan_merge
 from regmean.model_folder import CheckpointWriter, open_checkpoint
 from regmean.report import LayerReport, Provenance, print_table, write_report
 from regmean.tensor_file import STORAGE
@@ -41,17 +41,19 @@ def merge(flags: MergeFlags, command: str) -> None:
         partial = [folders.enter_context(atomic_folder(path)) for path in outputs]
         dtype = None if flags.dtype == "auto" else flags.dtype
         writers = {
-            alpha: CheckpointWriter(folder, plan.layout, models[0], dtype, flags.max_shard_size)
+            alpha: CheckpointWriter(folder, plan.layout, models[0], dtype, flags.max_shard_size, plan.untied)
             for alpha, folder in zip(alphas, partial, strict=True)
         }
         reports = _write(plan, writers, flags.solver, flags.device)
         for alpha, folder in zip(alphas, partial, strict=True):
             writers[alpha].close()
-            provenance = Provenance.of(flags.method, alpha, flags.solver, command, models, model_weights, grams)
+            solved = plan.solved_fraction() if grams else None
+            origin = (models, model_weights, grams, solved)
+            provenance = Provenance.of(flags.method, alpha, flags.solver, command, *origin)
             write_report(folder, provenance, plan, reports[alpha])
     for alpha, path in zip(alphas, outputs, strict=True):
         if alpha is not None:
-            print_table(alpha, flags.models, reports[alpha])
+            print_table(alpha, flags.models, reports[alpha], plan.solved_fraction())
         print(f"{path}: written")
     print(f"merged in {time.monotonic() - started:.1f} s")
 
@@ -104,9 +106,10 @@ def _print_plan(flags: MergeFlags, plan: MergePlan, outputs: int) -> None:
     )
     layers = sum(len(group.tensors) for group in plan.groups)
     rest = f"{len(plan.averaged)} tensors averaged, {len(plan.copied)} copied from {models[0].name}"
-    print(f"plan: {layers} weights by RegMean in {len(plan.groups)} systems, {rest}")
+    solved = f"{plan.solved_fraction():.1%} of the parameters by RegMean: " if plan.grams else ""
+    print(f"plan: {solved}{layers} weights by RegMean in {len(plan.groups)} systems, {rest}")
     for note in plan.notes:
         print(f"note: {note}")
     matrices = [name for name in plan.averaged if len(plan.layout[name][1]) > 1] if plan.grams else []
     if matrices:
-        print(f"note: no Gram, averaged instead: {', '.join(matrices)}")
+        print(f"note: no Gram, averaged instead: {', '.join(compact(matrices))}")

@@ -2,7 +2,8 @@
 one error before a tensor is read."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,14 @@ import numpy as np
 
 from common.errors import InputError
 from regmean.gram_file import Gram, Grams
+from regmean.heads import settle_heads
 from regmean.model_folder import Checkpoint, base_vocabulary, same_tokenizer_file
-from regmean.tensor_file import FLOATS, encode
+from regmean.tensor_file import FLOATS, JoinedTensor, TensorInfo, encode
 
 MAX_LISTED = 20
 # Settings that must be the same for weights to mean the same, and those that a merge can only take from one model.
 SAME = (
-    *("model_type", "tie_word_embeddings", "vocab_size", "hidden_act", "hidden_activation"),
+    *("model_type", "vocab_size", "hidden_act", "hidden_activation"),
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
 )
 ALIKE = ("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "rms_norm_eps")
@@ -25,6 +27,7 @@ UNRELATED = {
     *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout"),
 }
+NUMBERED = re.compile(r"(?<=\.)\d+(?=\.|$)")  # in names of tensors that layers have, each its own
 STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -53,6 +56,7 @@ class MergePlan:
         groups: solved by RegMean.
         averaged: averaged over all models.
         copied: not selected, and taken from the first model.
+        untied: whether the merge's head is no embedding table, and its config has to say so.
         notes: differences that are no error.
     """
 
@@ -63,11 +67,17 @@ class MergePlan:
     groups: list[LayerGroup]
     averaged: list[str]
     copied: list[str]
+    untied: bool
     notes: list[str]
 
     def systems(self) -> list[tuple[int, int]]:
         """(inputs, outputs) of each group."""
         return [(g.width, sum(math.prod(self.layout[name][1]) for name in g.tensors) // g.width) for g in self.groups]
+
+    def solved_fraction(self) -> float:
+        """The fraction of the floating-point parameters written that RegMean solves."""
+        sizes = {name: math.prod(shape) for name, (dtype, shape) in self.layout.items() if dtype in FLOATS}
+        return sum(sizes[name] for group in self.groups for name in group.tensors) / (sum(sizes.values()) or 1)
 
     def encode(self, name: str, values: np.ndarray) -> np.ndarray:
         """Values of the tensor `name` in the dtype that it is written in.
@@ -93,22 +103,25 @@ def plan_merge(
     """
     problems: list[str] = []
     notes: list[str] = []
+    stored = models
+    models, unused = _aligned(models, selects)
+    copies, untied = settle_heads(models, selects, problems, notes)
     first, *others = models
-    for model in others:
-        _compare_configs(first, model, problems, notes)
-        _compare_vocabularies(first, model, problems, notes)
-    # Where embeddings are tied, a stored head is a copy of them that loading ignores.
-    ignored = {"lm_head.weight"} if all(model.ties_embeddings for model in models) else set()
-    names = [set(model.tensors) - ignored for model in models]
+    names = [set(model.tensors) - copies for model in models]
     selected = {name for name in set().union(*names) if selects(name)}
+    selected -= _left_to_first(names, selected & unused, notes)
     if not selected:
         problems.append("--include and --exclude leave no tensor to merge")
+    unlike = problems if _has_tables(models, selected) else notes
+    for model in others:
+        _compare_configs(first, model, problems, unlike, notes)
+        _compare_vocabularies(first, model, unlike, notes)
     _compare_tensors(models, names, selected, problems)
     _refuse(problems)
 
     infos = {name: info for name, info in first.tensors.items() if name in names[0]}
     merged = [name for name in infos if name in selected]
-    groups = _group_layers(models, grams, merged, ignored, problems)
+    groups = _group_layers(stored, models, grams, merged, copies, problems)
     if grams and not groups and not problems:
         problems.append("none of the selected tensors has a Gram in every file")
     _refuse(problems)
@@ -119,10 +132,68 @@ def plan_merge(
         name: (STORED_AS.get(dtype, info.dtype) if info.dtype in FLOATS else info.dtype, info.shape)
         for name, info in infos.items()
     }
-    return MergePlan(models, model_weights, grams, layout, groups, averaged, copied, notes)
+    return MergePlan(models, model_weights, grams, layout, groups, averaged, copied, untied, notes)
 
 
-def _compare_configs(first: Checkpoint, other: Checkpoint, problems: list[str], notes: list[str]) -> None:
+def compact(names: Iterable[str]) -> list[str]:
+    """The names, those that differ in numbers alone as one with their count."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(NUMBERED.sub("*", name), []).append(name)
+    return [f"{shape} ({len(found)})" if len(found) > 1 else found[0] for shape, found in alike.items()]
+
+
+def _aligned(models: list[Checkpoint], selects: Callable[[str], bool]) -> tuple[list[Checkpoint], set[str]]:
+    """The models with the tensors that the first one has, where other versions of transformers have written them in
+    other forms; and names of tensors that are none of its parameters.
+    """
+    first, *others = models
+    selected = [{(name, info.shape) for name, info in model.tensors.items() if selects(name)} for model in models]
+    if all(theirs == selected[0] for theirs in selected):
+        return models, set()
+    from regmean.architectures import build_on_meta, in_layout_of  # with transformers, which takes seconds to import
+
+    built, unused = build_on_meta(first), set()
+    if built is None:
+        return models, unused
+    aligned = [first]
+    for model in others:
+        other, theirs = in_layout_of(first, model, built)
+        aligned.append(other)
+        unused |= theirs
+    return aligned, unused
+
+
+def _left_to_first(names: list[set[str]], unused: set[str], notes: list[str]) -> set[str]:
+    """Those of the `unused` tensors that some models lack: the merge has the first model's."""
+    partial = {name for name in unused if not all(name in theirs for theirs in names)}
+    # Those of whole stacks of layers, and buffers in layers: a head alone is refused, since it may be what was trained.
+    stacks = {_stem(name) for name in partial if NUMBERED.search(name)}
+    partial = {name for name in partial if _stem(name) in stacks}
+    if partial:
+        listed = ", ".join(compact(sorted(partial)))
+        notes.append(f"not in every model, and not used by transformers; the merge has the first model's: {listed}")
+    return partial
+
+
+def _stem(name: str) -> str:
+    return name.removeprefix("model.").partition(".")[0]
+
+
+def _has_tables(models: list[Checkpoint], selected: set[str]) -> bool:
+    """Whether a tensor of as many rows as the vocabulary has texts is merged; True where that number is unknown."""
+    for model in models:
+        text = model.config.get("text_config")
+        size = model.config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+        if size is None or any(size in info.shape[:1] for name, info in model.tensors.items() if name in selected):
+            return True
+    return False
+
+
+def _compare_configs(
+    first: Checkpoint, other: Checkpoint, problems: list[str], unlike: list[str], notes: list[str]
+) -> None:
+    """Compare settings; other vocabulary sizes are added to `unlike`."""
     a, b = ({key: model.config.get(key) for key in (*SAME, *ALIKE)} for model in (first, other))
     if any(first.config.get(key) != other.config.get(key) for key in {*first.config, *other.config} - UNRELATED):
         # Files of several years write the same in several ways. transformers reads all, but takes seconds to import.
@@ -131,7 +202,8 @@ def _compare_configs(first: Checkpoint, other: Checkpoint, problems: list[str], 
             a, b = known
     for key in SAME:
         if a[key] is not None and b[key] is not None and a[key] != b[key]:
-            problems.append(f"{key} is {a[key]!r} in {first.name} and {b[key]!r} in {other.name}")
+            to = unlike if key == "vocab_size" else problems
+            to.append(f"{key} is {a[key]!r} in {first.name} and {b[key]!r} in {other.name}")
     for key in ALIKE:
         if a[key] != b[key]:
             values = f"{key} is {a[key]!r} in {first.name} and {b[key]!r} in {other.name}"
@@ -148,6 +220,8 @@ def _as_transformers_has_it(model: Checkpoint) -> dict[str, Any] | None:
         return None
     text = config.get_text_config()
     known = {key: getattr(config, key, getattr(text, key, None)) for key in (*SAME, *ALIKE)}
+    # A model with and one without its parts for images read the same text.
+    known["model_type"] = text.model_type
     # Both are in rope_parameters, too, and there its kind may stand under an older name as well.
     known |= {"rope_theta": None, "rope_scaling": None}
     if isinstance(known["rope_parameters"], dict):
@@ -155,7 +229,7 @@ def _as_transformers_has_it(model: Checkpoint) -> dict[str, Any] | None:
     return known
 
 
-def _compare_vocabularies(first: Checkpoint, other: Checkpoint, problems: list[str], notes: list[str]) -> None:
+def _compare_vocabularies(first: Checkpoint, other: Checkpoint, unlike: list[str], notes: list[str]) -> None:
     if same_tokenizer_file(first, other):
         return
     a, b = base_vocabulary(first), base_vocabulary(other)
@@ -163,22 +237,33 @@ def _compare_vocabularies(first: Checkpoint, other: Checkpoint, problems: list[s
         notes.append(f"the vocabularies of {first.name} and {other.name} were not compared: no tokenizer.json")
         return
     if len(a[0]) != len(b[0]):
-        problems.append(f"the tokenizers have {len(a[0])} texts in {first.name} and {len(b[0])} in {other.name}")
+        unlike.append(f"the tokenizers have {len(a[0])} texts in {first.name} and {len(b[0])} in {other.name}")
     elif a[0] != b[0]:
-        problems.append(f"the tokenizers of {first.name} and {other.name} give the same ids to different text")
+        unlike.append(f"the tokenizers of {first.name} and {other.name} give the same ids to different text")
     renamed = [id for id in sorted(a[1].keys() & b[1].keys()) if a[1][id] != b[1][id]]
     if renamed:
         # Fine-tuned models often rename reserved tokens, so this alone is no reason to refuse.
         pairs = ", ".join(f"{id}: {a[1][id]!r}, {b[1][id]!r}" for id in renamed[:5])
         notes.append(f"{first.name} and {other.name} name {len(renamed)} added tokens differently ({pairs})")
+    for (model, mine), (lacking, theirs) in (((first, a), (other, b)), ((other, b), (first, a))):
+        # A dict by text, or a list of pairs of text and score.
+        texts = {str(text[0] if isinstance(text, list) and text else text) for text in theirs[0]}
+        own = [id for id in sorted(mine[1].keys() - theirs[1].keys()) if str(mine[1][id]) not in texts]
+        if own:
+            listed = ", ".join(f"{id}: {mine[1][id]!r}" for id in own[:MAX_LISTED])
+            listed += f" and {len(own) - MAX_LISTED} more" if len(own) > MAX_LISTED else ""
+            notes.append(f"only the tokenizer of {model.name} has {listed}; in {lacking.name} these rows are spare")
 
 
 def _compare_tensors(models: list[Checkpoint], names: list[set[str]], selected: set[str], problems: list[str]) -> None:
+    missing: dict[tuple[str, str, str], list[str]] = {}
     for name in sorted(selected):
         holders = [model for model, theirs in zip(models, names, strict=True) if name in theirs]
         if len(holders) < len(models):
             lacking = ", ".join(model.name for model in models if model not in holders)
-            problems.append(f"tensor {name} of {holders[0].name} is missing in {lacking}; --exclude leaves it out")
+            # Within the layers, the first model's would stand between merged ones.
+            advice = "" if NUMBERED.search(name) else "; --exclude leaves it out"
+            missing.setdefault((holders[0].name, lacking, advice), []).append(name)
             continue
         infos = [model.tensors[name] for model in models]
         if len({info.shape for info in infos}) > 1:
@@ -186,24 +271,40 @@ def _compare_tensors(models: list[Checkpoint], names: list[set[str]], selected: 
             problems.append(f"tensor {name} is {shapes}")
         elif len({info.dtype for info in infos}) > 1 and not all(info.dtype in FLOATS for info in infos):
             problems.append(f"tensor {name} is {', '.join(f'{info.dtype} in {info.path}' for info in infos)}")
+    for (holder, lacking, advice), found in missing.items():
+        problems.extend(f"tensor {name} of {holder} is missing in {lacking}{advice}" for name in compact(found))
 
 
 def _group_layers(
-    models: list[Checkpoint], grams: list[Grams], selected: list[str], ignored: set[str], problems: list[str]
+    stored: list[Checkpoint],
+    models: list[Checkpoint],
+    grams: list[Grams],
+    selected: list[str],
+    copies: set[str],
+    problems: list[str],
 ) -> list[LayerGroup]:
+    """The selected tensors that have a Gram in every file, which are of the tensors of `stored`."""
     if not grams:
         return []
-    found = [_grams_by_tensor(model, file, ignored, problems) for model, file in zip(models, grams, strict=True)]
+    found = [_grams_by_tensor(model, file, copies, problems) for model, file in zip(stored, grams, strict=True)]
     groups: dict[tuple[str, ...], LayerGroup] = {}
     for name in selected:
-        if all(name in theirs for theirs in found):
-            key = tuple(theirs[name].name for theirs in found)
-            conv1d = any(theirs[name].conv1d for theirs in found)
-            groups.setdefault(key, LayerGroup(key, [], found[0][name].width, conv1d)).tensors.append(name)
+        theirs = [_gram_of(model.tensors[name], of) for model, of in zip(models, found, strict=True)]
+        if None not in theirs:
+            key = tuple(gram.name for gram in theirs)
+            conv1d = any(gram.conv1d for gram in theirs)
+            groups.setdefault(key, LayerGroup(key, [], theirs[0].width, conv1d)).tensors.append(name)
     return list(groups.values())
 
 
-def _grams_by_tensor(model: Checkpoint, file: Grams, ignored: set[str], problems: list[str]) -> dict[str, Gram]:
+def _gram_of(info: TensorInfo, grams: dict[str, Gram]) -> Gram | None:
+    """The one Gram of all stored tensors that `info` consists of."""
+    sources = [part.name for part, _, _ in info.parts] if isinstance(info, JoinedTensor) else [info.name]
+    found = {grams[name].name: grams[name] for name in sources if name in grams}
+    return next(iter(found.values())) if len(found) == 1 and all(name in grams for name in sources) else None
+
+
+def _grams_by_tensor(model: Checkpoint, file: Grams, copies: set[str], problems: list[str]) -> dict[str, Gram]:
     """The Gram of each weight of a model that has one."""
     recorded = file.provenance.get("fingerprint")
     if recorded is not None and recorded != model.fingerprint():
@@ -213,18 +314,20 @@ def _grams_by_tensor(model: Checkpoint, file: Grams, ignored: set[str], problems
         )
     found: dict[str, Gram] = {}
     for gram in file.grams.values():
-        for module in gram.modules:
-            # Some checkpoints are stored without the prefix of the base model: "h.0..." for "transformer.h.0...".
-            candidates = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
-            name = next((candidate for candidate in candidates if candidate in model.tensors), None)
-            if name is None:
-                if f"{module}.weight" not in ignored:
-                    problems.append(f"{file.path}: {model.name} has no layer {module}")
+        for name in gram.tensors or (f"{module}.weight" for module in gram.modules):
+            # Files without tensors' names have those of layers, and some models are stored without the prefix of the
+            # base model: "h.0..." for "transformer.h.0...".
+            candidates = (name, *(() if gram.tensors else (name.partition(".")[2],)))
+            name = next((candidate for candidate in candidates if candidate in model.tensors), name)
+            if name not in model.tensors:
+                if name not in copies:
+                    problems.append(f"{file.path}: {model.name} has no layer {name.removesuffix('.weight')}")
                 continue
             shape = model.tensors[name].shape
             if len(shape) != 2 or shape[0 if gram.conv1d else 1] != gram.width:
                 own = f"its weight in {model.name} is {list(shape)}"
-                problems.append(f"{file.path}: the Gram of {module} has width {gram.width}, {own}")
+                layer = name.removesuffix(".weight")
+                problems.append(f"{file.path}: the Gram of {layer} has width {gram.width}, {own}")
             found[name] = gram
     return found
 

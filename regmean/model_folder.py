@@ -4,6 +4,7 @@ import filecmp
 import hashlib
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,25 @@ import numpy as np
 
 from common.errors import InputError, first_line
 from common.io import inside, read_json, read_shard_index, write_json
-from regmean.tensor_file import FLOATS, STORAGE, TensorFile, TensorInfo, TensorWriter, encode
+from regmean.tensor_file import FLOATS, STORAGE, TensorFile, TensorInfo, TensorWriter, decode, encode
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 FINGERPRINT_ELEMENTS = 256
 # Everything a model folder needs beside its weights: settings, tokenizer, templates, code of its own, terms of use.
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*", "NOTICE*")
-NOT_COMPANIONS = ("*.index.json", "config.json", "merge_report.json", "trainer_state.json")
-# A second copy of the weights in some repositories, and folders beside the model's own files.
-NOT_DOWNLOADED = ("consolidated*", "*/*")
+COMPANIONS = (
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*", "NOTICE*"),
+    *("*.tiktoken", "*.codes", "*.bpe", "*.spm", "*.vocab", "*.tokenizer"),
+)
+# Folders of the tokenizer's further templates, and of modules of Sentence-Transformers, which the merge has whole.
+FOLDERS = ("additional_chat_templates/*", "[0-9]_*/*")
+ADAPTER = "adapter_config.json"
+NOT_COMPANIONS = ("*.index.json", "config.json", "merge_report.json", "trainer_state.json", ADAPTER)
+# A second copy of the weights in some repositories, adapters, and other folders: a pattern's * stands for slashes, too.
+NOT_DOWNLOADED = (
+    *("consolidated*", "adapter_model*", "[!0-9a]*/*", "[0-9][!_]*/*"),
+    *("a[!d]*/*", "ad[!d]*/*", "a*/*.safetensors"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,11 +43,6 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo] = field(repr=False)
 
-    @property
-    def ties_embeddings(self) -> bool:
-        """Whether the output head is the embedding table."""
-        return self.config.get("tie_word_embeddings") is True
-
     def fingerprint(self) -> str:
         """Hex digest of the first elements of every tensor, in bfloat16: which weights these are.
 
@@ -47,10 +52,11 @@ class Checkpoint:
             InputError: a tensor cannot be read.
         """
         digest = hashlib.sha256()
+        # A tied output head may or may not be stored.
+        tied = {"lm_head.weight"} if self.config.get("tie_word_embeddings") is True else set()
         for name, info in sorted(self.tensors.items()):
-            # A tied output head may or may not be stored.
-            if info.dtype in FLOATS and not (self.ties_embeddings and name == "lm_head.weight"):
-                head = info.read_floats(0, min(FINGERPRINT_ELEMENTS, info.size))
+            if info.dtype in FLOATS and name not in tied:
+                head = decode(info.read(0, min(FINGERPRINT_ELEMENTS, info.size)), info.dtype)
                 digest.update(f"{name} {info.shape} ".encode() + encode(head, "BF16").tobytes())
         return digest.hexdigest()
 
@@ -66,7 +72,7 @@ def locate_model(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = {"allow_patterns": [*COMPANIONS, "*.safetensors"], "ignore_patterns": [*NOT_DOWNLOADED]}
+    patterns = {"allow_patterns": [*COMPANIONS, *FOLDERS, "*.safetensors"], "ignore_patterns": [*NOT_DOWNLOADED]}
     try:
         return Path(snapshot_download(name, revision=revision, **patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -80,15 +86,21 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
         InputError: no config, no safetensors weights, a shard missing, truncated or outside the folder.
     """
     folder = locate_model(name, revision)
+    weights = [file for file in (SINGLE_NAME, INDEX_NAME) if (folder / file).exists()]
+    if not weights and (folder / ADAPTER).exists():
+        raise InputError(
+            f"model {name} is an adapter ({ADAPTER}) and no model: merge it into its base model, as with peft's "
+            "merge_and_unload, save that, and take the saved folder"
+        )
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise InputError(f"{folder / 'config.json'}: expected an object")
     if config.get("quantization_config"):
         raise InputError(f"model {name} is quantised; take the unquantised weights")
     # One file goes before an index, as in transformers, from whose reading the Grams are.
-    if (folder / SINGLE_NAME).exists():
+    if weights[:1] == [SINGLE_NAME]:
         files, names = [SINGLE_NAME], set()
-    elif (folder / INDEX_NAME).exists():
+    elif weights:
         weight_map = read_shard_index(folder / INDEX_NAME)
         files, names = sorted(set(weight_map.values())), set(weight_map)
     else:
@@ -101,7 +113,8 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
 
 class CheckpointWriter:
     """Fills an empty folder with a model: sharded safetensors of `layout` (dtype and shape of every tensor), and the
-    config, with another `dtype` if one is given, the tokenizer and the templates of `source`.
+    config, the tokenizer and the templates of `source`. Its config gets another `dtype` if one is given, and
+    `tie_word_embeddings` false where it is `untied`.
 
     Raises:
         InputError: `max_shard_size` ("5GB") cannot be read.
@@ -114,6 +127,7 @@ class CheckpointWriter:
         source: Checkpoint,
         dtype: str | None,
         max_shard_size: str,
+        untied: bool = False,
     ):
         from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -132,11 +146,16 @@ class CheckpointWriter:
         if dtype is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = dtype
+        if untied:
+            config["tie_word_embeddings"] = False
+            text = config.get("text_config")
+            if isinstance(text, dict) and "tie_word_embeddings" in text:
+                config["text_config"] = text | {"tie_word_embeddings": False}
         write_json(folder / "config.json", config)
-        for pattern in COMPANIONS:
-            for path in source.folder.glob(pattern):
-                if path.is_file() and not any(path.match(other) for other in NOT_COMPANIONS):
-                    shutil.copyfile(inside(source.folder, path.name), folder / path.name)
+        for path in _companions(source.folder):
+            target = folder / path.relative_to(source.folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
 
     def write(self, name: str, values: np.ndarray, start: int = 0) -> None:
         """As `TensorWriter.write`."""
@@ -149,6 +168,20 @@ class CheckpointWriter:
         if self._split.is_sharded:
             index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
             write_json(self._folder / INDEX_NAME, index)
+
+
+def _companions(folder: Path) -> Iterator[Path]:
+    for path in (path for pattern in COMPANIONS for path in folder.glob(pattern)):
+        if path.is_file() and not any(path.match(other) for other in NOT_COMPANIONS):
+            yield inside(folder, path.name)
+    root = folder.resolve()
+    # The files of a hub download are links to its own folder `blobs`.
+    root = root.parent.parent if root.parent.name == "snapshots" else root
+    for path in (path for pattern in FOLDERS for path in folder.glob(pattern)):
+        if path.is_file():
+            if not path.resolve().is_relative_to(root):
+                raise InputError(f"{path} is a link to {path.resolve()}, outside its folder: put the file itself there")
+            yield path
 
 
 def same_tokenizer_file(first: Checkpoint, second: Checkpoint) -> bool:

@@ -1,5 +1,6 @@
 """The report of a merge: a table on the terminal, `merge_report.json`, and the model card."""
 
+import re
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from regmean.model_folder import Checkpoint
 if TYPE_CHECKING:
     from regmean.solve import Objective
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 TITLES = {"avg": "weighted average", "regmean": "RegMean"}
 
 
@@ -43,6 +45,7 @@ class Provenance:
     models: list[dict[str, Any]]
     grams: list[dict[str, Any]]
     versions: dict[str, str]
+    solved_fraction: float | None = None
 
     @classmethod
     def of(
@@ -54,13 +57,14 @@ class Provenance:
         models: list[Checkpoint],
         model_weights: list[float],
         grams: list[Grams],
+        solved_fraction: float | None = None,
     ) -> "Provenance":
-        """Collect the origin; without Grams there is no solver."""
+        """Collect the origin, of the models as they are stored; without Grams there is no solver."""
         weighted = zip(models, model_weights, strict=True)
         described = [{"model": model.name, "weight": w, "fingerprint": model.fingerprint()} for model, w in weighted]
         files = [{**file.provenance, "file": str(file.path)} for file in grams]
         versions = {name: version(name) for name in ("torch", "numpy")}
-        return cls(method, alpha, solver if grams else None, command, described, files, versions)
+        return cls(method, alpha, solver if grams else None, command, described, files, versions, solved_fraction)
 
 
 def write_report(folder: Path, provenance: Provenance, plan: MergePlan, layers: list[LayerReport]) -> None:
@@ -74,7 +78,9 @@ def write_report(folder: Path, provenance: Provenance, plan: MergePlan, layers: 
 def model_card(provenance: Provenance) -> str:
     """The model card of a merged model."""
     title, names = TITLES[provenance.method], [model["model"] for model in provenance.models]
-    header = ModelCardData(base_model=names, library_name="transformers", tags=["merge", provenance.method])
+    # The hub looks these up; a local folder may have a name of the same form.
+    hub_ids = [name for name in names if HUB_ID.fullmatch(name) and not Path(name).exists()]
+    header = ModelCardData(base_model=hub_ids or None, library_name="transformers", tags=["merge", provenance.method])
     alpha = "" if provenance.alpha is None else f" with alpha {provenance.alpha:g}"
     rows = [f"| `{model['model']}` | {model['weight']:.4g} |" for model in provenance.models]
     lines = [f"# {title} of {len(names)} models", f"Merged by {title}{alpha}."]
@@ -82,15 +88,17 @@ def model_card(provenance: Provenance) -> str:
     if provenance.grams:
         lines += ["Inner products of the layers' inputs, in the models' order:"]
         lines += ["\n".join(f"- {_code(_describe(gram))}" for gram in provenance.grams)]
+        if provenance.solved_fraction is not None:
+            lines += [f"RegMean solved {provenance.solved_fraction:.1%} of the parameters; the rest is averaged."]
         lines += [f"Layer by layer, `merge_report.json` gives the solver ({provenance.solver}) and the objective."]
     lines += [f"The command:\n\n```\n{provenance.command}\n```"]
     return f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"
 
 
-def print_table(alpha: float, models: list[str], layers: list[LayerReport]) -> None:
+def print_table(alpha: float, models: list[str], layers: list[LayerReport], solved_fraction: float) -> None:
     """Print one line per system: solver, condition, and the objective relative to the mean's."""
     measured = "RegMean's objective at the mean, and as a fraction of that at each model and at the merge"
-    print(f"\nalpha {alpha:g}; {measured}")
+    print(f"\nalpha {alpha:g}, {solved_fraction:.1%} of the parameters; {measured}")
     names = [Path(model).name[:14] for model in models]
     print(f"{'layers':<58} {'solver':<26} {'condition':>9} {'mean':>10} {' '.join(f'{n:>14}' for n in names)}  merged")
     for layer in layers:

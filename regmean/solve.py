@@ -48,6 +48,9 @@ ACCEPTED_RESIDUAL = 1e-2
 # 300,000 times where all outputs err alike, and else more rarely still.
 PROBES = 16
 PROBE_MARGIN = 1 / 3
+# Of a solution that nothing refines, the distance from the mean that is refused, in differences of the models. It is
+# hundreds on nearly singular Grams, with a residual that is small all the same, and 20 with the default solver there.
+FARTHEST = 100
 PANEL = 1024  # rows and columns of a tile of an inner product matrix that is never held whole
 SINGULAR = "the scaled Gram is singular; use --solver cholesky, or a smaller --alpha"
 
@@ -297,6 +300,7 @@ class Regression:
         total, solver = self._system.total, self._system.solver_for(alpha)
         rhs = torch.lerp(self._diagonal_rhs, self._rhs, alpha)
         delta = solver.solve(rhs)
+        self._check_distance(delta, solver)
         residual_norm, against_delta = _probed_residual(rhs, delta, total, alpha)
         if residual_norm <= PROBE_MARGIN * REFINED_RESIDUAL * rhs.norm().item():
             gain = _inner(delta, rhs) + against_delta
@@ -309,6 +313,19 @@ class Regression:
         at_mean, at_inputs = self._at_mean_and_inputs(rhs, total, alpha)
         self._system.objectives.setdefault(alpha, Objective()).add(Objective(at_mean, at_inputs, at_mean - gain))
         return delta.add_(self._mean)
+
+    def _check_distance(self, delta: torch.Tensor, solver: Any) -> None:
+        if solver.refinements:
+            return
+        # Of two models the first one's difference from the mean is w_2 (W_1 - W_2); of more the largest stands for all.
+        factor = self._model_weights[1] if len(self._model_weights) == 2 else 0.5
+        difference = max(each.norm().item() for each in self._deltas) / factor
+        distance = delta.norm().item()
+        if distance > FARTHEST * difference:
+            raise SolveError(
+                f"{solver.label} leads away from the mean by {distance / (difference or 1.0):.0f} times the models' "
+                "difference, as happens on nearly singular Grams; use --solver cholesky, or a smaller --alpha"
+            )
 
     def _refined(
         self, rhs: torch.Tensor, delta: torch.Tensor, total: torch.Tensor, solver: Any, alpha: float

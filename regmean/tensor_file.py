@@ -75,12 +75,35 @@ class TensorInfo:
             InputError: also where a value is NaN or infinite.
         """
         values = decode(self.read(start, stop), self.dtype)
-        with np.errstate(over="ignore", invalid="ignore"):
-            total = values.sum()
-        # A finite sum has finite terms only, and takes a fraction of the time to look at.
-        if not np.isfinite(total) and not np.isfinite(values).all():
-            raise InputError(f"{self.path}: tensor {self.name} holds NaN or infinite values")
+        if not is_finite(values):
+            raise InputError(
+                f"{self.path}: tensor {self.name} holds NaN or infinite values; --exclude takes the first model's"
+            )
         return values
+
+
+@dataclass(frozen=True)
+class JoinedTensor(TensorInfo):
+    """A tensor made of parts of stored ones in their order: of each the tensor, its first and its last element."""
+
+    parts: tuple[tuple[TensorInfo, int, int], ...] = ()
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        stop, begin, pieces = self.size if stop is None else stop, 0, []
+        for info, first, last in self.parts:
+            end = begin + last - first
+            if begin < stop and start < end:
+                pieces.append(info.read(first + max(start - begin, 0), first + min(stop, end) - begin))
+            begin = end
+        return np.concatenate(pieces)
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = values.sum()
+    # A finite sum has finite terms only, and takes a fraction of the time to look at.
+    return bool(np.isfinite(total) or np.isfinite(values).all())
 
 
 def decode(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -91,10 +114,10 @@ def decode(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def encode(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Finite floats in storage dtype `dtype`, rounded to nearest, ties to even.
+    """Floats in storage dtype `dtype`, rounded to nearest, ties to even.
 
     Raises:
-        OverflowError: a value is beyond the range of `dtype`.
+        OverflowError: a finite value is beyond the range of `dtype`.
     """
     if dtype == "BF16":
         bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
@@ -102,8 +125,10 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
     else:
         with np.errstate(over="ignore"):
             stored = values.astype(STORAGE[dtype], copy=False)
-    if dtype in ("BF16", "F16") and not np.isfinite(decode(stored, dtype)).all():
-        raise OverflowError(f"a value of magnitude {np.abs(values).max():.3g} does not fit {dtype}")
+    if dtype in ("BF16", "F16") and not (lost := np.isfinite(decode(stored, dtype))).all():
+        lost = ~lost & np.isfinite(values)
+        if lost.any():
+            raise OverflowError(f"a value of magnitude {np.abs(values[lost]).max():.3g} does not fit {dtype}")
     return stored
 
 

@@ -110,7 +110,7 @@ def compute(save: Callable, texts: Path, tmp_path: Path, monkeypatch: pytest.Mon
     def compute_for(name: str, output: str = "gram", snapshot_seconds: float = 1e9, **options: Any) -> GramFile:
         folder = tmp_path / name
         if not folder.exists():
-            save(make_llama() if name == "experts" else MODELS[name](), name)
+            save(MODELS[name](), name)
         if name == "experts":
             loaded = make_experts()
             monkeypatch.setattr(compute_module, "load_model", lambda *a, **k: loaded)

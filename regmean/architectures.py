@@ -1,0 +1,205 @@
+"""Models as transformers builds them: which class reads a folder, and which of the folder's tensors make up which
+parameters, by transformers' own conversion of names and shapes.
+
+Conversions join, split and reorder tensors by rows: all but the last dimension, or a vector's elements. So they are
+run on numbers of rows in place of weights, which shows where every row of a parameter is stored.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.initialization import no_init_weights
+
+from common.errors import InputError
+from common.models import base_config
+from regmean.model_folder import Checkpoint
+from regmean.tensor_file import JoinedTensor, TensorInfo
+
+# What encoders are built as, by the end of the name of the class that wrote the folder.
+ENCODERS = {
+    "ForMaskedLM": AutoModelForMaskedLM,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+    "ForQuestionAnswering": AutoModelForQuestionAnswering,
+    "Model": AutoModel,
+}
+
+
+def auto_class(name: str, config: PretrainedConfig) -> Any:
+    """The auto class that builds the model `name`: a causal language model, or an encoder with or without a head.
+
+    Raises:
+        InputError: the model is neither.
+    """
+    kind = f"--model {name}: a {config.model_type} model"
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{kind} has an encoder and a decoder; causal language models and text encoders have Grams")
+    written_by = next(iter(config.architectures or ()), "")
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__ if is_causal else ""
+        found = [of_end for end, of_end in ENCODERS.items() if written_by.endswith(end) and written_by != causal]
+        if found:
+            return found[0]
+    if not is_causal and type(config).__module__.startswith("transformers."):
+        raise InputError(f"{kind} is no causal language model and no text encoder, and has no Grams of texts")
+    return AutoModelForCausalLM
+
+
+def build_on_meta(checkpoint: Checkpoint) -> PreTrainedModel | None:
+    """The model of a folder as shapes without data; None where transformers has no class for it."""
+    try:
+        config = base_config(str(checkpoint.folder))
+        with torch.device("meta"), no_init_weights():
+            return auto_class(checkpoint.name, config).from_config(config)
+    except Exception:  # a config of any origin makes a model's code fail in any way
+        return None
+
+
+def parameter_rows(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, np.ndarray]]:
+    """Of each parameter that stored tensors make up: its name, and of each of its rows the number of the stored row.
+
+    Stored rows are numbered through all tensors in their order, as `_row_starts` has them. A parameter is left out
+    where conversion changes more than the order of rows.
+    """
+    state, starts = model.state_dict(), dict(zip(tensors, _row_starts(tensors.values()), strict=False))
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    sources: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
+    for stored in sorted(tensors, key=dot_natural_key):
+        name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+        if name not in state and stored in state:
+            name, pattern = rename_source_key(stored, [], [], model.base_model_prefix, state)
+        if name in state:
+            sources[name].append((stored, pattern))
+    for name, of_parameter in sources.items():
+        stored, pattern = of_parameter[0]
+        transform = WeightRenaming(stored, name) if pattern is None else deepcopy(converter_of[pattern])
+        for stored, pattern in of_parameter:
+            rows = torch.arange(starts[stored], starts[stored] + _row_count(tensors[stored].shape))
+            transform.add_tensor(name, stored, pattern or stored, rows.reshape(_row_shape(tensors[stored].shape)))
+        try:
+            converted = transform.convert(name, model=model, config=model.config)
+        except Exception:  # an operation that does not take rows of one element
+            continue
+        for parameter, values in converted.items():
+            values = values[0] if isinstance(values, list) else values
+            if parameter in state and values.shape == _row_shape(state[parameter].shape):
+                yield parameter, values.numpy().reshape(-1)
+
+
+def layer_tensors(
+    name: str, model: PreTrainedModel, layers: Iterable[str], optional: set[str], tensors: Mapping[str, TensorInfo]
+) -> tuple[dict[str, set[str]], set[str]]:
+    """Find the tensors of linear layers in those of the model `name`.
+
+    Returns:
+        Of each stored tensor that holds nothing but weights of linear layers, these layers; and which of the `optional`
+        layers are not stored.
+
+    Raises:
+        InputError: another layer's weight is not found.
+    """
+    names, starts = list(tensors), _row_starts(tensors.values())
+    left = Counter({stored: _row_count(info.shape) for stored, info in tensors.items()})
+    owners: dict[str, set[str]] = defaultdict(set)
+    missing = {f"{layer}.weight": layer for layer in layers}
+    for parameter, rows in parameter_rows(model, tensors):
+        if (layer := missing.pop(parameter, None)) is not None:
+            found, counts = np.unique(np.searchsorted(starts, rows, "right") - 1, return_counts=True)
+            for index, count in zip(found.tolist(), counts.tolist(), strict=True):
+                owners[names[index]].add(layer)
+                left[names[index]] -= count
+    if lost := [layer for layer in missing.values() if layer not in optional]:
+        listed = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        raise InputError(
+            f"--model {name}: no tensors of its files were found for layers of {type(model).__name__}: {listed}; "
+            f"load it with transformers {transformers.__version__}, save it, and take the saved folder"
+        )
+    return {stored: theirs for stored, theirs in owners.items() if not left[stored]}, set(missing.values())
+
+
+def in_layout_of(first: Checkpoint, other: Checkpoint, model: PreTrainedModel) -> tuple[Checkpoint, set[str]]:
+    """`other` with its tensors under the names and in the shapes of `first`, as far as both store the same parameters
+    of `model`; and the names in either that are no parameters of it.
+    """
+    own_infos, infos = list(first.tensors.values()), list(other.tensors.values())
+    own_starts, starts = _row_starts(own_infos), _row_starts(infos)
+    place = np.full(own_starts[-1], -1)  # of each row of `first` the row of `other`
+    own, theirs = (dict(parameter_rows(model, checkpoint.tensors)) for checkpoint in (first, other))
+    for name in own.keys() & theirs.keys():
+        place[own[name]] = theirs[name]
+    tensors, taken = {}, set()
+    for info, rows in zip(own_infos, np.split(place, own_starts[1:-1]), strict=True):
+        joined = _joined(info, rows, infos, starts) if rows.size and rows.min() >= 0 else None
+        if joined is not None:
+            tensors[info.name] = joined
+            taken |= _names(rows, infos, starts)
+    tensors |= {name: info for name, info in other.tensors.items() if name not in taken and name not in tensors}
+    used = {name for rows in own.values() for name in _names(rows, own_infos, own_starts)}
+    used |= {name for rows in theirs.values() for name in _names(rows, infos, starts)}
+    return replace(other, tensors=tensors), {*first.tensors, *other.tensors} - used
+
+
+def _names(rows: np.ndarray, infos: list[TensorInfo], starts: np.ndarray) -> set[str]:
+    """Names of the tensors that these rows are of."""
+    return {infos[index].name for index in np.unique(np.searchsorted(starts, rows, "right") - 1)}
+
+
+def _joined(info: TensorInfo, rows: np.ndarray, stored: list[TensorInfo], starts: np.ndarray) -> TensorInfo | None:
+    """The tensor of `rows`, in the shape of `info`; None where the stored tensors differ in dtype or width."""
+    owner = np.searchsorted(starts, rows, "right") - 1
+    firsts = np.concatenate([[0], np.flatnonzero((np.diff(rows) != 1) | (np.diff(owner) != 0)) + 1])
+    width = info.size // len(rows)
+    parts = []
+    for begin, end in zip(firsts, [*firsts[1:], len(rows)], strict=True):
+        source, row = stored[owner[begin]], rows[begin] - starts[owner[begin]]
+        parts.append((source, int(row) * width, int(row + end - begin) * width))
+    sources = {source.name: source for source, _, _ in parts}.values()
+    if {source.dtype for source in sources} != {stored[owner[0]].dtype} or any(
+        source.size != _row_count(source.shape) * width for source in sources
+    ):
+        return None
+    if len(parts) == 1 and parts[0][0].shape == info.shape:
+        return parts[0][0]
+    return JoinedTensor(parts[0][0].path, info.name, parts[0][0].dtype, info.shape, 0, tuple(parts))
+
+
+def _row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-1], 1) if len(shape) > 1 else tuple(shape)
+
+
+def _row_count(shape: tuple[int, ...]) -> int:
+    return int(np.prod(_row_shape(shape), dtype=np.int64))
+
+
+def _row_starts(tensors: Iterable[TensorInfo]) -> np.ndarray:
+    """The number of each tensor's first row, and that of all rows."""
+    return np.cumsum([0, *(_row_count(info.shape) for info in tensors)])

@@ -1,0 +1,208 @@
+"""Folders of tiny models of many architectures, and a float64 RegMean to compare their merges with."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from common.ranks import start_process
+from regmean.compute import compute_grams
+from regmean.config import GramFlags, MergeFlags
+from regmean.merge import merge
+from tests.regmean.conftest import make_tokenizer
+
+TEXTS = [" ".join(f"w{(3 * i + j * j + i * j) % 20}" for j in range(1 + i % 9)) for i in range(30)]
+ALPHA = 0.5
+TEXT = {
+    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+           "norm_topk_prob": True}  # fmt: skip
+VISION = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+# Name of the config's class and of the model's, and settings.
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert": ("BertConfig", "BertForSequenceClassification", TEXT),
+    "roberta": ("RobertaConfig", "RobertaForTokenClassification", TEXT | {"pad_token_id": 3}),
+    "distilbert": (
+        "DistilBertConfig",
+        "DistilBertForQuestionAnswering",
+        TEXT | {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4},
+    ),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", TEXT),
+    "neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", TEXT),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", TEXT),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", TEXT | EXPERTS),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", TEXT | EXPERTS),
+    "phimoe": ("PhimoeConfig", "PhimoeForCausalLM", TEXT | EXPERTS | {"lm_head_bias": True, "attention_bias": True}),
+    "gemma3": (
+        "Gemma3Config",
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": TEXT | {"sliding_window": 8},
+            "vision_config": VISION | {"image_size": 8, "patch_size": 4},
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "qwen3_5": (
+        "Qwen3_5Config",
+        "Qwen3_5ForConditionalGeneration",
+        {
+            "tie_word_embeddings": False,
+            "text_config": TEXT
+            | {
+                "layer_types": ["linear_attention", "full_attention"],
+                "linear_key_head_dim": 4,
+                "linear_value_head_dim": 4,
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 2,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "mrope_section": [1, 1, 0],
+                    "partial_rotary_factor": 1.0,
+                },
+            },
+            "vision_config": {"depth": 1, "hidden_size": 8, "intermediate_size": 12, "num_heads": 2, "patch_size": 4}
+            | {"out_hidden_size": 16, "num_position_embeddings": 16},
+        },
+    ),
+    "llama4": (
+        "Llama4Config",
+        "Llama4ForConditionalGeneration",
+        {
+            "text_config": TEXT | EXPERTS | {"intermediate_size_mlp": 24, "attention_chunk_size": 8},
+            "vision_config": VISION
+            | {"image_size": 8, "patch_size": 4, "vision_output_dim": 8, "intermediate_size": 32}
+            | {"projector_input_dim": 8, "projector_output_dim": 8},
+        },
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        TEXT
+        | {"hybrid_override_pattern": "M*-M", "num_hidden_layers": 4, "ssm_state_size": 4, "mamba_num_heads": 4}
+        | {"mamba_head_dim": 8, "n_groups": 2, "chunk_size": 8},
+    ),
+    "kimi_linear": (
+        "KimiLinearConfig",
+        "KimiLinearForCausalLM",
+        TEXT
+        | EXPERTS
+        | {"kv_lora_rank": 8, "q_lora_rank": None, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+        | {"linear_head_dim": 4, "linear_num_heads": 2, "layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "zamba2": (
+        "Zamba2Config",
+        "Zamba2ForCausalLM",
+        TEXT
+        | {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"], "hybrid_layer_ids": [1, 2]}
+        | {"mamba_d_state": 4, "mamba_headdim": 8, "n_mamba_heads": 4, "num_mem_blocks": 1, "chunk_size": 8}
+        | {"adapter_rank": 4, "attention_head_dim": 8, "attention_hidden_size": 32},
+    ),
+}
+
+
+def build(kind: str, seed: int = 0) -> PreTrainedModel:
+    config_class, model_class, settings = MODELS[kind]
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**settings)).eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def save(model: PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def grams(folder: Path, texts: list[str] = TEXTS, **options: Any) -> Path:
+    file = folder.with_suffix(".jsonl")
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    settings = {"dataset": str(file), "text_column": "text", "device": "cpu", "dtype": "float32"} | options
+    output = folder.with_suffix(".gram")
+    compute_grams(GramFlags(model=str(folder), output_dir=str(output), **settings), start_process("cpu"))
+    return output
+
+
+def run(folders: list[Path], output: Path, method: str = "regmean", **options: Any) -> Path:
+    files = [str(folder.with_suffix(".gram")) for folder in folders] if method == "regmean" else []
+    settings = {"grams": files, "alpha": [ALPHA], "device": "cpu", "output_dir": str(output)} | options
+    merge(MergeFlags(method=method, models=[str(folder) for folder in folders], **settings), "the command")
+    return output
+
+
+@torch.no_grad()
+def oracle(models: list[PreTrainedModel], texts: list[str] = TEXTS) -> dict[str, torch.Tensor]:
+    """RegMean of two float64 models: one text at a time, Grams summed over all layers that have one weight."""
+    sums, weights = [], []
+    for model in models:
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        totals: dict[int, torch.Tensor] = {}
+        counts: dict[int, int] = {}
+
+        def add(module: nn.Module, args: tuple, totals: dict = totals, counts: dict = counts) -> None:
+            rows, key = args[0].reshape(-1, args[0].shape[-1]), id(module.weight)
+            totals[key] = totals.get(key, 0) + rows.T @ rows
+            counts[key] = counts.get(key, 0) + len(rows)
+
+        table = model.get_input_embeddings().weight
+        layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear | Conv1D)}
+        layers = {name: layer for name, layer in layers.items() if layer.weight is not table}
+        handles = [layer.register_forward_pre_hook(add) for layer in set(layers.values())]
+        for text in texts:
+            model(input_ids=torch.tensor([tokenizer(text)["input_ids"]]))
+        for handle in handles:
+            handle.remove()
+        keys = {f"{name}.weight": id(layer.weight) for name, layer in layers.items()}
+        sums.append({name: totals[key] / counts[key] for name, key in keys.items() if key in totals})
+        weights.append(model.state_dict())
+    merged = {}
+    for name, first in weights[0].items():
+        values = [theirs[name] for theirs in weights]
+        merged[name] = sum(values) / 2 if first.is_floating_point() else first
+        if all(name in theirs for theirs in sums):
+            scaled = [ALPHA * g + (1 - ALPHA) * torch.diag(g.diagonal()) for g in (theirs[name] for theirs in sums)]
+            right = sum(g @ value.T for g, value in zip(scaled, values, strict=True))
+            merged[name] = torch.linalg.solve(sum(scaled), right).T
+    return merged
+
+
+def load(folder: Path, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    # Kernels of experts do without float64.
+    return auto.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager").eval()
+
+
+def assert_merged(out: Path, folders: list[Path], auto: Any = AutoModelForCausalLM) -> None:
+    """Equal to the oracle, in units of the models' difference, and solved where that is."""
+    a, b = models = [load(folder, auto) for folder in folders]
+    expected, merged = oracle(models), load(out, auto).state_dict()
+    a, b = a.state_dict(), b.state_dict()
+    for name, value in expected.items():
+        if value.is_floating_point():
+            error = (merged[name] - value).norm() / ((a[name] - b[name]).norm() + 1e-6)
+            assert error < 1e-3, (name, error)
+
+
+def rename(folder: Path, change: Callable[[str], str]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({change(name): value for name, value in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def in_older_naming(name: str) -> str:
+    """Of multimodal Gemma 3, as before transformers 5."""
+    name = re.sub(r"^(model\.)?language_model\.(model\.)?", "language_model.model.", name)
+    return re.sub(r"^model\.", "", re.sub(r"^lm_head", "language_model.lm_head", name))
