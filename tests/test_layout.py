@@ -21,7 +21,7 @@ ALLOWED = {
 }
 LONGEST_FUNCTION, LONGEST_CLASS = 45, 220
 # What the packages have today, a little rounded: more needs a reason, and less is welcome.
-LINES = {("mindmerger",): 5400, ("regmean",): 2950, ("common",): 1500, PACKAGES: 12300}
+LINES = {("mindmerger",): 5660, ("regmean",): 2950, ("common",): 1500, PACKAGES: 12550}
 
 
 def path_of(module: str) -> Path | None:
