@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 # How an encoder is given the mask of a padded batch; see `find_masking`.
 Masking = Literal["causal", "additive", "padding", "alone"]
-# LLMs that keep their states in a cache of a class of their own.
-_OWN_CACHE = ("minimax", "xlstm")
+# LLMs that keep their states in a cache of a class of their own, or in their modules.
+_OWN_CACHE = ("minimax", "recurrent_gemma", "xlstm")
 # Rotary positions that turn otherwise from some position on, and then for all tokens of a batch.
 _SWITCHING_ROPES = ("dynamic", "longrope")
 

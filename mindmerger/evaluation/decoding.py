@@ -215,7 +215,7 @@ def read_on(
         cache: of the columns before `ids`.
     """
     count, columns = ids.shape[1], mask.shape[1]
-    # Several tokens at once start some recurrent states anew: Jamba's, RecurrentGemma's.
+    # Several tokens at once start some recurrent states anew: Jamba's.
     is_recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
     size, logits = 1 if is_recurrent else count, []
     for start in range(0, count, size):
