@@ -165,7 +165,7 @@ def test_rows_beyond_switching_positions_are_refused(rope_type: str, tmp_path: P
     rope = {"rope_type": rope_type, "rope_theta": 1e4} | ROPES[rope_type]
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "rope_parameters": rope}
     if rope_type == "longrope":
-        Phi3Config(**sizes, max_position_embeddings=800).save_pretrained(tmp_path)
+        Phi3Config(**sizes, max_position_embeddings=800, original_max_position_embeddings=200).save_pretrained(tmp_path)
     else:
         LlamaConfig(**sizes, max_position_embeddings=200).save_pretrained(tmp_path)
     models = ModelPair(llm_path=str(tmp_path))
