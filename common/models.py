@@ -1,10 +1,15 @@
 """Hugging Face models, tokenizers and configs, from a hub id or a local folder: whole, or a clear error."""
 
+import copy
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
 from common.errors import InputError, first_line
 from common.io import read_shard_index
@@ -35,13 +40,34 @@ def _loaded(what: str, auto_class: Any, path: str, **options: Any) -> Any:
         raise InputError(f"no {what} could be loaded from {path}: {first_line(error)}") from error
 
 
-def load_model(model_class: Any, path: str, needs_head: bool = True, **options: Any) -> PreTrainedModel:
+def model_on_meta(auto_class: Any, path: str, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """A model as shapes without data.
+
+    Args:
+        auto_class: of transformers, as `AutoModelForCausalLM`.
+        path: where the config was found.
+        options: of `from_config`.
+
+    Raises:
+        InputError: the config is not of such a model.
+    """
+    try:
+        with torch.device("meta"), no_init_weights():
+            return auto_class.from_config(copy.deepcopy(config), **options)
+    except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+        raise InputError(f"the config in {path} makes no {auto_class.__name__}: {first_line(error)}") from error
+
+
+def load_model(
+    model_class: Any, path: str, needs_head: bool = True, computed: Collection[str] = (), **options: Any
+) -> PreTrainedModel:
     """A model in eval mode, all of whose weights were found.
 
     Args:
         model_class: a class of transformers, or an auto class.
         path: hub id or local folder.
         needs_head: whether an output head of its own must have been found, too.
+        computed: patterns of the names of weights that no file holds, since the model computes them.
         options: of `from_pretrained`.
 
     Raises:
@@ -56,7 +82,7 @@ def load_model(model_class: Any, path: str, needs_head: bool = True, **options: 
         raise InputError(
             f"no model could be loaded from {path} as {model_class.__name__}: {first_line(error)}"
         ) from error
-    missing = set(info["missing_keys"])
+    missing = {name for name in info["missing_keys"] if not any(re.search(pattern, name) for pattern in computed)}
     if not needs_head:
         head = model.get_output_embeddings()
         names = [name for name, module in model.named_modules() if module is head]

@@ -36,6 +36,7 @@ from mindmerger.init.aligned import AlignedStart, Texts, choose_texts
 from mindmerger.init.scaled import embedding_scale
 from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM, mapping_config
 from mindmerger.optim import make_optimizer, make_schedule
+from mindmerger.probe import check_padding
 from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, find_task, prompt_template, select_languages
 from mindmerger.token_table import Rows, TokenTable, file_hashes, open_table
 from mindmerger.tokenization import ExampleTokenizer, load_example_tokenizer
@@ -228,6 +229,7 @@ def build_trainer(
     )
     # Under ZeRO-3 a model runs only once the engine is there.
     if not model.pack_rows(pad_id):
+        check_padding(model.llm)
         say(process, f"{flags.llm_path} reads padded rows: packed ones would come out otherwise")
 
     def open_metrics(state: TrainState) -> Metrics:

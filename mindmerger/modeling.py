@@ -23,9 +23,11 @@ from mindmerger.checkpoint import SAFETENSORS, read_mapping, write_mapping
 from mindmerger.frozen_models import (
     Masking,
     check_encoder_layer,
+    check_llm,
     encode,
-    encoder_config,
+    encoder_shape,
     find_masking,
+    llm_width,
     load_encoder,
     load_llm,
 )
@@ -130,6 +132,7 @@ class MindMergerForCausalLM(PreTrainedModel):
 
     Attributes:
         packs: whether the LLM reads packed rows, as `pack_rows` found.
+        masking: how the encoder is given a batch's mask; see `find_masking`.
     """
 
     config_class = MindMergerConfig
@@ -147,7 +150,7 @@ class MindMergerForCausalLM(PreTrainedModel):
         # Frozen weights are in no checkpoint, under whichever of their names (embeddings often have two).
         self.register_state_dict_post_hook(_keep_mapping)
         self.packs = False
-        self._masking: Masking = "padding"
+        self.masking: Masking = "padding"
         self.eval()
 
     @classmethod
@@ -260,13 +263,13 @@ class MindMergerForCausalLM(PreTrainedModel):
             Whether the LLM reads packed rows from now on; see `pack_attention`.
         """
         self.packs = pack_attention(self.llm)
-        self._masking = find_masking(self.encoder, source_pad_id)
+        self.masking = find_masking(self.encoder, source_pad_id)
         return self.packs
 
     def map_sources(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The mapped states of all sources [states, llm_hidden_size], and the boundary [1, llm_hidden_size]."""
         with torch.no_grad():
-            states = encode(self.encoder, batch.source_ids, batch.source_mask, self._masking)
+            states = encode(self.encoder, batch.source_ids, batch.source_mask, self.masking)
         states = states.flatten(0, 1).index_select(0, batch.source_index)
         return self.mapping(states.to(self.mapping.end_boundary.dtype))
 
@@ -320,7 +323,7 @@ class MindMergerForCausalLM(PreTrainedModel):
             arguments |= packed_arguments(batch.lengths, batch.cumulative_lengths)
             return self.llm(**arguments, logits_to_keep=batch.logit_positions).logits[0]
         arguments |= {"attention_mask": batch.mask, "logits_to_keep": batch.columns}
-        logits = self.llm(**arguments).logits.flatten(0, 1)
+        logits = self.llm(**arguments).logits[:, -batch.columns :].flatten(0, 1)  # of all, where none can be left out
         return logits.index_select(0, batch.logit_positions) if len(batch.labels) else logits
 
     @torch.no_grad()
@@ -349,9 +352,9 @@ def mapping_config(models: "ModelPair", llm_bos_token_id: int | None) -> MindMer
     """The config that joins the two models of `models`, from their configs alone: no weights are read.
 
     Raises:
-        InputError: one of the two cannot be found, or has no such --encoder_layer.
+        InputError: one of the two cannot be found or served, or has no such --encoder_layer.
     """
-    llm = base_config(models.llm_path, models.llm_revision, models.trust_remote_code)
+    check_llm(models)
     mt = base_config(models.mt_path, models.mt_revision, models.trust_remote_code)
     if models.encoder_layer is not None:
         check_encoder_layer(models.encoder_layer, models.mt_path, mt)
@@ -360,8 +363,8 @@ def mapping_config(models: "ModelPair", llm_bos_token_id: int | None) -> MindMer
         mt_path=models.mt_path,
         llm_revision=models.llm_revision,
         mt_revision=models.mt_revision,
-        llm_hidden_size=llm.get_text_config().hidden_size,
-        mt_hidden_size=encoder_config(mt).get_text_config().hidden_size,
+        llm_hidden_size=llm_width(models),
+        mt_hidden_size=encoder_shape(models)[0],
         llm_bos_token_id=llm_bos_token_id,
         encoder_layer=models.encoder_layer,
     )

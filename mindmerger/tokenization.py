@@ -1,5 +1,6 @@
 """Text to token ids, once per example: special tokens by id, and the query cut where a text is too long."""
 
+import math
 import re
 from dataclasses import asdict
 
@@ -10,6 +11,7 @@ from common.models import base_config, load_tokenizer
 from mindmerger.batching import KINDS, Tokens
 from mindmerger.config import Limits, ModelPair
 from mindmerger.data import Example
+from mindmerger.frozen_models import encoder_shape
 from mindmerger.init.ridge import Span
 from mindmerger.tasks import LANGUAGES, Language, Prompt
 
@@ -175,6 +177,8 @@ def load_example_tokenizer(models: ModelPair, limits: Limits, augmentation: bool
     if models.mt_path is not None:
         mt_tokenizer = load_tokenizer(models.mt_path, models.mt_revision, models.trust_remote_code)
         mt_config = base_config(models.mt_path, models.mt_revision, models.trust_remote_code)
+        # Some tokenizers name no limit.
+        mt_tokenizer.model_max_length = min(mt_tokenizer.model_max_length, encoder_shape(models)[1] or math.inf)
     llm_tokenizer = load_tokenizer(models.llm_path, models.llm_revision, models.trust_remote_code)
     return ExampleTokenizer(mt_tokenizer, mt_config, llm_tokenizer, augmentation=augmentation, **asdict(limits))
 

@@ -24,8 +24,9 @@ from mindmerger.checkpoint import read_record
 from mindmerger.config import Limits, ModelPair, require_positive
 from mindmerger.data import Example
 from mindmerger.evaluation.answerer import Answerer, pick_dtype, prepare_answerer
-from mindmerger.frozen_models import load_llm
+from mindmerger.frozen_models import check_llm, load_llm
 from mindmerger.modeling import Sequence
+from mindmerger.probe import check_answers
 from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, Prompt, math_prompt
 from mindmerger.tokenization import ExampleTokenizer
 
@@ -138,7 +139,9 @@ def model_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) ->
 
     def asking(path: str) -> Callable[[str, str], Iterator[str]]:
         tokenizer = load_tokenizer(path, None, flags.trust_remote_code)
+        check_llm(ModelPair(path, trust_remote_code=flags.trust_remote_code))
         llm = load_llm(path, None, dtype, flags.trust_remote_code).to(device)
+        check_answers(llm)
         answerer = Answerer(llm, _prompts_only(tokenizer, flags))
 
         def stream(question: str, _: str) -> Iterator[str]:

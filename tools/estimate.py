@@ -19,14 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from common.devices import GPUS, HERE, launched_world_size, parse_devices
 from common.errors import InputError, first_line
-from common.models import base_config
+from common.models import base_config, model_on_meta
 from common.ranks import available_memory
 
 ATTENTION = "shapes_only"
+# Families that take no such function, but compute attention by classes of their own.
+_OWN_ATTENTION = ("falcon", "gptj", "gpt_neo", "mpt")
 # Of a model's layers, so many are run: they are alike, and each adds the same.
 FEW, MORE = 2, 4
 # Backward through attention: the scores once more, and the products for dq, dk, dv and dp.
@@ -114,18 +115,31 @@ def cost_of(run: Callable[[], Any], *given: nn.Module) -> Cost:
 
 
 def cost_of_layers(run: Callable[[], Any], model: PreTrainedModel, *given: nn.Module) -> Cost:
-    """As `cost_of`, of a model of many layers, from runs with few: each further one adds as much as the one before."""
+    """As `cost_of`, of a model of many layers, from runs with few: each further one adds as much as the one before.
+
+    Raises:
+        InputError: the model cannot run on shapes alone.
+    """
+
+    def run_or_refuse() -> Any:
+        try:
+            return run()
+        # Each in its own way: some kinds of experts in float32, and what reads values.
+        except Exception as error:
+            name = f"{type(model).__name__} in {str(model.dtype).removeprefix('torch.')}"
+            raise InputError(f"--plan: {name} cannot run on shapes without data: {first_line(error)}") from error
+
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     path, _, name = max(lists, key=lambda name: len(lists[name])).rpartition(".")
     parent = model.get_submodule(path)
     every = getattr(parent, name)
     if len(every) <= MORE:
-        return cost_of(run, model, *given)
+        return cost_of(run_or_refuse, model, *given)
     costs = []
     try:
         for count in (FEW, MORE):
             setattr(parent, name, every[:count])
-            costs.append(cost_of(run, model, *given))
+            costs.append(cost_of(run_or_refuse, model, *given))
     finally:
         setattr(parent, name, every)
     few, more = map(astuple, costs)
@@ -150,7 +164,7 @@ def causal_lm_on_meta(
 def on_meta(
     auto_class: Any, path: str, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool, **options: Any
 ) -> PreTrainedModel:
-    """A model as shapes without data: frozen, in eval mode, with an attention to match.
+    """A model as shapes without data: frozen, in eval mode, with an attention to match where one can be given.
 
     Args:
         auto_class: of transformers, as `AutoModelForCausalLM`.
@@ -160,12 +174,9 @@ def on_meta(
     Raises:
         InputError: the config is not of such a model.
     """
-    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "attn_implementation": ATTENTION}
-    try:
-        with torch.device("meta"), no_init_weights():
-            model = auto_class.from_config(config, **options)
-    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(f"the config in {path} makes no {auto_class.__name__}: {first_line(error)}") from error
+    if config.model_type not in _OWN_ATTENTION:
+        options["attn_implementation"] = ATTENTION
+    model = model_on_meta(auto_class, path, config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     # Without initialisation nothing has tied them.
     model.tie_weights()
     return model.requires_grad_(False).eval()

@@ -18,7 +18,7 @@ from common.models import base_config
 from mindmerger.checkpoint import read_record
 from mindmerger.config import BatchSizes, EvaluationFlags, ModelFlags, TrainingFlags
 from mindmerger.evaluation.answerer import pick_dtype, trained_models
-from mindmerger.frozen_models import cut_layers, recompute_layers, without_pooling
+from mindmerger.frozen_models import cache_name, check_llm, cut_layers, encoder_shape, recompute_layers, without_pooling
 from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, find_task, select_languages
 from tools.estimate import (
@@ -189,6 +189,7 @@ def plan_evaluation(flags: EvaluationFlags) -> None:
 def estimate_evaluation(flags: EvaluationFlags, name: str, device: Device, dtype: torch.dtype) -> Estimate:
     """What the evaluation of one task takes, with weights of `dtype`, at mean length but for memory."""
     task, limits, batch = find_task(name, EVALUATION_TASKS), _evaluation_limits(flags, name), flags.eval_batch_size
+    check_llm(flags.models)
     model = None if flags.baseline else model_on_meta(flags, dtype)
     llm = model.llm if model else causal_lm_on_meta(flags.llm_path, flags.llm_revision, dtype, flags.trust_remote_code)
     parts = {"LLM": llm} | ({"encoder": model.encoder, "mapping": model.mapping} if model else {})
@@ -248,11 +249,12 @@ def encoder_on_meta(
 
 def model_on_meta(flags: ModelFlags, dtype: torch.dtype) -> MindMergerForCausalLM:
     """Encoder, mapping and LLM as shapes without data, all in `dtype`, from the configs that the flags name."""
+    check_llm(flags.models)
     llm = causal_lm_on_meta(flags.llm_path, flags.llm_revision, dtype, flags.trust_remote_code)
     encoder = encoder_on_meta(flags.mt_path, flags.mt_revision, dtype, flags.trust_remote_code, flags.encoder_layer)
     config = MindMergerConfig(
-        llm_hidden_size=llm.config.get_text_config().hidden_size,
-        mt_hidden_size=encoder.config.get_text_config().hidden_size,
+        llm_hidden_size=llm.get_input_embeddings().weight.shape[1],
+        mt_hidden_size=encoder_shape(flags.models)[0],
     )
     with torch.device("meta"):
         model = MindMergerForCausalLM(config, encoder, llm)
@@ -297,9 +299,10 @@ def prefill_cost(llm: torch.nn.Module, rows: int, tokens: int) -> Cost:
     """Cost of the first forward pass of so many sequences at once; their cache is kept."""
 
     def run() -> DynamicCache:
-        embeds = torch.empty(rows, tokens, llm.config.get_text_config().hidden_size, dtype=llm.dtype, device="meta")
+        width = llm.get_input_embeddings().weight.shape[1]
+        embeds = torch.empty(rows, tokens, width, dtype=llm.dtype, device="meta")
         cache = DynamicCache(config=llm.config)
-        llm(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        llm(inputs_embeds=embeds, **{cache_name(type(llm)): cache}, use_cache=True, logits_to_keep=1)
         return cache
 
     return cost_of_layers(run, llm)

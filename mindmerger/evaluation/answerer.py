@@ -14,13 +14,14 @@ from mindmerger.batching import Tokens, lay_out
 from mindmerger.checkpoint import CONFIG, mapping_file, read_mapping, read_record, with_trained_layer
 from mindmerger.config import Limits, ModelPair
 from mindmerger.evaluation.decoding import greedy_steps, label_log_likelihoods
-from mindmerger.frozen_models import load_llm
+from mindmerger.frozen_models import check_llm, find_masking, load_llm
 from mindmerger.modeling import (
     MindMergerConfig,
     MindMergerForCausalLM,
     Sequence,
     mapping_config,
 )
+from mindmerger.probe import check_answers
 from mindmerger.tokenization import ExampleTokenizer, load_example_tokenizer
 
 
@@ -143,19 +144,25 @@ class AnswererParts:
     config: MindMergerConfig | None = None
     mapping: dict[str, torch.Tensor] | None = None
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> Answerer:
+    def load(self, dtype: torch.dtype, device: torch.device, generates: bool = True) -> Answerer:
         """The answerer, its models on `device` in `dtype`.
 
+        Args:
+            generates: whether the LLM answers there, and no copy of it elsewhere.
+
         Raises:
-            InputError: weights are missing.
+            InputError: weights are missing, or a model's outputs depend on the batch or on the cache.
         """
-        models = self.models
+        models, model = self.models, None
         if self.mapping is None:
-            llm = load_llm(models.llm_path, models.llm_revision, dtype, models.trust_remote_code)
-            return Answerer(llm.to(device), self.tokenizer)
-        model = MindMergerForCausalLM.from_base_models(self.config, dtype, models.trust_remote_code, self.mapping)
-        model.to(device)
-        return Answerer(model.llm, self.tokenizer, model)
+            llm = load_llm(models.llm_path, models.llm_revision, dtype, models.trust_remote_code).to(device)
+        else:
+            model = MindMergerForCausalLM.from_base_models(self.config, dtype, models.trust_remote_code, self.mapping)
+            llm = model.to(device).llm
+            model.masking = find_masking(model.encoder, self.tokenizer.source_pad_id, ("padding", "alone"))
+        if generates:
+            check_answers(llm)
+        return Answerer(llm, self.tokenizer, model)
 
     def settings(self) -> dict[str, Any]:
         """What a results folder records of this answerer."""
@@ -183,6 +190,7 @@ def prepare_answerer(
     """
     if checkpoint is None:
         models = replace(models, mt_path=None, mt_revision=None)
+        check_llm(models)
         return AnswererParts(models, True, load_example_tokenizer(models, limits, True))
     models = trained_models(models, checkpoint)
     if augmentation is None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from mindmerger.evaluation.slot_cache import SlotCache
+from mindmerger.frozen_models import cache_name
 from mindmerger.modeling import Sequence
 
 # Problems that begin together are padded to the longest, and their activations are in memory together.
@@ -133,7 +135,7 @@ class _Slots:
         """Let problems begin in free slots; the first token of each."""
         cache = DynamicCache(config=self._llm.config)
         inputs = {"inputs_embeds": sequence.embeds}
-        tokens = _step(self._llm, inputs, sequence.mask, sequence.position_ids, cache).argmax(dim=-1)
+        tokens = _next(self._llm, inputs, sequence.mask, sequence.position_ids, cache).argmax(dim=-1)
         self._tokens[slots], self._lengths[slots] = tokens, sequence.mask.sum(dim=1)
         for slot, answer in zip(slots, answers, strict=True):
             self._answers[slot] = answer
@@ -161,7 +163,7 @@ class _Slots:
         # All rows end in the last column.
         mask = (columns >= self._columns - self._lengths.unsqueeze(1)).long()
         inputs, positions = {"input_ids": self._tokens.unsqueeze(1)}, self._lengths.unsqueeze(1) - 1
-        self._tokens = _step(self._llm, inputs, mask, positions, self._cache).argmax(dim=-1)
+        self._tokens = _next(self._llm, inputs, mask, positions, self._cache).argmax(dim=-1)
         return self._tokens
 
 
@@ -183,7 +185,7 @@ def label_log_likelihoods(
     rows, count, longest = len(sequence.mask), len(labels), max(map(len, labels))
     device = sequence.mask.device
     cache = DynamicCache(config=llm.config)
-    logits = _step(llm, {"inputs_embeds": sequence.embeds}, sequence.mask, sequence.position_ids, cache)
+    logits = _next(llm, {"inputs_embeds": sequence.embeds}, sequence.mask, sequence.position_ids, cache)
     first = torch.tensor([label[0] for label in labels], device=device)
     scores = logits.float().log_softmax(dim=-1)[:, first]
     are_greedy = logits.argmax(dim=-1, keepdim=True) == first
@@ -191,32 +193,57 @@ def label_log_likelihoods(
         return scores, are_greedy
 
     # One copy of the cache for each label; its tokens but the last are input, all but the first are scored.
-    cache.batch_repeat_interleave(count)
+    cache.reorder_cache(torch.arange(rows, device=device).repeat_interleave(count))
     ids = torch.tensor([label + [0] * (longest - len(label)) for label in labels], device=device).repeat(rows, 1)
     is_scored = torch.tensor([[n < len(label) for n in range(1, longest)] for label in labels], device=device)
     mask = F.pad(sequence.mask.repeat_interleave(count, dim=0), (0, longest - 1), value=1)
-    positions = sequence.position_ids[:, -1:].repeat_interleave(count, dim=0) + torch.arange(1, longest, device=device)
-    logits = llm(
-        input_ids=ids[:, :-1], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-    ).logits
+    logits = read_on(llm, ids[:, :-1], mask, (mask.cumsum(dim=1) - 1).clamp(min=0), cache)
     later = logits.float().log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2).view(rows, count, -1)
     are_later_greedy = (logits.argmax(dim=-1) == ids[:, 1:]).view(rows, count, -1) | ~is_scored
     return scores + (later * is_scored).sum(dim=-1), are_greedy & are_later_greedy.all(dim=-1)
 
 
-def _step(
+def read_on(
+    llm: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Cache
+) -> torch.Tensor:
+    """Logits [rows, tokens, vocabulary] of tokens behind a filled cache, which grows by them.
+
+    Args:
+        llm: a causal language model.
+        ids: [rows, tokens].
+        mask, positions: of all columns, those of the cache and then those of `ids`.
+        cache: of the columns before `ids`.
+    """
+    count, columns = ids.shape[1], mask.shape[1]
+    # Several tokens at once start some recurrent states anew: Jamba's.
+    is_recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+    size, logits = 1 if is_recurrent else count, []
+    for start in range(0, count, size):
+        first, end = columns - count + start, columns - count + start + size
+        inputs = {"input_ids": ids[:, start : start + size]}
+        logits.append(read(llm, inputs, mask[:, :end], positions[:, first:end], cache))
+    return torch.cat(logits, dim=1)
+
+
+def _next(
+    llm: PreTrainedModel, inputs: dict[str, torch.Tensor], mask: torch.Tensor, positions: torch.Tensor, cache: Cache
+) -> torch.Tensor:
+    """Logits [rows, vocabulary] of the next token; the cache grows by the inputs."""
+    return read(llm, inputs, mask, positions, cache, logits_to_keep=1)[:, -1]
+
+
+def read(
     llm: PreTrainedModel,
     inputs: dict[str, torch.Tensor],
     mask: torch.Tensor,
     positions: torch.Tensor,
     cache: Cache,
+    **options: int,
 ) -> torch.Tensor:
-    """Logits [rows, vocabulary] of the next token; the cache grows by the inputs."""
-    return llm(
-        **inputs,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
+    """Logits [rows, tokens, vocabulary] of inputs, whose positions these are; the cache grows by them."""
+    name = cache_name(type(llm))
+    if name != "past_key_values":
+        # Recurrent alone: they multiply their inputs by the mask.
+        mask = mask[:, -positions.shape[1] :]
+    arguments = {"attention_mask": mask, "position_ids": positions, name: cache, "use_cache": True}
+    return llm(**inputs, **arguments, **options).logits

@@ -135,7 +135,7 @@ def _load(parts: AnswererParts, sets: list[ProblemSet], backend: str, dtype: tor
     if backend == "vllm":
         longest = max(len(row) for problems in sets for row in problems.tokens)
         max_model_len = check_vllm(parts.models, longest, sets[0].max_gen_len, process)
-        answerer = parts.load(dtype, torch.device("cpu"))
+        answerer = parts.load(dtype, torch.device("cpu"), generates=False)
         return VllmAnswerer(answerer, parts.models, dtype, process.device, max_model_len)
     check_context(parts.models, max(problems.longest_input(parts.tokenizer) for problems in sets))
     return parts.load(dtype, process.device)
