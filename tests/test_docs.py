@@ -41,7 +41,17 @@ SMALL = {
 }
 # Flags that pages name and that are others' programs', or stand for any.
 FOREIGN = {
-    *("--num_gpus", "--node_rank", "--no_ssh", "--hypothesis-profile", "--check", "--help", "--config", "--logdir"),
+    *(
+        "--num_gpus",
+        "--node_rank",
+        "--no_ssh",
+        "--master_addr",
+        "--hypothesis-profile",
+        "--check",
+        "--help",
+        "--config",
+        "--logdir",
+    ),
     *("--apply_chat_template", "--batch_size", "--metadata", "--no-deps", "--num_accelerators", "--index-url"),
     *("--model", "--model_args", "--tasks", "--include_path", "--log_samples", "--confirm_run_unsafe_code"),
 }
