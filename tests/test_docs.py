@@ -47,7 +47,6 @@ FOREIGN = {
         "--no_ssh",
         "--master_addr",
         "--hypothesis-profile",
-        "--check",
         "--help",
         "--config",
         "--logdir",
