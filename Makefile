@@ -23,7 +23,7 @@ test: lint
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python -m quickstart
 
-# Which models and data: make benchmark BENCHMARK="--llm_path L --mt_path M --data_dir DATAS"
+# Which models and data: make benchmark BENCHMARK="--llm_path LLM --mt_path MT --data_dir datas_questions"
 benchmark: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m benchmarks.table $(BENCHMARK)
 	$(VENV)/bin/python -m benchmarks.growth

@@ -1,6 +1,6 @@
 """README.md and docs/: every command parses, every file is there, and what can run on tiny models runs.
 
-`L`, `M`, `A` and the like, and the published names, are folders of tiny random models here, so that commands run to the
+`LLM`, `MT`, `A` and `B`, and the published names, are folders of tiny random models here, so that commands run to the
 letter; only amounts are cut (`SMALL`). The pages that change the code are followed in a copy of it.
 """
 
@@ -26,9 +26,9 @@ from tests.mindmerger.datas import ROWS, sentence, write_datas, write_lines
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 CHANGING = {"adding_a_language.md", "adding_a_task.md"}
-LLMS = ("L", "A", "B", "C", "meta-math/MetaMath-7B-V1.0")
+LLMS = ("LLM", "A", "B", "meta-math/MetaMath-7B-V1.0")
 CHAT_MODELS = ("rombodawg/rombos_Replete-Coder-Llama3-8B", "TIGER-Lab/MAmmoTH2-8B")
-MTS = ("M", "google/mt5-xl")
+MTS = ("MT", "google/mt5-xl")
 TEXTS = ("a.jsonl", "b.jsonl", "data.jsonl", "Replete-AI/code_bagel_hermes-2.5", "TIGER-Lab/WebInstructSub")
 COLUMNS = ("text", "question", "answer", "instruction", "input", "output")
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -41,9 +41,9 @@ SMALL = {
 }
 # Flags that pages name and that are others' programs', or stand for any.
 FOREIGN = {
-    *("--num_gpus", "--node_rank", "--no_ssh", "--hypothesis-profile", "--check", "--help", "--config", "--logdir"),
+    *("--num_gpus", "--node_rank", "--no_ssh", "--master_addr", "--hypothesis-profile", "--help", "--config"),
     *("--apply_chat_template", "--batch_size", "--metadata", "--no-deps", "--num_accelerators", "--index-url"),
-    *("--model", "--model_args", "--tasks", "--include_path", "--log_samples", "--confirm_run_unsafe_code"),
+    *("--model", "--model_args", "--tasks", "--include_path", "--log_samples", "--confirm_run_unsafe_code", "--logdir"),
 }
 
 
@@ -54,17 +54,17 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 
     folder = tmp_path_factory.mktemp("material")
-    tiny_models.tiny_llama(folder / "L")
-    tiny_models.tiny_mt5(folder / "M")
+    tiny_models.tiny_llama(folder / "LLM")
+    tiny_models.tiny_mt5(folder / "MT")
     for seed, name in enumerate((*LLMS[1:], *CHAT_MODELS)):
-        shutil.copytree(folder / "L", folder / name)
+        shutil.copytree(folder / "LLM", folder / name)
         weights = load_file(folder / name / "model.safetensors")
         torch.manual_seed(seed)
         changed = {key: tensor + 0.01 * torch.randn_like(tensor) for key, tensor in weights.items()}
         save_file(changed, folder / name / "model.safetensors", {"format": "pt"})
     for name in ("B", *CHAT_MODELS):
         (folder / name / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    shutil.copytree(folder / "M", folder / MTS[1])
+    shutil.copytree(folder / "MT", folder / MTS[1])
     write_datas(folder / "datas")
     topics = [json.dumps({"text": sentence("German", n), "category": "travel"}) for n in range(ROWS)]
     for code in ("de", "sw", "en"):
@@ -76,7 +76,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "gram.pkl").write_bytes(pickle.dumps({"model.layers.0.mlp.down_proj": torch.eye(64)}))
 
     with contextlib.chdir(folder):
-        model = MindMergerForCausalLM.from_base_models(mapping_config(ModelPair(llm_path="L", mt_path="M"), 1))
+        model = MindMergerForCausalLM.from_base_models(mapping_config(ModelPair(llm_path="LLM", mt_path="MT"), 1))
         for stage in ("mapping", "augmentation"):
             model.config.task, model.config.stage, model.config.augmentation = "math", stage, stage != "mapping"
             model.save_pretrained(folder / "outputs/MergeMinds" / stage)
@@ -145,13 +145,13 @@ def test_every_command_parses(
 @pytest.mark.parametrize(
     "line",
     [
-        "python run_evaluation.py --baselin --llm_path L",
-        "python run_evaluation.py --llm_path L --mt_path M",
+        "python run_evaluation.py --baselin --llm_path LLM",
+        "python run_evaluation.py --llm_path LLM --mt_path MT",
         "python merge_model.py average",
         "python -m benchmarks.quickstart",
         "python run_evaluation.py --config configs/evaluation/mgms.yaml",
-        "deepspeed --num_gpu_s 8 run_training.py --deepspeed --llm_path L --mt_path M",
-        "deepspeed --num_gpus 3 run_training.py --llm_path L --mt_path M --train_batch_size 128",
+        "deepspeed --num_gpu_s 8 run_training.py --deepspeed --llm_path LLM --mt_path MT",
+        "deepspeed --num_gpus 3 run_training.py --llm_path LLM --mt_path MT --train_batch_size 128",
         "srun bash -c 'torchrun --nproc_per_node 2 compute_gram.py --model A'",
         "export X=1; if true; then run_training.py; fi",
         "make quickstarts",
@@ -194,8 +194,9 @@ def test_a_language_and_a_task_are_added_as_the_pages_say(tmp_path: Path, materi
     ):
         scores = json.loads((tmp_path / "results" / name / task / "scores.json").read_text())
         assert list(scores["languages"]) == languages
-    rows = json.loads((tmp_path / "outputs/topics/augmentation/config.json").read_text())
-    assert rows["prompt"] == "Text: {text}\nTopic:"
+    assert (tmp_path / "outputs/with-korean/mapping/model.safetensors").exists()
+    record = json.loads((tmp_path / "outputs/topics/augmentation/config.json").read_text())
+    assert record["prompt"] == "Text: {text}\nTopic:"
 
 
 def apply(diff: str, root: Path) -> None:
