@@ -21,7 +21,7 @@ ALLOWED = {
 }
 LONGEST_FUNCTION, LONGEST_CLASS = 45, 220
 # What the packages have today, a little rounded: more needs a reason, and less is welcome.
-LINES = {("mindmerger",): 5840, ("regmean",): 3590, ("common",): 1400, PACKAGES: 13100}
+LINES = {("mindmerger",): 5840, ("regmean",): 3590, ("common",): 1400, PACKAGES: 13150}
 
 
 def path_of(module: str) -> Path | None:
