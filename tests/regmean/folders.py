@@ -99,7 +99,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         TEXT
         | EXPERTS
         | {"kv_lora_rank": 8, "q_lora_rank": None, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
-        | {"linear_head_dim": 4, "linear_num_heads": 2, "layer_types": ["linear_attention", "full_attention"]},
+        | {"linear_head_dim": 4, "linear_num_heads": 2, "layer_types": ["linear_attention", "full_attention"]}
+        | {"num_key_value_heads": 4},
     ),
     "zamba2": (
         "Zamba2Config",
