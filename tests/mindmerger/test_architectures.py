@@ -82,6 +82,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 2, "num_key_value_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
     "xmod": {"default_language": "en_XX"},
