@@ -321,7 +321,9 @@ class MindMergerForCausalLM(PreTrainedModel):
         arguments = {"inputs_embeds": self.embed(batch), "position_ids": batch.position_ids, "use_cache": False}
         if batch.mask is None:
             arguments |= packed_arguments(batch.lengths, batch.cumulative_lengths)
-            return self.llm(**arguments, logits_to_keep=batch.logit_positions).logits[0]
+            logits = self.llm(**arguments, logits_to_keep=batch.logit_positions).logits[0]
+            kept = len(logits) == len(batch.logit_positions)  # a few LLMs compute all
+            return logits if kept else logits.index_select(0, batch.logit_positions)
         arguments |= {"attention_mask": batch.mask, "logits_to_keep": batch.columns}
         logits = self.llm(**arguments).logits[:, -batch.columns :].flatten(0, 1)  # of all, where none can be left out
         return logits.index_select(0, batch.logit_positions) if len(batch.labels) else logits
