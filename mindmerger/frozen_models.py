@@ -161,7 +161,7 @@ def load_encoder(
     if not issubclass(encoder_class, PreTrainedModel):
         raise InputError(f"{path}: the encoder of the type {config.model_type!r} cannot be loaded by itself")
     prefix = rf"^((model|{whole.base_model_prefix})\.)?"
-    renamed = {rf"{prefix}encoder\.": "", rf"{prefix}shared\.": "embed_tokens."}
+    renamed = {rf"{prefix}(text_)?encoder\.": "", rf"{prefix}shared\.": "embed_tokens."}
     # No file holds what the whole model computes, as Marian's table of sinusoids.
     computed = [re.sub(r"^model\.encoder\.", "", name) for name in whole._keys_to_ignore_on_load_missing or ()]
     return load_model(encoder_class, path, config=own_config, key_mapping=renamed, computed=computed, **options)
