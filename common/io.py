@@ -14,7 +14,7 @@ from common.errors import InputError
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around a block that writes `path`.
+    """Report file system errors of a block that writes `path`.
 
     Raises:
         InputError: the file system's error, such as a full disk or a missing permission.
@@ -55,7 +55,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise InputError(f"{path} exists already: remove it, or choose another output folder")
     partial = _partial(path)
     with writing(path):
-        # Of a killed run.
+        # Left by a killed run.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
