@@ -1,4 +1,4 @@
-"""MindMerger's tables in miniature: who has which problem, what a gain is, and the whole on very small models."""
+"""MindMerger's tables in miniature: assignment of problems, gains, and a whole run on very small models."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ from tests.mindmerger.scripts import forget_ranks, train_here
 
 @pytest.fixture
 def flags(work: Path, monkeypatch: pytest.MonkeyPatch) -> reproduce.MiniatureFlags:
-    """One step of everything, in a folder of its own, in this process."""
+    """Flags of a run with one step of each kind, in a temporary folder and in this process."""
 
     def launch_here(script: str, words: str, ranks: int = 2) -> None:
         if script == "run_training.py":
@@ -59,7 +59,7 @@ def flags(work: Path, monkeypatch: pytest.MonkeyPatch) -> reproduce.MiniatureFla
 
 
 def test_every_problem_is_in_one_place_and_one_language(flags: reproduce.MiniatureFlags) -> None:
-    # The two files put blanks differently.
+    # The two files differ in white space.
     english = Path("datas/bilingual_pairs/en-de/train_100k.en")
     english.write_text(english.read_text().replace(" ", "  "))
     reproduce.write_data(flags, Path("own"))

@@ -1,4 +1,4 @@
-"""RegMean's table in miniature: its parts beside plain ways to the same, and the whole on a very small model."""
+"""RegMean's table in miniature: its parts against plain implementations, and a whole run on a very small model."""
 
 import json
 import textwrap
