@@ -1,4 +1,4 @@
-"""The quickstart's RegMean half for three seeds: specialists fine-tuned anew from the shipped base, merged, compared.
+"""The quickstart's RegMean half for three seeds: specialists fine-tuned again from the shipped base, merged, compared.
 
     python -m benchmarks.quickstart_regmean --work_dir runs/quickstart_regmean
 

@@ -119,7 +119,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def read_shard_index(path: Path) -> dict[str, str]:
-    """The map of tensor to file name in the index of a model's shards, whose files are all beside it.
+    """Read the map of tensor to file name in the index of a model's shards, and check that all files are beside it.
 
     Raises:
         InputError: it is no such index, or names a file that is not beside it.
@@ -143,7 +143,7 @@ def sha256(path: Path) -> str:
 
 
 def _partial(path: Path) -> Path:
-    """The one name for an unfinished `path`: a run that follows a killed one writes over what that has left."""
+    """Fixed name for an unfinished `path`, so that a later run overwrites the remains of a killed one."""
     return path.with_name(f".{path.name}.partial")
 
 

@@ -169,7 +169,7 @@ def _own_groups(root: Path) -> list[Path]:
         own = root / Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
     except OSError:
         return []
-    # In a container the path may be the host's, of which only the last part exists, at the root.
+    # In a container the path may be the host's; only its last part then exists, at the root.
     return [group for group in (own, *own.parents) if group.is_relative_to(root)]
 
 

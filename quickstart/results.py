@@ -36,7 +36,7 @@ def gather(seconds: dict[str, float]) -> dict[str, Any]:
 
 
 def report(seconds: dict[str, float]) -> str:
-    """Write `results.json` and `results.html` beside this file; returns both tables as text."""
+    """Write `results.json` and `results.html` beside this file; return both tables as text."""
     results = gather(seconds)
     write_json(HOME / "results.json", results)
     write_text(HOME / "results.html", _page(results))

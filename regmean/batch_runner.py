@@ -114,6 +114,6 @@ class BatchRunner:
         suspects = owners[~rows.cpu()].unique().tolist() if len(rows) == len(owners) else range(len(batch))
         examples = ", ".join(str(self._calibration.rows[batch[suspect]]) for suspect in suspects)
         raise InputError(
-            f"the input of {layer} is NaN or infinite in row(s) {examples} of the data set (from 0): mend or leave out "
+            f"the input of {layer} is NaN or infinite in row(s) {examples} of the data set (from 0): correct or remove "
             "these rows, or take a wider --dtype (bfloat16 or float32)"
         )

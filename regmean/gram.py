@@ -34,7 +34,7 @@ def zeros(width: int, device: torch.device) -> torch.Tensor:
 
 
 def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
-    """total += rows^T rows, below the diagonal and somewhat above it: half the work, and no product beside the sum.
+    """total += rows^T rows, below the diagonal and somewhat above it: half the work, without a copy of the product.
 
     `total` is float32 (width, width), valid only on and below the diagonal; `rows` is float (tokens, width).
     """
@@ -62,7 +62,7 @@ def _add_product(part: torch.Tensor, panel: torch.Tensor, below: torch.Tensor) -
     if panel.dtype == torch.float32:
         part.addmm_(panel, below)
     else:
-        # Products of two half-precision numbers are exact in float32, and so is nearly their sum.
+        # Products of two half-precision numbers are exact in float32, and their sum nearly so.
         part += torch.mm(panel, below, out_dtype=torch.float32)
 
 

@@ -16,7 +16,7 @@ from regmean.tensor_file import FLOATS, TensorInfo, decode
 # Patterns of the names of heads and of embedding tables.
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|decoder|pred_layer\.proj)\.weight$")
 TABLE = re.compile("emb|wte")
-CHUNK_ELEMENTS = 1 << 22  # of two tensors compared at a time
+CHUNK_ELEMENTS = 1 << 22  # elements of two tensors compared at a time
 OWN, TIED, LACKING = "own", "tied", "lacking"
 
 

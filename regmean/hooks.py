@@ -155,7 +155,7 @@ class LinearInputs:
         rows = x.reshape(-1, x.shape[-1])
         if self._real is not None:
             if not aligned:
-                raise InputError(f"layer {name} reads {tuple(x.shape)}, where padding cannot be told from tokens")
+                raise InputError(f"layer {name} reads {tuple(x.shape)}, where padding rows cannot be identified")
             rows = rows.index_select(0, self._real)
         self.receive(name, rows)
 

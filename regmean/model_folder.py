@@ -76,7 +76,7 @@ def locate_model(name: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, **patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"model {name}: no such folder here, and the hub gives none: {first_line(error)}") from error
+        raise InputError(f"model {name}: no such folder here, and the download failed: {first_line(error)}") from error
 
 
 def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:

@@ -36,11 +36,11 @@ GPU_PART, HOST_PART = 0.8, 0.5
 # Square matrices beside a factor for each alpha: the sum of Grams, and one more Gram or the difference of two; on a GPU
 # also the system in float64 and its factor's other half, and a copy of the factor.
 SQUARES, GPU_SQUARES = 2, 6
-# The same where several systems are solved side by side, and a block costs no reading of Grams.
+# The same if several systems are solved side by side, where a block needs no reading of Grams.
 SIDE_BY_SIDE_BLOCK_ELEMENTS = 1 << 19
 # Tried in turn until the factorisation succeeds; the jitter is relative to the equilibrated diagonal of ones.
 ATTEMPTS = tuple((dtype, jitter) for dtype in (torch.float32, torch.float64) for jitter in (0.0, 1e-5, 1e-4, 1e-3))
-# Residuals |R - D G| / |R|: what a Cholesky solution is refined to, and what no solution may exceed.
+# Relative residuals |R - D G| / |R|: target of a Cholesky solution's refinement, and maximum for any solution.
 REFINED_RESIDUAL = 1e-4
 ACCEPTED_RESIDUAL = 1e-2
 # Random combinations of the outputs that a residual is first estimated from, and how far below REFINED_RESIDUAL that
@@ -243,7 +243,7 @@ def block_elements(models: int, side_by_side: bool) -> int:
 def gpu_block_elements(models: int, inputs: int, alphas: int, free: int, free_host: int) -> int:
     """Elements per model of the outputs solved at a time on a GPU; `free` bytes there, `free_host` on the host."""
     there = (GPU_PART * free - 4 * (GPU_SQUARES + alphas) * inputs**2) / (4 * (models + 8))
-    # On the host each model's values, those of two being decoded, their mean, and the merged values being encoded.
+    # On the host: each model's values, those of two being decoded, their mean, and the merged values being encoded.
     here = HOST_PART * free_host / (4 * (models + 12))
     return max(BLOCK_ELEMENTS, min(GPU_BLOCK_ELEMENTS, int(there), int(here)))
 
@@ -261,10 +261,10 @@ def system_bytes(models: int, systems: list[tuple[int, int]], alphas: int, block
 
 
 class Regression:
-    """Right-hand sides and objectives of some outputs, for any alpha: what several alphas share.
+    """Right-hand sides and objectives of some outputs, shared by all alphas.
 
-    Everything is kept twice, with whole Grams and with their diagonals alone: at alpha it is alpha times the one plus
-    (1 - alpha) times the other. Arguments are those of `System.regress`.
+    All are kept for whole Grams and for their diagonals alone. The value at alpha is alpha times the first plus
+    (1 - alpha) times the second. Arguments are those of `System.regress`.
     """
 
     def __init__(self, system: System, rows: list[torch.Tensor], mean: torch.Tensor):
@@ -317,7 +317,7 @@ class Regression:
     def _check_distance(self, delta: torch.Tensor, solver: Any) -> None:
         if solver.refinements:
             return
-        # Of two models the first one's difference from the mean is w_2 (W_1 - W_2); of more the largest stands for all.
+        # For two models, the first one's difference from the mean is w_2 (W_1 - W_2); for more, the largest is used.
         factor = self._model_weights[1] if len(self._model_weights) == 2 else 0.5
         difference = max(each.norm().item() for each in self._deltas) / factor
         distance = delta.norm().item()
@@ -330,7 +330,7 @@ class Regression:
     def _refined(
         self, rhs: torch.Tensor, delta: torch.Tensor, total: torch.Tensor, solver: Any, alpha: float
     ) -> tuple[torch.Tensor, float]:
-        """The solution refined against the whole residual where the solver allows for it, and what it gains."""
+        """Refine the solution against the whole residual if the solver supports it; also return its gain."""
         rhs_norm = rhs.norm().item()
         product = _times(delta, total, alpha)
         for _ in range(solver.refinements):
@@ -394,7 +394,7 @@ def _quadratic_form(delta: torch.Tensor, matrix: torch.Tensor) -> tuple[float, f
         down = slice(start, start + side)
         for left in range(0, start + 1, side):
             across = slice(left, left + side)
-            # A tile left of the diagonal stands for its mirror image too.
+            # A tile left of the diagonal also counts for its mirror image.
             times = 1 if left == start else 2
             whole += times * _inner_sum(columns[down] @ columns[across].T, matrix[down, across])
     return whole.item(), _inner(delta.square().sum(0), matrix.diagonal())

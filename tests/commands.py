@@ -153,7 +153,7 @@ def check(words: list[str], world_size: int = 1) -> None:
         files = [file for option, file in itertools.pairwise(rest) if option == "-r"]
         assert all((REPOSITORY / file).exists() for file in files), f"{line}: no such file"
     else:
-        assert program in _UNCHECKED, f"{line}: tests/commands.py does not know how to check {program}"
+        assert program in _UNCHECKED, f"{line}: tests/commands.py cannot check {program}"
 
 
 def run(words: list[str]) -> None:

@@ -210,7 +210,7 @@ def write_data(flags: MiniatureFlags, folder: Path) -> None:
 
 def _require(flag_name: str, wanted: int, found: Sequence[object], what: str) -> None:
     if len(found) < wanted:
-        raise InputError(f"{flag_name} asks for {wanted:,} {what}, and there are {len(found):,}")
+        raise InputError(f"{flag_name} needs {wanted:,} {what}, and there are {len(found):,}")
 
 
 def write_llm(flags: MiniatureFlags, data: Path, folder: Path) -> None:

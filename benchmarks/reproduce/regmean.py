@@ -145,7 +145,7 @@ def read_all_texts(folder: Path, test_num: int, training_num: int) -> Texts:
         sets[kind] = {domain: [Text(*row) for row in read_json(folder / f"{domain}_{kind}.json")] for domain in DOMAINS}
         for domain, texts in sets[kind].items():
             if len(texts) < wanted:
-                raise InputError(f"{wanted:,} {kind} texts of {domain} are wanted, and there are {len(texts):,}")
+                raise InputError(f"{wanted:,} {kind} texts of {domain} are needed, and there are {len(texts):,}")
     return Texts(sets["training"], {domain: texts[:test_num] for domain, texts in sets["held_out"].items()})
 
 

@@ -133,9 +133,9 @@ def test_what_is_wrong_is_told_before_the_llm_is_trained(
 ) -> None:
     monkeypatch.delattr(reproduce, "fine_tune")
     for changed, message in (
-        ({"llm_steps": 9}, "--llm_steps asks for 72 English problems, and there are"),
-        ({"mapping_num": 30}, "--mapping_num asks for 30 pairs of German, and there are"),
-        ({"augmentation_num": 20}, "--augmentation_num asks for 20 problems of German, and there are"),
+        ({"llm_steps": 9}, "--llm_steps needs 72 English problems, and there are"),
+        ({"mapping_num": 30}, "--mapping_num needs 30 pairs of German, and there are"),
+        ({"augmentation_num": 20}, "--augmentation_num needs 20 problems of German, and there are"),
         ({"dev_size": 1}, "--dev_size 1 holds out no mapping row of"),
         ({"languages": "de,en"}, "English is there in any case"),
         ({"msvamp_languages": "fr"}, "--msvamp_languages fr: French is not in --languages"),

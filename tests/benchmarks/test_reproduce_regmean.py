@@ -283,5 +283,5 @@ def test_the_whole_is_done_once(flags, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert reproduce.table(result) in output
     with pytest.raises(InputError, match="steps was 2, now 3"):
         reproduce.reproduce(replace(flags, steps=3))
-    with pytest.raises(InputError, match="training texts of math are wanted"):
+    with pytest.raises(InputError, match="training texts of math are needed"):
         reproduce.reproduce(replace(flags, steps=300, overwrite=True))

@@ -189,7 +189,7 @@ def main():
     process = start_process("cpu")
     print("started", flush=True)
     if process.rank == 1:
-        # Never complete, as the other rank takes no part; the interpreter would wait for the thread.
+        # Never completes without the other rank; the interpreter would wait for the thread.
         threading.Thread(target=dist.all_reduce, args=(torch.ones(1),)).start()
         raise ValueError("of no foreseen kind")
     time.sleep(600)

@@ -818,7 +818,7 @@ def test_models_that_cannot_be_read_are_named(save: Callable, compute: Callable,
     (folder / "config.json").unlink()
     with pytest.raises(InputError, match=r"config\.json: no such file"):
         compute("llama")
-    with pytest.raises(InputError, match="no such folder here, and the hub gives none"):
+    with pytest.raises(InputError, match="no such folder here, and the download failed"):
         compute_grams(
             GramFlags(model="no/such", dataset="d", text_column="t", output_dir=str(tmp_path / "o")),
             start_process("cpu"),

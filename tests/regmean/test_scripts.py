@@ -117,7 +117,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, save: Callable) -
     save(make_llama(), "A")
     result = run([str(REPOSITORY / "merge_model.py"), "avg", "--models", "A", "nowhere"], tmp_path)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: model nowhere: no such folder here, and the hub gives none")
+    assert result.stderr.startswith("error: model nowhere: no such folder here, and the download failed")
     assert "Traceback" not in result.stderr
 
 

@@ -160,8 +160,8 @@ def test_the_cache_of_an_evaluation() -> None:
     )
     assert alone.parameters == {"LLM": planned.parameters["LLM"]} and alone.counts["encoder tokens"] == 0
     assert alone.memory["cache"] < planned.memory["cache"]
-    # With LLaMA-7B, the time for a token of every row is that of starting operations, about 77 a layer: also on an A100,
-    # whose memory takes 11 ms for 13.5 GB of weights and 2.2 GB of cache (16 rows of 265 tokens).
+    # With LLaMA-7B, a token of every row takes as long as starting its operations, about 77 a layer. An A100's memory
+    # needs only 11 ms for 13.5 GB of weights and 2.2 GB of cache (16 rows of 265 tokens).
     calls = prefill_cost(causal_lm_on_meta(PUBLISHED["llm_path"], dtype=torch.bfloat16), 16, 1).calls
     assert 32 * 75 < calls < 32 * 80
     assert planned.seconds > 2750 / 16 * 103 * calls * LAUNCH_SECONDS > 2750 / 16 * 103 * 15.7e9 / device.bandwidth
