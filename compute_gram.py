@@ -1,8 +1,8 @@
 """Compute RegMean's Grams of one model; the flags are in regmean/config.py.
 
 python compute_gram.py code                      a preset of configs/regmean
-python compute_gram.py --model M --dataset D ...
-python compute_gram.py convert gram.pkl          a published file, in this repository's form
+python compute_gram.py --model LLM --dataset DATASET ...
+python compute_gram.py convert gram.pkl          convert a published file to gram.safetensors
 """
 
 import sys
@@ -37,7 +37,7 @@ def main() -> None:
 
     process = start_process(flags.device)
     compute_grams(flags, process)
-    # Not after an error: peers that wait in a collective would keep this process, and its message, waiting too.
+    # Not after an error: other ranks that wait in a collective would block this process and its message.
     process.close()
 
 

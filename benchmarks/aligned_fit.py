@@ -1,11 +1,11 @@
-"""The regression of an aligned start, one choice changed at a time, judged before the LLM has been trained on any pair.
+"""The regression of an aligned start, one choice changed at a time, evaluated before any training on pairs.
 
-    python -m benchmarks.aligned_fit --llm_path L --mt_path M --data_dir DATAS --languages de,es,fr,ru,sw \\
+    python -m benchmarks.aligned_fit --llm_path LLM --mt_path MT --data_dir ./datas --languages de,es,fr,ru,sw \\
         --layers 7 1 4 10 14 18 --dtype bfloat16
 
-For each choice: the relative error on English text that it was not fitted to; how near it brings sentences of other
-languages to their translations (`layer_scores`); and the LLM's dev perplexity, with sources shuffled beside it. The
-last line is one JSON object.
+For each choice: the relative error on held-out English text; the correlation of sentences of other languages with
+their translations (`layer_scores`); and the LLM's dev perplexity, also with shuffled sources. The last line is one JSON
+object.
 """
 
 import json
@@ -33,9 +33,9 @@ from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, find_task, select_langua
 from mindmerger.tokenization import ExampleTokenizer, ids_with_spans, load_example_tokenizer
 
 State = dict[str, torch.Tensor]
-# English sentences that nothing is fitted to.
+# English sentences that are not used for fitting.
 HELD_OUT = 100
-# Of each step of gradient descent, as many tokens as fit a batch of the mapping stage.
+# Tokens of a step of gradient descent, as in a batch of the mapping stage.
 TOKENS_PER_STEP = 512
 
 
@@ -60,12 +60,12 @@ class FitFlags:
 
 @dataclass(frozen=True)
 class Texts:
-    """What is fitted and judged at one layer.
+    """Data for fitting and evaluation at one layer.
 
     Attributes:
-        inputs, targets: by English sentence, [tokens, mt_hidden_size] and [tokens, llm_hidden_size].
-        foreign, meant: of the translation pairs, the sources' states by sentence and the mean embeddings of their
-            translations, [pairs, llm_hidden_size].
+        inputs, targets: of each English sentence, [tokens, mt_hidden_size] and [tokens, llm_hidden_size].
+        foreign, meant: of the translation pairs, the states of each source and the mean embeddings of the translations,
+            [pairs, llm_hidden_size].
         languages: of the pairs.
     """
 
@@ -79,7 +79,7 @@ class Texts:
 def read_texts(
     flags: FitFlags, model: MindMergerForCausalLM, tokenizer: ExampleTokenizer, rows: list[Example], sentences: int
 ) -> Texts:
-    """Both models' vectors of HELD_OUT English sentences, at most so many others, and the translation pairs."""
+    """Both models' vectors of HELD_OUT English sentences, at most `sentences` others, and the translation pairs."""
     process = start_process("cpu")
     english = list(dict.fromkeys(row.target for row in rows))[: sentences + HELD_OUT]
     if len(english) < min(flags.sentences) + HELD_OUT:
@@ -99,7 +99,7 @@ def read_texts(
 
 
 def by_descent(inputs: torch.Tensor, targets: torch.Tensor, steps: int) -> State:
-    """The closed form's rival: both layers of a mapping by AdamW on the mean squared error."""
+    """Alternative to the closed form: fit both layers of a mapping with AdamW on the mean squared error."""
     torch.manual_seed(0)
     mean, scale = inputs.mean(dim=0), inputs.std(dim=0).clamp(min=1e-6)
     size = targets.square().mean().sqrt()
@@ -122,7 +122,7 @@ def by_descent(inputs: torch.Tensor, targets: torch.Tensor, steps: int) -> State
 
 
 def choices(flags: FitFlags, texts: Texts, of_first_layer: bool) -> Iterator[tuple[str, State]]:
-    """Every mapping to judge at one layer, under its name; a state without `end_boundary` gets the mean embedding."""
+    """Name and state of each mapping at one layer; a state without `end_boundary` gets the mean embedding."""
 
     def fitted(sentences: int) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.cat(texts.inputs[HELD_OUT:][:sentences]).float(), torch.cat(texts.targets[HELD_OUT:][:sentences])
@@ -148,7 +148,7 @@ def choices(flags: FitFlags, texts: Texts, of_first_layer: bool) -> Iterator[tup
 
 
 def judge(model: MindMergerForCausalLM, texts: Texts, dev: list, state: State, size: int, pad_id: int) -> dict:
-    """The figures of one mapping."""
+    """Evaluate one mapping."""
     model.mapping.load_state_dict(state)
 
     def as_map(states: torch.Tensor) -> torch.Tensor:
@@ -171,7 +171,7 @@ def main() -> None:
     limits = {"max_seq_len": flags.max_len, "max_gen_len": flags.max_len}
     names = ModelFlags(llm_path=flags.llm_path, mt_path=flags.mt_path, **limits)
     tokenizer = load_example_tokenizer(names.models, names.limits, augmentation=False)
-    # Enough even where all languages translate the same English.
+    # Enough even if all languages translate the same English sentences.
     each = max(flags.sentences) + HELD_OUT + flags.dev_size
     rows = list(read_training(Path(flags.data_dir), task, "mapping", languages, each))
     dev, train = ([rows[row] for row in part] for part in hold_out(len(rows), flags.dev_size, seed=0))

@@ -1,12 +1,12 @@
-"""Starts of the mapping stage side by side: how many examples each needs, and what gets through.
+"""Comparison of starts of the mapping stage: examples that each needs, and information that the mapping transfers.
 
     python -m benchmarks.aligned_start                           # the small world, after `make quickstart`
-    python -m benchmarks.aligned_start --name real --llm_path L --mt_path M --data_dir D --languages de,es,fr,ru,sw \\
-        --variants "aligned: --mapping_init aligned --lr 5e-5 --boundary_lr 5e-3" "scaled: --lr 5e-4"
+    python -m benchmarks.aligned_start --llm_path LLM --mt_path MT --data_dir ./datas --languages de,es,fr,ru,sw \\
+        --name real --variants "aligned: --mapping_init aligned --lr 5e-5 --boundary_lr 5e-3" "scaled: --lr 5e-4"
 
-A variant is a name and flags of `run_training.py`. All are trained on the same rows in the same order, in outputs/
-under names of their own; what is done stays done. Curves go to docs/aligned_start_{name}.png, figures and translations
-to results/aligned_start/{name}.json. The last line is one JSON object.
+A variant is a name and flags of `run_training.py`. All are trained on the same rows in the same order, in folders of
+outputs/; finished runs are not repeated. Curves go to docs/aligned_start_{name}.png, figures and translations to
+results/aligned_start/{name}.json. The last line is one JSON object.
 """
 
 import json
@@ -35,9 +35,9 @@ DEEPSPEED_CONFIGS = {"float32": "cpu.json", "bfloat16": "zero2_bf16.json"}
 
 @dataclass
 class StartFlags:
-    """Dev perplexity by examples seen, for several variants and seeds; control, numbers and chrF at both ends."""
+    """Dev perplexity by examples seen, for several variants and seeds; control, numbers and chrF before and after."""
 
-    name: str = flag("world", "of the figure and the folders")
+    name: str = flag("world", "name of the figure and the folders")
     llm_path: str = flag("quickstart/models/llm", "hub id or local folder")
     mt_path: str = flag("quickstart/models/mt", "hub id or local folder")
     data_dir: str = flag("quickstart/build/datas", "folder in the published layout")
@@ -65,9 +65,9 @@ class StartFlags:
 
 
 def with_own_english(data_dir: Path, languages: tuple[Language, ...], out: Path) -> Path:
-    """The pairs of a folder where languages translate the same sentences, each sentence kept in one language alone.
+    """Keep each English sentence in one language only, if languages translate the same sentences.
 
-    Else what is held out in one language is trained on in another.
+    Otherwise sentences held out in one language are training data in another.
 
     Returns:
         `out`, in the layout of `data_dir`.
@@ -86,8 +86,8 @@ def train(flags: StartFlags, stage: str, save_name: str, variant: str, seed: int
     """Run a training stage with the variant's flags, and measure it.
 
     Returns:
-        `curve`; `end`, what `control` finds of the best mapping; and of a mapping stage with an aligned start `start`,
-        the same before the first pair.
+        `curve`; `end`, the result of `control` for the best mapping; and for a mapping stage with an aligned start
+        `start`, the same before the first pair.
 
     Raises:
         InputError: it has failed.
@@ -105,7 +105,7 @@ def train(flags: StartFlags, stage: str, save_name: str, variant: str, seed: int
     folder = Path("outputs") / save_name
     run = {"curve": curve(folder / stage, flags.train_batch_size), "end": control(flags, folder / stage, seed)}
     if stage == "mapping" and (folder / ALIGNED_START).exists():
-        # The start is a mapping like any other: what does it say before the LLM has seen a pair?
+        # The start is a mapping too, and is measured before training.
         run["start"] = control(flags, folder / ALIGNED_START, seed)
     return run
 
@@ -117,7 +117,7 @@ def curve(folder: Path, batch_size: int) -> list[tuple[int, float]]:
 
 
 def control(flags: StartFlags, checkpoint: Path, seed: int) -> dict[str, Any]:
-    """`measure` of a mapping, averaged over languages too."""
+    """Run `measure` for a mapping and average over languages."""
     languages = measure(
         ControlFlags(
             init_checkpoint=str(checkpoint),
@@ -139,18 +139,18 @@ def control(flags: StartFlags, checkpoint: Path, seed: int) -> dict[str, Any]:
 
 
 def examples_to_reach(points: list[tuple[int, float]], perplexity: float) -> int | None:
-    """Examples seen at the first evaluation that was as good; None where none was."""
+    """Examples seen at the first evaluation with at most this perplexity; None if there is none."""
     return next((examples for examples, reached in points if reached <= perplexity), None)
 
 
 def pooled(languages: dict[str, dict[str, Any]], key: str) -> float:
-    """A perplexity that is known by language over the tokens of all, as curves have it."""
+    """Perplexity over the tokens of all languages, from that of each, as in the curves."""
     rows = languages.values()
     return math.exp(sum(row["tokens"] * math.log(row[key]) for row in rows) / sum(row["tokens"] for row in rows))
 
 
 def draw_curves(axes: Axes, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Every run's dev perplexity by examples seen, and at its end that of shuffled sources."""
+    """Draw each run's dev perplexity by examples seen, and that of shuffled sources at the end."""
     for colour, (name, of_seeds) in zip(COLOURS, runs.items(), strict=False):
         for number, run in enumerate(of_seeds):
             examples, perplexities = zip(*run["curve"], strict=True)
@@ -170,7 +170,7 @@ def draw_curves(axes: Axes, runs: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def draw(flags: StartFlags, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """All curves in one picture."""
+    """Draw all curves in one figure."""
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     draw_curves(figure.add_subplot(), runs)
     with atomic_path(Path("docs") / f"aligned_start_{flags.name}.png") as partial:
@@ -178,7 +178,7 @@ def draw(flags: StartFlags, runs: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Both ends of every run, one row each."""
+    """Table of all runs before and after training, one row each."""
     keys = next(iter(runs.values()))[0]["end"]["mean"]
     lines = [f"| variant | seed | examples | {' | '.join(keys)} |", "| --- " * (3 + len(keys)) + "|"]
     for name, of_seeds in runs.items():

@@ -1,4 +1,4 @@
-"""A plain average of two models by others' means against merge_model.py's: whole processes, imports and all.
+"""Plain average of two models: other programs against merge_model.py, as whole processes with imports.
 
 With `--mergekit`, the path of an installed `mergekit-yaml` (`pip install mergekit==0.1.5`, in an environment of its
 own), the baseline is mergekit's `linear`; without, both models are loaded by transformers, averaged and saved.
@@ -16,7 +16,7 @@ import yaml
 from benchmarks import regmean_inputs, side_by_side
 from regmean.model_folder import locate_model, open_checkpoint
 
-# A program of another environment, in place of this process.
+# Replaces this process by a program of another environment.
 EXECUTE = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
 
 
@@ -33,7 +33,7 @@ def plain_side(models: list[str], out: str) -> None:
 
 
 def largest_difference(a: Path, b: Path) -> float:
-    """Between the tensors of two model folders, relative to each tensor's largest value; 0 where all bits agree."""
+    """Largest difference of the tensors of two model folders, relative to each tensor's maximum; 0 if bits agree."""
     first, second = (open_checkpoint(str(folder)).tensors for folder in (a, b))
     if first.keys() != second.keys():
         raise SystemExit(f"{a} and {b} hold different tensors: {sorted(first.keys() ^ second.keys())}")
@@ -41,7 +41,7 @@ def largest_difference(a: Path, b: Path) -> float:
     for name, info in first.items():
         ours, theirs = info.read_floats(), second[name].read_floats()
         if ours.tobytes() != theirs.tobytes():
-            # Zeros of either sign are one number and two patterns of bits.
+            # 0 and -0 are equal numbers with different bits.
             largest = max(largest, float(abs(ours - theirs).max() / (abs(theirs).max() or 1.0)), 1e-45)
     return largest
 

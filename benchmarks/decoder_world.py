@@ -1,12 +1,12 @@
-"""A decoder-only model of the small world's six languages, to read for the mapping where the quickstart's mT5 does.
+"""A decoder-only model of the small world's six languages, used as the encoder in place of the quickstart's mT5.
 
     python -m benchmarks.decoder_world FOLDER
     python -m benchmarks.aligned_fit --mt_path FOLDER --layers 1 2 3 4 5
     python -m benchmarks.aligned_start --name decoder --mt_path FOLDER
 
-It has the mT5's tokenizer and width, as many layers as its encoder and decoder together, and learns from the same rows
-in as many steps: to write the English question after the same one in any language. What differs is that no state knows
-what comes after its token.
+It has the mT5's tokenizer and width, as many layers as its encoder and decoder together, and is trained on the same
+rows in as many steps: to write the English question after the same one in any language. The difference is that no
+state depends on later tokens.
 """
 
 import argparse

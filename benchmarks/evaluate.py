@@ -1,17 +1,17 @@
 """Answers to 64 MGSM problems: the published way, and this repository's evaluation.
 
-    python -m benchmarks.evaluate --llm_path L --mt_path M --data_dir DATAS [--quick] [--backend vllm]
+    python -m benchmarks.evaluate --llm_path LLM --mt_path MT --data_dir ./datas [--quick] [--backend vllm]
 
-As published: batches of 8 in the order of the file, padded, and `llm.generate`, greedily, which goes on until a batch's
-last answer ends. Here: `evaluation.run.answer_all`, grading and writing included. Both read the same
-`[bos | mapped states | boundary | prompt]`, by a mapping whose weights are drawn from a seed at the scale of the LLM's
-embeddings: what it says does not matter here, but when answers end does. A trained mapping's solutions have 100 to 150
-of the 512 tokens that they may have; behind an untrained one and the published prompt, all run into the limit. So the
-LLM, a chat model, is asked through its chat template for one short sentence, which it ends by itself, early or late:
-`mean_new_tokens` and `at_limit` say how long the answers were.
+As published: batches of 8 in the order of the file, padded, and greedy `llm.generate`, which continues until a batch's
+last answer ends. Here: `evaluation.run.answer_all`, grading and writing included. Both have the same inputs
+`[bos | mapped states | boundary | prompt]`, with a random mapping at the scale of the LLM's embeddings: the content of
+answers does not matter here, but their lengths do. With a trained mapping, solutions have 100 to 150 of at most 512
+tokens; with an untrained one and the published prompt, all reach the limit. Therefore the chat template requests one
+short sentence, which a chat model ends after different numbers of tokens: `mean_new_tokens` and `at_limit` report the
+lengths.
 
 Seconds and peak memory are those of all answers, beside the loaded models; vLLM's own processes are in the seconds and
-not in the memory. The difference reported is the share of answers that are not the same to the letter.
+not in the memory. The difference reported is the fraction of answers that differ in any character.
 """
 
 import sys
@@ -52,14 +52,14 @@ INSTRUCTION = "\nAnswer in one short sentence."
 
 @dataclass
 class EvaluateBenchmarkFlags(PairFlags):
-    """Answers to MGSM problems, the published way beside this repository's evaluation."""
+    """Compare answers to MGSM problems: the published way and this repository's evaluation."""
 
     languages: str = flag("en,de,es,fr,ru,sw,th,zh", "comma-separated")
     backend: Literal["transformers", "vllm"] = flag("transformers", "of this repository's side")
     problems: int = flag(8, "of each language")
     max_gen_len: int = flag(128, "tokens of an answer")
     eval_batch_size: int | None = flag(None, "problems at once on this repository's side; default: its own")
-    quick: bool = flag(False, "four problems of each language, 48 tokens, one round: noisy, and hardly a tail")
+    quick: bool = flag(False, "four problems of each language, 48 tokens, one round: noisy, with few long answers")
     side: Literal["", "baseline", "ours"] = flag("", "the side that this process is; its answers go to --work_dir")
     work_dir: str = flag("", "of one side's own process")
 
@@ -69,7 +69,7 @@ class EvaluateBenchmarkFlags(PairFlags):
             self.problems, self.max_gen_len, self.rounds = 4, 48, 1
 
     def evaluation(self) -> EvaluationFlags:
-        """As `run_evaluation.py` would be given them."""
+        """The corresponding flags of `run_evaluation.py`."""
         return EvaluationFlags(
             init_checkpoint=str(Path(self.work_dir) / "mapping"),
             data_dir=self.data_dir,
@@ -82,7 +82,7 @@ class EvaluateBenchmarkFlags(PairFlags):
 
 
 def save_mapping(flags: EvaluateBenchmarkFlags) -> None:
-    """A mapping that nothing was learned by, at the scale of the LLM's embeddings, to `work_dir`/mapping."""
+    """Write a random mapping at the scale of the LLM's embeddings to `work_dir`/mapping."""
     bos_token_id = load_tokenizer(flags.llm_path).bos_token_id
     model = unlearned_model(flags, bos_token_id, lay_out([Tokens(range(3, 300), [], [])], bos_token_id))
     model.config.augmentation = True
@@ -90,7 +90,7 @@ def save_mapping(flags: EvaluateBenchmarkFlags) -> None:
 
 
 def read_problems(flags: EvaluateBenchmarkFlags, tokenizer: ExampleTokenizer) -> tuple[list[Example], list[Tokens]]:
-    """The problems in the order of the files, and what is read of each."""
+    """Problems in the order of the files, and their tokens."""
     languages = select_languages(flags.languages)
     by_language = read_evaluation(Path(flags.data_dir), TASK, languages, flags.problems)
     examples = [example for rows in by_language.values() for example in rows]
@@ -110,7 +110,7 @@ def published_answers(
     max_new_tokens: int,
     eos_token_ids: set[int],
 ) -> list[list[int]]:
-    """New token ids of every row, eos included, in batches that go on until their last row ends; see `greedy_steps`."""
+    """New token ids of every row, eos included, in batches that run until their last row ends; see `greedy_steps`."""
     answers = []
     for start in range(0, rows, BATCH_SIZE):
         sequence = read(list(range(start, min(start + BATCH_SIZE, rows))))
@@ -129,7 +129,7 @@ def published_answers(
 
 
 def one_side(flags: EvaluateBenchmarkFlags) -> None:
-    """Answer all problems this side's way: into `work_dir`/answers.json the published one, records.json ours."""
+    """Answer all problems in one way; write `work_dir`/answers.json (published) or records.json (ours)."""
     quiet_libraries()
     evaluation, process = flags.evaluation(), Process(0, 1, torch.device("cpu"))
     checkpoint = Path(evaluation.init_checkpoint)

@@ -1,8 +1,8 @@
-"""Grams as published against compute_gram.py's: time, and memory beside the loaded model.
+"""Grams as published against compute_gram.py: time, and memory beside the loaded model.
 
 Rows: `gram`, of a model on texts of 40 to 256 tokens, 32 to a batch as published; `gram_layer`, the same of one layer
-of Llama-3-8B's shape with random weights; `gram_file`, the size of what the first row writes. The published way counts
-padding, so that its Grams are others; ours are compared with float64 sums over the inputs of one text at a time.
+of Llama-3-8B's shape with random weights; `gram_file`, the size of the file that the first row writes. The published
+way counts padding, so its Grams differ; ours are compared with float64 sums over the inputs of one text at a time.
 
     python -m benchmarks.gram --model HuggingFaceTB/SmolLM2-135M-Instruct
 """
@@ -29,7 +29,7 @@ DIFFERENCE = "difference.json"
 
 
 def load(model_path: str) -> PreTrainedModel:
-    """The model in float32, whose pages are in memory before a clock runs: its file is mapped, and read when used."""
+    """Load the model in float32, including its memory-mapped pages, before time is measured."""
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     for parameter in model.parameters():
         parameter.sum()
@@ -45,7 +45,7 @@ def baseline_side(model_path: str, work: Path) -> None:
 
 
 def our_side(model_path: str, work: Path) -> None:
-    import datasets  # noqa: F401  libraries are there before either side's clock runs
+    import datasets  # noqa: F401  imported before time is measured
 
     model = load(model_path)
     flags = GramFlags(
@@ -64,7 +64,7 @@ def our_side(model_path: str, work: Path) -> None:
 
 @torch.no_grad()
 def compare_side(model_path: str, work: Path) -> None:
-    """Writes the largest relative difference, in the Frobenius norm, of a Gram to its float64 sum."""
+    """Write the largest relative difference, in the Frobenius norm, of a Gram from its float64 sum."""
     model = load(model_path)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     file = GramFile(work / FILE_NAME)

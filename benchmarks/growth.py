@@ -1,9 +1,9 @@
-"""How each cost grows: seconds against size on logarithmic axes, and the exponents of straight lines fitted to them.
+"""Growth of each cost: seconds against size on logarithmic axes, and exponents of straight lines fitted to them.
 
     python -m benchmarks.growth
 
-writes docs/growth.svg and prints the exponents. Each point is the least of three timings; synthetic
-inputs, float32, all cores of this machine but where it counts ranks, which have one core each.
+writes docs/growth.svg and prints the exponents. Each point is the minimum of three timings, with synthetic inputs,
+float32 and all cores of this machine; for the curve over ranks, one core for each.
 """
 
 import json
@@ -34,7 +34,7 @@ ROW = 100  # tokens of a training row, split like a question's pair
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """The least of three timings, after one that warms up."""
+    """Minimum of three timings, after one warm-up."""
     found = []
     for _ in range(4):
         started = time.perf_counter()
@@ -44,13 +44,13 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def gram_seconds(tokens: int, width: int) -> float:
-    """Adding `tokens` rows to one layer input's sum."""
+    """Seconds to add `tokens` rows to one layer input's sum."""
     total, rows = torch.zeros(width, width), torch.randn(tokens, width)
     return seconds(lambda: add_products(total, rows))
 
 
 def merge_seconds(width: int, models: int) -> float:
-    """One square layer of three models or more, Grams in memory: factor, solution, objective."""
+    """Seconds for one square layer of three models or more, Grams in memory: factor, solution, objective."""
     rows = torch.randn(models, 2 * width, width)
     grams = [x.T @ x / len(x) for x in rows]
     weights = torch.randn(models, width, width)
@@ -68,7 +68,7 @@ def average_seconds(elements: int, models: int) -> float:
 
 
 def training_seconds(rows: int, width: int) -> float:
-    """Forward and backward of a packed micro batch through four layers of this width."""
+    """Seconds for forward and backward of a packed micro batch through four layers of this width."""
     torch.manual_seed(0)
     llm = LlamaForCausalLM(
         LlamaConfig(
@@ -89,7 +89,7 @@ def training_seconds(rows: int, width: int) -> float:
 
 
 def ranks_seconds(ranks: int, folder: Path) -> float:
-    """compute_gram.py's own seconds for a model of one layer, each rank on one core."""
+    """Seconds that compute_gram.py reports for a model of one layer, each rank on one core."""
     model = folder / "model"
     if not model.exists():
         make_layer(model, 1024, 3584, torch.float32)
@@ -137,9 +137,9 @@ def main() -> None:
 
 
 def draw(curves: dict[str, tuple[list[int], list[float]]]) -> None:
-    """A small panel for each curve, with its fitted line and exponent."""
+    """Draw a small panel for each curve, with its fitted line and exponent."""
     matplotlib.use("svg")
-    # The same figure, the same file.
+    # Makes the file reproducible.
     matplotlib.rcParams["svg.hashsalt"] = "growth"
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
@@ -151,7 +151,7 @@ def draw(curves: dict[str, tuple[list[int], list[float]]]) -> None:
         panel.loglog(sizes, costs, "o", color="#0b6e4f")
         panel.set_title(f"{name}: $n^{{{slope:.2f}}}$", fontsize=9)
         panel.set_xticks(sizes, [f"{size:,}" if size < 10**6 else f"{size / 2**20:.0f}M" for size in sizes], fontsize=7)
-        # Close enough for two in a panel that spans a factor of two.
+        # At least two ticks in a panel that spans a factor of two.
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         panel.tick_params(axis="y", labelsize=7)

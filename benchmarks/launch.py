@@ -1,4 +1,4 @@
-"""The scripts that run on several ranks, started as a user starts them."""
+"""Launch of the scripts that run on several ranks, with a user's commands."""
 
 import shlex
 import subprocess
@@ -18,11 +18,11 @@ def launch(script: str, words: str, ranks: int = 2) -> None:
 
     Args:
         script: one of `LAUNCHERS`.
-        words: its flags, as a shell would take them.
-        ranks: how many processes.
+        words: its flags, in shell syntax.
+        ranks: number of processes.
 
     Raises:
-        InputError: it has failed; its own message is printed above.
+        InputError: the script failed; its own message is printed above.
     """
     name, *flags = LAUNCHERS[script].split()
     command = [Path(sys.executable).with_name(name), *flags, str(ranks), script, *shlex.split(words)]

@@ -1,12 +1,12 @@
-"""Does anything of the source get through a trained mapping? Its dev perplexity beside that of shuffled sources.
+"""Control of a trained mapping: dev perplexity with its own and with shuffled sources.
 
-And its translations: how many of the numbers are in them, and their chrF (Popovic 2015; sacrebleu's).
+For translations, the fraction of numbers that they contain, and chrF (Popovic 2015, by sacrebleu).
 
-    python -m benchmarks.mapping_control --init_checkpoint outputs/MergeMinds/mapping --data_dir D \\
-        --languages de,es,fr --train_num N --dev_size M
+    python -m benchmarks.mapping_control --init_checkpoint outputs/MergeMinds/mapping --data_dir ./datas \\
+        --languages de,es,fr --train_num 100000 --dev_size 3000
 
-with the languages, N, M and seed of the training run, so that the same dev rows are held out. A mapping that has only
-taught the LLM what such targets look like has the same perplexity on both. The last line is one JSON object.
+with the languages, sizes and seed of the training run, so that the same dev rows are held out. If both perplexities are
+equal, the mapping transfers nothing of the source. The last line is one JSON object.
 """
 
 import json
@@ -40,7 +40,7 @@ Row = TypeVar("Row", Tokens, Example)
 
 @dataclass
 class ControlFlags:
-    """Perplexity of a mapping's dev rows, with their own sources and with sources shuffled among the targets."""
+    """Measure perplexity of a mapping's dev rows, with their own sources and with sources shuffled among targets."""
 
     init_checkpoint: str | None = flag(None, "folder of a mapping")
     data_dir: str = flag("./datas", "folder in the published data layout")
@@ -54,7 +54,7 @@ class ControlFlags:
     translations: int = flag(5, "dev rows of each language to translate greedily")
     shown: int = flag(2, "translations of each language to print")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "of all weights; auto: bfloat16 on a GPU")
-    device: str = flag("auto", "auto takes the GPU where there is one")
+    device: str = flag("auto", "auto (GPU if there is one), cpu, cuda")
 
     def __post_init__(self) -> None:
         if self.init_checkpoint is None:
@@ -76,17 +76,17 @@ def perplexity(model: MindMergerForCausalLM, rows: list[Tokens], batch_size: int
 
 
 def shuffled_sources(rows: list[Row], seed: int) -> list[Row]:
-    """The rows with each target beside another row's source."""
+    """Combine each target with the source of another row."""
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
-    # A cycle through the shuffled rows leaves none with its own.
+    # In a cycle through the shuffled rows, no row keeps its own source.
     partner = {row: order[(place + 1) % len(order)] for place, row in enumerate(order)}
     return [replace(row, source=rows[partner[number]].source) for number, row in enumerate(rows)]
 
 
 @torch.inference_mode()
 def translate(model: MindMergerForCausalLM, tokenizer: ExampleTokenizer, rows: list[Tokens], size: int) -> list[str]:
-    """What the LLM writes of each source, greedily, at most as long as the longest target twice."""
+    """Translate each source greedily, with at most twice the tokens of the longest target."""
     texts = [""] * len(rows)
     longest = 2 * max(len(row.target) for row in rows)
     eos = {tokenizer.llm_tokenizer.eos_token_id}
@@ -99,7 +99,7 @@ def translate(model: MindMergerForCausalLM, tokenizer: ExampleTokenizer, rows: l
 
 
 def numbers_kept(written: list[str], meant: list[str]) -> float:
-    """Share of the numbers in `meant` that stand in the text written for it, each as often as it is meant."""
+    """Fraction of the numbers in `meant` that are in the text written for it, counted with multiplicity."""
     kept = wanted = 0
     for text, target in zip(written, meant, strict=True):
         numbers = Counter(re.findall(r"\d+", target))
@@ -109,11 +109,11 @@ def numbers_kept(written: list[str], meant: list[str]) -> float:
 
 
 def measure(flags: ControlFlags) -> dict[str, dict[str, Any]]:
-    """Load the mapping and measure it on the dev rows of its training run; prints some of the translations.
+    """Load the mapping and measure it on the dev rows of its training run; print some translations.
 
     Returns:
         By language: `rows`, `tokens` of their targets, `perplexity`, `shuffled` (the perplexity with another row's
-        source), and of translations, where any are asked for, `numbers_kept` (0 to 1), `chrf` (0 to 100) and the texts,
+        source), and if there are translations, `numbers_kept` (0 to 1), `chrf` (0 to 100) and the texts,
         `translations`.
     """
     quiet_libraries()

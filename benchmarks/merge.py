@@ -1,8 +1,8 @@
-"""RegMean's merge as published, by `lstsq(driver="gels")`, against merge_model.py's: whole processes, imports and all.
+"""RegMean's merge as published, by `lstsq(driver="gels")`, against merge_model.py: whole processes with imports.
 
-Rows: `merge`, of a model and a sibling that seeded noise stands in for fine-tuning of, with Grams of real texts;
-`merge_layer`, the same of one layer of Llama-3-8B's shape in bfloat16. The difference is how far above the minimum,
-found in float64, the regression's objective ends, as a share of what it is at the mean; the largest of any layer.
+Rows: `merge`, of a model and a copy of it with seeded noise in place of fine-tuning, with Grams of real texts;
+`merge_layer`, the same of one layer of Llama-3-8B's shape in bfloat16. The difference is the regression's objective
+above its float64 minimum, as a fraction of the objective at the mean; the maximum over layers.
 
     python -m benchmarks.merge --model HuggingFaceTB/SmolLM2-135M-Instruct
 """
@@ -26,20 +26,20 @@ DIFFERENCE = "difference.json"
 
 
 def write_grams(model: Path, texts: Path) -> None:
-    """The model's Grams over the texts, in both forms, into its folder."""
+    """Write the model's Grams over the texts, in both forms, to its folder."""
     words = ["compute_gram.py", "--model", str(model), "--dataset", str(texts), "--text_column", "text"]
     side_by_side.run([*words, "--dtype", "float32", "--device", "cpu", "--output_dir", str(model)])
     file = GramFile(model / FILE_NAME)
     means = {}
     for gram in file.grams.values():
         mean = torch.from_numpy(file.read(gram.name)).div_(gram.tokens)
-        # As published: a Gram of its own for each module.
+        # As published: one Gram per module.
         means |= {module: mean.clone() for module in gram.modules}
     torch.save(means, model / PUBLISHED_NAME)
 
 
 def compare(models: list[Path], merges: dict[str, Path]) -> dict[str, float]:
-    """Of each merge, the most that a layer's objective is above its minimum, as a share of the mean's."""
+    """Largest excess of a layer's objective above its minimum, as a fraction of the mean's, for each merge."""
     files = [GramFile(model / FILE_NAME) for model in models]
     parents = [open_checkpoint(str(model)).tensors for model in models]
     merged = {name: open_checkpoint(str(folder)).tensors for name, folder in merges.items()}
@@ -83,7 +83,7 @@ def measure(name: str, model: Path, work: Path, texts: int, rounds: int) -> None
     models, grams = ["--models", *map(str, pair)], ["--grams", *map(str, pair)]
     pickles = ["--grams", *(str(folder / PUBLISHED_NAME) for folder in pair)]
     published = ["-m", "benchmarks.published_regmean", "merge", *models, *pickles, "--driver", "gels"]
-    # The published way computes and saves in float32, whatever the models are stored in.
+    # The published way computes and saves in float32, for models of any dtype.
     own = ["merge_model.py", "--method", "regmean", *models, *grams, "--device", "cpu", "--dtype", "float32"]
 
     def run(words: list[str], out: str, option: str) -> side_by_side.Cost:

@@ -1,4 +1,4 @@
-"""Rows as right-padded tensors, which the published code and the documented Python call read."""
+"""Right-padded tensors of rows, as input of the published code and of the documented Python call."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from mindmerger.batching import IGNORED, Tokens, pad
 
 @dataclass
 class PaddedBatch:
-    """Right-padded int64 token ids, under the names that `MindMergerForCausalLM` takes them by.
+    """Right-padded int64 token ids, named as the arguments of `MindMergerForCausalLM`.
 
     Attributes:
         input_ids, attention_mask: the source, [batch, source length]; the mask is 1 for a token, 0 for padding.
@@ -25,12 +25,12 @@ class PaddedBatch:
     labels: torch.Tensor
 
     def to(self, device: torch.device) -> "PaddedBatch":
-        """The same batch on `device`."""
+        """Copy the batch to `device`."""
         return PaddedBatch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 def collate(rows: Sequence[Tokens], source_pad_id: int) -> PaddedBatch:
-    """Pad `rows` to the longest of each kind. An encoder may recognise padding by its own padding id alone."""
+    """Pad `rows` to the longest of each kind. Some encoders identify padding by their own padding id only."""
     input_ids, attention_mask = pad([row.source for row in rows], source_pad_id)
     prompt_ids, prompt_attention_mask = pad([row.prompt for row in rows], 0)
     labels, _ = pad([row.target for row in rows], IGNORED)

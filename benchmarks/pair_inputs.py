@@ -1,4 +1,4 @@
-"""What the benchmarks of MindMerger measure with: two models, and an unlearned mapping between them."""
+"""Inputs of the benchmarks of MindMerger: two models, and an untrained mapping between them."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 
 @dataclass
 class PairFlags:
-    """The flags that the benchmarks of MindMerger share."""
+    """Flags shared by the benchmarks of MindMerger."""
 
     llm_path: str | None = flag(None, "LLM")
     mt_path: str | None = flag(None, "multilingual model")
@@ -32,12 +32,12 @@ def unlearned_model(
     batch: Batch,
     dtype: torch.dtype = torch.float32,
 ) -> MindMergerForCausalLM:
-    """The two models in `dtype` and, drawn from a seed, a float32 mapping at the scale of the LLM's embeddings.
+    """Load the two models in `dtype`, with a seeded random float32 mapping at the scale of the LLM's embeddings.
 
     Args:
-        flags: which models.
-        llm_bos_token_id: opens every sequence.
-        batch: rows to measure the encoder's scale on.
+        flags: paths of the models.
+        llm_bos_token_id: first token of every sequence.
+        batch: rows for measuring the encoder's scale.
         dtype: of the frozen weights.
     """
     names = ModelFlags(llm_path=flags.llm_path, mt_path=flags.mt_path)

@@ -1,9 +1,9 @@
-"""What `--plan` predicts beside what is measured: peak memory of a training step, a Gram pass and a merge.
+"""Estimates of `--plan` against measurements: peak memory of a training step, a Gram pass and a merge.
 
     python -m benchmarks.plan_check --llm_path LLM --mt_path MT
 
-Each is run in a process of its own, on the CPU in float32, with rows at the planned limits. Counted is what it adds to
-a process that has imported everything, and for training has loaded the models. The last line is a JSON object.
+Each is run in a process of its own, on the CPU in float32, with rows at the planned limits. Memory is measured beyond
+that of a process that has imported everything, and for training has loaded the models. The last line is a JSON object.
 """
 
 import argparse
@@ -15,10 +15,10 @@ from pathlib import Path
 from benchmarks.side_by_side import machine, measured, run
 from common.devices import HERE
 
-# Rows that take a GB or so with models of some 100 million parameters.
+# Rows that take about 1 GB with models of some 100 million parameters.
 STEP = {"rows": 8, "source": 96, "prompt": 128, "target": 96}
 TOKENS_PER_BATCH, LENGTH, TEXTS = 4096, 128, 64
-# Of a model to merge, one layer wide enough that its systems are much larger than an interpreter.
+# Model to merge: one layer whose systems are much larger than the interpreter's memory.
 WIDE = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 16}
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llm_path", required=True, help="LLM, a local folder; also the model of the Grams")
     parser.add_argument("--mt_path", required=True, help="multilingual model, a local folder")
-    parser.add_argument("--only", choices=list(CHECKS), help="in this very process, without a prediction")
+    parser.add_argument("--only", choices=list(CHECKS), help="run one check in this process, without an estimate")
     parser.add_argument("--work_dir", help="of --only")
     arguments = parser.parse_args()
     if arguments.only:
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def predictions(llm_path: str, mt_path: str, wide: str) -> dict[str, float]:
-    """Bytes of each check, as the plans have them."""
+    """Estimated bytes of each check."""
     import torch
 
     from mindmerger.config import ModelFlags
@@ -68,12 +68,12 @@ def predictions(llm_path: str, mt_path: str, wide: str) -> dict[str, float]:
 
 
 def write_texts(path: Path) -> None:
-    """Texts that are all longer than the limit."""
+    """Write texts that are all longer than the limit."""
     path.write_text("".join(json.dumps({"text": f"{n} of them, " * LENGTH}) + "\n" for n in range(TEXTS)))
 
 
 def write_wide_model(folder: Path) -> None:
-    """A model of one wide layer, and Grams for it."""
+    """Write a model of one wide layer, and its Grams."""
     import numpy as np
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -92,13 +92,13 @@ def write_wide_model(folder: Path) -> None:
 
 
 def keep_heap_small() -> None:
-    """Have the C library give memory above 1 MB back at once: tensors are to be measured, not what its heap holds."""
+    """Make the C library return memory above 1 MB at once, to measure tensors without unused heap memory."""
     threshold = -3  # M_MMAP_THRESHOLD of glibc's <malloc.h>
     ctypes.CDLL(None).mallopt(threshold, 1 << 20)
 
 
 def step(llm_path: str, mt_path: str, _: Path) -> None:
-    """A micro batch, forward and backward."""
+    """Run a micro batch, forward and backward."""
     import torch
 
     from mindmerger.config import ModelPair
@@ -122,7 +122,7 @@ def step(llm_path: str, mt_path: str, _: Path) -> None:
 
 
 def gram(llm_path: str, _: str, folder: Path) -> None:
-    """All of compute_gram.py but the imports."""
+    """Run compute_gram.py except for the imports."""
     import datasets  # noqa: F401
     import torch._dynamo  # noqa: F401
 
@@ -147,7 +147,7 @@ def gram(llm_path: str, _: str, folder: Path) -> None:
 
 
 def merge(_: str, __: str, folder: Path) -> None:
-    """All of merge_model.py but the imports, of the wide model with itself."""
+    """Run merge_model.py except for the imports, for the wide model with itself."""
     import torch
 
     from regmean.config import MergeFlags
@@ -161,7 +161,7 @@ def merge(_: str, __: str, folder: Path) -> None:
         device="cpu",
         output_dir=str(folder / "merged"),
     )
-    # What linear algebra loads when it is first used.
+    # Linear algebra libraries are loaded on first use.
     torch.linalg.solve_triangular(torch.linalg.cholesky_ex(torch.eye(64))[0], torch.eye(64), upper=False)
     with measured():
         merge_models(flags, command="")

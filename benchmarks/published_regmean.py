@@ -1,10 +1,10 @@
-"""RegMean as published, plainly: the yardstick that this repository's steps are measured against.
+"""RegMean as published, in plain form: the baseline of this repository's benchmarks.
 
 Written from the published description: a hook on every nn.Linear, padding counted, one Gram per module, logits
 computed; both models and all Grams in memory, one `torch.linalg.lstsq` per module.
 
-python -m benchmarks.published_regmean gram --model M --data TEXTS.jsonl --out gram.pkl
-python -m benchmarks.published_regmean merge --models A B --grams A.pkl B.pkl --alpha 0.1 --out DIR
+python -m benchmarks.published_regmean gram --model LLM --data texts.jsonl --out gram.pkl
+python -m benchmarks.published_regmean merge --models A B --grams A.pkl B.pkl --alpha 0.1 --out merged
 """
 
 import argparse
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 @torch.no_grad()
 def published_grams(model: nn.Module, tokenizer, texts: list[str], max_length: int) -> dict[str, torch.Tensor]:
-    """Mean Gram of every nn.Linear, in batches of 32 as they come, padded on the left."""
+    """Mean Gram of every nn.Linear, in left-padded batches of 32 in the order of the texts."""
     grams: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -56,7 +56,7 @@ def published_grams(model: nn.Module, tokenizer, texts: list[str], max_length: i
 def published_merge(
     models: list[nn.Module], grams: list[dict[str, torch.Tensor]], alpha: float, driver: str | None
 ) -> dict[str, torch.Tensor]:
-    """Merged parameters by name; `driver` None is what `torch.linalg.lstsq` picks by itself."""
+    """Merged parameters by name; `driver` None is the default of `torch.linalg.lstsq`."""
     parameters = [dict(model.named_parameters()) for model in models]
     merged = {}
     for name in parameters[0]:
@@ -79,7 +79,7 @@ def write_grams(model_path: str, texts: list[str], max_length: int, out: Path) -
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     grams = published_grams(model, AutoTokenizer.from_pretrained(model_path), texts, max_length)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # As published but for the pickling itself: no file of this repository's is ever unpickled freely.
+    # Published form, except for pickling: this repository unpickles no file without restrictions.
     torch.save(grams, out)
 
 

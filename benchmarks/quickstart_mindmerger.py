@@ -1,9 +1,9 @@
-"""The quickstart's MindMerger half with several seeds, and with one part of the method taken away at a time.
+"""The quickstart's MindMerger half with several seeds, and ablations of one part of the method at a time.
 
     python -m benchmarks.quickstart_mindmerger                  # three seeds, then the ablations
 
-Every run is the quickstart's own commands with other flags, in outputs/ and results/ under names of its own; what is
-done stays done. Accuracies on the test problems, which nothing was tuned on. The last line is one JSON object.
+Every run is the quickstart's commands with other flags, in its own folders of outputs/ and results/; finished runs are
+not repeated. Accuracies are on the test problems, which no run was tuned on. The last line is one JSON object.
 """
 
 import argparse
@@ -39,12 +39,12 @@ RANDOM_MT = Path("quickstart/build/random_mt")
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train and ask.
+    """One variant of training and evaluation.
 
     Attributes:
-        mapping: flags of the mapping stage; None where none is run.
-        augmentation: flags of the augmentation stage; None where none is run.
-        asked: flags of the evaluation, which is of the augmentation stage unless they name another mapping.
+        mapping: flags of the mapping stage; None to skip it.
+        augmentation: flags of the augmentation stage; None to skip it.
+        asked: flags of the evaluation, by default of the augmentation stage's mapping.
     """
 
     mapping: str | None = ""
@@ -71,12 +71,12 @@ ABLATIONS = {
 
 
 def run(script: str, config: str, name: str, words: str) -> None:
-    """One of the quickstart's commands with more flags."""
+    """Run one of the quickstart's commands with more flags."""
     launch(script, f"--config quickstart/{config}.yaml --save_name {name} {words}")
 
 
 def accuracies(name: str, variant: Variant, seed: int) -> dict[str, float]:
-    """Train and ask; accuracy by language."""
+    """Train and evaluate; return accuracy by language."""
     if variant.mapping is not None:
         run("run_training.py", "mapping", name, f"{variant.mapping} --seed {seed}")
     if variant.augmentation is not None:
@@ -86,14 +86,14 @@ def accuracies(name: str, variant: Variant, seed: int) -> dict[str, float]:
 
 
 def of_results(name: str) -> dict[str, float]:
-    """Accuracy by language of an evaluation that is done."""
+    """Accuracy by language of a finished evaluation."""
     languages = read_json(Path("results") / name / "mgsm" / "scores.json")["languages"]
     return {language: entry["accuracy"] for language, entry in languages.items()}
 
 
 @torch.inference_mode()
 def control(checkpoint: str) -> dict[str, float]:
-    """Accuracy by language where the encoder reads another problem than the prompt has."""
+    """Accuracy by language if the encoder reads a different problem from the prompt's."""
     model = MindMergerForCausalLM.from_pretrained(checkpoint)
     limits = {"max_seq_len": 512, "max_prompt_len": 512, "max_gen_len": 48}
     tokenizer = ExampleTokenizer(load_tokenizer(MT), base_config(MT), load_tokenizer(LLM), augmentation=True, **limits)

@@ -1,10 +1,10 @@
-"""The quickstart's RegMean half for three seeds: specialists fine-tuned anew from the shipped base, merged, compared.
+"""The quickstart's RegMean half for three seeds: specialists fine-tuned again from the shipped base, merged, compared.
 
     python -m benchmarks.quickstart_regmean --work_dir runs/quickstart_regmean
 
-All of it through the quickstart's own scripts and settings; what an earlier run has made is kept. `--split dev` is for
-tuning: the test exercises are for the README's figures. The last line printed is one JSON object: accuracies from 0
-to 1, means over both tasks, and means over the seeds.
+All steps use the quickstart's scripts and settings; results of an earlier run are kept. `--split dev` is for tuning:
+the test exercises are for the README's figures. The last line is one JSON object: accuracies from 0 to 1, means over
+both tasks, and means over the seeds.
 """
 
 import argparse
@@ -25,12 +25,12 @@ BASE = Path("quickstart/models/regmean/base")
 
 
 def run(*words: str | Path) -> None:
-    """Run Python on these words, as a process of its own."""
+    """Run Python with these arguments in a process of its own."""
     subprocess.run([sys.executable, *map(str, words)], check=True)
 
 
 def compared(seed: int, work: Path, split: str, test_num: int) -> dict[str, Any]:
-    """What `quickstart.compare_merges` finds of one seed's models."""
+    """Results of `quickstart.compare_merges` for one seed's models."""
     models, merges, grams = work / "models", work / "merges", work / "grams"
     if not (models / "base").exists():
         shutil.copytree(BASE, models / "base")
@@ -61,7 +61,7 @@ def compared(seed: int, work: Path, split: str, test_num: int) -> dict[str, Any]
 
 
 def means(scores: dict[str, Any]) -> dict[str, float]:
-    """Mean accuracy over both tasks of each merge; of the specialists, each on its own task."""
+    """Mean accuracy over both tasks of each merge, and of the specialists, each on its own task."""
     figures = {"base": mean(scores["base"].values())}
     figures["specialists"] = mean(scores["specialists"][task][task] for task in TASKS)
     figures["average"] = mean(scores["average"].values())

@@ -1,4 +1,4 @@
-"""What the benchmarks of RegMean measure with: models, a fine-tuned sibling's stand-in, texts of given lengths."""
+"""Inputs of the benchmarks of RegMean: models, a substitute for a fine-tuned model, texts of given lengths."""
 
 import argparse
 import json
@@ -24,21 +24,21 @@ CHARACTERS = 900  # of a piece of code: about 256 tokens
 
 
 def parser(description: str, rows: dict[str, Callable]) -> argparse.ArgumentParser:
-    """The flags that the benchmarks of RegMean share."""
+    """Parser of the flags shared by the benchmarks of RegMean."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL, help="hub id or local folder")
     parser.add_argument("--quick", action="store_true", help="smaller, a minute or two in all")
     parser.add_argument("--rounds", type=int, default=3)
     if rows:
         parser.add_argument("--row", choices=list(rows), action="append", help="only this row; default: all")
-    # A child's work, which the benchmark starts itself with.
+    # Set for child processes that the benchmark starts.
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     return parser
 
 
 def run_rows(args: argparse.Namespace, rows: dict[str, Callable[[argparse.Namespace, Path], None]]) -> None:
-    """Measure the rows that were asked for, each in a temporary folder of its own."""
+    """Measure the selected rows, each in a temporary folder of its own."""
     for name in args.row or rows:
         with tempfile.TemporaryDirectory() as work:
             rows[name](args, Path(work))
@@ -60,7 +60,7 @@ def code_texts() -> list[str]:
 
 
 def write_texts(path: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
-    """`count` texts of the standard library's source, of lengths spread evenly over LENGTHS, as JSON lines."""
+    """Write `count` texts of the standard library's source as JSON lines, with lengths spread evenly over LENGTHS."""
     generator = random.Random(0)
     lengths = np.linspace(*LENGTHS, count).round().astype(int).tolist()
     generator.shuffle(lengths)
@@ -75,12 +75,12 @@ def write_texts(path: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> N
 
 
 def read_texts(path: Path) -> list[str]:
-    """The texts of such a file."""
+    """Read the texts of such a file."""
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte: a vocabulary that costs a model next to nothing."""
+    """Tokenizer with one token per byte, so that the vocabulary adds little to a model."""
     vocabulary = {character: number for number, character in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Tokenizer(BPE(vocabulary | {"<pad>": len(vocabulary)}, merges=[]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -89,7 +89,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_layer(folder: Path, hidden: int, intermediate: int, dtype: torch.dtype) -> Path:
-    """A Llama of one layer of this shape, with random weights, its head not tied; gives the folder."""
+    """Write a Llama with one layer of this shape, random weights and an untied head; return the folder."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
@@ -108,7 +108,7 @@ def make_layer(folder: Path, hidden: int, intermediate: int, dtype: torch.dtype)
 
 
 def make_sibling(model: Path, folder: Path) -> Path:
-    """`model` with 2% of seeded noise on every tensor, as if fine-tuned; gives the folder."""
+    """Write `model` with 2% of seeded noise on every tensor, in place of fine-tuning; return the folder."""
     shutil.copytree(model, folder)
     weights, generator = load_file(model / "model.safetensors"), torch.Generator().manual_seed(1)
     for name in sorted(weights):

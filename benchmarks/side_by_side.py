@@ -1,12 +1,12 @@
-"""Two ways to do one piece of work, run in turn: what each costs, and by how much their results differ.
+"""Comparison of two ways to do the same work, run in turn: the cost of each, and the difference of their results.
 
-A benchmark starts itself again for every run, so that no run inherits another's memory or caches:
+A benchmark starts a new process for every run, so that no run inherits another's memory or caches:
 
     baseline, ours = in_turn(lambda: run(words("baseline")), lambda: run(words("ours")), rounds)
     report("gram", baseline, ours, difference)
 
-A process whose cost is counted from some point on, as "beside the loaded model", puts what follows into
-`with measured():`; of one that does not, the whole is counted, imports and all.
+To measure only a part of a process, such as the cost beside the loaded model, put that part into `with measured():`.
+Without it the whole process is measured, including imports.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 COST_FILE = "BENCHMARK_COST_FILE"
-# Linux counts the memory of whoever starts a process as that process's own peak, so that a small one starts it.
+# Linux counts the memory of the parent in the peak of a new process, so a small parent starts it.
 LAUNCHER = """
 import json, os, subprocess, sys, time
 started = time.perf_counter()
@@ -37,7 +37,7 @@ with open(sys.argv[1], "w") as file:
 
 @dataclass(frozen=True)
 class Cost:
-    """Wall-clock seconds, and the peak of the process's resident memory in bytes."""
+    """Wall-clock seconds and peak resident memory in bytes of a process."""
 
     seconds: float
     peak_bytes: int
@@ -45,8 +45,8 @@ class Cost:
 
 @contextlib.contextmanager
 def measured() -> Iterator[None]:
-    """Count only this block of the process that `run` has started; its peak is what it adds to what was there."""
-    # Linux: makes the peak of resident memory that /proc tells begin anew.
+    """Measure only this block of the process started by `run`; its peak is relative to the memory before it."""
+    # Linux: resets the peak of resident memory in /proc.
     Path("/proc/self/clear_refs").write_text("5")
     before, started = _status("VmRSS"), time.perf_counter()
     yield
@@ -56,10 +56,10 @@ def measured() -> Iterator[None]:
 
 
 def run(words: list[str]) -> Cost:
-    """The cost of `python words...`, or of that part of it which it puts into `measured`.
+    """Cost of `python words...`, or of its part inside `measured`.
 
     Raises:
-        SystemExit: the process failed; its own output says why.
+        SystemExit: the process failed; its own output has the reason.
     """
     with tempfile.TemporaryDirectory() as folder:
         file, whole = Path(folder) / "cost.json", Path(folder) / "whole.json"
@@ -75,7 +75,7 @@ def in_turn(baseline: Callable[[], Cost], ours: Callable[[], Cost], rounds: int)
     """Run both, one after the other, `rounds` times.
 
     Returns:
-        The medians of each, (baseline, ours).
+        Medians, (baseline, ours).
     """
     costs: tuple[list[Cost], list[Cost]] = ([], [])
     for number in range(rounds):
@@ -95,9 +95,9 @@ def report(benchmark: str, baseline: Cost, ours: Cost, max_relative_difference: 
 
     Args:
         benchmark: name of the row.
-        baseline, ours: what each side has cost.
-        max_relative_difference: between the results of the two, or as the benchmark says.
-        more: what else was found.
+        baseline, ours: cost of each side.
+        max_relative_difference: between the results of the two, as defined by the benchmark.
+        more: further results.
     """
     print(
         json.dumps(
@@ -118,7 +118,7 @@ def report(benchmark: str, baseline: Cost, ours: Cost, max_relative_difference: 
 
 
 def machine() -> str:
-    """The processor and how many of its cores are ours."""
+    """Name of the processor and number of usable cores."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return f"{model or platform.machine()}, {len(os.sched_getaffinity(0))} cores"

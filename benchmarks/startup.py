@@ -1,10 +1,10 @@
-"""From a training script's start to its first batch, on two ranks: seconds, and what each rank holds by then.
+"""Time from a training script's start to its first batch, and memory of each rank at that point, on two ranks.
 
     python -m benchmarks.startup --pairs 900000
 
 generates translation pairs of the small world, then runs the mapping stage of its models up to the first batch: with an
-empty cache, again with the cache that this leaves, and with 1,000 pairs. Imports and the loading of models are not
-counted; memory is what a rank shares with no other process.
+empty cache, again with the filled cache, and with 1,000 pairs. Imports and the loading of models are not counted;
+memory is a rank's private memory.
 """
 
 import json
@@ -43,7 +43,7 @@ class StartupFlags:
 
 
 def write_pairs(folder: Path, pairs: int) -> None:
-    """`pairs` translation pairs, as many of each language, in the published layout."""
+    """Write `pairs` translation pairs, equally many per language, in the published layout."""
     for number, code in enumerate(LANGUAGES):
         home = folder / "bilingual_pairs" / f"en-{code}"
         home.mkdir(parents=True)
@@ -54,11 +54,11 @@ def write_pairs(folder: Path, pairs: int) -> None:
 
 
 class _FirstBatch(BaseException):
-    """Raised where the first batch would be made."""
+    """Raised in place of making the first batch."""
 
 
 def one_rank(folder: Path, pairs: int) -> None:
-    """Train up to the first batch, and write what it took."""
+    """Train up to the first batch, and write time and memory."""
     import pandas  # noqa: F401  # pyarrow imports it with the first array
     import torch.distributed as dist
 
@@ -100,7 +100,7 @@ def one_rank(folder: Path, pairs: int) -> None:
         patch.object(model, "from_base_models", timed(model.from_base_models)),
         patch.object(model, "pack_rows", timed(model.pack_rows)),
         patch.object(build.deepspeed, "initialize", timed(build.deepspeed.initialize)),
-        # It loads an operator that it compiles at its first use.
+        # DeepSpeed compiles and loads an operator on first use.
         patch.object(build.deepspeed, "init_distributed", timed(build.deepspeed.init_distributed)),
     ):
         try:
@@ -114,7 +114,7 @@ def one_rank(folder: Path, pairs: int) -> None:
 
 
 def measure(folder: Path, pairs: int) -> dict[str, float]:
-    """The slower rank's seconds and the larger one's private bytes of one run in `folder`."""
+    """Maximum over ranks of seconds and of private bytes, for one run in `folder`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     command += ["benchmarks.startup", "--pairs", str(pairs), "--side", "."]
     environment = os.environ | {"PYTHONPATH": str(MODELS.parent.parent)}
@@ -124,7 +124,7 @@ def measure(folder: Path, pairs: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Parse the command line; measure, or be one rank."""
+    """Parse the command line; measure, or run one rank."""
     flags = parse_flags(StartupFlags)
     if flags.side:
         one_rank(Path(flags.side), flags.pairs)

@@ -1,9 +1,9 @@
-"""Run the benchmarks and put what they found into docs/performance.md.
+"""Run the benchmarks and write their results to docs/performance.md.
 
-    python -m benchmarks.table --llm_path L --mt_path M --data_dir DATAS [--only gram train] [--quick]
+    python -m benchmarks.table --llm_path LLM --mt_path MT --data_dir ./datas [--only gram train] [--quick]
 
-Rows that are not run again keep their last figures, which docs/performance.jsonl holds, one benchmark's line each. With
---quick nothing is kept: the lines are printed.
+Rows that are not run again keep their last figures from docs/performance.jsonl, which has one line per benchmark. With
+--quick nothing is written: the lines are only printed.
 """
 
 import json
@@ -25,21 +25,21 @@ NAMES = ("gram", "merge", "average", "train", "evaluate")
 
 @dataclass
 class TableFlags:
-    """All benchmarks, and the table of docs/performance.md."""
+    """Run all benchmarks and update the table of docs/performance.md."""
 
     llm_path: str = flag("HuggingFaceTB/SmolLM2-135M-Instruct", "LLM, and the model of RegMean's rows")
     mt_path: str = flag("google/gemma-3-270m", "multilingual model")
     data_dir: str = flag("./datas", "folder in the published data layout")
     mergekit: str | None = flag(None, "mergekit-yaml of another environment, for `average` to be compared with")
     only: list[str] = flag(list(NAMES), f"of: {', '.join(NAMES)}")
-    quick: bool = flag(False, "small inputs, nothing kept")
+    quick: bool = flag(False, "small inputs, nothing written")
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.only) - set(NAMES)):
             raise InputError(f"--only {' '.join(unknown)}: choose of {', '.join(NAMES)}")
 
     def words(self, name: str) -> list[str]:
-        """The command line of one benchmark."""
+        """Command line of one benchmark."""
         if name in ("train", "evaluate"):
             words = ["--llm_path", self.llm_path, "--mt_path", self.mt_path, "--data_dir", self.data_dir]
         else:
@@ -50,7 +50,7 @@ class TableFlags:
 
 
 def run(words: list[str]) -> list[dict[str, Any]]:
-    """Run one benchmark, its output passed on; the rows that it reports.
+    """Run one benchmark, print its output and return the rows that it reports.
 
     Raises:
         InputError: it failed.
@@ -67,7 +67,7 @@ def run(words: list[str]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Format the rows as Markdown."""
     lines = [
         "| benchmark | published way | here | speed-up | peak memory | here | share | largest relative difference |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -93,7 +93,7 @@ def _size(count: float) -> str:
 
 
 def keep(found: list[dict[str, Any]]) -> None:
-    """Put new rows into the record, in the place of those of their names, and all rows into the page."""
+    """Replace rows of the same names in the record, and write all rows to the page."""
     old = [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.exists() else []
     rows = {row["benchmark"]: row for row in old + found}
     with atomic_path(RECORD) as path:

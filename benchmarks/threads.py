@@ -1,10 +1,10 @@
-"""Training on two ranks by the plain command, beside the same with OMP_NUM_THREADS set by hand.
+"""Training on two ranks by the plain command, compared with OMP_NUM_THREADS set by hand.
 
     python -m benchmarks.threads
 
-60 steps of the quickstart's models under DeepSpeed's launcher, which by itself starts each rank with as many threads as
-the machine has cores. Seconds are the run's own, imports not counted. The two take turns; an error where the plain
-command's median is more than `LIMIT` times the other's.
+60 steps of the quickstart's models under DeepSpeed's launcher, which by default starts each rank with as many threads
+as the machine has cores. Seconds are those that the run reports, without imports. The two are run in turn. It is an
+error if the plain command's median is more than `LIMIT` times the other's.
 """
 
 import json
@@ -30,7 +30,7 @@ LIMIT = 1.1
 
 @dataclass
 class ThreadsFlags:
-    """Two ranks that share the cores by themselves, beside two that are told how."""
+    """Compare two ranks that divide the cores automatically with two whose threads are set by hand."""
 
     rounds: int = flag(3, "runs of each")
 
@@ -40,7 +40,7 @@ class ThreadsFlags:
 
 
 def seconds(folder: Path, environment: dict[str, str]) -> float:
-    """A training run's own seconds."""
+    """Seconds that a training run reports."""
     words = {
         "--llm_path": MODELS / "llm",
         "--mt_path": MODELS / "mt",
@@ -55,7 +55,7 @@ def seconds(folder: Path, environment: dict[str, str]) -> float:
     programs = Path(sys.executable).parent
     command = [programs / "deepspeed", "--num_accelerators", RANKS, REPOSITORY / "run_training.py"]
     command += ["--deepspeed", "--overwrite", "--device", "cpu", *(word for pair in words.items() for word in pair)]
-    # DeepSpeed calls its ninja by name.
+    # DeepSpeed calls ninja by name.
     path = f"{programs}{os.pathsep}{environment['PATH']}"
     environment = {**environment, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PATH": path}
     done = subprocess.run(list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True)

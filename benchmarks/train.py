@@ -1,13 +1,13 @@
-"""A training step as published beside this repository's: the same rows, the same gradient.
+"""A training step as published against this repository's: the same rows, the same gradient.
 
-    python -m benchmarks.train --llm_path L --mt_path M --data_dir DATAS [--quick]
+    python -m benchmarks.train --llm_path LLM --mt_path MT --data_dir ./datas [--quick]
 
 As published: micro batches of rows in random order, padded to the longest, every state and every logit kept. Here: rows
-of like length in micro batches of like tokens (`plan_epoch`), packed for the LLM, logits where a target is predicted.
+of similar length in micro batches of similar token counts (`plan_epoch`), packed for the LLM, logits only at targets.
 Both are plain PyTorch, forward, backward and AdamW, from one mapping at the embeddings' scale; DeepSpeed adds the same
-to both. Seconds are of the steps, peak memory is what they add to the loaded models. The difference reported is of the
-first step's loss and mapping gradient (norm of the difference over norm), and in bfloat16 of the dev perplexity after
-`--steps`: two by default, which are no training. A longer one:
+to both. Seconds are of the steps, peak memory is beside the loaded models. The difference reported is that of the first
+step's loss and mapping gradient (norm of the difference over norm), and in bfloat16 that of the dev perplexity after
+`--steps`, which are two by default. A longer run:
 
     python -m benchmarks.train ... --rows bf16 --steps 60 --batch_size 8 --lr 5e-4 --rounds 1
 """
@@ -43,14 +43,14 @@ LIMIT = 256  # tokens of a source, a prompt or a target
 
 @dataclass
 class TrainBenchmarkFlags(PairFlags):
-    """A training step as published beside this repository's."""
+    """Compare a training step as published with this repository's."""
 
     languages: str = flag("de,es,fr", "comma-separated")
     rows: list[str] = flag(list(ROWS), f"which rows of the table, of: {', '.join(ROWS)}")
     batch_size: int = flag(32, "training rows of a step")
     steps: int = flag(2, "of the bf16 rows; one epoch at most")
-    # AdamW's first steps move each weight by the whole rate: where that is a tenth of a weight's size, as 1e-4 is, the
-    # signs that bfloat16 gets wrong decide where they lead.
+    # AdamW's first steps change each weight by the learning rate. If that is a tenth of the weights, as 1e-4 is, the
+    # result depends on the signs of gradients that bfloat16 gets wrong.
     lr: float = flag(1e-5, "learning rate")
     quick: bool = flag(False, "16 rows a step, one round: a minute or two, and noisy")
     stage: Literal["mapping", "augmentation"] = flag("mapping", "of one side's own process")
@@ -91,7 +91,7 @@ def published_loss(model: MindMergerForCausalLM, batch: PaddedBatch, divisor: fl
 
 
 def one_side(flags: TrainBenchmarkFlags) -> None:
-    """Train `flags.steps` steps this side's way; loss, gradient and dev perplexity go to `flags.out`."""
+    """Train `flags.steps` steps in one way; write loss, gradient and dev perplexity to `flags.out`."""
     quiet_libraries()
     augmentation = flags.stage == "augmentation"
     task, languages = find_task("math", TRAINING_TASKS), select_languages(flags.languages)
@@ -132,7 +132,7 @@ def one_side(flags: TrainBenchmarkFlags) -> None:
 def _step(
     model: MindMergerForCausalLM, micro_batches: list[list[Tokens]], pad_id: int, side: str, found: dict[str, Any]
 ) -> dict[str, Any]:
-    """Accumulate a step's gradient; {"loss", "gradient"} of the first step."""
+    """Accumulate a step's gradient; return {"loss", "gradient"} of the first step."""
     divisor = float(sum(len(row.target) for rows in micro_batches for row in rows))
     total = 0.0
     for rows in micro_batches:
@@ -149,7 +149,7 @@ def _step(
 
 
 def compare(flags: TrainBenchmarkFlags, name: str, stage: str, dtype: str, steps: int) -> None:
-    """One row of the table."""
+    """Measure one row of the table."""
     with tempfile.TemporaryDirectory() as folder:
         out = {side: Path(folder) / side for side in ("baseline", "ours")}
         words = ["-m", "benchmarks.train", "--llm_path", flags.llm_path, "--mt_path", flags.mt_path]

@@ -1,1 +1,1 @@
-"""What both script families need: flags, ranks and devices, atomic files, logging."""
+"""Shared by all scripts: flags, ranks and devices, atomic files, logging."""

@@ -25,14 +25,14 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 
 
 def parse_flags(flags_class: type[Flags], argv: list[str] | None = None, presets: Path | None = None) -> Flags:
-    """Parse `argv` (default: the process's) into an instance of the dataclass `flags_class`.
+    """Parse `argv` (default: `sys.argv`) into an instance of the dataclass `flags_class`.
 
     `--config FILE.yaml` holds flags by the same names; the command line wins over the file.
     With `presets`, a first word NAME without dashes means `--config {presets}/NAME.yaml`.
 
     Raises:
         InputError: an unknown flag or key (the nearest name is suggested), a value of the wrong type, an
-            unreadable YAML file, a check of the dataclass's own, in `__post_init__`.
+            unreadable YAML file, a failed check in the dataclass's `__post_init__`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = FlagParser(flags_class)
@@ -42,7 +42,7 @@ def parse_flags(flags_class: type[Flags], argv: list[str] | None = None, presets
 
     config = parser.parse_known_args(words)[0].config
     from_file = [] if config is None else _words_of_yaml(config, parser)
-    # Before the dataclass is made: a misspelt flag must not show up as a missing one in its checks.
+    # Before the dataclass is made: its checks would report a misspelt flag as missing.
     values, unknown = parser.parse_known_args(from_file + words)
     if unknown:
         names = ["--config", *(f"--{name}" for name in parser.flags)]
@@ -55,10 +55,10 @@ class FlagParser(argparse.ArgumentParser):
 
     A field's type is str, int, float, bool, a Literal of strings, one of these or None, or a list of these, which takes
     several words. A bool that cannot be None is true without a value, and has `--no_name` where its default is true.
-    Not HfArgumentParser itself: its import takes a second or more, since it imports all of transformers.
+    HfArgumentParser is not used since its import takes a second or more: it imports all of transformers.
 
     Attributes:
-        flags: from a flag's name, without dashes, to its action.
+        flags: action of each flag by its name without dashes.
     """
 
     def __init__(self, flags_class: type):
@@ -71,7 +71,7 @@ class FlagParser(argparse.ArgumentParser):
             self._add(field, hints[field.name])
 
     def make_flags(self, values: argparse.Namespace) -> Any:
-        """The dataclass of the parsed values; its own checks may raise."""
+        """Create the dataclass from the parsed values; its own checks may raise."""
         return self._flags_class(**{f.name: getattr(values, f.name) for f in dataclasses.fields(self._flags_class)})
 
     def _add(self, field: dataclasses.Field, hint: Any) -> None:

@@ -1,4 +1,4 @@
-"""Devices that `--plan` may name, and the number of processes that a launcher started. Imports no torch."""
+"""Devices for `--plan`, and the number of processes that a launcher started. Imports no torch."""
 
 import difflib
 import os
@@ -27,7 +27,7 @@ GPUS = {
 
 
 def parse_devices(text: str) -> tuple[str, int | None]:
-    """(name, count) of `h100` or `8xh100`; (`HERE`, count) of `8x`; the count is None where none is given.
+    """Parse `h100` or `8xh100` to (name, count), and `8x` to (`HERE`, count); the count is None if not given.
 
     Raises:
         InputError: unknown device.

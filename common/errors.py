@@ -11,7 +11,7 @@ end_process: Callable[[int], None] = sys.exit
 
 
 class Stopped(Exception):
-    """A signal ended the run and its state is on disk: the same command continues it."""
+    """Raised after a signal ended the run. Its state is on disk: the same command continues it."""
 
 
 class InputError(Exception):
@@ -19,7 +19,7 @@ class InputError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a library's error, without the page of advice that may follow; its class where it is empty."""
+    """First line of a library's error, without the advice that may follow; its class name if the message is empty."""
     return str(error).strip().split("\n", 1)[0] or type(error).__name__
 
 
@@ -32,7 +32,7 @@ def exit_with_message(main: Callable[[], None]) -> None:
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:
-        # The system's refusal of a file that a flag or a link named.
+        # A file named by a flag or a link that the system cannot open.
         refused = isinstance(error, OSError) and error.filename is not None
         expected = refused or isinstance(error, (InputError, Stopped))
         if not expected and end_process is sys.exit:

@@ -14,7 +14,7 @@ from common.errors import InputError
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around a block that writes `path`.
+    """Report file system errors of a block that writes `path`.
 
     Raises:
         InputError: the file system's error, such as a full disk or a missing permission.
@@ -55,7 +55,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise InputError(f"{path} exists already: remove it, or choose another output folder")
     partial = _partial(path)
     with writing(path):
-        # Of a killed run.
+        # Left by a killed run.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
@@ -119,7 +119,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def read_shard_index(path: Path) -> dict[str, str]:
-    """The map of tensor to file name in the index of a model's shards, whose files are all beside it.
+    """Read the map of tensor to file name in the index of a model's shards, and check that all files are beside it.
 
     Raises:
         InputError: it is no such index, or names a file that is not beside it.
@@ -143,7 +143,7 @@ def sha256(path: Path) -> str:
 
 
 def _partial(path: Path) -> Path:
-    """The one name for an unfinished `path`: a run that follows a killed one writes over what that has left."""
+    """Fixed name for an unfinished `path`, so that a later run overwrites the remains of a killed one."""
     return path.with_name(f".{path.name}.partial")
 
 

@@ -1,4 +1,4 @@
-"""One run at a time on one output folder."""
+"""Locks that allow one run at a time on an output folder."""
 
 import contextlib
 import errno
@@ -19,17 +19,17 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`, which need not exist yet, for this process alone; on a file system without locks, warn instead.
+    """Lock `folder`, which need not exist yet, for this process; on a file system without locks, warn instead.
 
-    The lock is the kernel's, on a file beside the folder: it ends with the process, however that ends, and emptying
-    the folder does not lift it.
+    The kernel locks a file beside the folder: the lock ends with the process in all cases, and emptying the folder
+    does not release it.
 
     Raises:
         InputError: another process holds it; its id and machine are named.
     """
     path = folder.parent / f".{folder.name}.lock"
     made = not path.parent.exists()
-    # Tries again for a moment: a run that has just ended has removed the file.
+    # Retries for a moment: a run that has just ended may have removed the file.
     lock = FileLock(path, timeout=0.1, fallback_to_soft=False, on_acquired=_write_holder)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         lock.release()
-        # Where bad input was found before anything was written, nothing is left.
+        # Leaves nothing behind if bad input was found before anything was written.
         if made:
             with contextlib.suppress(OSError):
                 path.parent.rmdir()

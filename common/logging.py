@@ -24,7 +24,7 @@ _OPTIONAL = ("wandb", "trackio")
 
 
 def quiet_libraries() -> None:
-    """Silence the libraries' notes and progress bars, but not their errors."""
+    """Silence notes and progress bars of libraries, but not their errors."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -45,22 +45,22 @@ def progress(process: "Process", iterable: Iterable | None = None, **options: An
 
 
 def require_board(report_to: ReportTo) -> None:
-    """Raise InputError, with the command that installs it, unless the package that `--report_to` names is there."""
+    """Raise InputError, with the command that installs it, unless the package that `--report_to` names is installed."""
     if report_to in _OPTIONAL:
         require(report_to, f"requirements-{report_to}.txt")
 
 
 class Metrics:
-    """Numbers of a run, as JSON lines in `metrics.jsonl`, and on a board that draws them.
+    """Metrics of a run, as JSON lines in `metrics.jsonl` and on a dashboard.
 
     Args:
-        process: only the main one writes.
+        process: this rank; only the main one writes.
         folder: of the run.
         step: the last step of a continued run, 0 for a new one.
         size: bytes of `metrics.jsonl` at that step; later lines, of an interrupted run, are dropped.
-        report_to: the board. TensorBoard's events are written to `folder`. A run of Weights & Biases or Trackio is
+        report_to: the dashboard. TensorBoard's events are written to `folder`. A run of Weights & Biases or Trackio is
             named after the folder, its project after the parent folder, or by `WANDB_PROJECT` or `TRACKIO_PROJECT`.
-        settings: of the run, for the board.
+        settings: of the run, for the dashboard.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class _Tracker:
         tracker = importlib.import_module(package)
         try:
             tracker.init(project=project, name=folder.name, config=settings, **where)
-        except Exception as error:  # each has its own kinds: no account, no connection
+        except Exception as error:  # each has its own errors: no account, no connection
             raise InputError(f"--report_to {package} did not start: {first_line(error)}") from error
         self.write = lambda step, values: tracker.log(values, step=step)
         self.close = tracker.finish

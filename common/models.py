@@ -36,20 +36,20 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
 def _loaded(what: str, auto_class: Any, path: str, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(path, **options)
-    except Exception as error:  # a damaged file raises whatever its readers stumble over
+    except Exception as error:  # a damaged file may raise anything
         raise InputError(f"no {what} could be loaded from {path}: {first_line(error)}") from error
 
 
 def model_on_meta(auto_class: Any, path: str, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """A model as shapes without data.
+    """Build a model as shapes without data.
 
     Args:
         auto_class: of transformers, as `AutoModelForCausalLM`.
-        path: where the config was found.
+        path: origin of the config, for messages.
         options: of `from_config`.
 
     Raises:
-        InputError: the config is not of such a model.
+        InputError: the config does not fit the class.
     """
     try:
         with torch.device("meta"), no_init_weights():
@@ -61,20 +61,20 @@ def model_on_meta(auto_class: Any, path: str, config: PretrainedConfig, **option
 def load_model(
     model_class: Any, path: str, needs_head: bool = True, computed: Collection[str] = (), **options: Any
 ) -> PreTrainedModel:
-    """A model in eval mode, all of whose weights were found.
+    """Load a model in eval mode and check that all of its weights were found.
 
     Args:
         model_class: a class of transformers, or an auto class.
         path: hub id or local folder.
-        needs_head: whether an output head of its own must have been found, too.
-        computed: patterns of the names of weights that no file holds, since the model computes them.
+        needs_head: True if a separate output head must have been found, too.
+        computed: patterns of names of weights that the model computes and no file holds.
         options: of `from_pretrained`.
 
     Raises:
         InputError: `path` holds no such model, or lacks some of its weights, which would start at random.
     """
     for index in Path(path).glob("*.index.json"):
-        # transformers itself would follow an index out of the model's folder.
+        # transformers itself would read files outside the model's folder that an index lists.
         read_shard_index(index)
     try:
         model, info = model_class.from_pretrained(path, output_loading_info=True, **options)

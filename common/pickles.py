@@ -1,4 +1,4 @@
-"""Pickled files that others wrote, read as tensors and containers and nothing else."""
+"""Restricted reading of pickled files: tensors and containers and nothing else."""
 
 import io
 import pickle
@@ -12,7 +12,7 @@ from common.errors import InputError
 
 
 def read_pickled(path: Path, by_torch: bool) -> Any:
-    """The content of a file of `torch.save`, tensors on the CPU; unless `by_torch`, `pickle.dump` may have written it.
+    """Load a file of `torch.save`, with tensors on the CPU; unless `by_torch`, also one of `pickle.dump`.
 
     Raises:
         InputError: the file cannot be read, is damaged, or holds anything but tensors and containers.
@@ -25,7 +25,7 @@ def read_pickled(path: Path, by_torch: bool) -> Any:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # unpickling a damaged or hostile file can raise anything
-        # torch.load puts advice to load the file freely before the reason.
+        # torch.load puts advice to load the file without restrictions before the reason.
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0]
         raise InputError(f"{path}: not a whole pickled file of plain tensors: {reason or error!r}") from error
 

@@ -20,14 +20,14 @@ import torch.distributed as dist
 from common import errors
 from common.errors import InputError
 
-# Between two checks of the other ranks: a rank that waits on a GPU for a dead one may wait on, and DeepSpeed's launcher
-# ends such ranks one by one, with half a minute for each.
+# Between two checks of the other ranks: a rank that waits on a GPU for a dead one may wait forever, and DeepSpeed's
+# launcher ends such ranks one by one, with half a minute for each.
 LOOK_SECONDS = 5.0
 # Checks without a beat of another machine until it counts as dead: two minutes, with one more before and after.
 # Checks, not seconds: a rank that was itself stopped has read no beats meanwhile.
 SILENT_CHECKS = 22
 _closed = threading.Event()
-# Control groups: those of a container or a job have limits.
+# Control groups; those of a container or a job have limits.
 GROUPS = Path("/sys/fs/cgroup")
 
 
@@ -62,12 +62,12 @@ class Process:
         return total.tolist()
 
     def sum_(self, tensor: torch.Tensor) -> None:
-        """Replace `tensor`, of one shape and dtype in all processes, in place by its sum over them."""
+        """Sum `tensor`, of the same shape and dtype in all processes, over them in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
 
     def concatenate(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensors of all processes, of one shape [n, ...] and on their devices, in rank order: [ranks * n, ...]."""
+        """Concatenate the tensors of all processes, each [n, ...] on its device, in rank order: [ranks * n, ...]."""
         if self.world_size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
@@ -75,7 +75,7 @@ class Process:
         return torch.cat(parts)
 
     def gather(self, value: Any) -> list[Any]:
-        """`value` of every process, in rank order, on every process. Values must pickle."""
+        """Gather `value` of every process, in rank order, on every process. Values must be picklable."""
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size
@@ -83,17 +83,17 @@ class Process:
         return gathered
 
     def peak_memory(self) -> dict[str, int]:
-        """The most bytes this process has held so far, on its GPU or, without one, in host memory."""
+        """Peak bytes of this process so far, on its GPU or, without one, in host memory."""
         if self.device.type == "cuda":
             return {"peak_device_bytes": torch.cuda.max_memory_allocated(self.device)}
         return {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
     def rng_state(self) -> torch.Tensor:
-        """State of the generator that this device draws from, uint8 on the CPU."""
+        """State of this device's random generator, uint8 on the CPU."""
         return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
 
     def set_rng_state(self, state: torch.Tensor) -> None:
-        """Restore the state of that generator, a `rng_state` of this kind of device."""
+        """Restore the state of that generator, from `rng_state` on the same type of device."""
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state, self.device)
         else:
@@ -115,13 +115,13 @@ def leave_together() -> None:
 
 
 def end_rank(code: int) -> None:
-    """End a process that has been in a process group: as `sys.exit(code)`, without the interpreter's shutdown.
+    """End a process that has been in a process group: like `sys.exit(code)`, without the interpreter's shutdown.
 
     A thread of Gloo frees a collective's tensors in the interpreter; during the interpreter's shutdown this aborts the
     process, and the launcher reports a complete run as failed. DeepSpeed keeps groups, and so their threads, beyond
     `Process.close`. `multiprocessing` ends its processes this way, too.
     """
-    # Private, as `multiprocessing` does: `atexit` has no public function that runs what is registered.
+    # Private, as in `multiprocessing`: `atexit` has no public function that runs the registered functions.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -129,13 +129,13 @@ def end_rank(code: int) -> None:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that this process may still allocate on `device`; on a CPU, its part of the machine's free memory."""
+    """Bytes that this process may still allocate on `device`; on a CPU, its fraction of the machine's free memory."""
     if device.type == "cuda":
-        # Else the memory that PyTorch keeps of freed tensors would not count as free.
+        # Otherwise PyTorch's cache of freed tensors would not count as free.
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     free = min(psutil.virtual_memory().available, free_in_groups())
-    # The first name is torchrun's, the second DeepSpeed's.
+    # Set by torchrun and by DeepSpeed, respectively.
     return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1"))
 
 
@@ -146,7 +146,7 @@ def free_in_groups(root: Path = GROUPS) -> float:
         try:
             limit, taken = (float((group / name).read_text()) for name in ("memory.max", "memory.current"))
             kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            # The kernel frees cached files where memory is needed.
+            # The kernel frees cached files if memory is needed.
             free = min(free, limit - taken + float(kept["inactive_file"]) + float(kept["active_file"]))
         except (OSError, ValueError, KeyError):  # no group, or "max": no limit
             pass
@@ -164,17 +164,17 @@ def cores_in_groups(root: Path = GROUPS) -> float:
 
 
 def _own_groups(root: Path) -> list[Path]:
-    """The control groups, of version 2, that this process is in: its own, then the one around it, up to the root."""
+    """Control groups (version 2) of this process: its own, then its parents up to the root."""
     try:
         own = root / Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
     except OSError:
         return []
-    # In a container the path may be the host's, of which only the last part exists, at the root.
+    # In a container the path may be the host's; only its last part then exists, at the root.
     return [group for group in (own, *own.parents) if group.is_relative_to(root)]
 
 
 def usable_cores() -> frozenset[str]:
-    """The cores that this process may run on, each named by its processors: two, if a core runs two threads."""
+    """Cores that this process may run on, each named by its processors: two, if a core runs two threads."""
     processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     cores = set()
     for number in processors:
@@ -184,13 +184,13 @@ def usable_cores() -> frozenset[str]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done all work that was started on it, as before a clock is read."""
+    """Wait for all work on `device`, as before reading a clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error is one of too little memory: PyTorch's, CUDA's, a CUDA library's, or the host's."""
+    """True if an error reports too little memory: PyTorch's, CUDA's, a CUDA library's, or the host's."""
     texts = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
@@ -206,7 +206,7 @@ def start_process(
         device: "auto" for this rank's GPU if there is one, else the CPU; "cuda" for this rank's GPU; else the name of
             a torch device.
         timeout: of a collective.
-        needs_group: whether to form a group of one without a launcher, as DeepSpeed needs.
+        needs_group: True to form a group of one process without a launcher, as DeepSpeed requires.
 
     Raises:
         InputError: unknown device.
@@ -244,7 +244,7 @@ def start_process(
 
 @dataclass(frozen=True)
 class _Peer:
-    """What the other ranks need of a rank: its process, the machine by its host name, the cores that it may use."""
+    """A rank as the other ranks see it: its process, the machine by its host name, the cores that it may use."""
 
     rank: int
     pid: int
@@ -253,7 +253,7 @@ class _Peer:
 
 
 def _share_cores(own: _Peer, peers: list[_Peer]) -> None:
-    """Set this rank's threads to its part of the cores that it may use, unless the user has set OMP_NUM_THREADS.
+    """Set this rank's threads to its fraction of the cores that it may use, unless the user has set OMP_NUM_THREADS.
 
     DeepSpeed's launcher starts every rank with as many threads as the machine has cores, `torchrun` with one.
     """
@@ -266,7 +266,7 @@ def _share_cores(own: _Peer, peers: list[_Peer]) -> None:
         return
     here = [peer for peer in peers if peer.machine == own.machine]
     part = sum(1 / sum(core in peer.cores for peer in here) for core in own.cores)
-    # Thirds may add up to a little less than a whole.
+    # The sum of thirds may be slightly less than one.
     threads = max(1, int(min(part, cores_in_groups() / len(here)) + 1e-6))
     if by_torchrun:
         torch.set_num_threads(threads)
@@ -298,7 +298,7 @@ def _leave_with_peers(own: _Peer, peers: list[_Peer]) -> None:
     def look() -> None:
         while not _closed.wait(LOOK_SECONDS):
             found = find_dead()
-            # First the error of the dead rank, and of this one, if it has any.
+            # Leaves time for errors of the dead rank and of this one to be printed first.
             if found and not _closed.wait(LOOK_SECONDS):
                 print(f"error (rank {own.rank}): {found}", file=sys.stderr, flush=True)
                 os._exit(1)

@@ -1,4 +1,4 @@
-"""A folder that belongs to one run: locked while it runs, continued under the same settings, refused to others."""
+"""Folders of runs: locked during a run, continued with the same settings, refused for other settings."""
 
 import contextlib
 import shutil
@@ -19,11 +19,11 @@ RUN = "run.json"
 
 @dataclass
 class RunFolder:
-    """The folder of one run, as `open_run` gives it.
+    """Folder of one run, returned by `open_run`.
 
     Attributes:
-        folder, settings, overwrite, process: as of `open_run`.
-        result: what `finish` recorded; None while the run is not finished.
+        folder, settings, overwrite, process: arguments of `open_run`.
+        result: the argument of `finish`; None while the run is not finished.
     """
 
     folder: Path
@@ -37,11 +37,11 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the folder holds this run, finished."""
+        """True if the folder holds this run, finished."""
         return self.result is not None
 
     def start(self) -> None:
-        """Record the settings in the folder, which `overwrite` empties first.
+        """Record the settings in the folder; with `overwrite`, empty it first.
 
         Called by all ranks, after every check and before anything else is written.
 
@@ -82,17 +82,17 @@ class RunFolder:
 
 @contextlib.contextmanager
 def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, process: "Process") -> Iterator[RunFolder]:
-    """Hold `folder` for the run of these settings; locked by the first rank until the block ends.
+    """Open `folder` for a run with these settings; the first rank locks it until the block ends.
 
     Args:
         folder: of outputs or results; need not exist.
         settings: JSON values; two runs are the same run if these are equal.
-        overwrite: whether the content of the folder is to be replaced.
+        overwrite: True to replace the content of the folder.
         process: this rank.
 
     Raises:
-        InputError: another process holds the folder; or it holds a run of other settings (the differences are listed),
-            and `overwrite` is off.
+        InputError: another process has locked the folder; or it holds a run of other settings (the differences are
+            listed), and `overwrite` is off.
     """
     with locked(folder) if process.is_main else contextlib.nullcontext():
         yield RunFolder(folder, settings, overwrite, process)

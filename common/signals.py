@@ -1,4 +1,4 @@
-"""Signals that stop a run where it can be continued."""
+"""Signals that stop a run so that it can be continued."""
 
 import signal
 from types import FrameType
@@ -8,10 +8,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """While this context is open, SIGTERM and SIGUSR1 (which Slurm sends before the time is up) are only recorded.
+    """Context manager that only records SIGTERM and SIGUSR1 (which Slurm sends before the time limit).
 
     Attributes:
-        received: the name of the last one received, None before.
+        received: name of the last signal received, or None.
     """
 
     def __init__(self) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 from common.errors import InputError
 from common.io import atomic_folder, sha256, write_text
 
-# In the form that `sha256sum --check` reads.
+# In the format of `sha256sum --check`.
 SUMS = "SHA256SUMS"
 KEPT = 2
 _PREFIX = "step_"
 
 
 def save(root: Path, step: int, write: Callable[[Path], None]) -> None:
-    """Make a folder in `root` that `write` fills, the snapshot of `step`, whole or not at all, unless there is one.
+    """Create the snapshot of `step` in `root`, filled by `write`, whole or not at all, unless it exists.
 
     Raises:
         InputError: it cannot be written; the earlier snapshots are unchanged.
@@ -58,7 +58,7 @@ def step_of(snapshot: Path) -> int:
 
 
 def _snapshots(root: Path) -> list[Path]:
-    """Latest first."""
+    """Snapshots in `root`, latest first."""
     found = [folder for folder in root.glob(f"{_PREFIX}*") if folder.name.removeprefix(_PREFIX).isdecimal()]
     return sorted(found, key=step_of, reverse=True)
 

@@ -1,7 +1,7 @@
 """Both methods on a small world, in minutes on a laptop: `python -m quickstart` (or `make quickstart`).
 
-The steps below are commands as a user would type them, run in this order. What is done stays done: a second run only
-reports; a step that was stopped goes on, or begins anew where it cannot.
+The steps below are commands as a user would type them, run in this order. Finished steps are not repeated: a second
+run only reports. An interrupted step is continued, or started again if it cannot be.
 """
 
 import os
@@ -25,7 +25,7 @@ CODE = [HOME.parent / package for package in ("common", "mindmerger", "regmean")
 
 @dataclass(frozen=True)
 class Step:
-    """One command and the folder that it fills; what `resumes` goes on with a folder that it has begun."""
+    """One command and the folder that it fills; if `resumes`, the command continues an unfinished folder."""
 
     name: str
     command: str
@@ -80,7 +80,7 @@ STEPS = (
 
 def main() -> None:
     record = read_json(RECORD) if RECORD.exists() else {}
-    # A step is known by its command, by every file of the quickstart and of the method, and by all steps before it.
+    # A step is identified by its command, all files of the quickstart and of the method, and all steps before it.
     key = _fingerprint()
     for step in STEPS:
         key = sha256(f"{key}\n{step.command}".encode()).hexdigest()
@@ -97,7 +97,7 @@ def main() -> None:
         record[step.name]["seconds"] = round(time.monotonic() - started, 1)
         write_json(RECORD, record)
 
-    # Matplotlib takes a second to import, and an interrupted run has no use for it.
+    # Imported late: Matplotlib takes a second, and an interrupted run does not use it.
     from quickstart.results import report
 
     print(report({step.name: record[step.name]["seconds"] for step in STEPS}))
@@ -106,19 +106,19 @@ def main() -> None:
 
 def _run(step: Step) -> None:
     words = shlex.split(step.command)
-    # The environment that runs this, whether or not it is activated; DeepSpeed calls its ninja by name.
+    # Programs of this environment, activated or not; DeepSpeed calls ninja by name.
     programs = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
-    # On the CPU everywhere: the models are too small for a GPU to help, and the figures are then the same.
+    # Always on the CPU: the models are too small for a GPU to help, and the figures are the same everywhere.
     environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     code = subprocess.run([programs / words[0], *words[1:]], env=environment, check=False).returncode
     if code:
-        raise InputError(f"the step {step.name!r} ended with exit code {code}; its own message stands above")
+        raise InputError(f"the step {step.name!r} ended with exit code {code}; its own message is above")
 
 
 def _fingerprint() -> str:
     made = (BUILD, HOME / "results.html", HOME / "results.json")
-    # The method's code, too: figures are those of the code that is here.
+    # Includes the method's code: figures must be those of the current code.
     code = [path for folder in CODE for path in folder.rglob("*.py")]
     files = [
         path

@@ -1,4 +1,4 @@
-"""What is left of two specialists in their merges: `python -m quickstart.compare_merges`.
+"""Evaluation of two specialists and their merges: `python -m quickstart.compare_merges`.
 
 Base, specialists and merges answer the exercises of both tasks, greedily; `results/{save_name}/` gets `scores.json` and
 every answer in `predictions/`.
@@ -33,7 +33,7 @@ MAX_NEW_TOKENS = 64  # twice the longest solution
 
 @dataclass
 class CompareFlags:
-    """Ask two specialists, their base and their merges the exercises of both tasks."""
+    """Evaluate two specialists, their base and their merges on the exercises of both tasks."""
 
     models: str = flag("quickstart/models/regmean", "folder of base, problems and programs")
     merges: str = flag("quickstart/build/merges", "folder of avg and regmean/alpha_ALPHA, as merge_model.py wrote them")
@@ -50,10 +50,10 @@ class CompareFlags:
 
 
 def compare(flags: CompareFlags) -> dict[str, Any]:
-    """Evaluate all models, or say again what an earlier run on the same models found.
+    """Evaluate all models, or return the results of an earlier run on the same models.
 
     Returns:
-        What `scores.json` holds; see `summary`.
+        The content of `scores.json`; see `summary`.
 
     Raises:
         InputError: a model is missing, or the results are those of other models and `--overwrite` is off.
@@ -81,7 +81,7 @@ def compare(flags: CompareFlags) -> dict[str, Any]:
 
 
 def model_folders(models: Path, merges: Path) -> dict[str, Path]:
-    """Every model's folder by name: base, the specialists by task, avg, then regmean_ALPHA by alpha.
+    """Folders of all models by name: base, the specialists by task, avg, then regmean_ALPHA by alpha.
 
     Raises:
         InputError: one of them, or every RegMean merge, is missing.
@@ -100,7 +100,7 @@ def model_folders(models: Path, merges: Path) -> dict[str, Path]:
 def evaluate(
     folders: dict[str, Path], exercises: dict[str, list[Exercise]], results: Path, process: Process
 ) -> dict[str, dict[str, int]]:
-    """How many exercises each model gets right, by model and task; every answer goes to `predictions/{model}.jsonl`."""
+    """Count right answers by model and task; write all answers to `predictions/{model}.jsonl`."""
     right: dict[str, dict[str, int]] = {}
     bar = progress(process, total=len(folders) * sum(map(len, exercises.values())), desc="answers", unit="exercise")
     for name, folder in folders.items():
@@ -138,8 +138,8 @@ def summary(right: dict[str, dict[str, int]], count: int) -> dict[str, Any]:
     """Accuracies from 0 to 1.
 
     Args:
-        right: how many of each task a model got right, by the model's name.
-        count: how many of each task there are.
+        right: number of right answers by model and task.
+        count: number of exercises of each task.
 
     Returns:
         `base`: by task; `specialists`: by name and task; `average`: by task; `regmean`: by alpha and task; `counts`: by

@@ -1,4 +1,4 @@
-"""The two tasks that the specialists are made for, and the texts that their Grams are computed from.
+"""The two tasks of the specialists, and the texts that their Grams are computed from.
 
 `python -m quickstart.exercises FOLDER` writes those texts, one JSON line each, as `compute_gram.py` reads them.
 """
@@ -15,7 +15,7 @@ from mindmerger.tasks.answers import parse_answer
 from quickstart.programs import programs
 from quickstart.world import Split, problems
 
-LARGEST_NUMBER = 20  # in a question: arithmetic that so small a model can learn in minutes
+LARGEST_NUMBER = 20  # in a question, so that a small model can learn the arithmetic in minutes
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Exercise:
     """A question in English.
 
     Attributes:
-        question: as it is asked.
+        question: text of the question.
         solution: a right answer.
-        gold: what answers are judged by, for a reader.
-        is_right: the judge.
+        gold: the expected result, for a reader.
+        is_right: function that grades an answer.
     """
 
     question: str
@@ -36,12 +36,12 @@ class Exercise:
 
     @property
     def prompt(self) -> str:
-        """What a model reads before it answers."""
+        """Input of a model."""
         return self.question + "\n"
 
 
 def word_problems(split: Split, seed: int) -> Iterator[Exercise]:
-    """An endless stream; right is what ends in the right number."""
+    """Endless stream of problems; an answer is right if it ends in the right number."""
     for problem in problems(split, seed, LARGEST_NUMBER):
         yield Exercise(
             problem.question("en"),
@@ -52,7 +52,7 @@ def word_problems(split: Split, seed: int) -> Iterator[Exercise]:
 
 
 def python_functions(split: Split, seed: int) -> Iterator[Exercise]:
-    """An endless stream; right is what passes the asserts."""
+    """Endless stream of functions to write; an answer is right if it passes the asserts."""
     for program in programs(split, seed):
         yield Exercise(program.question, program.solution, "\n".join(program.asserts), program.is_right)
 
@@ -64,7 +64,7 @@ TASKS: dict[str, Callable[[Split, int], Iterator[Exercise]]] = {
 
 
 def texts(task: str, count: int, seed: int) -> list[str]:
-    """Question and solution of `count` exercises that a specialist may have learned from."""
+    """Question and solution of `count` exercises from a specialist's training set."""
     return [exercise.prompt + exercise.solution for exercise in islice(TASKS[task]("train", seed), count)]
 
 

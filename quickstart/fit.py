@@ -1,4 +1,4 @@
-"""The training loop that all of the quickstart's small models went through, and the LLaMAs among them."""
+"""Training loop of the quickstart's small models, and their LLaMA."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -17,7 +17,7 @@ from common.logging import progress
 from common.ranks import Process
 from mindmerger.batching import IGNORED
 
-# What a model learns from: (text that is only read, text that is learned).
+# Training texts: (text that is only read, text that is learned).
 Lessons = Iterator[tuple[str, str]]
 
 WARMUP_SHARE = 0.1
@@ -27,7 +27,7 @@ LARGEST_GRADIENT = 1.0
 def small_llama(
     tokenizer: PreTrainedTokenizerBase, hidden: int, intermediate: int, layers: int, positions: int
 ) -> LlamaForCausalLM:
-    """A LLaMA of four heads for `tokenizer`, its weights drawn from torch's generator as it stands."""
+    """A LLaMA of four heads for `tokenizer`, with weights from torch's generator in its current state."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -52,7 +52,7 @@ def fit(
         model: any model whose forward returns an object with a `loss`.
         batches: the forward's keyword arguments of each step, on the model's device; at least `steps` of them.
         lr: the highest learning rate.
-        steps: how many batches to take.
+        steps: number of batches.
         name: for the progress bar.
 
     Returns:
@@ -76,11 +76,11 @@ def fit(
 def causal_batches(
     lessons: Lessons, tokenizer: PreTrainedTokenizerBase, size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """What a causal language model learns from, in batches for `fit`.
+    """Batches of training texts of a causal language model, for `fit`.
 
     Args:
-        lessons: at least `size` for each batch that is taken.
-        tokenizer: one that opens a text as its model wants it and closes it with nothing.
+        lessons: at least `size` for each batch.
+        tokenizer: must add a text's first special tokens and no last one.
         size: lessons of a batch.
 
     Yields:
@@ -100,12 +100,12 @@ def causal_batches(
 
 
 def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-    """int64 [rows, longest], filled up with `value` on the right."""
+    """int64 [rows, longest], padded with `value` on the right."""
     longest = max(map(len, rows))
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A whole Hugging Face folder, in half precision: half the download."""
+    """Write a whole Hugging Face folder in half precision, which halves the download."""
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

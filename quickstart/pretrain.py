@@ -1,7 +1,7 @@
 """The quickstart's two small models, trained from a seed: `python -m quickstart.pretrain FOLDER`.
 
-A LLaMA that has read English problems only, and an mT5 that has learned to translate six languages into English. Both
-are real Hugging Face checkpoints of the real classes, shipped in `quickstart/models/` as a user's downloads would be.
+A LLaMA trained on English problems only, and an mT5 trained to translate six languages into English. Both are Hugging
+Face checkpoints of these classes and are shipped in `quickstart/models/`, in place of downloads.
 """
 
 import argparse
@@ -25,10 +25,10 @@ from mindmerger.tasks import math_prompt
 from quickstart.fit import Lessons, causal_batches, fit, padded, save, small_llama
 from quickstart.world import WORLD_LANGUAGES, Problem, problems
 
-# Texts that a tokenizer is made from; every word of the world is among them many times.
+# Texts that a tokenizer is trained on; they contain every word of the world many times.
 TOKENIZER_PROBLEMS = 3000
-# How often each of `english_lessons` comes, at first and when the LLM has learned to solve, to hold that steady after a
-# longer text.
+# Relative frequency of each of `english_lessons`, at first and after the LLM has learned to solve, to keep this stable
+# after a longer text.
 FIRST_MIX = {"prompt": 25, "broken, prompt": 7, "broken, unreadable prompt": 25, "repeat": 15, "drills": 25, "plain": 3}
 LAST_MIX = {"prompt": 15, "broken, prompt": 22, "broken, unreadable prompt": 20, "repeat": 10, "drills": 31, "plain": 2}
 # (highest learning rate, steps, mix of lessons) of each round.
@@ -40,9 +40,9 @@ _SPECIALS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk
 
 
 def llm_tokenizer() -> PreTrainedTokenizerFast:
-    """BPE over English alone: other Latin words fall to pieces, other scripts to `<unk>`.
+    """BPE over English alone: words of other languages become short pieces, other scripts `<unk>`.
 
-    The words around the question, the same in every prompt, are a token each: they would be a third of all tokens.
+    Each word around the question, the same in every prompt, is one token; else they would be a third of all tokens.
     """
     texts = (
         problem.question("en") + "\n" + problem.solution for problem in islice(problems("train", 0), TOKENIZER_PROBLEMS)
@@ -64,7 +64,7 @@ def mt_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _tokenizer(texts: Iterable[str], opening: list[str], closing: list[str]) -> PreTrainedTokenizerFast:
-    """A digit is a token: numbers are copied, not known by heart."""
+    """Train a BPE tokenizer in which each digit is a token, so that numbers are copied, not memorized."""
     backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     pieces = Regex(r"\d|\p{Han}|\n+|\u2581?[^\w\s\u2581]+")
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -86,7 +86,7 @@ def _tokenizer(texts: Iterable[str], opening: list[str], closing: list[str]) -> 
 
 
 def train_llm(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A LLaMA of 0.9M parameters that solves English problems, repeats them, and reads broken English as well."""
+    """A LLaMA of 0.9M parameters that solves English problems, repeats them, and reads broken English, too."""
     torch.manual_seed(seed)
     model = small_llama(tokenizer, hidden=128, intermediate=384, layers=4, positions=512)
     for number, (lr, steps, mix) in enumerate(LLM_ROUNDS):
@@ -98,7 +98,7 @@ def train_llm(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
 def train_mt(tokenizer: PreTrainedTokenizerFast, seed: int) -> MT5ForConditionalGeneration:
     """An mT5 of 1.1M parameters that translates any of the six languages into English.
 
-    The decoder is shallow, so that what a sentence says is worked out in the encoder, which MindMerger reads.
+    The decoder is shallow, so that a sentence's meaning is computed in the encoder, whose states MindMerger uses.
     """
     torch.manual_seed(seed)
     config = MT5Config(
@@ -115,16 +115,16 @@ def train_mt(tokenizer: PreTrainedTokenizerFast, seed: int) -> MT5ForConditional
         decoder_start_token_id=tokenizer.pad_token_id,
     )
     model = MT5ForConditionalGeneration(config)
-    # The embeddings are the head, too: at the library's standard deviation of 1 the first logits would be huge.
+    # The embeddings are also the head: with the library's standard deviation of 1, initial logits would be huge.
     torch.nn.init.normal_(model.shared.weight, std=config.d_model**-0.5)
     return fit(model, _translation_batches(tokenizer, MT_BATCH, seed), *MT_ROUND, "mT5")
 
 
 def english_lessons(seed: int, mix: dict[str, int]) -> Lessons:
-    """What the LLM learns from: (text that is only read, text that is learned), both English.
+    """Training texts of the LLM: (text that is only read, text that is learned), both English.
 
-    Besides problems, drills and repetition it sees questions followed by a prompt that it cannot read, and broken
-    English: large models cope with both, and a mapping relies on it.
+    Besides problems, drills and repetition there are questions followed by an unreadable prompt, and broken English:
+    large models can handle both, and a mapping relies on it.
     """
     rng = random.Random(seed)
     for problem in problems("train", seed):
@@ -146,9 +146,9 @@ def english_lessons(seed: int, mix: dict[str, int]) -> Lessons:
 
 
 def broken(question: str, rng: random.Random) -> str:
-    """The question as somebody with little English might put it: words missing, words out of place.
+    """Make broken English of a question: words missing, words out of place.
 
-    Numbers are all there, in their order: which is which decides the answer.
+    All numbers are kept in their order, since the answer depends on it.
     """
     words = [word for word in question.split() if _has_digit(word) or rng.random() > 0.15]
     reach = rng.choice((0, 2, 4))
@@ -159,7 +159,7 @@ def broken(question: str, rng: random.Random) -> str:
 
 
 def unreadable(question: str, rng: random.Random) -> str:
-    """The question with letters that say nothing in place of its words; numbers stay, as they do between languages."""
+    """Replace the words of a question by random letters; numbers are kept, as between languages."""
     latin, spaced = rng.random() < 0.6, rng.random() < 0.8
     words = []
     for word in question.split():
@@ -185,7 +185,7 @@ def _has_digit(word: str) -> bool:
 
 
 def by_length(lessons: Lessons, tokenizer: PreTrainedTokenizerFast, size: int) -> Lessons:
-    """The lessons in an order in which those of one batch are of like length, and waste little on padding."""
+    """Order lessons so that those of one batch have similar lengths and need little padding."""
     order = random.Random(0)
     while True:
         drawn = sorted(

@@ -1,6 +1,6 @@
-"""A small world of Python functions: what one is to return, in English; the function; asserts that judge any answer.
+"""A small world of Python functions: an English description; the function; asserts that grade any answer.
 
-Nothing that a model writes is run: `evaluate` reads its syntax tree, and works out what little it knows of Python.
+Code written by a model is never run: `evaluate` interprets a small subset of Python in its syntax tree.
 """
 
 import ast
@@ -14,7 +14,7 @@ from quickstart.world import Split
 
 NAMES = ("score", "total", "price", "level", "count", "width", "speed", "value", "result", "amount", "weight", "points")
 PARAMETERS = "abcdkmnpqrstuvwxyz"
-# How English says it, and Python; {x} and {y} are parameters, {k} a constant, {inner} what comes before.
+# Expressions in English and in Python; {x} and {y} are parameters, {k} a constant, {inner} the inner expression.
 INNER = (
     (("the sum of {x} and {y}", "{x} plus {y}"), "({x} + {y})"),
     (("the difference of {x} and {y}", "{x} minus {y}"), "({x} - {y})"),
@@ -30,7 +30,7 @@ OUTER = (
     (("modulo {k}",), "{inner} % {k}"),
 )
 CONSTANTS = range(11, 99)
-ARGUMENTS = range(4000, 10000)  # so large that // tells one constant from the next
+ARGUMENTS = range(4000, 10000)  # so large that // gives different results for different constants
 
 LONGEST_SOURCE = 300  # characters: no tree of so few is too deep for the walk below
 LARGEST_VALUE = 10**12
@@ -53,7 +53,7 @@ OPERATORS: dict[type, Callable[[int, int], int]] = {
 
 
 class Refused(Exception):
-    """Not Python, or Python beyond functions of integers that return one expression."""
+    """Raised for anything but a Python function of integers that returns one expression."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Program:
     """A function to write.
 
     Attributes:
-        question: what it is to be called and to return.
+        question: its name and result, in English.
         solution: a right function.
         name: its name.
-        calls: arguments that every right function must have the same results for.
+        calls: arguments for which every right function has the same results.
     """
 
     question: str
@@ -74,11 +74,11 @@ class Program:
 
     @property
     def asserts(self) -> list[str]:
-        """The calls and their results as Python writes them."""
+        """Calls and their results as assert statements."""
         return [f"assert {self.name}{call} == {evaluate(self.solution, self.name, call)}" for call in self.calls]
 
     def is_right(self, answer: str) -> bool:
-        """Whether every assert holds of the function that `answer` defines."""
+        """True if the function that `answer` defines passes every assert."""
         try:
             return all(
                 evaluate(answer, self.name, call) == evaluate(self.solution, self.name, call) for call in self.calls
@@ -101,13 +101,13 @@ def programs(split: Split, seed: int) -> Iterator[Program]:
         words = f"{rng.choice(inner_words)}, {rng.choice(outer_words)}".format(x=x, y=y, k=k)
         solution = f"def {name}({x}, {y}):\n    return {expression}"
         first, second, third = rng.sample(ARGUMENTS, 3)
-        # Both orders of two arguments: the larger one must not be found by taking the first.
+        # Both orders of two arguments, so that "the first" does not pass for "the larger".
         calls = ((first, second), (second, first), (first, third))
         yield Program(f"Write {name}({x}, {y}), which returns {words}.", solution, name, calls)
 
 
 def evaluate(source: str, name: str, arguments: tuple[int, ...]) -> int:
-    """What the function `name`, which is all that `source` defines, returns for `arguments`. No code is run.
+    """Result of the function `name`, the only definition in `source`, for `arguments`. No code is run.
 
     Raises:
         Refused: `source` is anything but one function of that name and number of arguments, whose body returns one
@@ -125,7 +125,7 @@ def evaluate(source: str, name: str, arguments: tuple[int, ...]) -> int:
             parameters = [parameter.arg for parameter in declared]
         case _:
             raise Refused("not one function that returns one expression")
-    # Whatever else Python's grammar lets a function have would be lost here: defaults, decorators, annotations.
+    # Detects all else that a function may have: defaults, decorators, annotations.
     plain = f"def {name}({', '.join(parameters)}):\n    return {ast.unparse(result)}"
     if ast.unparse(body) != plain or len({*parameters}) != len(parameters) or len(parameters) != len(arguments):
         raise Refused(f"not a function {name} of {len(arguments)} plain arguments")
@@ -156,7 +156,7 @@ def _apply(sign: ast.operator | ast.cmpop, left: int, right: int) -> int:
         raise Refused(f"{type(sign).__name__} is not known here")
     if isinstance(sign, ast.FloorDiv | ast.Mod) and right == 0:
         raise Refused("division by zero")
-    # A negative exponent makes a fraction, a large one a number that fills the memory.
+    # A negative exponent gives a fraction, a large one a number that fills the memory.
     if isinstance(sign, ast.Pow) and not 0 <= right <= LARGEST_EXPONENT:
         raise Refused("exponent out of range")
     return OPERATORS[type(sign)](left, right)

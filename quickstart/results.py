@@ -1,4 +1,4 @@
-"""The quickstart's figures, gathered from `results/`: two tables, `quickstart/results.html` and `results.json`."""
+"""Report on the quickstart's figures in `results/`: two tables, `quickstart/results.html` and `results.json`."""
 
 import html
 import io
@@ -16,16 +16,16 @@ BASELINE = RESULTS / "quickstart-baseline" / "mgsm"
 MAPPED = RESULTS / "quickstart" / "mgsm"
 MERGES = RESULTS / "quickstart-regmean" / "scores.json"
 
-# One problem in each of these is shown with both answers.
+# Languages of the problems shown with both answers.
 EXAMPLE_CODES = ("de", "es", "sw", "ru", "zh")
 _BEFORE, _AFTER, _LINE = "#b8b8b8", "#2f6db3", "#c8553d"
 
 
 def gather(seconds: dict[str, float]) -> dict[str, Any]:
-    """All figures of the quickstart, accuracies from 0 to 1, as `results.json` holds them.
+    """Collect all figures of the quickstart for `results.json`; accuracies are from 0 to 1.
 
     Args:
-        seconds: of each step, for the record.
+        seconds: duration of each step.
     """
     merges = read_json(MERGES)
     return {
@@ -36,7 +36,7 @@ def gather(seconds: dict[str, float]) -> dict[str, Any]:
 
 
 def report(seconds: dict[str, float]) -> str:
-    """Write `results.json` and `results.html` beside this file; returns both tables as text."""
+    """Write `results.json` and `results.html` beside this file; return both tables as text."""
     results = gather(seconds)
     write_json(HOME / "results.json", results)
     write_text(HOME / "results.html", _page(results))
@@ -44,13 +44,13 @@ def report(seconds: dict[str, float]) -> str:
 
 
 def without_english(accuracies: dict[str, float]) -> float:
-    """The average over all languages but English."""
+    """Average over all languages except English."""
     others = [accuracy for language, accuracy in accuracies.items() if language != "English"]
     return sum(others) / len(others)
 
 
 def mean(accuracies: dict[str, float]) -> float:
-    """The average over tasks."""
+    """Average over tasks."""
     return sum(accuracies.values()) / len(accuracies)
 
 
@@ -104,7 +104,7 @@ def _page(results: dict[str, Any]) -> str:
 
 
 def _example(code: str) -> str:
-    """The first problem in this language, with both answers, whatever they are."""
+    """First problem in this language, with both answers, right or wrong."""
     mapped, alone = (read_predictions(folder, code)[0] for folder in (MAPPED, BASELINE))
     answers = "".join(
         f"<tr><td>{name}</td><td>{html.escape(answer['output'])}</td><td>{'right' if answer['right'] else 'wrong'}</td>"
@@ -141,7 +141,7 @@ def _curve(figures: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.add_subplot()
     alphas = list(figures["regmean"])
-    # Evenly spaced: what happens between 0.9 and 1 would not be seen on a linear axis.
+    # Evenly spaced: values between 0.9 and 1 would not be distinguishable on a linear axis.
     places = range(len(alphas))
     axes.plot(places, [100 * mean(figures["regmean"][alpha]) for alpha in alphas], "o-", color=_AFTER, label="RegMean")
     axes.axhline(100 * mean(figures["average"]), color=_LINE, linestyle="--", label="plain average")

@@ -1,7 +1,7 @@
 """RegMean's three small models, trained from a seed: `python -m quickstart.specialists FOLDER`.
 
-One LLaMA that has begun to learn word problems and Python functions, and two specialists fine-tuned from it, one on
-each. They are shipped in `quickstart/models/regmean/` as a user's downloads would be.
+One LLaMA trained briefly on word problems and Python functions, and two specialists fine-tuned from it, one on each.
+They are shipped in `quickstart/models/regmean/`, in place of downloads.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from quickstart.fit import Lessons, causal_batches, fit, save, small_llama
 from quickstart.programs import programs
 from quickstart.world import problems
 
-TOKENIZER_TEXTS = 2000  # of each task; every word of both worlds is among them many times
+TOKENIZER_TEXTS = 2000  # of each task; they contain every word of both worlds many times
 
 BATCH_SIZE = 16
-# The base's two phases: seed, steps, learning rate, shares of word problems and of functions among its lessons.
+# Two phases of the base: seed, steps, learning rate, fractions of word problems and of functions in its lessons.
 PHASES = ((0, 2500, 3e-3, 0.2, 0.1), (5, 300, 2e-3, 0.4, 0.2))
 STEPS, LR = 500, 1e-3
 
@@ -72,9 +72,9 @@ def plain_texts(seed: int) -> Lessons:
 
 
 def base_lessons(problem_share: float, program_share: float, seed: int) -> Lessons:
-    """These shares of both tasks, among plain texts."""
+    """Lessons of both tasks in these fractions, among plain texts."""
     rng = random.Random(seed)
-    # Other exercises than those whose texts stand alone.
+    # Other exercises than those of the plain texts.
     streams = [*(task_lessons(task, seed + 7) for task in TASKS), plain_texts(seed)]
     shares = (problem_share, program_share, 1 - problem_share - program_share)
     while True:
@@ -82,7 +82,7 @@ def base_lessons(problem_share: float, program_share: float, seed: int) -> Lesso
 
 
 def train_base(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The model that both specialists start from, 0.45M parameters; the same for every seed of theirs."""
+    """Train the base of both specialists, 0.45M parameters; it is the same for every seed of the specialists."""
     torch.manual_seed(0)
     model = small_llama(tokenizer, hidden=96, intermediate=256, layers=3, positions=256)
     for seed, steps, lr, *shares in PHASES:
@@ -109,7 +109,7 @@ def train_all(folder: Path, seed: int) -> None:
     home = folder / "base"
     if not home.exists():
         save(train_base(tokenizer), tokenizer, home)
-    # As a user has it, rounded: what is fine-tuned is what is shipped.
+    # Rounded as on disk: the shipped base is the one that is fine-tuned.
     base = LlamaForCausalLM.from_pretrained(home, dtype=torch.float32)
     for task in TASKS:
         save(train_specialist(base, tokenizer, task, seed), tokenizer, folder / task)

@@ -32,7 +32,7 @@ class Name:
 
 @dataclass(frozen=True)
 class Noun:
-    """Something countable, as each language counts it.
+    """A countable noun, with its forms after numbers in each language.
 
     Attributes:
         en, de: plural.
@@ -143,8 +143,8 @@ class Template:
 
     Attributes:
         texts: the story by language code.
-        steps: what is computed, as (left, operator, right); `x` stands for the result of the step before.
-        ranges: from which numbers each of a, b and c is drawn.
+        steps: the computation, as (left, operator, right); `x` stands for the result of the step before.
+        ranges: the numbers from which each of a, b and c is drawn.
     """
 
     texts: dict[str, str]
@@ -156,7 +156,7 @@ _ANY, _FEW, _SOME = (2, 97), (2, 9), (2, 20)
 
 
 def _template(steps: str, ranges: str, **texts: str) -> Template:
-    """`steps` as in "a + b, x - c"; `ranges` as in "any any few"."""
+    """Create a template; `steps` as in "a + b, x - c", `ranges` as in "any any few"."""
     named = {"any": _ANY, "few": _FEW, "some": _SOME, "times": (2, 4)}
     return Template(
         texts,
@@ -394,12 +394,12 @@ class Problem:
 
     @property
     def solution(self) -> str:
-        """In English, step by step, closed by "The answer is: N"."""
+        """Solution in English, step by step, with "The answer is: N" at the end."""
         return " ".join(f"{equation}." for equation in self.equations) + f" The answer is: {self.answer}"
 
     @property
     def split(self) -> Split:
-        """Which set the problem belongs to: a story with its numbers is in one set only, whatever names and objects.
+        """Set of the problem: a story with its numbers is in one set only, for all names and objects.
 
         A tenth is for tuning (dev), a tenth for the figures that are printed (test).
         """
@@ -408,7 +408,7 @@ class Problem:
 
 
 def problems(split: Split, seed: int, largest: int = 99) -> Iterator[Problem]:
-    """An endless stream of problems of one set, every template as often as any other, with numbers up to `largest`."""
+    """Endless stream of problems of one set with numbers up to `largest`; all templates are equally frequent."""
     rng = random.Random(f"{split} {seed}")
     while True:
         template = rng.choice(TEMPLATES)
@@ -426,7 +426,7 @@ def _is_sound(problem: Problem) -> bool:
 
 
 def _solve(template: Template, numbers: dict[str, int]) -> list[tuple[str, int]]:
-    """(equation, result) of every step; a division that does not come out even has the result 0."""
+    """(equation, result) of every step; a division with a remainder has the result 0."""
     values, steps = dict(numbers), []
     for left, operator, right in template.steps:
         a, b = values[left], values[right]

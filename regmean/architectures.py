@@ -1,8 +1,8 @@
-"""Models as transformers builds them: which class reads a folder, and which of the folder's tensors make up which
-parameters, by transformers' own conversion of names and shapes.
+"""Classes of transformers that read a model folder, and the stored tensors that make up each parameter, found with
+transformers' own conversion of names and shapes.
 
-Conversions join, split and reorder tensors by rows: all but the last dimension, or a vector's elements. So they are
-run on numbers of rows in place of weights, which shows where every row of a parameter is stored.
+Conversions join, split and reorder tensors by rows: all but the last dimension, or a vector's elements. They are run
+on row numbers instead of weights, which shows where each row of a parameter is stored.
 """
 
 from collections import Counter, defaultdict
@@ -40,7 +40,7 @@ from common.models import base_config
 from regmean.model_folder import Checkpoint
 from regmean.tensor_file import JoinedTensor, TensorInfo
 
-# What encoders are built as, by the end of the name of the class that wrote the folder.
+# Auto classes of encoders, by the end of the name of the class that wrote the folder.
 ENCODERS = {
     "ForMaskedLM": AutoModelForMaskedLM,
     "ForSequenceClassification": AutoModelForSequenceClassification,
@@ -72,20 +72,20 @@ def auto_class(name: str, config: PretrainedConfig) -> Any:
 
 
 def build_on_meta(checkpoint: Checkpoint) -> PreTrainedModel | None:
-    """The model of a folder as shapes without data; None where transformers has no class for it."""
+    """Build the model of a folder as shapes without data; None if transformers has no class for it."""
     try:
         config = base_config(str(checkpoint.folder))
         with torch.device("meta"), no_init_weights():
             return auto_class(checkpoint.name, config).from_config(config)
-    except Exception:  # a config of any origin makes a model's code fail in any way
+    except Exception:  # model code may raise anything on an unknown config
         return None
 
 
 def parameter_rows(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, np.ndarray]]:
-    """Of each parameter that stored tensors make up: its name, and of each of its rows the number of the stored row.
+    """Yield the name of each parameter made of stored tensors, and the number of the stored row for each of its rows.
 
-    Stored rows are numbered through all tensors in their order, as `_row_starts` has them. A parameter is left out
-    where conversion changes more than the order of rows.
+    Stored rows are numbered across all tensors in order, see `_row_starts`. A parameter is left out if conversion
+    changes more than the order of rows.
     """
     state, starts = model.state_dict(), dict(zip(tensors, _row_starts(tensors.values()), strict=False))
     transforms = get_model_conversion_mapping(model)
@@ -118,14 +118,14 @@ def parameter_rows(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) ->
 def layer_tensors(
     name: str, model: PreTrainedModel, layers: Iterable[str], optional: set[str], tensors: Mapping[str, TensorInfo]
 ) -> tuple[dict[str, set[str]], set[str]]:
-    """Find the tensors of linear layers in those of the model `name`.
+    """Match linear layers with stored tensors of the model `name`.
 
     Returns:
-        Of each stored tensor that holds nothing but weights of linear layers, these layers; and which of the `optional`
-        layers are not stored.
+        The layers of each stored tensor that holds only weights of linear layers; and the `optional` layers that are
+        not stored.
 
     Raises:
-        InputError: another layer's weight is not found.
+        InputError: the weight of a layer that is not optional is not found.
     """
     names, starts = list(tensors), _row_starts(tensors.values())
     left = Counter({stored: _row_count(info.shape) for stored, info in tensors.items()})
@@ -147,12 +147,12 @@ def layer_tensors(
 
 
 def in_layout_of(first: Checkpoint, other: Checkpoint, model: PreTrainedModel) -> tuple[Checkpoint, set[str]]:
-    """`other` with its tensors under the names and in the shapes of `first`, as far as both store the same parameters
-    of `model`; and the names in either that are no parameters of it.
+    """Rename and reshape the tensors of `other` as in `first`, where both store the same parameters of `model`; also
+    return the names in either that are not parameters of `model`.
     """
     own_infos, infos = list(first.tensors.values()), list(other.tensors.values())
     own_starts, starts = _row_starts(own_infos), _row_starts(infos)
-    place = np.full(own_starts[-1], -1)  # of each row of `first` the row of `other`
+    place = np.full(own_starts[-1], -1)  # row of `other` for each row of `first`
     own, theirs = (dict(parameter_rows(model, checkpoint.tensors)) for checkpoint in (first, other))
     for name in own.keys() & theirs.keys():
         place[own[name]] = theirs[name]
@@ -169,12 +169,12 @@ def in_layout_of(first: Checkpoint, other: Checkpoint, model: PreTrainedModel) -
 
 
 def _names(rows: np.ndarray, infos: list[TensorInfo], starts: np.ndarray) -> set[str]:
-    """Names of the tensors that these rows are of."""
+    """Names of the tensors that contain these rows."""
     return {infos[index].name for index in np.unique(np.searchsorted(starts, rows, "right") - 1)}
 
 
 def _joined(info: TensorInfo, rows: np.ndarray, stored: list[TensorInfo], starts: np.ndarray) -> TensorInfo | None:
-    """The tensor of `rows`, in the shape of `info`; None where the stored tensors differ in dtype or width."""
+    """Join `rows` into a tensor of the shape of `info`; None if the stored tensors differ in dtype or width."""
     owner = np.searchsorted(starts, rows, "right") - 1
     firsts = np.concatenate([[0], np.flatnonzero((np.diff(rows) != 1) | (np.diff(owner) != 0)) + 1])
     width = info.size // len(rows)
@@ -201,5 +201,5 @@ def _row_count(shape: tuple[int, ...]) -> int:
 
 
 def _row_starts(tensors: Iterable[TensorInfo]) -> np.ndarray:
-    """The number of each tensor's first row, and that of all rows."""
+    """Number of the first row of each tensor, and the number of all rows."""
     return np.cumsum([0, *(_row_count(info.shape) for info in tensors)])

@@ -1,6 +1,6 @@
-"""The weighted mean of models, tensor by tensor: a merging method of its own, and RegMean's for what has no Gram.
+"""Weighted mean of models, tensor by tensor: the method `avg`, and RegMean's treatment of tensors without a Gram.
 
-Threads read, average and write chunks of the tensors. Nothing here imports torch.
+Threads read, average and write chunks of the tensors. This module does not import torch.
 """
 
 import threading
@@ -56,7 +56,7 @@ def write_averages(plan: MergePlan, writers: Iterable[CheckpointWriter], advance
 def weighted_mean(arrays: list[np.ndarray], weights: list[float]) -> np.ndarray:
     """sum_i weights_i arrays_i over flat arrays of one size, added up in float64 and returned in the first's dtype.
 
-    float64 makes the mean of identical float32 models those models again, whatever the weights.
+    In float64, the mean of identical float32 models equals these models for any weights.
     """
     mean = np.empty_like(arrays[0])
     room = min(CACHED_ELEMENTS, mean.size)
@@ -72,7 +72,7 @@ def weighted_mean(arrays: list[np.ndarray], weights: list[float]) -> np.ndarray:
 
 
 def _chunks(plan: MergePlan) -> Iterator[tuple[list[TensorInfo], list[float], int, int]]:
-    """Of each tensor, chunk by chunk: the models' own, their weights, and the first and last element."""
+    """Yield chunks of all tensors: the models' tensors, their weights, and the first and last element."""
     tensors = [(name, plan.models[:1], [1.0]) for name in plan.copied]
     tensors += [(name, plan.models, plan.model_weights) for name in plan.averaged]
     for name, models, model_weights in tensors:
@@ -82,14 +82,14 @@ def _chunks(plan: MergePlan) -> Iterator[tuple[list[TensorInfo], list[float], in
 
 
 def _mean_of(infos: list[TensorInfo], weights: list[float], start: int, stop: int, plan: MergePlan) -> np.ndarray:
-    """The chunk's values, in the dtype that they are written in."""
+    """Mean of a chunk, in the dtype that it is written in."""
     first, *others = infos
     dtype = plan.layout[first.name][0]
     if dtype in FLOATS and (others or first.dtype != dtype):
         arrays = [decode(info.read(start, stop), info.dtype) for info in infos]
         mean = weighted_mean(arrays, weights)
         if others and not is_finite(mean):
-            # Infinities that all models have, as buffers do, are their own mean.
+            # An infinity that all models have, as in some buffers, is kept.
             alike = np.logical_and.reduce([array == arrays[0] for array in arrays])
             if not (np.isfinite(mean) | alike).all():
                 for info in infos:

@@ -1,4 +1,4 @@
-"""Batches of examples into the sums of some layers, in halves where memory runs out."""
+"""Addition of batches of examples to the sums of layers, in halves if memory runs out."""
 
 from collections.abc import Iterable
 from typing import Self
@@ -16,16 +16,16 @@ from regmean.hooks import LinearInputs
 
 
 class TooLargeError(Exception):
-    """Memory does not hold one example beside the sums."""
+    """Raised if one example does not fit into memory beside the sums."""
 
 
 class BatchRunner:
-    """Runs batches of examples, adds what `layers` read to `sums`, and checks it; a context manager, for its hooks.
+    """Context manager that runs batches of examples, adds the inputs of `layers` to `sums`, and checks them.
 
     Args:
-        layers: by name; `sums` is to have their inputs.
-        padding: whether every layer reads every token, so that padding can be told from tokens.
-        tokens_per_batch: padding included. A larger batch is run in halves; where memory runs out it is halved.
+        layers: the layers whose inputs are summed, by name.
+        padding: True if every layer reads every token, so that padding rows can be identified.
+        tokens_per_batch: maximum, padding included; halved if memory runs out. Larger batches are run in halves.
         alone: layers that share no input.
     """
 
@@ -44,13 +44,13 @@ class BatchRunner:
         self._model, self._calibration, self._device, self._sums = model, calibration, device, sums
         self._row_sums = row_sums = {}
 
-        # No method: a cycle of references would keep the sums beyond their pass.
+        # Not a method: a reference cycle would keep the sums alive after their pass.
         def receive(name: str, rows: torch.Tensor) -> None:
-            # A sum is finite where every term is; in float32, since half precision would overflow.
+            # A finite sum has finite terms only. In float32, since half precision would overflow.
             row_sums[name] = rows.sum(dim=1, dtype=torch.float32)
             sums.add(name, rows)
 
-        # Where every layer reads every token, no forward pass calls other layers than the one before.
+        # If every layer reads every token, all forward passes call the same layers.
         head = model.get_output_embeddings()
         self._inputs = LinearInputs(layers, head, receive, padding, sums.shared_name, set(alone))
 
@@ -62,16 +62,16 @@ class BatchRunner:
         self._inputs.__exit__(*raised)
 
     def add(self, batch: list[int]) -> None:
-        """Add the examples of these indices, of which the first is the longest.
+        """Add the examples of these indices, the longest first.
 
         Raises:
-            InputError: a layer, the first of the forward pass is named, read NaN or infinity.
-            TooLargeError: memory does not hold one of the examples; the sums have a part of the batch.
+            InputError: the input of a layer has NaN or infinity; the message names the first such layer.
+            TooLargeError: one of the examples does not fit into memory; the sums include a part of the batch.
         """
         self._add(batch, {})
 
     def _add(self, batch: list[int], added: Added) -> None:
-        """Add a batch but for what `added` has of it."""
+        """Add a batch, except for the parts listed in `added`."""
         tokens = len(batch) * len(self._calibration.examples[batch[0]])
         if len(batch) == 1 or tokens <= self.tokens_per_batch:
             self._sums.begin(added)
@@ -81,13 +81,13 @@ class BatchRunner:
                 raise TooLargeError
             added = self._sums.added
             self.tokens_per_batch = tokens // 2
-            tqdm.write(f"out of memory with a batch of {tokens} tokens: going on with {self.tokens_per_batch}")
+            tqdm.write(f"out of memory with a batch of {tokens} tokens: continuing with {self.tokens_per_batch}")
         half = len(batch) // 2
         for part in (batch[:half], batch[half:]):
             self._add(part, added)
 
     def _fits(self, batch: list[int]) -> bool:
-        """Run a batch; False where memory has run out."""
+        """Run a batch; False if memory runs out."""
         try:
             self._run(batch)
         except RuntimeError as error:
@@ -95,7 +95,7 @@ class BatchRunner:
                 raise
         else:
             return True
-        # Here, where no traceback holds activations.
+        # Outside the except block, where no traceback holds activations.
         torch.cuda.empty_cache()
         return False
 
@@ -106,14 +106,14 @@ class BatchRunner:
         row_sums.clear()
         real = real.to(device) if len(real) < mask.numel() else None
         self._inputs.run(self._model, ids.to(device), mask.to(device), real)
-        # One look for all layers: each makes a GPU's queue run empty.
+        # One check for all layers, since each check synchronizes.
         if not row_sums or torch.cat(list(row_sums.values())).isfinite().all():
             return
         layer, rows = next((name, finite) for name, sums in row_sums.items() if not (finite := sums.isfinite()).all())
-        # An expert's rows are some of the batch's, in its own order: then any of the examples may be the one.
+        # An expert reads some rows of the batch, in its own order: then any of the examples may be the cause.
         suspects = owners[~rows.cpu()].unique().tolist() if len(rows) == len(owners) else range(len(batch))
         examples = ", ".join(str(self._calibration.rows[batch[suspect]]) for suspect in suspects)
         raise InputError(
-            f"the input of {layer} is NaN or infinite in row(s) {examples} of the data set (from 0): mend or leave out "
+            f"the input of {layer} is NaN or infinite in row(s) {examples} of the data set (from 0): correct or remove "
             "these rows, or take a wider --dtype (bfloat16 or float32)"
         )

@@ -18,7 +18,7 @@ FILE_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the Grams are computed from: the token ids of texts, none empty, and which rows of the data set they are.
+    """Calibration texts: their token ids, none empty, and the row number of each in the data set.
 
     `truncated` of them were cut at the length limit; `empty` rows had no tokens and were left out.
     """
@@ -30,20 +30,20 @@ class Calibration:
 
     @property
     def tokens(self) -> int:
-        """Of all examples together."""
+        """Number of tokens in all examples."""
         return sum(map(len, self.examples))
 
     def summary(self, max_length: int) -> str:
-        """The counts, in words."""
+        """Line of counts for the terminal."""
         counts = f"{len(self.examples):,} examples, {self.tokens:,} tokens"
         return f"{counts}; {self.truncated:,} cut at {max_length} tokens, {self.empty:,} empty"
 
 
 def load_calibration(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Calibration:
-    """The texts of `source`, tokenised: every special token once, cut at the length limit.
+    """Load and tokenise the texts of `source`: every special token once, cut at the length limit.
 
     Raises:
-        InputError: no such data set, split or column; a value that is no text; no chat template; nothing left.
+        InputError: no such data set, split or column; a value that is not text; no chat template; no text left.
     """
     rows = _load_rows(source)
     columns = list(source.columns.values())
@@ -78,10 +78,10 @@ def load_calibration(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def check_tokens(calibration: Calibration, table: nn.Module) -> None:
-    """Compare the texts with a model's embedding table.
+    """Check that every token has a row in a model's embedding table.
 
     Raises:
-        InputError: a token has no row in it.
+        InputError: a token has none.
     """
     size = table.weight.shape[0]
     for row, example in zip(calibration.rows, calibration.examples, strict=True):
@@ -95,8 +95,8 @@ def check_tokens(calibration: Calibration, table: nn.Module) -> None:
 def make_batches(lengths: list[int], tokens_per_batch: int, padding: bool) -> list[list[int]]:
     """Indices of examples, longest first, in batches of at most `tokens_per_batch` tokens, padding included.
 
-    An example above that is a batch of its own. Without `padding`, for models that mix tokens up, the examples of a
-    batch have one length.
+    A longer example is a batch of its own. Without `padding`, for models that reorder tokens, all examples of a batch
+    have the same length.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
@@ -112,8 +112,8 @@ def make_batches(lengths: list[int], tokens_per_batch: int, padding: bool) -> li
 def collate(examples: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask, both int64 of shape (examples, longest), padded on the right.
 
-    A decoder's real tokens never see what follows them, so right padding leaves them as they are without any;
-    padding ids are 0, which every vocabulary has.
+    Real tokens of a decoder do not attend to later positions, so right padding does not change them. Padding ids are
+    0, which every vocabulary has.
     """
     ids = pad_sequence([torch.tensor(example) for example in examples], batch_first=True)
     mask = pad_sequence([torch.ones(len(example), dtype=torch.long) for example in examples], batch_first=True)
@@ -142,7 +142,7 @@ def _load_rows(source: TextSource) -> Any:
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids = tokenizer(text, verbose=False)["input_ids"]
-    # A text that spells out its own bos would otherwise start with two.
+    # A text that contains its own bos would otherwise start with two.
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         return ids[1:]
     return ids

@@ -1,7 +1,7 @@
-"""Grams of one model: what RegMean needs of its training data, one sum of x x^T per distinct layer input.
+"""Grams of one model over calibration texts: one sum of x x^T per distinct layer input.
 
-From the top: `compute_grams` loads texts and model, probes the model once to learn which layers share an input,
-plans as many passes as memory requires, and runs them; the sums themselves are in gram.py.
+`compute_grams` loads texts and model, probes the model once to find which layers share an input, plans as many passes
+as memory requires, and runs them. The sums themselves are in gram.py.
 """
 
 import hashlib
@@ -48,9 +48,9 @@ from regmean.model_folder import Checkpoint, open_checkpoint
 SNAPSHOT_SECONDS = 600.0
 SUMS_NAME = "sums.safetensors"
 PLAN = "plan.json"
-# Of the memory that is free beside the model, what sums leave at least: for activations of a batch and fragmentation.
+# Minimum fraction of the memory beside the model that is kept for activations of a batch and fragmentation.
 RESERVED = 0.1
-# A batch's bytes, as measured on a GPU, times this; and what libraries take there, as cuBLAS and NCCL.
+# Factor on a batch's bytes as measured on a GPU; and bytes of libraries there, such as cuBLAS and NCCL.
 BATCH_MARGIN = 1.15
 LIBRARIES = 0.5e9
 MORE_MEMORY = "take a larger --device, a narrower --dtype or a smaller --max_length"
@@ -65,14 +65,14 @@ def compute_grams(
     ends with the same Gram.
 
     Args:
-        process: this rank; every rank takes its shard of the batches. It has left the process group at the end, and
-            before the first rank joins the Grams of several passes, which may take longer than others wait.
+        process: this rank; each rank runs its shard of the batches. It leaves the process group before the first rank
+            joins the Grams of several passes, which may take longer than a collective's timeout.
         snapshot_seconds: the time between two snapshots.
-        model: that of `flags.model`, where it is loaded already; it loses its output head.
+        model: the model `flags.model`, if it is already loaded; its output head is removed.
 
     Raises:
-        InputError: bad flags, model or data; a Gram that fits no memory; activations that are not finite.
-        Stopped: by a signal; a snapshot of all that was done is on disk.
+        InputError: bad flags, model or data; a Gram that does not fit into memory; activations that are not finite.
+        Stopped: a signal was received; a snapshot of the work so far is on disk.
     """
     target = Path(flags.output_dir) / FILE_NAME
     if target.exists() and not flags.overwrite:
@@ -84,7 +84,7 @@ def compute_grams(
     tokenizer = load_tokenizer(path, **trusted)
     calibration = load_calibration(flags.texts(), tokenizer)
     say(process, calibration.summary(flags.max_length))
-    # An adapter that lies beside the weights is no part of the model: it is looked for where none is.
+    # An adapter stored beside the weights is not part of the model; this folder has none.
     options = trusted | {"dtype": flags.dtype, "adapter_kwargs": {"subfolder": "no adapter"}}
     model = model or load_model(model_class, path, needs_head=False, **options)
     check_tokens(calibration, model.get_input_embeddings())
@@ -101,7 +101,7 @@ def compute_grams(
 def _identity(
     checkpoint: Checkpoint, calibration: Calibration, model: PreTrainedModel, process: Process
 ) -> dict[str, Any]:
-    """What a run that is continued must have in common with the one that began it."""
+    """Settings and inputs that must be equal for a run to continue another."""
     return {
         "model": checkpoint.name,
         "fingerprint": checkpoint.fingerprint(),
@@ -124,25 +124,25 @@ def _prepare(
     optional = {name for name, layer in layers.items() if layer is head}
     tensors, missing = layer_tensors(checkpoint.name, model, layers, optional, checkpoint.tensors)
     for name in missing:
-        # A base model's checkpoint has no head: the one here is random, and no merge has a use for its Gram.
+        # A base model's checkpoint has no head: this one is random, and no merge uses its Gram.
         del layers[name]
     model.to(device).eval()
     if head is not None:
-        # A forward pass ends before it, and that of Llama-3-8B takes as much as a layer's sums.
+        # Forward passes end before the head, and that of Llama-3-8B is as large as a layer's sums.
         head.to("meta")
     return layers, tensors
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the work is cut.
+    """Division of the work into passes and batches.
 
     Attributes:
         passes: the layers of each pass over the texts.
         inputs: the layers of each distinct input.
-        padding: whether batches may hold padding.
-        tokens_per_batch: of the batches that are dealt to the ranks; where memory is short they are run in parts.
-        alone: layers that share no input, whatever they read.
+        padding: True if batches may contain padding.
+        tokens_per_batch: maximum for the batches distributed to the ranks; if memory is short, they are run in parts.
+        alone: layers whose inputs are never shared.
     """
 
     passes: list[list[str]]
@@ -153,7 +153,7 @@ class Plan:
 
 
 class Probe(NamedTuple):
-    """What one example tells: as of `Plan`, and the seconds and the bytes on a GPU that it takes."""
+    """Result of running one example: fields of `Plan`, and the seconds and GPU bytes that it takes."""
 
     inputs: list[list[str]]
     padding: bool
@@ -163,10 +163,10 @@ class Probe(NamedTuple):
 
 
 def probe(model: PreTrainedModel, layers: dict[str, nn.Module], ids: list[int], device: torch.device) -> Probe:
-    """Run one example to see which layers share an input, and whether every layer's rows are the example's tokens.
+    """Run one example to find which layers share an input, and if the rows of every layer are the example's tokens.
 
-    Where they are not (an expert gets some of the tokens, in its own order), padding cannot be told from tokens
-    inside the model, and batches must do without.
+    If they are not (an expert gets some of the tokens, in its own order), padding rows cannot be identified inside the
+    model, and batches must not contain padding.
     """
     example, mask = (tensor.to(device) for tensor in collate([ids]))
     head = model.get_output_embeddings()
@@ -188,7 +188,7 @@ def probe(model: PreTrainedModel, layers: dict[str, nn.Module], ids: list[int], 
 
 
 def peak_bytes(device: torch.device, run: Callable[[], None]) -> int:
-    """The most bytes that PyTorch holds on a GPU while `run` is called, beyond those before; 0 elsewhere, uncalled."""
+    """Peak bytes that PyTorch allocates on a GPU during a call of `run`; on other devices 0, without a call."""
     if device.type != "cuda":
         return 0
     torch.cuda.reset_peak_memory_stats(device)
@@ -198,7 +198,7 @@ def peak_bytes(device: torch.device, run: Callable[[], None]) -> int:
 
 
 def memory_for_sums(free: int, batch_bytes: float, device_type: str) -> int:
-    """Of the bytes that are free beside the model, those that the sums of a pass may take."""
+    """Bytes that the sums of a pass may take, out of the `free` bytes beside the model."""
     left = min(free * (1 - RESERVED), free - BATCH_MARGIN * batch_bytes)
     return max(0, int(left - (LIBRARIES if device_type == "cuda" else 0)))
 
@@ -231,9 +231,9 @@ def plan_passes(inputs: list[list[str]], widths: list[int], memory: int) -> list
 
 @dataclass
 class _Passes:
-    """All passes of a run over its texts; `folder` holds what an interrupted one continues from.
+    """All passes of a run over its texts; `folder` holds the state that an interrupted run continues from.
 
-    `tokens_per_batch` falls where a batch of so many does not fit into memory.
+    `tokens_per_batch` is lowered when a batch does not fit into memory.
     """
 
     model: PreTrainedModel
@@ -246,7 +246,7 @@ class _Passes:
     snapshot_seconds: float
 
     def run(self, target: Path, provenance: dict[str, Any]) -> None:
-        """Do what is left to do, write the Grams to `target`, and remove the folder."""
+        """Run the remaining passes, write the Grams to `target`, and remove the folder."""
         process, plan, number = self.process, self._agreed_plan(), 0
         started = time.monotonic()
         while number < len(plan.passes):
@@ -263,7 +263,7 @@ class _Passes:
                 # The next pass is planned to fill the memory.
                 del sums
                 process.barrier()
-            # Also where an earlier run was killed before it came to this.
+            # Also after an earlier run that was killed before it reached this line.
             shutil.rmtree(self._snapshots(number), ignore_errors=True)
             number += 1
         # The other ranks leave first: joining may take longer than a collective waits.
@@ -276,7 +276,7 @@ class _Passes:
             self._report(target, time.monotonic() - started)
 
     def _agreed_plan(self) -> Plan:
-        """The plan that an interrupted run began with, else a new one; the first rank decides, and keeps it."""
+        """Plan of the interrupted run, else a new one; the first rank makes and stores it."""
         path, device = self.folder / PLAN, self.process.device
         known = Plan(**read_json(path)) if self.process.is_main and path.exists() else None
         if plan := self.process.gather(known)[0]:
@@ -312,10 +312,10 @@ class _Passes:
         return plan
 
     def _with_smaller_passes(self, plan: Plan, number: int) -> Plan:
-        """The plan with pass `number`, for which a rank has too little memory, in parts of half the sums.
+        """Split pass `number`, which does not fit into a rank's memory, into parts of half the sums.
 
         Raises:
-            InputError: the pass is for one input alone.
+            InputError: the pass has only one input.
         """
         inputs = [names for names in plan.inputs if names[0] in plan.passes[number]]
         widths = self._widths(inputs)
@@ -326,7 +326,7 @@ class _Passes:
         sums = [4 * width**2 for width in widths]
         parts = plan_passes(inputs, widths, max(*sums, sum(sums) // 2))
         say(self.process, f"out of memory with one example at once: pass {number + 1} becomes {len(parts)} passes")
-        # Snapshots of the whole pass are none of its parts'.
+        # Snapshots of the whole pass do not apply to its parts.
         shutil.rmtree(self._snapshots(number), ignore_errors=True)
         self.process.barrier()
         plan = replace(plan, passes=[*plan.passes[:number], *parts, *plan.passes[number + 1 :]])
@@ -346,9 +346,9 @@ class _Passes:
         return self.folder / f"pass{number}-rank{self.process.rank}"
 
     def _sums_of_pass(self, number: int, plan: Plan) -> GramSums | None:
-        """This rank's sums for the layers of pass `number`, from its snapshot on where there is one.
+        """This rank's sums for the layers of pass `number`, continued from a snapshot if there is one.
 
-        None where not even one example at once fits into memory.
+        None if a single example does not fit into memory.
         """
         lengths, process = [len(example) for example in self.calibration.examples], self.process
         batches = make_batches(lengths, plan.tokens_per_batch, plan.padding)[process.rank :: process.world_size]
@@ -395,7 +395,7 @@ class _Passes:
 
 
 def _assemble(parts: list[Path], target: Path, provenance: dict[str, Any]) -> Path:
-    """One Gram file of all passes' files."""
+    """Join the files of all passes into one Gram file."""
     if len(parts) == 1:
         return parts[0]
     join_files(target, [GramFile(part) for part in parts], provenance)
@@ -409,7 +409,7 @@ def _provenance(
     tokenizer: PreTrainedTokenizerBase,
     calibration: Calibration,
 ) -> dict[str, Any]:
-    """Where the Grams come from, for their file."""
+    """Origin of the Grams, for their file."""
     is_chat, template = "text" not in source.columns, str(tokenizer.chat_template).encode()
     # A downloaded model lies in a folder named by its commit.
     is_downloaded = checkpoint.folder.parent.name == "snapshots"

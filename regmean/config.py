@@ -1,4 +1,4 @@
-"""Every flag of compute_gram.py and merge_model.py."""
+"""Flags of compute_gram.py and merge_model.py."""
 
 import math
 import re
@@ -29,7 +29,7 @@ class TextSource:
 
 @dataclass(frozen=True)
 class GramFlags:
-    """Sum the inner products of what a language model's linear layers read, over a data set's tokens."""
+    """Compute a model's Grams: inner products of the inputs of its linear layers, summed over a data set's tokens."""
 
     model: str = flag(None, "hub id or local folder")
     revision: str | None = flag(None, "branch, tag or commit of a hub model")
@@ -40,20 +40,20 @@ class GramFlags:
     system_column: str | None = flag(None, "column of system messages")
     user_column: str | None = flag(None, "column of user messages")
     assistant_column: str | None = flag(None, "column of assistant messages")
-    num_examples: int = flag(10_000, "how many rows, from the first on")
+    num_examples: int = flag(10_000, "number of rows, from the first on")
     max_length: int = flag(256, "tokens of an example beyond this are cut")
     tokens_per_batch: int | None = flag(
-        None, "tokens of a batch, padding included; default: 8192 on a GPU, on a CPU 1024, which stay in its caches"
+        None, "tokens of a batch, padding included; default: 8192 on a GPU, 1024 on a CPU, to stay in its caches"
     )
     output_dir: str = flag(None, "folder for gram.safetensors")
     dtype: str = flag("auto", f"the model's: {', '.join(DTYPES)}; auto is the one it was saved in")
-    device: str = flag("auto", "auto (GPU where there is one), cpu, cuda")
+    device: str = flag("auto", "auto (GPU if there is one), cpu, cuda")
     trust_remote_code: bool = flag(False, "run Python code that comes with the model")
-    overwrite: bool = flag(False, "start anew where the output folder holds another Gram, or another run's part of one")
+    overwrite: bool = flag(False, "replace another Gram, or another unfinished run, in the output folder")
     plan: str | None = flag(None, PLAN_HELP, nargs="?", const=HERE)
 
     def __post_init__(self) -> None:
-        # A plan needs no texts, and no place to write to.
+        # --plan needs no texts and no output folder.
         for name in ("model",) if self.plan else ("model", "dataset", "output_dir"):
             if not getattr(self, name):
                 raise InputError(f"--{name} is missing")
@@ -98,16 +98,16 @@ class MergeFlags:
     """Merge models of one architecture into one, by averaging or by RegMean."""
 
     method: str = flag(None, "avg or regmean")
-    models: list[str] = flag([], "hub ids or local folders; the first lends its config and tokenizer")
+    models: list[str] = flag([], "hub ids or local folders; the first provides config and tokenizer")
     revisions: list[str] = flag([], "branch, tag or commit of each hub model")
     grams: list[str] = flag([], "each model's Gram file, or the folder that holds it, in the models' order")
-    alpha: list[float] = flag([0.1], "factor on the Grams' off-diagonals, from 0 to 1; several share the work")
-    model_weights: list[float] = flag([], "weight of each model; default: all the same")
+    alpha: list[float] = flag([0.1], "factor on the Grams' off-diagonals, from 0 to 1; one merge for each value")
+    model_weights: list[float] = flag([], "weight of each model; default: equal weights")
     include: list[str] = flag([], "regexes: only tensors whose name contains a match are merged")
     exclude: list[str] = flag([], "regexes: tensors whose name contains a match are the first model's, unmerged")
     solver: str = flag("cholesky", "cholesky, lstsq (as published) or inverse (as in the paper)")
     dtype: str = flag("auto", f"of the merged model: {', '.join(DTYPES)}; auto is the first model's")
-    device: str = flag("auto", "where RegMean solves: auto (GPU where there is one), cpu, cuda")
+    device: str = flag("auto", "device of RegMean's solver: auto (GPU if there is one), cpu, cuda")
     max_shard_size: str = flag("5GB", "largest weight file")
     output_dir: str | None = flag(None, "default runs/merges/avg, runs/merges/regmean_ALPHA; several get _ALPHA added")
     plan: str | None = flag(None, PLAN_HELP, nargs="?", const=HERE)
@@ -149,7 +149,7 @@ class MergeFlags:
         return [weight / sum(given) for weight in given]
 
     def selects(self, tensor: str) -> bool:
-        """Whether the tensor of this name is merged."""
+        """True if the tensor of this name is merged."""
         included = not self.include or any(re.search(pattern, tensor) for pattern in self.include)
         return included and not any(re.search(pattern, tensor) for pattern in self.exclude)
 

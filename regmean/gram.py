@@ -19,14 +19,14 @@ from regmean.gram_file import Gram, GramFile, write_grams
 
 PANEL = 512  # rows of a sum that a batch is added to at a time, at most on a CPU and at least on a GPU
 TILE = (128, 256)  # rows and columns of a large product that one multiprocessor of a GPU computes at a time
-# By name and number of each call of `GramSums.add` for one batch: the rows of the sum that have the batch.
+# Rows of a sum that include the current batch, by name and number of each call of `GramSums.add` for it.
 Added = dict[tuple[str, int], int]
 
 
 def zeros(width: int, device: torch.device) -> torch.Tensor:
-    """A float32 (width, width) of zeros; on the CPU in pages of its own.
+    """Zeros of shape (width, width) in float32; on the CPU in pages of their own.
 
-    In the C library's heap, between activations, the sums would keep it from using the activations' memory again.
+    In the C library's heap, sums between activations would prevent the reuse of the activations' memory.
     """
     if device.type == "cpu":
         return torch.frombuffer(mmap.mmap(-1, 4 * width**2), dtype=torch.float32).view(width, width)
@@ -34,16 +34,16 @@ def zeros(width: int, device: torch.device) -> torch.Tensor:
 
 
 def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
-    """total += rows^T rows, below the diagonal and somewhat above it: half the work, and no product beside the sum.
+    """total += rows^T rows, below the diagonal and somewhat above it: half the work, without a copy of the product.
 
-    `total` is float32 (width, width), of which nothing above the diagonal is to be read; `rows` float (tokens, width).
+    `total` is float32 (width, width), valid only on and below the diagonal; `rows` is float (tokens, width).
     """
     for _ in added_panels(total, rows):
         pass
 
 
 def added_panels(total: torch.Tensor, rows: torch.Tensor, start: int = 0) -> Iterator[int]:
-    """As `add_products`, from row `start` of `total` on, panel by panel: gives the row that each panel ends before."""
+    """Run `add_products` panel by panel, from row `start` of `total` on; yield the end row of each panel."""
     if _is_widened(rows):
         rows = rows.float()
     step = _panel_rows_on(rows.device, len(total))
@@ -62,23 +62,23 @@ def _add_product(part: torch.Tensor, panel: torch.Tensor, below: torch.Tensor) -
     if panel.dtype == torch.float32:
         part.addmm_(panel, below)
     else:
-        # Products of two half-precision numbers are exact in float32, and so is nearly their sum.
+        # Products of two half-precision numbers are exact in float32, and their sum nearly so.
         part += torch.mm(panel, below, out_dtype=torch.float32)
 
 
 def _panel_rows_on(device: torch.device, width: int) -> int:
     if device.type == "cuda":
         return panel_rows(width, torch.cuda.get_device_properties(device).multi_processor_count)
-    # The fewer, the less is computed above the diagonal; a CPU is as fast with 192, and with 512 of wide layers.
+    # Fewer rows compute less above the diagonal; a CPU is as fast with 192, or with 512 for wide layers.
     return min(PANEL, max(192, width // 8))
 
 
 @functools.cache
 def panel_rows(width: int, multiprocessors: int) -> int:
-    """Rows of a panel of a sum of this width on a GPU with so many multiprocessors.
+    """Number of rows of a panel, for a sum of this width and this number of multiprocessors of a GPU.
 
-    A GPU computes a product in rounds, of one tile for each multiprocessor. Low panels have too few tiles to fill a
-    round, and high ones compute more above the diagonal: the fewest rounds decide.
+    A GPU computes a product in rounds of one tile for each multiprocessor. Low panels have too few tiles to fill a
+    round, and high ones compute more above the diagonal. The height with the fewest rounds is returned.
     """
 
     def rounds(step: int) -> int:
@@ -93,7 +93,7 @@ def panel_rows(width: int, multiprocessors: int) -> int:
 
 
 def product_bytes(width: int, device: torch.device) -> int:
-    """The most bytes of a product on its way into a sum of this width; a CPU adds products in place."""
+    """Maximum bytes of a temporary product for a sum of this width; 0 on a CPU, which adds in place."""
     return 4 * _panel_rows_on(device, width) * width if device.type == "cuda" else 0
 
 
@@ -101,13 +101,13 @@ def product_bytes(width: int, device: torch.device) -> int:
 class GramSums:
     """The running sums of one pass, each a float32 matrix of shape (width, width) beside the activations.
 
-    A batch that fails halfway is in some sums and not in others. It is then done again by `begin` with what `added`
-    was, in any number of parts.
+    A batch that fails halfway is in some sums only. To repeat it, in any number of parts, `begin` is called with the
+    last value of `added`.
 
     Attributes:
-        totals, tokens: by the name of the first layer that reads an input.
-        shared_name: of each layer, that name.
-        added: what they have of the batch in progress.
+        totals, tokens: sum and token count of each input, by the name of the first layer that reads it.
+        shared_name: that name for each layer.
+        added: the rows of the sums that include the current batch.
     """
 
     totals: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -117,7 +117,7 @@ class GramSums:
     _calls: Counter[str] = field(default_factory=Counter)
 
     def begin(self, added: Added) -> None:
-        """Begin a batch; `add` leaves out what `added` has of it."""
+        """Begin a batch; `add` skips the rows listed in `added`."""
         self.added = dict(added)
         self._calls.clear()
 
@@ -159,7 +159,7 @@ class GramSums:
     def write(
         self, path: Path, layers: dict[str, nn.Module], tensors: dict[str, set[str]], provenance: dict[str, Any]
     ) -> None:
-        """Write the sums as a Gram file; `layers` are the model's, by name, `tensors` as of `layer_tensors`."""
+        """Write the sums as a Gram file; `layers` are the model's by name, `tensors` as from `layer_tensors`."""
         grams = []
         for name, total in self.totals.items():
             modules = tuple(module for module, shared in self.shared_name.items() if shared == name)
@@ -170,7 +170,7 @@ class GramSums:
 
     @classmethod
     def read(cls, path: Path, device: torch.device) -> Self:
-        """The sums in a Gram file, to go on adding to."""
+        """Load the sums in a Gram file, to continue adding."""
         file = GramFile(path)
         sums = cls()
         for gram in file.grams.values():

@@ -36,8 +36,8 @@ ABOVE = np.triu(np.ones((BLOCK_ROWS, BLOCK_ROWS), bool), 1)  # the diagonal of s
 class Gram:
     """One distinct input of `width` features: the modules that receive it, and how many tokens were summed.
 
-    `conv1d` says that those modules keep their weight as (in, out), as GPT-2's Conv1D does, not as (out, in). `tensors`
-    are the names under which their weights are stored; files of older versions have none.
+    `conv1d` is True if those modules store their weight as (in, out), as GPT-2's Conv1D does, not as (out, in).
+    `tensors` are the names under which their weights are stored; files of older versions have none.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Gram:
 
 
 class Grams:
-    """A model's Grams by name, in whichever file; `provenance` is its record of the model and the data."""
+    """A model's Grams by name, in either file form; `provenance` records the model and the data."""
 
     path: Path
     grams: dict[str, Gram]

@@ -1,6 +1,6 @@
-"""Output heads of their own, and heads that are the embedding table: told apart by the tensors.
+"""Detection of separate output heads and of heads that are the embedding table, from the tensors.
 
-transformers uses a stored head that differs from the table although the config ties the two, and other programs write
+If the config ties the two and the stored head differs from the table, transformers uses the head. Other programs write
 such folders.
 """
 
@@ -13,10 +13,10 @@ from common.errors import InputError
 from regmean.model_folder import Checkpoint
 from regmean.tensor_file import FLOATS, TensorInfo, decode
 
-# How the names of heads end, and what those of embedding tables contain.
+# Patterns of the names of heads and of embedding tables.
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|decoder|pred_layer\.proj)\.weight$")
 TABLE = re.compile("emb|wte")
-CHUNK_ELEMENTS = 1 << 22  # of two tensors compared at a time
+CHUNK_ELEMENTS = 1 << 22  # elements of two tensors compared at a time
 OWN, TIED, LACKING = "own", "tied", "lacking"
 
 
@@ -26,8 +26,8 @@ def settle_heads(
     """Compare the models' heads.
 
     Returns:
-        Names of stored heads that are no weights of their own, and whether the merge has a head of its own although
-        the first model's config does not say so.
+        Names of stored heads that are copies of an embedding table; and True if the merge has a separate head although
+        the first model's config ties it.
     """
     heads = {head.name for model in models if (head := _head(model)) is not None}
     explicit = [_explicitly_tied(model) for model in models]
@@ -75,7 +75,7 @@ def _head(model: Checkpoint) -> TensorInfo | None:
 
 
 def _explicitly_tied(model: Checkpoint) -> bool | None:
-    """As the config has it; None where it leaves that to the default of its class."""
+    """Value in the config; None if the config leaves it to the default of its class."""
     text = model.config.get("text_config")
     for config in (model.config, text if isinstance(text, dict) else {}):
         if isinstance(config.get("tie_word_embeddings"), bool):
@@ -84,7 +84,7 @@ def _explicitly_tied(model: Checkpoint) -> bool | None:
 
 
 def _tied_by_default(model: Checkpoint) -> bool:
-    from common.models import base_config  # with transformers, which takes seconds to import
+    from common.models import base_config  # imports transformers, which takes seconds
 
     try:
         config = base_config(str(model.folder))
@@ -94,7 +94,7 @@ def _tied_by_default(model: Checkpoint) -> bool:
 
 
 def _is_copy(head: TensorInfo, model: Checkpoint) -> bool:
-    """Whether the head has the values of a table of the model."""
+    """True if the head has the values of an embedding table of the model."""
     alike = [
         info
         for name, info in model.tensors.items()

@@ -1,4 +1,4 @@
-"""What a model's linear layers read, handed over during a forward pass by hooks that one object owns."""
+"""Inputs of a model's linear layers, collected during a forward pass by hooks that one object owns."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from common.errors import InputError
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every linear layer by name, but for an output head tied to the input embeddings: no regression has that."""
+    """All linear layers by name, except an output head tied to the input embeddings, which RegMean does not solve."""
     embeddings = model.get_input_embeddings()
     return {
         name: module
@@ -28,9 +28,9 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def share_modules(model: PreTrainedModel) -> None:
-    """Make linear layers of one weight, as in blocks that a model passes several times, one module.
+    """Replace linear layers that share one weight, as in blocks that a model runs several times, by one module.
 
-    It is then called for each of them, and its Gram is the sum over all.
+    The module is then called for each of them, and its Gram is the sum over all calls.
     """
     first: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules()):
@@ -41,32 +41,32 @@ def share_modules(model: PreTrainedModel) -> None:
 
 
 def untied_head(model: PreTrainedModel) -> nn.Module | None:
-    """The output head, where it has a weight of its own."""
+    """The output head if it has a weight of its own, else None."""
     head = model.get_output_embeddings()
     return None if head is None or head.weight is model.get_input_embeddings().weight else head
 
 
 def input_width(layer: nn.Module) -> int:
-    """Features that a linear layer reads: Conv1D keeps its weight as (in, out), nn.Linear as (out, in)."""
+    """Input features of a linear layer; Conv1D stores its weight as (in, out), nn.Linear as (out, in)."""
     return layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
 
 
 @dataclass(eq=False)
 class LinearInputs:
-    """Hands each distinct input of a model's linear layers to `receive`; a context manager that owns the hooks.
+    """Context manager whose hooks pass each distinct input of a model's linear layers to `receive`.
 
-    Which layers share an input is found from the tensors themselves: the first layer to read a tensor lends its name
-    to all that read the same one later in that forward pass.
+    Layers share an input if they read the same tensor. The input has the name of the first layer that reads it in a
+    forward pass.
 
     Attributes:
         layers: the layers to watch, by name.
         head: the output head, or None; a forward pass ends where the head would turn states into logits.
         receive: called with the name and the input's rows, (tokens, width), once for each distinct input.
-        same_calls: whether every forward pass calls the same layers in the same order; then all but the first end at
-            the last of these calls, before what no layer here reads is computed.
-        shared_name: of each layer that a token has reached, the name of its input.
-        alone: layers that share no input, whatever they read.
-        aligned: whether the rows of every input were the batch's tokens in order, whatever the model did to them.
+        same_calls: True if every forward pass calls the same layers in the same order. All passes but the first then
+            end at the last of these calls, and nothing after it is computed.
+        shared_name: the name of the input of each layer that a token has reached.
+        alone: layers whose inputs are never shared.
+        aligned: True if the rows of every input so far were the batch's tokens in order.
     """
 
     layers: dict[str, nn.Module]
@@ -91,28 +91,28 @@ class LinearInputs:
         self._hooks.close()
 
     def groups(self) -> list[list[str]]:
-        """The layers that share an input, for each distinct input, in the model's order."""
+        """Groups of layers that share an input, in the model's order."""
         sharing: dict[str, list[str]] = {}
         for name in self.layers:
-            # A layer that no token reached yet is on its own until it is seen to share.
+            # A layer that no token has reached yet is a group of its own.
             sharing.setdefault(self.shared_name.get(name, name), []).append(name)
         return list(sharing.values())
 
     def part(self) -> None:
-        """Have layers share no input from now on where the last forward pass called one more often than the other."""
+        """Stop sharing inputs between layers that the last forward pass called a different number of times."""
         calls = Counter(self._called)
         self.alone = {name for name, shared in self.shared_name.items() if calls[name] != calls[shared]}
         self.shared_name.clear()
 
     @torch.no_grad()
     def run(self, model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, real: torch.Tensor | None = None) -> None:
-        """One forward pass of the layers' model, without logits, cache or gradient.
+        """Run one forward pass of the layers' model, without logits, cache or gradient.
 
-        `ids` and `mask` (0 at padding) are int64 of shape (examples, length); `real` has the places, in the flattened
-        batch, of the tokens that are no padding, and is None where all are.
+        `ids` and `mask` (0 at padding) are int64 of shape (examples, length); `real` has the positions, in the
+        flattened batch, of the tokens that are not padding, or is None if there is no padding.
 
         Raises:
-            InputError: a layer's rows are not the batch's tokens, so that padding cannot be told from tokens.
+            InputError: a layer's rows are not the batch's tokens, so that padding rows cannot be identified.
         """
         self._received: dict[tuple, list[str]] = {}
         self._called: list[str] = []
@@ -155,13 +155,13 @@ class LinearInputs:
         rows = x.reshape(-1, x.shape[-1])
         if self._real is not None:
             if not aligned:
-                raise InputError(f"layer {name} reads {tuple(x.shape)}, where padding cannot be told from tokens")
+                raise InputError(f"layer {name} reads {tuple(x.shape)}, where padding rows cannot be identified")
             rows = rows.index_select(0, self._real)
         self.receive(name, rows)
 
 
 class BeyondTableError(Exception):
-    """A place of a text beyond the last row of a table; the text is too long by `excess` tokens."""
+    """Raised for a position beyond the last row of a table; the text is too long by `excess` tokens."""
 
     def __init__(self, excess: int):
         super().__init__(f"{excess} tokens too many")
@@ -169,7 +169,7 @@ class BeyondTableError(Exception):
 
 
 class IndexCheck(TorchFunctionMode):
-    """Raises BeyondTableError before a row is read that a table does not have, which stops a GPU for good."""
+    """Raises BeyondTableError before a row beyond a table is read, which would make CUDA unusable in this process."""
 
     def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is nn.functional.embedding and (excess := int(args[0].max()) + 1 - len(args[1])) > 0:
@@ -178,7 +178,7 @@ class IndexCheck(TorchFunctionMode):
 
 
 class _AllRead(Exception):
-    """Ends a forward pass before something is computed that no layer reads, as logits."""
+    """Raised to end a forward pass before anything is computed that no layer reads, such as logits."""
 
 
 def _end_forward(module: nn.Module, args: tuple) -> None:

@@ -1,4 +1,4 @@
-"""Merging: models into a new model folder, tensor by tensor, in memory set by the largest layer."""
+"""Merging of models into a new model folder, tensor by tensor; memory depends on the largest layer."""
 
 import contextlib
 import math
@@ -59,15 +59,15 @@ def merge(flags: MergeFlags, command: str) -> None:
 
 
 def array_bytes(models: int, systems: list[tuple[int, int]], alphas: int, device: str = "cpu") -> int:
-    """The most bytes of arrays that a merge of so many models holds at once, on a GPU where `device` is one, if free.
+    """Peak bytes of arrays in a merge of `models` models, on the GPU if `device` is one; assumes that they are free.
 
-    `systems` has (inputs, outputs) of each that RegMean solves, for so many alphas; it is empty for an average.
+    `systems` has (inputs, outputs) of each system that RegMean solves for `alphas` alphas; empty for an average.
     """
-    # Of each chunk the models' values, their mean as computed and as written, and float64 sums and terms.
+    # For each chunk: the models' values, their mean as computed and as written, and float64 sums and terms.
     averaging = 4 * (models + 6) * AVERAGERS * CHUNK_ELEMENTS
     if not systems:
         return averaging
-    from regmean.regmean import solving_bytes  # with torch, which an average does without
+    from regmean.regmean import solving_bytes  # imports torch, which an average does not need
 
     return max(averaging, solving_bytes(models, systems, alphas, device))
 
@@ -75,7 +75,7 @@ def array_bytes(models: int, systems: list[tuple[int, int]], alphas: int, device
 def _write(
     plan: MergePlan, writers: dict[float | None, CheckpointWriter], solver: str, device: str
 ) -> dict[float | None, list[LayerReport]]:
-    """Write every tensor of the plan; gives, by alpha, how RegMean's layers were solved."""
+    """Write every tensor of the plan; return the reports of RegMean's layers by alpha."""
     elements = sum(math.prod(shape) for _, shape in plan.layout.values())
     with tqdm(total=elements, unit="el", unit_scale=True, desc="merging", dynamic_ncols=True) as bar:
 

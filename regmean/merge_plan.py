@@ -1,5 +1,5 @@
-"""What happens to each tensor, and whether models and Grams fit together: from headers alone, with every difference in
-one error before a tensor is read."""
+"""Plan for each tensor of a merge, and checks that models and Grams fit together, from headers alone. One error lists
+every difference, before a tensor is read."""
 
 import math
 import re
@@ -16,26 +16,26 @@ from regmean.model_folder import Checkpoint, base_vocabulary, same_tokenizer_fil
 from regmean.tensor_file import FLOATS, JoinedTensor, TensorInfo, encode
 
 MAX_LISTED = 20
-# Settings that must be the same for weights to mean the same, and those that a merge can only take from one model.
+# Settings that must be equal for weights to be comparable, and those that a merge can only take from one model.
 SAME = (
     *("model_type", "vocab_size", "hidden_act", "hidden_activation"),
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
 )
 ALIKE = ("rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "rms_norm_eps")
-# Settings that fine-tuned models often have of their own, and that say nothing of their weights.
+# Settings that fine-tuned models often change, and that do not concern the weights.
 UNRELATED = {
     *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout"),
 }
-NUMBERED = re.compile(r"(?<=\.)\d+(?=\.|$)")  # in names of tensors that layers have, each its own
+NUMBERED = re.compile(r"(?<=\.)\d+(?=\.|$)")  # number of a layer in the name of a tensor
 STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Tensors that share a Gram in every model, `grams` by its name in each file, and so one system of `width` inputs.
+    """Tensors that share a Gram in every model, and so one system of `width` inputs; `grams` has its name in each file.
 
-    With `conv1d` the weights are stored as (in, out).
+    If `conv1d`, the weights are stored as (in, out).
     """
 
     grams: tuple[str, ...]
@@ -46,18 +46,18 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What is merged, and what happens to every tensor.
+    """Models and Grams of a merge, and the plan for every tensor.
 
     Attributes:
-        models: to merge; the first lends its layout.
+        models: the models to merge; the first provides the layout.
         model_weights: the models' weights, which sum to 1.
-        grams: of each model, for RegMean; none for an average.
+        grams: the Grams of each model, for RegMean; empty for an average.
         layout: dtype and shape of each tensor written, in the first model's order.
-        groups: solved by RegMean.
-        averaged: averaged over all models.
-        copied: not selected, and taken from the first model.
-        untied: whether the merge's head is no embedding table, and its config has to say so.
-        notes: differences that are no error.
+        groups: tensors that RegMean solves.
+        averaged: tensors averaged over all models.
+        copied: tensors that are not selected, copied from the first model.
+        untied: True if the output head is no embedding table and the config must untie them.
+        notes: differences that are not errors.
     """
 
     models: list[Checkpoint]
@@ -75,12 +75,12 @@ class MergePlan:
         return [(g.width, sum(math.prod(self.layout[name][1]) for name in g.tensors) // g.width) for g in self.groups]
 
     def solved_fraction(self) -> float:
-        """The fraction of the floating-point parameters written that RegMean solves."""
+        """Fraction of the floating-point parameters that RegMean solves."""
         sizes = {name: math.prod(shape) for name, (dtype, shape) in self.layout.items() if dtype in FLOATS}
         return sum(sizes[name] for group in self.groups for name in group.tensors) / (sum(sizes.values()) or 1)
 
     def encode(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Values of the tensor `name` in the dtype that it is written in.
+        """Convert values of the tensor `name` to the dtype that it is written in.
 
         Raises:
             InputError: a value does not fit.
@@ -94,12 +94,12 @@ class MergePlan:
 def plan_merge(
     models: list[Checkpoint], model_weights: list[float], grams: list[Grams], selects: Callable[[str], bool], dtype: str
 ) -> MergePlan:
-    """Check that the models, and the Grams where there are any, fit together, and decide on every tensor.
+    """Check that the models, and the Grams where there are any, fit together, and plan every tensor.
 
-    `selects` is whether the tensor of a name is merged; `dtype` that of the merged floats, "auto" the first model's.
+    `selects` is True for names of tensors to merge; `dtype` is that of the merged floats, "auto" the first model's.
 
     Raises:
-        InputError: they do not; the message lists every difference.
+        InputError: they do not fit together; the message lists every difference.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -136,7 +136,7 @@ def plan_merge(
 
 
 def compact(names: Iterable[str]) -> list[str]:
-    """The names, those that differ in numbers alone as one with their count."""
+    """Combine names that differ only in numbers into one with their count."""
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(NUMBERED.sub("*", name), []).append(name)
@@ -144,14 +144,14 @@ def compact(names: Iterable[str]) -> list[str]:
 
 
 def _aligned(models: list[Checkpoint], selects: Callable[[str], bool]) -> tuple[list[Checkpoint], set[str]]:
-    """The models with the tensors that the first one has, where other versions of transformers have written them in
-    other forms; and names of tensors that are none of its parameters.
+    """Convert models written by other versions of transformers to the tensors of the first one; also return the names
+    of tensors that are not parameters of it.
     """
     first, *others = models
     selected = [{(name, info.shape) for name, info in model.tensors.items() if selects(name)} for model in models]
     if all(theirs == selected[0] for theirs in selected):
         return models, set()
-    from regmean.architectures import build_on_meta, in_layout_of  # with transformers, which takes seconds to import
+    from regmean.architectures import build_on_meta, in_layout_of  # imports transformers, which takes seconds
 
     built, unused = build_on_meta(first), set()
     if built is None:
@@ -165,9 +165,9 @@ def _aligned(models: list[Checkpoint], selects: Callable[[str], bool]) -> tuple[
 
 
 def _left_to_first(names: list[set[str]], unused: set[str], notes: list[str]) -> set[str]:
-    """Those of the `unused` tensors that some models lack: the merge has the first model's."""
+    """Names of `unused` tensors that some models lack; the merge has the first model's."""
     partial = {name for name in unused if not all(name in theirs for theirs in names)}
-    # Those of whole stacks of layers, and buffers in layers: a head alone is refused, since it may be what was trained.
+    # Only whole stacks of layers, and buffers in layers. A head alone is refused, since it may have been trained.
     stacks = {_stem(name) for name in partial if NUMBERED.search(name)}
     partial = {name for name in partial if _stem(name) in stacks}
     if partial:
@@ -181,7 +181,7 @@ def _stem(name: str) -> str:
 
 
 def _has_tables(models: list[Checkpoint], selected: set[str]) -> bool:
-    """Whether a tensor of as many rows as the vocabulary has texts is merged; True where that number is unknown."""
+    """True if a merged tensor has as many rows as the vocabulary, or if the vocabulary's size is unknown."""
     for model in models:
         text = model.config.get("text_config")
         size = model.config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
@@ -196,7 +196,7 @@ def _compare_configs(
     """Compare settings; other vocabulary sizes are added to `unlike`."""
     a, b = ({key: model.config.get(key) for key in (*SAME, *ALIKE)} for model in (first, other))
     if any(first.config.get(key) != other.config.get(key) for key in {*first.config, *other.config} - UNRELATED):
-        # Files of several years write the same in several ways. transformers reads all, but takes seconds to import.
+        # Older files write the same settings in other forms. transformers reads all, but takes seconds to import.
         known = [_as_transformers_has_it(model) for model in (first, other)]
         if None not in known:
             a, b = known
@@ -220,9 +220,9 @@ def _as_transformers_has_it(model: Checkpoint) -> dict[str, Any] | None:
         return None
     text = config.get_text_config()
     known = {key: getattr(config, key, getattr(text, key, None)) for key in (*SAME, *ALIKE)}
-    # A model with and one without its parts for images read the same text.
+    # Models with and without parts for images read the same text.
     known["model_type"] = text.model_type
-    # Both are in rope_parameters, too, and there its kind may stand under an older name as well.
+    # Both are in rope_parameters, too, where the type may also have an older name.
     known |= {"rope_theta": None, "rope_scaling": None}
     if isinstance(known["rope_parameters"], dict):
         known["rope_parameters"] = {key: value for key, value in known["rope_parameters"].items() if key != "type"}
@@ -261,7 +261,7 @@ def _compare_tensors(models: list[Checkpoint], names: list[set[str]], selected: 
         holders = [model for model, theirs in zip(models, names, strict=True) if name in theirs]
         if len(holders) < len(models):
             lacking = ", ".join(model.name for model in models if model not in holders)
-            # Within the layers, the first model's would stand between merged ones.
+            # With --exclude, the first model's tensor would be between merged layers.
             advice = "" if NUMBERED.search(name) else "; --exclude leaves it out"
             missing.setdefault((holders[0].name, lacking, advice), []).append(name)
             continue
@@ -283,7 +283,7 @@ def _group_layers(
     copies: set[str],
     problems: list[str],
 ) -> list[LayerGroup]:
-    """The selected tensors that have a Gram in every file, which are of the tensors of `stored`."""
+    """Group the selected tensors that have a Gram in every file; Grams are matched with the tensors of `stored`."""
     if not grams:
         return []
     found = [_grams_by_tensor(model, file, copies, problems) for model, file in zip(stored, grams, strict=True)]

@@ -23,11 +23,11 @@ COMPANIONS = (
     *("*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*", "NOTICE*"),
     *("*.tiktoken", "*.codes", "*.bpe", "*.spm", "*.vocab", "*.tokenizer"),
 )
-# Folders of the tokenizer's further templates, and of modules of Sentence-Transformers, which the merge has whole.
+# Folders of further chat templates and of Sentence-Transformers modules, which are copied whole.
 FOLDERS = ("additional_chat_templates/*", "[0-9]_*/*")
 ADAPTER = "adapter_config.json"
 NOT_COMPANIONS = ("*.index.json", "config.json", "merge_report.json", "trainer_state.json", ADAPTER)
-# A second copy of the weights in some repositories, adapters, and other folders: a pattern's * stands for slashes, too.
+# A second copy of the weights in some repositories, adapters, and other folders; * in a pattern also matches slashes.
 NOT_DOWNLOADED = (
     *("consolidated*", "adapter_model*", "[!0-9a]*/*", "[0-9][!_]*/*"),
     *("a[!d]*/*", "ad[!d]*/*", "a*/*.safetensors"),
@@ -44,9 +44,9 @@ class Checkpoint:
     tensors: dict[str, TensorInfo] = field(repr=False)
 
     def fingerprint(self) -> str:
-        """Hex digest of the first elements of every tensor, in bfloat16: which weights these are.
+        """Hex digest of the first elements of every tensor in bfloat16, which identifies the weights.
 
-        The same for a copy in other shards or in another dtype; another for a sibling that was fine-tuned as a whole.
+        Equal for a copy in other shards or in another dtype; different after full fine-tuning.
 
         Raises:
             InputError: a tensor cannot be read.
@@ -62,10 +62,10 @@ class Checkpoint:
 
 
 def locate_model(name: str, revision: str | None = None) -> Path:
-    """The local folder of a model, downloaded first where `name` is a hub id.
+    """Local folder of a model, which is downloaded first if `name` is a hub id.
 
     Raises:
-        InputError: neither a folder nor a model that the hub gives out.
+        InputError: neither a folder nor a model that can be downloaded.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -76,11 +76,11 @@ def locate_model(name: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, **patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"model {name}: no such folder here, and the hub gives none: {first_line(error)}") from error
+        raise InputError(f"model {name}: no such folder here, and the download failed: {first_line(error)}") from error
 
 
 def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
-    """The model `name`, headers read and checked.
+    """Read and check the config and the headers of the model `name`.
 
     Raises:
         InputError: no config, no safetensors weights, a shard missing, truncated or outside the folder.
@@ -97,7 +97,7 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
         raise InputError(f"{folder / 'config.json'}: expected an object")
     if config.get("quantization_config"):
         raise InputError(f"model {name} is quantised; take the unquantised weights")
-    # One file goes before an index, as in transformers, from whose reading the Grams are.
+    # A single file takes precedence over an index, as in transformers, which computes the Grams.
     if weights[:1] == [SINGLE_NAME]:
         files, names = [SINGLE_NAME], set()
     elif weights:
@@ -114,7 +114,7 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
 class CheckpointWriter:
     """Fills an empty folder with a model: sharded safetensors of `layout` (dtype and shape of every tensor), and the
     config, the tokenizer and the templates of `source`. Its config gets another `dtype` if one is given, and
-    `tie_word_embeddings` false where it is `untied`.
+    `tie_word_embeddings` false if it is `untied`.
 
     Raises:
         InputError: `max_shard_size` ("5GB") cannot be read.
@@ -158,7 +158,7 @@ class CheckpointWriter:
             shutil.copyfile(path, target)
 
     def write(self, name: str, values: np.ndarray, start: int = 0) -> None:
-        """As `TensorWriter.write`."""
+        """Write a part of a tensor, see `TensorWriter.write`."""
         self._writers[self._split.tensor_to_filename[name]].write(name, values, start)
 
     def close(self) -> None:
@@ -185,13 +185,13 @@ def _companions(folder: Path) -> Iterator[Path]:
 
 
 def same_tokenizer_file(first: Checkpoint, second: Checkpoint) -> bool:
-    """Whether both have a `tokenizer.json`, the same byte by byte."""
+    """True if both have a `tokenizer.json` with identical bytes."""
     paths = [checkpoint.folder / "tokenizer.json" for checkpoint in (first, second)]
     return all(path.is_file() for path in paths) and filecmp.cmp(*paths, shallow=False)
 
 
 def base_vocabulary(checkpoint: Checkpoint) -> tuple[Any, dict[int, str]] | None:
-    """The tokenizer's base vocabulary and its added tokens by id; None where there is no `tokenizer.json`."""
+    """The tokenizer's base vocabulary and its added tokens by id; None if there is no `tokenizer.json`."""
     path = checkpoint.folder / "tokenizer.json"
     if not path.exists():
         return None

@@ -26,20 +26,20 @@ from regmean.solve import (
 )
 
 READERS = 2  # threads that read weights and Grams for a system
-# Small systems are solved side by side on a CPU, since their products do not divide well among threads: as many as hold
-# so many bytes of arrays together.
+# Maximum bytes of arrays of the systems that a CPU solves side by side. Products of small systems do not divide well
+# among threads.
 SIDE_BY_SIDE_BYTES = 256 << 20
 
 
 def systems_at_once(models: int, systems: list[tuple[int, int]], alphas: int, threads: int) -> int:
-    """How many systems a CPU solves side by side, sharing `threads` evenly; the rest is as of `merge.array_bytes`."""
+    """Number of systems that a CPU solves side by side with an equal number of threads; see `merge.array_bytes`."""
     largest = system_bytes(models, systems, alphas, block_elements(models, side_by_side=True))
     fitting = min(threads, len(systems), SIDE_BY_SIDE_BYTES // max(largest, 1))
     return max((count for count in range(1, fitting + 1) if threads % count == 0), default=1)
 
 
 def solving_bytes(models: int, systems: list[tuple[int, int]], alphas: int, device: str) -> int:
-    """The most bytes of arrays that RegMean holds at once; arguments as of `merge.array_bytes`."""
+    """Peak bytes of RegMean's arrays; arguments as in `merge.array_bytes`."""
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
         return system_bytes(models, systems, alphas, GPU_BLOCK_ELEMENTS, GPU_SQUARES)
     at_once = systems_at_once(models, systems, alphas, os.cpu_count() or 1)
@@ -73,14 +73,14 @@ class RegMean:
         """Write all weights that have a Gram.
 
         Returns:
-            By alpha, how each group was solved.
+            Reports of all groups by alpha.
 
         Raises:
             InputError: a Gram or weight that is damaged or not finite, or a system that the solver cannot solve.
         """
         threads = torch.get_num_threads()
         at_once = systems_at_once(len(self.plan.models), self.plan.systems(), len(self.writers), threads)
-        # A Conv1D's block is the whole weight, however large.
+        # A block of a Conv1D is the whole weight.
         if self.device.type == "cuda" or any(group.conv1d for group in self.plan.groups):
             at_once = 1
         groups, elements = self.plan.groups, self._elements(at_once > 1)
@@ -89,7 +89,7 @@ class RegMean:
                 solved = list(map(self._write_group, groups, elements, repeat(readers.map)))
         else:
             try:
-                # Each thread has PyTorch's number of threads of its own.
+                # PyTorch's number of threads is set for each thread.
                 with ThreadPoolExecutor(at_once, "solver", torch.set_num_threads, (threads // at_once,)) as solvers:
                     solved = list(solvers.map(self._write_group, groups, elements, repeat(map)))
             finally:
@@ -97,7 +97,7 @@ class RegMean:
         return {alpha: [reports[alpha] for reports in solved] for alpha in self.writers}
 
     def _elements(self, side_by_side: bool) -> list[int]:
-        """Elements of a block of each group."""
+        """Number of elements of a block of each group."""
         groups, models = self.plan.groups, len(self.plan.models)
         if self.device.type != "cuda":
             return [block_elements(models, side_by_side)] * len(groups)
@@ -107,7 +107,7 @@ class RegMean:
     def _write_group(
         self, group: LayerGroup, elements: int, for_each: Callable[..., Iterator]
     ) -> dict[float, LayerReport]:
-        """Write the weights of one group, in blocks of so many elements; `for_each` is the `map` to read models by."""
+        """Write the weights of one group, in blocks of `elements`; `for_each` is the `map` that reads the models."""
         models, model_weights, grams = self.plan.models, self.plan.model_weights, self.plan.grams
         tokens = [file.grams[name].tokens for file, name in zip(grams, group.grams, strict=True)]
         system = System(
@@ -132,7 +132,7 @@ class RegMean:
         }
 
     def _blocks(self, group: LayerGroup, elements: int) -> Iterator[list[Piece]]:
-        """The group's outputs in blocks of so many. A Conv1D weight, whose outputs are columns, stays whole."""
+        """Yield the group's outputs in blocks of `elements`. A Conv1D weight, with outputs as columns, stays whole."""
         shapes = [self.plan.layout[name][1] for name in group.tensors]
         ends = list(accumulate(shape[1] if group.conv1d else shape[0] for shape in shapes))
         step = ends[-1] if group.conv1d else max(1, elements // group.width)
@@ -151,7 +151,7 @@ class RegMean:
 
 
 def _read_rows(model: Checkpoint, block: list[Piece], group: LayerGroup) -> np.ndarray:
-    """The block's weights, float32 of shape (outputs, inputs), contiguous and writable."""
+    """Read a block of weights: float32 of shape (outputs, inputs), contiguous and writable."""
     parts = []
     for piece in block:
         values = model.tensors[piece.name].read_floats(piece.first * group.width, piece.last * group.width)

@@ -22,7 +22,7 @@ TITLES = {"avg": "weighted average", "regmean": "RegMean"}
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How the layers of one shared Gram were merged: their weights' names, and how many tokens each model's Gram sums;
+    """Results for the layers of one shared Gram: names of their weights, and the token count of each model's Gram;
     the solver, with dtype and jitter; the system's condition number, estimated, where the solver gives one; RegMean's
     objective at the mean, at each model's weights and at the merge.
     """
@@ -59,7 +59,7 @@ class Provenance:
         grams: list[Grams],
         solved_fraction: float | None = None,
     ) -> "Provenance":
-        """Collect the origin, of the models as they are stored; without Grams there is no solver."""
+        """Collect the origin from the stored models; without Grams there is no solver."""
         weighted = zip(models, model_weights, strict=True)
         described = [{"model": model.name, "weight": w, "fingerprint": model.fingerprint()} for model, w in weighted]
         files = [{**file.provenance, "file": str(file.path)} for file in grams]
@@ -112,7 +112,7 @@ def print_table(alpha: float, models: list[str], layers: list[LayerReport], solv
 
 
 def _describe(gram: dict[str, Any]) -> str:
-    """The origin of a Gram file, by its own record."""
+    """Origin of a Gram file, from its provenance."""
     if "dataset" not in gram:
         return gram["file"]
     tokens, examples = (f"{n:,}" if isinstance(n, int) else str(n) for n in (gram.get("tokens"), gram.get("examples")))
@@ -120,5 +120,5 @@ def _describe(gram: dict[str, Any]) -> str:
 
 
 def _code(text: str) -> str:
-    """`text`, which a Gram file of others may hold, as one inline code span, without Markdown or HTML in effect."""
+    """Format `text`, which may be from a foreign Gram file, as an inline code span without active Markdown or HTML."""
     return "`" + " ".join(text.replace("`", "'").replace("|", "/").split()) + "`"

@@ -26,21 +26,21 @@ import torch
 
 from regmean.triangular import factor_on
 
-# Of outputs solved at a time, elements per model: 28 MB in float32. From 32 MB on the C library takes the memory of
-# every array anew from the system, page by page.
+# Elements per model of the outputs solved at a time: 28 MB in float32. From 32 MB on, the C library requests the memory
+# of every array from the system, page by page.
 BLOCK_ELEMENTS = 7 << 20
-# The most on a GPU, which small blocks leave idle: whole weights, if memory holds them.
+# Maximum on a GPU, which small blocks leave idle: whole weights, if they fit into memory.
 GPU_BLOCK_ELEMENTS = 1 << 28
-# Of the memory that is free, what blocks may fill: of a GPU's, and of the host's.
+# Fractions of the free memory that blocks may fill: of a GPU's, and of the host's.
 GPU_PART, HOST_PART = 0.8, 0.5
 # Square matrices beside a factor for each alpha: the sum of Grams, and one more Gram or the difference of two; on a GPU
 # also the system in float64 and its factor's other half, and a copy of the factor.
 SQUARES, GPU_SQUARES = 2, 6
-# The same where several systems are solved side by side, and a block costs no reading of Grams.
+# The same if several systems are solved side by side, where a block needs no reading of Grams.
 SIDE_BY_SIDE_BLOCK_ELEMENTS = 1 << 19
 # Tried in turn until the factorisation succeeds; the jitter is relative to the equilibrated diagonal of ones.
 ATTEMPTS = tuple((dtype, jitter) for dtype in (torch.float32, torch.float64) for jitter in (0.0, 1e-5, 1e-4, 1e-3))
-# Residuals |R - D G| / |R|: what a Cholesky solution is refined to, and what no solution may exceed.
+# Relative residuals |R - D G| / |R|: target of a Cholesky solution's refinement, and maximum for any solution.
 REFINED_RESIDUAL = 1e-4
 ACCEPTED_RESIDUAL = 1e-2
 # Random combinations of the outputs that a residual is first estimated from, and how far below REFINED_RESIDUAL that
@@ -48,8 +48,8 @@ ACCEPTED_RESIDUAL = 1e-2
 # 300,000 times where all outputs err alike, and else more rarely still.
 PROBES = 16
 PROBE_MARGIN = 1 / 3
-# Of a solution that nothing refines, the distance from the mean that is refused, in differences of the models. It is
-# hundreds on nearly singular Grams, with a residual that is small all the same, and 20 with the default solver there.
+# Distance from the mean at which a solution without refinement is refused, in differences of the models. On nearly
+# singular Grams it is hundreds although the residual is small, and 20 with the default solver.
 FARTHEST = 100
 PANEL = 1024  # rows and columns of a tile of an inner product matrix that is never held whole
 SINGULAR = "the scaled Gram is singular; use --solver cholesky, or a smaller --alpha"
@@ -89,7 +89,7 @@ class Cholesky:
             raise SolveError("the Gram is not positive semi-definite, as no sum of x x^T can be: its file is damaged")
 
     def _factorise(self, total: torch.Tensor, alpha: float, dtype: torch.dtype, jitter: float) -> bool:
-        """Whether there is a factor in this dtype with this jitter."""
+        """True if there is a factor in this dtype with this jitter."""
         self._factor = None  # frees that of an attempt before
         system = scaled(total, alpha).to(dtype)
         self._scale = system.diagonal().rsqrt()
@@ -103,7 +103,7 @@ class Cholesky:
         del system  # one factor is in this memory, and the other has its own
         self.condition: float | None = largest * _largest_eigenvalue(self._factor.solve, self._scale)
         self.label = f"cholesky {str(dtype).removeprefix('torch.')}" + (f" jitter {jitter:g}" if jitter else "")
-        # As LAPACK's posvx: a factor of a matrix that is singular to working precision is no use.
+        # As in LAPACK's posvx, the factor of a matrix that is singular to working precision is not used.
         return jitter > 0 or self.condition < 1 / torch.finfo(dtype).eps
 
     def solve(self, rhs: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,7 @@ class Lstsq:
         self._system = scaled(total, alpha)
 
     def solve(self, rhs: torch.Tensor) -> torch.Tensor:
-        """As `Cholesky.solve`; gels itself sees only a singular matrix that rounding has left exactly so."""
+        """D with D G = rhs; gels reports a singular matrix only if it is exactly singular after rounding."""
         try:
             return torch.linalg.lstsq(self._system, rhs.T, driver="gels").solution.T
         except torch.linalg.LinAlgError as error:
@@ -148,7 +148,7 @@ class Inverse:
         self.condition: float | None = (torch.linalg.norm(system, 1) * torch.linalg.norm(self._inverse, 1)).item()
 
     def solve(self, rhs: torch.Tensor) -> torch.Tensor:
-        """As `Cholesky.solve`."""
+        """D with D G = rhs."""
         return rhs @ self._inverse.T
 
 
@@ -180,11 +180,11 @@ class System:
     `solvers` and `objectives` are by alpha, the latter summed over all blocks.
 
     Args:
-        read: gives the sum of x x^T of a model by its index: float32 (inputs, inputs), the caller's no longer.
-        tokens: how many each of these sums.
+        read: returns the sum of x x^T of a model by its index: float32 (inputs, inputs), which may be overwritten.
+        tokens: the token count of each of these sums.
         model_weights: w_i, summing to 1.
         solver: a name of `SOLVERS`.
-        for_each: the `map` to call `read` by, where that may be done for several models at once.
+        for_each: the `map` that calls `read`, possibly for several models at once.
     """
 
     read: Callable[[int], np.ndarray]
@@ -204,7 +204,7 @@ class System:
         regression = Regression(self, rows, mean)
         if len(rows) == 2:
             if self._difference is None:
-                # Threads read and no more: PyTorch would start a pool of its own in each.
+                # Threads only read: PyTorch would start a thread pool in each.
                 grams = self.for_each(self.read, range(2))
                 first, second = (self._per_token(gram, index, mean.device) for index, gram in enumerate(grams))
                 self._difference = first.sub_(second)
@@ -236,23 +236,23 @@ class System:
 
 
 def block_elements(models: int, side_by_side: bool) -> int:
-    """Elements of the outputs, per model, that a system is to be solved for at a time."""
+    """Elements per model of the outputs that a system is solved for at a time."""
     return SIDE_BY_SIDE_BLOCK_ELEMENTS if side_by_side and models == 2 else BLOCK_ELEMENTS
 
 
 def gpu_block_elements(models: int, inputs: int, alphas: int, free: int, free_host: int) -> int:
-    """The same on a GPU, with so many bytes free there and on the host, for a system of so many inputs."""
+    """Elements per model of the outputs solved at a time on a GPU; `free` bytes there, `free_host` on the host."""
     there = (GPU_PART * free - 4 * (GPU_SQUARES + alphas) * inputs**2) / (4 * (models + 8))
-    # On the host each model's values, those of two being decoded, their mean, and the merged values being encoded.
+    # On the host: each model's values, those of two being decoded, their mean, and the merged values being encoded.
     here = HOST_PART * free_host / (4 * (models + 12))
     return max(BLOCK_ELEMENTS, min(GPU_BLOCK_ELEMENTS, int(there), int(here)))
 
 
 def system_bytes(models: int, systems: list[tuple[int, int]], alphas: int, block: int, squares: int = SQUARES) -> int:
-    """The most bytes of arrays that a `System` of any of these (inputs, outputs) holds at once, with blocks of outputs
-    of so many elements.
+    """Peak bytes of arrays of a `System` of any of these (inputs, outputs), with blocks of outputs of `block`
+    elements.
     """
-    # Of a block, one array for each model, and eight in the solver.
+    # For a block: one array for each model, and eight in the solver.
     sizes = (
         4 * ((squares + alphas) * inputs**2 + (models + 8) * min(block, inputs * outputs))
         for inputs, outputs in systems
@@ -261,10 +261,10 @@ def system_bytes(models: int, systems: list[tuple[int, int]], alphas: int, block
 
 
 class Regression:
-    """Right-hand sides and objectives of some outputs, for any alpha: what several alphas share.
+    """Right-hand sides and objectives of some outputs, shared by all alphas.
 
-    Everything is kept twice, with whole Grams and with their diagonals alone: at alpha it is alpha times the one plus
-    (1 - alpha) times the other. Arguments are those of `System.regress`.
+    All are kept for whole Grams and for their diagonals alone. The value at alpha is alpha times the first plus
+    (1 - alpha) times the second. Arguments are those of `System.regress`.
     """
 
     def __init__(self, system: System, rows: list[torch.Tensor], mean: torch.Tensor):
@@ -281,7 +281,7 @@ class Regression:
         self._under_total: list[tuple[float, float]] = []
 
     def add(self, matrix: torch.Tensor, index: int = 0) -> None:
-        """Take in, per token, of two models G_1 - G_2 (under index 0), of more the Gram of model `index`."""
+        """Add a Gram per token: G_1 - G_2 for two models (with index 0), else the Gram of model `index`."""
         delta, weight = self._deltas[index], self._model_weights[index]
         product, diagonal_product = delta @ matrix.T, delta * matrix.diagonal()
         self._own.append((_inner(delta, product), _inner(delta, diagonal_product)))
@@ -307,7 +307,7 @@ class Regression:
         else:
             delta, gain = self._refined(rhs, delta, total, solver, alpha)
         if gain < 0:
-            # Only where the models agree up to rounding: nothing is left to gain over the mean.
+            # Only if the models agree up to rounding: the mean cannot be improved.
             delta.zero_()
             gain = 0.0
         at_mean, at_inputs = self._at_mean_and_inputs(rhs, total, alpha)
@@ -317,7 +317,7 @@ class Regression:
     def _check_distance(self, delta: torch.Tensor, solver: Any) -> None:
         if solver.refinements:
             return
-        # Of two models the first one's difference from the mean is w_2 (W_1 - W_2); of more the largest stands for all.
+        # For two models, the first one's difference from the mean is w_2 (W_1 - W_2); for more, the largest is used.
         factor = self._model_weights[1] if len(self._model_weights) == 2 else 0.5
         difference = max(each.norm().item() for each in self._deltas) / factor
         distance = delta.norm().item()
@@ -330,7 +330,7 @@ class Regression:
     def _refined(
         self, rhs: torch.Tensor, delta: torch.Tensor, total: torch.Tensor, solver: Any, alpha: float
     ) -> tuple[torch.Tensor, float]:
-        """The solution refined against the whole residual where the solver allows for it, and what it gains."""
+        """Refine the solution against the whole residual if the solver supports it; also return its gain."""
         rhs_norm = rhs.norm().item()
         product = _times(delta, total, alpha)
         for _ in range(solver.refinements):
@@ -387,14 +387,14 @@ def _probed_residual(rhs: torch.Tensor, delta: torch.Tensor, total: torch.Tensor
 
 def _quadratic_form(delta: torch.Tensor, matrix: torch.Tensor) -> tuple[float, float]:
     """tr(D A D^T), for a symmetric A and for its diagonal alone, as <D^T D, A>: half the work of the product D A."""
-    # Added up on the device: each number that is read from a GPU waits for all that it has to do.
+    # Summed on the device: reading a number from a GPU synchronizes.
     whole, columns = torch.zeros((), dtype=torch.float64, device=delta.device), delta.T.contiguous()
     side = 4 * PANEL if matrix.device.type == "cuda" else PANEL  # products of fewer rows leave a GPU idle
     for start in range(0, len(matrix), side):
         down = slice(start, start + side)
         for left in range(0, start + 1, side):
             across = slice(left, left + side)
-            # A tile left of the diagonal stands for its mirror image too.
+            # A tile left of the diagonal also counts for its mirror image.
             times = 1 if left == start else 2
             whole += times * _inner_sum(columns[down] @ columns[across].T, matrix[down, across])
     return whole.item(), _inner(delta.square().sum(0), matrix.diagonal())
@@ -411,8 +411,8 @@ def _inner_sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _largest_eigenvalue(times: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor, steps: int = 8) -> float:
-    """Of a positive definite matrix, given by its product with a vector (n, 1), estimated from below by power iteration
-    in the dtype and on the device of `like`, which has n elements.
+    """Largest eigenvalue of a positive definite matrix, given by its product with a vector (n, 1). Estimated from below
+    by power iteration, in the dtype and on the device of `like`, which has n elements.
     """
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(len(like), 1, generator=generator, dtype=torch.float64).to(like)

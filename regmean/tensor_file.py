@@ -1,7 +1,7 @@
 """safetensors files read and written piece by piece: memory holds a piece, not the file.
 
-The `safetensors` library reads slices of a tensor, but bfloat16 only as PyTorch's, which a plain average does without;
-and it writes whole files. Here a tensor may be written in pieces, in any order.
+The `safetensors` library reads slices of bfloat16 only as PyTorch tensors, and a plain average does not import torch.
+The library writes whole files; here a tensor may be written in pieces, in any order.
 The format: https://huggingface.co/docs/safetensors/index#format
 """
 
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from common.errors import InputError
 
-# How values lie in memory. NumPy has no bfloat16: its bits travel as uint16 until `decode`.
+# NumPy dtypes of stored values. NumPy has no bfloat16: its bits are uint16 until `decode`.
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _OTHERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "u1"}
 STORAGE = {name: np.dtype(code) for name, code in (_FLOATS | _OTHERS).items()}
@@ -29,7 +29,7 @@ FLOATS = tuple(_FLOATS)
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `offset` in bytes from the start of the file `path`."""
+    """Header entry of a tensor: `offset` in bytes from the start of the file `path`."""
 
     path: Path
     name: str
@@ -44,7 +44,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """What it takes on disk."""
+        """Number of bytes on disk."""
         return self.size * STORAGE[self.dtype].itemsize
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -69,10 +69,10 @@ class TensorInfo:
         return values
 
     def read_floats(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """As `read`, decoded: float64 where that is stored, else float32.
+        """Read and decode elements: float64 if stored so, else float32.
 
         Raises:
-            InputError: also where a value is NaN or infinite.
+            InputError: as for `read`, or a value is NaN or infinite.
         """
         values = decode(self.read(start, stop), self.dtype)
         if not is_finite(values):
@@ -84,7 +84,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class JoinedTensor(TensorInfo):
-    """A tensor made of parts of stored ones in their order: of each the tensor, its first and its last element."""
+    """A concatenation of parts of stored tensors, each given by the tensor, its first and its last element."""
 
     parts: tuple[tuple[TensorInfo, int, int], ...] = ()
 
@@ -99,22 +99,22 @@ class JoinedTensor(TensorInfo):
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite."""
+    """True if no value is NaN or infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
         total = values.sum()
-    # A finite sum has finite terms only, and takes a fraction of the time to look at.
+    # A finite sum has finite terms only, and takes a fraction of the time to check.
     return bool(np.isfinite(total) or np.isfinite(values).all())
 
 
 def decode(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Stored floats as arithmetic ones: float64 for F64, else float32. Exact."""
+    """Convert stored floats to float64 for F64, else to float32. Exact."""
     if dtype == "BF16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float64 if dtype == "F64" else np.float32, copy=False)
 
 
 def encode(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Floats in storage dtype `dtype`, rounded to nearest, ties to even.
+    """Convert floats to the storage dtype `dtype`, rounded to nearest, ties to even.
 
     Raises:
         OverflowError: a finite value is beyond the range of `dtype`.
@@ -133,13 +133,13 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def open_tensors(path: Path) -> safe_open:
-    """A safetensors file, open for reading slices as NumPy arrays; its header is compared with the file's size.
+    """Open a safetensors file for reading slices as NumPy arrays; its header is compared with the file's size.
 
     Raises:
         InputError: no such file, not safetensors, or truncated.
     """
     try:
-        # Not mapped into memory: mapped pages count as this process's.
+        # Not mapped into memory: mapped pages count as memory of this process.
         return safe_open(path, framework="np", backend="pread")
     except SafetensorError as error:
         raise InputError(f"{path}: not a whole safetensors file; copy or download it again ({error})") from error
@@ -165,7 +165,7 @@ class TensorFile:
 
 class TensorWriter:
     """Writes one safetensors file of a layout known beforehand (dtype and shape of each tensor), tensor by tensor or
-    piece by piece, in any order, from any thread; the file must not be looked at before `close`.
+    piece by piece, in any order, from any thread; the file is complete only after `close`.
     """
 
     def __init__(self, path: Path, layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]):

@@ -1,28 +1,28 @@
 """Cholesky factors of large systems, and substitution.
 
-On a CPU both are in blocks, so that nearly all of their work is matrix products. Products are what a processor is
-fastest at: LAPACK's own routines reach a half of their rate or less on some. Block forms as in Golub and Van Loan,
-"Matrix Computations" (4th edition), sections 3.1.4 and 4.2.9; diagonal blocks are inverted, which makes solving by them
-a product as well. A GPU would wait for the host at each block, so there PyTorch's own routines do both.
+On a CPU both are in blocks, so that nearly all of their work is matrix products. On some processors, LAPACK's own
+routines reach half the rate of products or less. Block forms as in Golub and Van Loan, "Matrix Computations" (4th
+edition), sections 3.1.4 and 4.2.9. Diagonal blocks are inverted, so that solving with them is a product as well. A GPU
+would wait for the host at each block, so PyTorch's own routines are used there.
 """
 
 import torch
 
-BLOCK = 256  # rows of a diagonal block: of more, more work is LAPACK's; of fewer, products are slower
+BLOCK = 256  # rows of a diagonal block: more leave more work to LAPACK; with fewer, products are slower
 
 
 class Factor:
-    """L with L L^T = A.
+    """Cholesky factor L with L L^T = A.
 
     Args:
-        matrix: A, symmetric, (n, n); its memory becomes the factor's.
+        matrix: A, symmetric, (n, n); overwritten with the factor.
 
     Raises:
         ArithmeticError: A is not positive definite to working precision.
     """
 
     def __init__(self, matrix: torch.Tensor):
-        # L below the diagonal blocks, L^T above them: rows of either lie together in memory.
+        # L below the diagonal blocks, L^T above them: rows of both are contiguous in memory.
         self._matrix = matrix
         self._blocks = [(start, min(start + BLOCK, len(matrix))) for start in range(0, len(matrix), BLOCK)]
         self._inverses: list[torch.Tensor] = []
@@ -56,7 +56,7 @@ class Factor:
 
 
 class LibraryFactor:
-    """As `Factor`, by PyTorch's own routines, in memory of its own."""
+    """Same as `Factor` by PyTorch's own routines; does not overwrite the matrix."""
 
     def __init__(self, matrix: torch.Tensor):
         self._lower, failed = torch.linalg.cholesky_ex(matrix)
@@ -69,5 +69,5 @@ class LibraryFactor:
 
 
 def factor_on(device: torch.device) -> type[Factor] | type[LibraryFactor]:
-    """The class of factors of matrices on this device."""
+    """Class of Cholesky factors for matrices on this device."""
     return LibraryFactor if device.type == "cuda" else Factor

@@ -1,4 +1,4 @@
-"""The fenced blocks of Markdown pages: their commands, checked by the programs' own parsers or run in this process."""
+"""Fenced blocks of Markdown pages: their commands, checked by the programs' own parsers or run in this process."""
 
 import contextlib
 import importlib.util
@@ -20,7 +20,7 @@ from common.cli import FlagParser
 from tests.conftest import REPOSITORY
 from tests.mindmerger.scripts import forget_ranks
 
-# What `<!-- needs: GPU, hub -->` before a block may name; such a block is checked, and not run.
+# Requirements in `<!-- needs: GPU, hub -->` before a block; such a block is checked, and not run.
 NEEDS = {
     "GPU": "one or more of them",
     "cluster": "several machines, ssh or Slurm",
@@ -32,7 +32,7 @@ NEEDS = {
 _BLOCK = re.compile(r"(?:^ *<!-- needs: ([^>]*?) -->\n)?^( *)```(\w*)\n(.*?)^\2```$", re.MULTILINE | re.DOTALL)
 _KEYWORDS = {"if", "then", "else", "fi", "do", "done"}
 _REDIRECTIONS = {">", ">>", "<"}
-# Programs that everybody has and knows.
+# Common programs, which are not checked.
 _UNCHECKED = {
     *("[", "cd", "echo", "export", "git", "hf", "hostname", "mkdir", "scontrol", "sbatch", "sed", "source", "trap"),
 }
@@ -48,7 +48,7 @@ class Block:
     Attributes:
         language: the word after the fence.
         text: its lines.
-        needs: what it cannot run without; empty where it can run here.
+        needs: requirements that are missing here; empty if it can run.
         place: page and line.
     """
 
@@ -59,7 +59,7 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    """Every fenced block of a page, in order."""
+    """Fenced blocks of a page, in order."""
     text = page.read_text(encoding="utf-8")
     found = []
     for match in _BLOCK.finditer(text):
@@ -70,14 +70,14 @@ def blocks(page: Path) -> list[Block]:
 
 
 def missing_paths(text: str) -> list[str]:
-    """The repository's own files and folders that a text names and that are not there."""
+    """Missing files and folders of the repository that a text names."""
     named = [path.rstrip("./") for path in _PATH.findall(text) if not path.startswith(_MADE_HERE)]
     return [path for path in named if not (REPOSITORY / path).exists()]
 
 
 def commands(script: str) -> list[list[str]]:
-    """The simple commands of a piece of shell, as words, without assignments, keywords and redirections."""
-    # A variable stands for one word, here for a number, which is a name as well.
+    """Simple commands of a shell text, as words, without assignments, keywords and redirections."""
+    # A variable is replaced by one word: a number, which is also a valid name.
     script = re.sub(r"\$\{?\w+\}?|\$\?", "1", script.replace("\\\n", " "))
     found: list[list[str]] = []
     for line in script.splitlines():
@@ -98,18 +98,18 @@ def commands(script: str) -> list[list[str]]:
 
 
 class _Parsed(BaseException):
-    """Ends a program as soon as it has read its flags."""
+    """Raised to end a program after its flags are parsed."""
 
 
 def check(words: list[str], world_size: int = 1) -> None:
-    """Check one command: its program is known, its flags parse, the files that it names are there.
+    """Check one command: its program exists, its flags parse, the files that it names exist.
 
     Args:
-        words: of the command; relative paths are the current folder's.
-        world_size: how many ranks the launcher around it starts.
+        words: of the command; paths are relative to the current folder.
+        world_size: number of ranks that its launcher starts.
 
     Raises:
-        AssertionError, SystemExit: something is wrong with it.
+        AssertionError, SystemExit: the command is wrong.
     """
     (program, *rest), line = words, shlex.join(words)
     assert "..." not in words, f"{line}: spell it out, or it cannot be checked"
@@ -147,21 +147,21 @@ def check(words: list[str], world_size: int = 1) -> None:
             name, is_variable, _ = word.partition("=")
             assert (f"$({name})" if is_variable else f"\n{name}:") in targets, f"{line}: no such target or variable"
     elif program == "python3":
-        # Before there is an environment, whose own is `python`.
+        # Before the environment, which has `python`, exists.
         assert rest[:2] == ["-m", "venv"], f"{line}: python3 is for making the environment"
     elif program == "pip":
         files = [file for option, file in itertools.pairwise(rest) if option == "-r"]
         assert all((REPOSITORY / file).exists() for file in files), f"{line}: no such file"
     else:
-        assert program in _UNCHECKED, f"{line}: tests/commands.py does not know how to check {program}"
+        assert program in _UNCHECKED, f"{line}: tests/commands.py cannot check {program}"
 
 
 def run(words: list[str]) -> None:
     """Run one of this repository's commands, in this process and under no launcher.
 
     Raises:
-        AssertionError: it is none.
-        SystemExit: it has failed.
+        AssertionError: it is not a command of this repository.
+        SystemExit: it failed.
     """
     if words[0] == "deepspeed":
         from deepspeed.launcher.runner import parse_args
@@ -195,7 +195,7 @@ def _check_python(words: list[str]) -> None:
 
 
 def _start(words: list[str]) -> None:
-    # end_rank would end the tests.
+    # end_rank would end the test process.
     with (
         patch.object(sys, "argv", words[1:] if words[0] == "-m" else words),
         patch("common.ranks.end_rank", sys.exit),

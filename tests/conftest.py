@@ -11,19 +11,19 @@ from unittest.mock import patch
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Before anything imports huggingface_hub, which reads it once: no test may wait for a hub.
+# Set before huggingface_hub is imported, which reads it once: no test may wait for the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Tests compare float32 results to 1e-5, on ranks that a machine's GPUs may be too few for.
+# Tests compare float32 results to 1e-5, on more ranks than a machine may have GPUs.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
-# As in an activated environment. DeepSpeed has its operator compiled by the first `ninja` on the path, and another
-# version of it compiles everything anew.
+# As in an activated environment. DeepSpeed compiles its operator with the first `ninja` on the path, and another
+# version of ninja compiles everything again.
 os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
-# Tokenised rows and prepared data sets of the tests are theirs alone.
+# A cache for the tests' tokenised rows and prepared data sets only.
 CACHE = tempfile.TemporaryDirectory(prefix="datasets-")
 os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
-# How many cases the fuzz tests try of each reader. Every case writes the test's folder anew.
+# Number of fuzz cases per reader. Every case writes the test's folder again.
 _FUZZ = {
     "deadline": timedelta(seconds=20),
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -38,7 +38,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session", autouse=True)
 def _tests_go_on() -> Iterator[None]:
-    """What ends this very process would end all further tests with it, and with the code of success."""
+    """Fail a test that would end the test process, which would skip all further tests with exit code 0."""
     process, end = os.getpid(), os._exit
 
     def refuse(code: int) -> None:
@@ -52,7 +52,7 @@ def _tests_go_on() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_datas() -> Path:
-    """Real MGSM, MSVAMP and GSM8K translations, where the developers have them; a user has none."""
+    """Folder of real MGSM, MSVAMP and GSM8K translations, which only developers have."""
     folder = REPOSITORY.parent / "shared/data/datas"
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder}")
@@ -61,7 +61,7 @@ def shared_datas() -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int, int], Path]]:
-    """Makes a folder on a disk of `size` bytes; where nothing may be mounted, one with files of at most `largest`."""
+    """Create a folder on a disk of `size` bytes; without the right to mount, one with files of at most `largest`."""
     mounted: list[Path] = []
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 

@@ -1,7 +1,7 @@
-"""README.md and docs/: every command parses, every file is there, and what can run on tiny models runs.
+"""README.md and docs/: every command parses, every file exists, and commands that can run on tiny models are run.
 
-`LLM`, `MT`, `A` and `B`, and the published names, are folders of tiny random models here, so that commands run to the
-letter; only amounts are cut (`SMALL`). The pages that change the code are followed in a copy of it.
+`LLM`, `MT`, `A` and `B`, and the published names, are folders of tiny random models here, so that commands run
+unchanged; only sizes are cut (`SMALL`). Pages that change the code are tested in a copy of it.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ SMALL = {
     "compute_gram.py": "--overwrite --dtype float32",
     "benchmarks.mapping_control": "--train_num 12 --dev_size 4 --translations 1",
 }
-# Flags that pages name and that are others' programs', or stand for any.
+# Flags on pages that belong to other programs, or stand for any flag.
 FOREIGN = {
     *("--num_gpus", "--node_rank", "--no_ssh", "--master_addr", "--hypothesis-profile", "--help", "--config"),
     *("--apply_chat_template", "--batch_size", "--metadata", "--no-deps", "--num_accelerators", "--index-url"),
@@ -49,7 +49,7 @@ FOREIGN = {
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All that the commands read, in one folder."""
+    """Folder with all inputs of the commands."""
     from mindmerger.config import ModelPair
     from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 
@@ -85,7 +85,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_world(folder: Path, page: Path, material: Path | None = None, copy_code: bool = False) -> None:
-    """Fill `folder` with the repository, the page's own files and, where commands are to run, what they read."""
+    """Fill `folder` with the repository, the page's own files and, if commands are to run, their inputs."""
     skip = {".git", "outputs", "results", "runs", "datas", ".venv"}
     for path in REPOSITORY.iterdir():
         if copy_code and path.name == "mindmerger":
@@ -137,7 +137,7 @@ def test_every_command_parses(
                     check(words)
                 except SystemExit as error:
                     message = capsys.readouterr().err
-                    # An optional package that is not installed here, and a program that says how to.
+                    # An optional package is not installed, and the program's message has the command for it.
                     if "package" not in block.needs or "pip install" not in message:
                         raise AssertionError(f"{block.place}: {' '.join(words)}: {message}") from error
 
@@ -173,7 +173,7 @@ def test_what_can_run_runs(page: Path, tmp_path: Path, material: Path, monkeypat
 
 
 def test_a_language_and_a_task_are_added_as_the_pages_say(tmp_path: Path, material: Path) -> None:
-    """Both in one copy of the code, and in a process of their own, which knows no other."""
+    """Both pages are tested in one copy of the code and in a process that imports only this copy."""
     pages = [REPOSITORY / "docs" / name for name in sorted(CHANGING)]
     make_world(tmp_path, pages[0], material, copy_code=True)
     for page in pages:
@@ -200,7 +200,7 @@ def test_a_language_and_a_task_are_added_as_the_pages_say(tmp_path: Path, materi
 
 
 def apply(diff: str, root: Path) -> None:
-    """Make the changes of a diff without line numbers: what it shows of a file must be there, once; or all is new."""
+    """Apply a diff without line numbers: its context must occur in the file exactly once, or the file is new."""
     for part in re.split(r"^--- ", diff, flags=re.MULTILINE)[1:]:
         name, _, hunks = part.partition("\n")
         path = root / name
@@ -218,7 +218,7 @@ def apply(diff: str, root: Path) -> None:
 
 
 def add_korean(datas: Path) -> None:
-    """The files that the page asks for."""
+    """Write the files that the page requires."""
     pairs = datas / "bilingual_pairs/en-ko"
     write_lines(pairs / "train_100k.ko", [sentence("Korean", n) for n in range(ROWS)])
     write_lines(pairs / "train_100k.en", [sentence("English", n) for n in range(ROWS)])
@@ -250,7 +250,7 @@ def test_links_files_and_flags_in_the_text_exist(page: Path) -> None:
 
 @cache
 def our_flags() -> set[str]:
-    """Every flag of every program here."""
+    """All flags of all programs here."""
     sources = [path for pattern in ("*.py", "[!.t]*/*.py", "tools/*.py") for path in REPOSITORY.glob(pattern)]
     text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     dataclass_fields = re.findall(r"^    (\w+): .* = flag\(", text, flags=re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Every reader of files that others made, on damaged files: each is read, or refused by an InputError.
+"""Readers of files from other programs, on damaged files: each file is read or refused by an InputError.
 
 About fifteen hundred cases; `pytest tests/test_fuzz.py --hypothesis-profile thorough` runs 45 times as many.
 """
@@ -42,15 +42,15 @@ ROOM = 4 << 30
 
 @pytest.fixture(autouse=True, scope="module")
 def little_memory() -> Iterator[None]:
-    """A file that claims terabytes must not get them."""
+    """Limit the memory, so that a file with a huge declared size fails the test."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + ROOM, hard))
     yield
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-# A value is spoilt by Python's own generator, of which Hypothesis draws the seed: ten times as fast as by draws of its
-# own, and no less repeatable.
+# Values are damaged with Python's random generator, for which Hypothesis draws the seed. This is ten times as fast as
+# Hypothesis's own draws and equally repeatable.
 seeds = st.randoms(use_true_random=True, note_method_calls=False)
 ODD_TEXTS = (
     "",
@@ -71,7 +71,7 @@ ODD_BYTES = (b"[" * 20_000, b"9" * 5000, b"\xff\xfe", b"NaN", b"\n", b"\0", b'"'
 
 
 def odd_value(random: Random, depth: int = 0) -> Any:
-    """A JSON value that a field of a file may be spoilt with."""
+    """A JSON value to damage a field of a file with."""
     kind = random.randrange(6 if depth < 3 else 4)
     if kind == 0:
         return random.choice((None, True, False))
@@ -112,7 +112,7 @@ def spoilt_bytes(whole: bytes) -> st.SearchStrategy[bytes]:
 
 
 def paths_in(value: Any, path: tuple = ()) -> list[tuple]:
-    """Where every value lies in a JSON value."""
+    """Paths of all values in a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path, *(deeper for key, item in inner for deeper in paths_in(item, (*path, key)))]
 
@@ -147,12 +147,12 @@ def dumps(value: Any) -> bytes:
 
 
 def spoilt_file(whole: bytes) -> st.SearchStrategy[bytes]:
-    """A JSON file, spoilt as bytes or as a value."""
+    """A JSON file, damaged as bytes or as a value."""
     return st.one_of(spoilt_bytes(whole), spoilt_json(json.loads(whole)).map(dumps))
 
 
 def try_reading(folder: Path, read: Callable[[], Any]) -> None:
-    """The claim: the file is read or refused by an InputError, and nothing is written."""
+    """Assert that the file is read or refused by an InputError, and that nothing is written."""
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     try:
         read()
@@ -199,7 +199,7 @@ def test_data_files(tmp_path: Path, name: str) -> None:
 
         def read() -> None:
             found = DATA_FILES[name](datas)
-            # What was read can be put into a digest and a file.
+            # The value can be written to a digest and to a file.
             rows = found if isinstance(found, list) else [row for rows in found.values() for row in rows]
             assert rows and all(row.location and (row.source.text + row.target).encode() for row in rows)
 
@@ -223,7 +223,7 @@ FLAGS = {
 
 
 def use_flags(flags: Any) -> None:
-    """What a script does with them before it looks at a file."""
+    """Use flags as a script does before it reads a file."""
     if isinstance(flags, MergeFlags):
         flags.weights(), flags.output_dirs(), flags.selects("model.layers.0.mlp.up_proj.weight")
     if isinstance(flags, TrainingFlags | EvaluationFlags):
@@ -259,7 +259,7 @@ def test_flags(tmp_path: Path, script: str) -> None:
     @given(st.lists(word, max_size=4), st.integers(0, 20))
     def check(more: list[str], place: int) -> None:
         line = [*words[:place], *more, *words[place:]]
-        # --help ends a script, as it should.
+        # --help ends a script.
         if not any(word.startswith(("--config", "--help", "-h")) for word in line):
             try_reading(tmp_path, lambda: use_flags(parse_flags(flags_class, line)))
 
@@ -364,7 +364,7 @@ def test_gram_files(tmp_path: Path) -> None:
             card = model_card(
                 Provenance.of("regmean", 0.1, "cholesky", "command", [model, model], [0.5, 0.5], [file, file])
             )
-            # Whatever it says of itself stays within its line of the list.
+            # Its provenance cannot leave its line of the list.
             assert sum(line.startswith("- `") and line.endswith("`") for line in card.splitlines()) == 2
             plan_merge([model, model], flags.weights(), [file, file], flags.selects, flags.dtype)
 
@@ -381,7 +381,7 @@ def published(kind: str) -> bytes:
         return pickle.dumps(grams, protocol=2)
     if kind == "gram pickle 4":
         return pickle.dumps(grams)
-    # Private: PyTorch has no public name for the form of its releases before 1.6.
+    # Private: PyTorch has no public option for the format of its releases before 1.6.
     torch.save(grams if kind == "gram" else {"model_state_dict": state}, content,
                _use_new_zipfile_serialization=kind != "old mapping")  # fmt: skip
     return content.getvalue()
@@ -391,7 +391,7 @@ def published(kind: str) -> bytes:
 def test_published_files(tmp_path: Path, kind: str) -> None:
     path = tmp_path / ("gram.pkl" if "gram" in kind else "pytorch_model.bin")
     whole = published(kind)
-    # Opcodes that make room for what they number or count, and do not have.
+    # Opcodes that allocate memory for an index or a count beyond the content.
     endless = [
         b"r\xff\xff\xff\xff",
         b"\x8e" + b"\xff" * 8,

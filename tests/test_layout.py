@@ -1,4 +1,4 @@
-"""How the repository is laid out: what imports what, and how long modules, classes and functions may be."""
+"""Layout of the repository: allowed imports, and maximum lengths of packages, classes and functions."""
 
 import ast
 import subprocess
@@ -12,7 +12,7 @@ from tests.conftest import REPOSITORY
 
 PACKAGES = ("common", "mindmerger", "regmean", "tools")
 SCRIPTS = ("run_training", "run_evaluation", "compute_gram", "merge_model")
-# What modules of a package may import, of the packages and scripts.
+# Packages that the modules of a package may import.
 ALLOWED = {
     "common": {"common"},
     "mindmerger": {"common", "mindmerger"},
@@ -20,12 +20,12 @@ ALLOWED = {
     "tools": set(PACKAGES),
 }
 LONGEST_FUNCTION, LONGEST_CLASS = 45, 220
-# What the packages have today, a little rounded: more needs a reason, and less is welcome.
+# Current lines of the packages, rounded. An increase needs a reason.
 LINES = {("mindmerger",): 5840, ("regmean",): 3590, ("common",): 1400, PACKAGES: 13150}
 
 
 def path_of(module: str) -> Path | None:
-    """The file of a module of the packages or of a script; None for any other module."""
+    """File of a module of the packages or of a script; None for any other module."""
     path = REPOSITORY.joinpath(*module.split("."))
     if module.partition(".")[0] not in (*PACKAGES, *SCRIPTS):
         return None
@@ -34,7 +34,7 @@ def path_of(module: str) -> Path | None:
 
 @cache
 def modules() -> dict[str, Path]:
-    """Every module of the packages, and its file."""
+    """Modules of the packages, with their files."""
     found = {}
     for package in PACKAGES:
         for file in sorted((REPOSITORY / package).rglob("*.py")):
@@ -44,7 +44,7 @@ def modules() -> dict[str, Path]:
 
 
 class Imports(ast.NodeVisitor):
-    """The modules of the repository that a file imports, anywhere in it but under `if TYPE_CHECKING`."""
+    """Modules of the repository that a file imports, anywhere except under `if TYPE_CHECKING`."""
 
     def __init__(self, file: Path):
         self.modules: set[str] = set()
@@ -71,12 +71,12 @@ class Imports(ast.NodeVisitor):
 
 @cache
 def imports() -> dict[str, set[str]]:
-    """What each module of the packages imports of the packages and scripts."""
+    """Modules of the packages and scripts that each module of the packages imports."""
     return {name: Imports(file).modules - {name} for name, file in modules().items()}
 
 
 def loaded_by(module: str) -> set[str]:
-    """What is loaded after an import of `module` in a process of its own."""
+    """Modules loaded after an import of `module` in a process of its own."""
     code = f"import sys, {module}; print(*sys.modules, sep='\\n')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, check=True, capture_output=True, text=True, timeout=120

@@ -1,4 +1,4 @@
-"""What the repository never does with what others wrote."""
+"""Operations that the repository never applies to files and texts of others."""
 
 import os
 import re
@@ -34,13 +34,13 @@ SOURCES += sorted((REPOSITORY / "benchmarks").rglob("*.py"))
 @pytest.mark.parametrize(
     "pattern",
     [
-        # Any unpickling but by weights_only, or by the restricted unpickler of common/pickles.py.
+        # Any unpickling except with weights_only or by the restricted unpickler of common/pickles.py.
         r"\b(pickle|cPickle|dill|joblib|cloudpickle|marshal|shelve)\.loads?\b",
         r"(?<!class _TensorUnpickler\()\bpickle\.Unpickler\b|from pickle import",
         r"torch\.load\((?![^)]*weights_only=True)|_load\([^)]*pickle_module",
         r"load_checkpoint\(|allow_pickle|pd\.read_pickle|np\.load\(",
         r"yaml\.(unsafe_|full_)?load\(",
-        # Code that a model wrote, or that a file holds.
+        # Running code that a model wrote or a file contains.
         r"\b(eval|exec)\(|os\.system\(|shell=True|HF_ALLOW_CODE_EVAL|confirm_run_unsafe_code",
         r"trust_remote_code\s*=\s*True",
     ],
@@ -53,14 +53,14 @@ def test_no_source_unpickles_freely_or_runs_what_it_reads(pattern: str) -> None:
         for number, line in enumerate(path.read_text().splitlines(), start=1)
         if re.search(pattern, line.split("#")[0])
     ]
-    # A model's eval mode is no evaluation of text.
+    # A model's eval() does not evaluate text.
     assert [line for line in found if not re.search(r"\.eval\(\)", line)] == []
 
 
 def test_foreign_code_is_run_only_when_told_to() -> None:
     assert ModelFlags().trust_remote_code is False
     assert GramFlags(model="M", dataset="d", text_column="t", output_dir="o").trust_remote_code is False
-    # Whatever can be a hub's can be pinned.
+    # Everything that may come from the hub can be pinned.
     pinned = {"llm_revision", "mt_revision"}
     assert pinned <= TrainingFlags.__dataclass_fields__.keys() & EvaluationFlags.__dataclass_fields__.keys()
     assert {"revision", "dataset_revision"} <= GramFlags.__dataclass_fields__.keys()
@@ -105,7 +105,7 @@ def test_a_link_leads_nowhere_else_but_within_a_hub_download(tmp_path: Path) -> 
     assert inside(snapshot, "model.safetensors").resolve() == blob
 
 
-# What a Gram file from somewhere may say of itself.
+# Provenance of an untrusted Gram file.
 FOREIGN = {
     "dataset": "d`</code><script>alert(1)</script>\n\n# Title\r| cell |",
     "split": "![x](http://tracker/)",

@@ -1,6 +1,6 @@
-"""Tiny random models, real Hugging Face checkpoints of the real classes.
+"""Tiny random models: Hugging Face checkpoints of the same classes as real models.
 
-They know nothing; they let every script run in seconds.
+They are untrained and let every script run in seconds.
 """
 
 from collections.abc import Iterator
@@ -26,12 +26,12 @@ from transformers import (
 from mindmerger.tasks import LANGUAGES
 from quickstart.world import WORLD_LANGUAGES, problems
 
-# At the usual 0.02 so small a model says the same whatever it reads.
+# With the usual 0.02, outputs of such small models do not depend on their inputs.
 _LIVELY = 0.3
 
 
 def tiny_tokenizer(opening: list[str], closing: list[str], more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that knows some words of the small world and can spell anything else.
+    """A byte-level BPE tokenizer with some words of the small world as tokens.
 
     Args:
         opening, closing: special tokens around every text.
@@ -105,7 +105,7 @@ def tiny_nllb(folder: Path) -> None:
 def tiny_xlm_roberta(folder: Path) -> None:
     """A multilingual encoder of the XLM-R architecture."""
     tokenizer = tiny_tokenizer(["<s>"], ["</s>"])
-    # Positions are learned, and counted from past the padding id: two of them are never reached.
+    # Learned positions are counted from after the padding id: two of them are never used.
     tokenizer.model_max_length = 512
     config = XLMRobertaConfig(
         hidden_size=16,

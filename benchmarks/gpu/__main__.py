@@ -1,12 +1,12 @@
-"""Checks of everything that differs on a GPU: equality with the CPU, then seconds, memory and waits at full width.
+"""Checks of all code that differs on a GPU: equality with the CPU, then seconds, memory and waits at full width.
 
     python -m benchmarks.gpu            # about eight minutes
     python -m benchmarks.gpu --small --device cpu
 
 Weights are random, of Llama-3-8B's and mT5-xl's shapes, with as many layers as memory allows; nothing is downloaded.
-Each check prints a JSON line; a table follows. One that fails, or for which time is lacking, is named, and the others
-go on. The exit code is 1 where an equality check has failed. `roofline` is the fraction of the rate that the first
-check measures: of products in 16 bits for Grams and training, in float32 for merges, of a copy for decoding.
+Each check prints a JSON line; a table follows. Checks that fail or do not fit into the time are listed, and the others
+continue. The exit code is 1 if an equality check fails. `roofline` is the fraction of the rate that the first check
+measures: of products in 16 bits for Grams and training, in float32 for merges, of a copy for decoding.
 """
 
 import argparse
@@ -37,17 +37,17 @@ COLUMNS = ("check", "result", "what", "ms", "roofline", "peak_GB", "planned_GB",
 
 
 def main() -> int:
-    """Run the checks; the exit code."""
+    """Run the checks and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny shapes: a dry run of the checks themselves")
-    parser.add_argument("--device", default="auto", help="auto (GPU where there is one), cpu, cuda")
+    parser.add_argument("--device", default="auto", help="auto (GPU if there is one), cpu, cuda")
     parser.add_argument(
-        "--seconds", type=float, default=480.0, help="no check begins that may take longer than is left"
+        "--seconds", type=float, default=480.0, help="time limit; checks that may exceed it are left out"
     )
     flags = parser.parse_args()
     quiet_libraries()
     if flags.small:
-        # Several threads would wait for each other longer than they compute.
+        # At such sizes several threads are slower than one.
         torch.set_num_threads(1)
     ends = time.monotonic() + flags.seconds
     lines = []
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def line_of(check: Check, bench: Bench, needed: float, left: float) -> dict[str, Any]:
-    """The findings of a check, or the reason for none."""
+    """Results of a check, or the reason why there are none."""
     line: dict[str, Any] = {"check": check.__name__, "kind": "speed" if check in SPEED else "equality"}
     if left < needed:
         return line | {"result": "left out", "reason": f"{left:.0f} s are left, and it may take {needed:.0f}"}
@@ -81,7 +81,7 @@ def line_of(check: Check, bench: Bench, needed: float, left: float) -> dict[str,
         line |= {"result": "left out", "reason": str(reason)}
     except Exception as error:
         traceback.print_exc()
-        # The line is for others to read: of a path the name, no folder of this machine.
+        # The line is published: paths are reduced to their names.
         reason = re.sub(r"/[\w./-]+", lambda path: Path(path[0]).name, first_line(error))
         line |= {"result": "failed", "reason": f"{type(error).__name__}: {reason}"}
     gc.collect()
@@ -91,12 +91,12 @@ def line_of(check: Check, bench: Bench, needed: float, left: float) -> dict[str,
 
 
 def show(line: dict[str, Any]) -> None:
-    """Print a JSON line, its numbers to four digits."""
+    """Print a JSON line with numbers rounded to four digits."""
     print(json.dumps(rounded(line)), flush=True)
 
 
 def rounded(value: Any) -> Any:
-    """The value with every float in it at four digits."""
+    """Round every float in a value to four digits."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -107,7 +107,7 @@ def rounded(value: Any) -> Any:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """All checks as a Markdown table, a row for each figure."""
+    """Markdown table of all checks, with a row for each figure."""
     cells = [COLUMNS, ["---"] * len(COLUMNS)]
     for line in lines:
         for row in line.get("rows") or [{"what": line["reason"]}]:

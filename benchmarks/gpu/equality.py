@@ -1,4 +1,4 @@
-"""The same on the device and on the CPU, at small shapes; each check gives differences and what they may be at most."""
+"""Equality of results on the device and on the CPU, at small shapes; checks return differences and their limits."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ from regmean.hooks import LinearInputs, linear_layers
 from regmean.solve import System
 
 VOCABULARY = 128
-CHILD_SECONDS = 150  # after which a program that a check has started is ended
+CHILD_SECONDS = 150  # time limit of a program started by a check
 START = "import sys; sys.path.insert(0, '.'); import torch; from common.ranks import start_process; "
 
 
@@ -54,7 +54,7 @@ def child(words: list[str], folder: Path = REPOSITORY, **environment: str) -> st
 
 
 def tiny_llama(device: torch.device | str, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
-    """An LLM of three layers, its weights those of the CPU's generator; lively, so that tokens differ."""
+    """An LLM of three layers with weights from the CPU's generator, large enough that tokens differ."""
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 200, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
     config = LlamaConfig(**sizes | heads | {"initializer_range": 0.3} | options)
@@ -68,7 +68,7 @@ def rounding(device: torch.device) -> float:
 
 
 def float32_products(bench: Bench) -> list[dict[str, Any]]:
-    """Products in float32 are that, also where a vendor's container switches TF32 on by its environment."""
+    """Precision of float32 products, also if a vendor's container enables TF32 in its environment."""
     code = f"{START} from benchmarks.gpu.equality import rounding; "
     code += f"print(rounding(start_process({str(bench.device)!r}).device))"
     there = float(child(["-c", code], TORCH_ALLOW_TF32_CUBLAS_OVERRIDE="1"))
@@ -79,7 +79,7 @@ def float32_products(bench: Bench) -> list[dict[str, Any]]:
 
 
 def process_group(bench: Bench) -> list[dict[str, Any]]:
-    """A group of one process, by NCCL on a GPU: barrier, sums, gathered objects, close."""
+    """Process group of one rank, by NCCL on a GPU: barrier, sums, gathered objects, close."""
     code = START + (
         f"import torch.distributed as dist; process = start_process({str(bench.device)!r}, needs_group=True); "
         "dist.barrier(); total = torch.full((4,), 2.0, device=process.device); dist.all_reduce(total); "
@@ -120,7 +120,7 @@ def grams(bench: Bench) -> list[dict[str, Any]]:
         return sums
 
     rows = []
-    # Of calm weights bfloat16 leaves something.
+    # With small weights, bfloat16 is accurate enough to compare.
     for dtype, spread, at_most in ((torch.float32, 0.3, 1e-5), (HALF, 0.1, 3e-2)):
         reference, ours = sums_of("cpu", torch.float32, spread), sums_of(bench.device, dtype, spread)
         assert (ours.tokens, ours.shared_name) == (reference.tokens, reference.shared_name)
@@ -130,7 +130,7 @@ def grams(bench: Bench) -> list[dict[str, Any]]:
 
 
 def merges(bench: Bench) -> list[dict[str, Any]]:
-    """Merged weights of one layer of 700 inputs, of two models and of three."""
+    """Merged weights of one layer of 700 inputs, for two models and for three."""
     generator, inputs, outputs = torch.Generator().manual_seed(0), 700, 300
     tokens = [1400, 300, 1400]  # the second Gram is singular
     texts = [torch.randn(count, inputs, generator=generator) for count in tokens]
@@ -182,7 +182,7 @@ def packed_step(bench: Bench) -> list[dict[str, Any]]:
     ]
 
     def step(device: torch.device | str, dtype: torch.dtype, packs: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        # Heads of 32 numbers, which the kernel takes.
+        # Heads of 32 numbers, which the kernel supports.
         llm = tiny_llama("cpu", initializer_range=0.05)
         mt = {"vocab_size": VOCABULARY, "d_model": 24, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 3}
         encoder = random_model(AutoModelForTextEncoding, MT5Config(**mt), "cpu", torch.float32)
@@ -204,7 +204,7 @@ def packed_step(bench: Bench) -> list[dict[str, Any]]:
         if dtype == torch.float32:
             rows.append(row(f"{what}, gradient", gradient, 1e-4))
         elif packs:
-            # As near as padded rows are.
+            # As accurate as padded rows.
             rows.append(row(f"{what}, gradient", gradient, 1.5 * rounding + 0.02))
         rounding = gradient
     return rows
@@ -255,7 +255,7 @@ def deepspeed_runs(bench: Bench) -> list[dict[str, Any]]:
     return [*rows, row("zero3 to zero2", abs(after["zero3"] / after["zero2"] - 1), 0.05)]
 
 
-# With the seconds that each may take.
+# Checks, with the maximum seconds of each.
 EQUALITY: dict[Callable[[Bench], list[dict[str, Any]]], float] = {
     float32_products: 30,
     process_group: 20,
@@ -266,5 +266,5 @@ EQUALITY: dict[Callable[[Bench], list[dict[str, Any]]], float] = {
     packed_step: 15,
     answers: 20,
 }
-# Last, since these may take the time of all others.
+# Last, since these may take as long as all others.
 PROGRAMS = {deepspeed_runs: 150}

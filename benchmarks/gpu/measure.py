@@ -1,4 +1,4 @@
-"""Parts of all checks: the device and its roofline, a clock, peak memory, waits of the host, models at random."""
+"""Shared parts of the checks: device and roofline, timing, peak memory, waits of the host, random models."""
 
 import functools
 import inspect
@@ -27,8 +27,8 @@ from tools.estimate_regmean import estimate_grams
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HALF = torch.bfloat16
-LAYERS = (32, 24, 16, 12, 8, 4, 2)  # of the LLM, the most that memory allows
-ROOM = 0.9  # of free memory, what plans may fill
+LAYERS = (32, 24, 16, 12, 8, 4, 2)  # of the LLM: the first number that fits into memory
+ROOM = 0.9  # fraction of free memory that estimates may fill
 LENGTH = 256  # of a text of a Gram, as published
 # Configurations of the dry run.
 SMALL_LLM = {
@@ -36,12 +36,12 @@ SMALL_LLM = {
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
 }
 SMALL_MT = {"vocab_size": 256, "d_model": 24, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 3}
-# Operations by which a program reads values, and a GPU's host waits.
+# Operations that read values of a tensor, for which a GPU's host waits.
 _READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select"}
 
 
 class LeftOut(Exception):
-    """A check that cannot run here; the message says why."""
+    """Raised by a check that cannot run here; the message has the reason."""
 
 
 @dataclass(eq=False)
@@ -51,7 +51,7 @@ class Bench:
     Attributes:
         process: this process and its device.
         small: tiny shapes, for a dry run on a CPU.
-        folder: temporary; gets the configs of the models in use.
+        folder: temporary folder for the configs of the models in use.
     """
 
     process: Process
@@ -60,7 +60,7 @@ class Bench:
 
     @property
     def device(self) -> torch.device:
-        """That of the process."""
+        """Device of the process."""
         return self.process.device
 
     @property
@@ -80,7 +80,7 @@ class Bench:
 
     @cached_property
     def planned_llm(self) -> PreTrainedModel:
-        """The LLM without data: Llama-3-8B, with as many layers as leave room for their Grams' sums."""
+        """LLM on the meta device: Llama-3-8B, with as many layers as fit into memory with their Grams' sums."""
         for layers in LAYERS:
             options = SMALL_LLM if self.small else {"num_hidden_layers": layers}
             model = causal_lm_on_meta(str(self._write_config("llama-3-8b", options)), dtype=HALF)
@@ -91,22 +91,22 @@ class Bench:
 
     @cached_property
     def llm(self) -> PreTrainedModel:
-        """The same with random weights, on the device."""
+        """The same LLM with random weights, on the device."""
         config = AutoConfig.from_pretrained(self.planned_llm.name_or_path)
         return random_model(AutoModelForCausalLM, config, self.device)
 
     @property
     def tokens(self) -> int:
-        """Tokens of a batch of texts."""
+        """Number of tokens of a batch of texts."""
         return 64 if self.small else 8192
 
     @property
     def length(self) -> int:
-        """Tokens of a text."""
+        """Number of tokens of a text."""
         return 16 if self.small else LENGTH
 
     def planned_grams(self, model: PreTrainedModel) -> Estimate:
-        """The plan of a model's Grams, all in one pass."""
+        """Estimate for a model's Grams, all in one pass."""
         flags = GramFlags(model=model.name_or_path, plan=HERE, tokens_per_batch=self.tokens, max_length=self.length)
         return estimate_grams(flags, model, replace(self.roofline, memory=float(1 << 50)))
 
@@ -118,12 +118,12 @@ class Bench:
         return self.folder / name
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that was started on it."""
+        """Wait for all work on the device."""
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
     def seconds_of(self, work: Callable[[], Any], at_most: float = 8.0) -> float:
-        """Median seconds of a call, with all that it starts on the device, after one that warms up; five at most."""
+        """Median seconds of at most five calls, including their work on the device, after one warm-up."""
         times: list[float] = []
         started = time.perf_counter()
         while len(times) < 2 or (len(times) < 6 and not self.small and time.perf_counter() - started < at_most):
@@ -135,9 +135,9 @@ class Bench:
         return statistics.median(times[1:])
 
     def peak_of(self, work: Callable[[], Any], *given: nn.Module) -> float:
-        """The most bytes of tensors that a call adds to what is there, weights of `given` modules among it.
+        """Peak bytes of tensors that a call adds to those before it, which include the weights of `given` modules.
 
-        On a CPU they are counted as `--plan` counts.
+        On a CPU they are counted as for `--plan`.
         """
         if not self.is_cuda:
             return cost_of(work, *given).peak_bytes
@@ -151,9 +151,9 @@ class Bench:
 
     @contextmanager
     def waits(self) -> Iterator[Counter]:
-        """Counts how often the host waits for the device in the block, by line of code; complete at its end.
+        """Count the host's waits for the device in the block, by line of code; complete at its end.
 
-        On a CPU, which nothing waits for, counted are operations that would make a GPU's host wait.
+        On a CPU, operations that would make a GPU's host wait are counted.
         """
         places: Counter = Counter()
         if not self.is_cuda:
@@ -186,27 +186,27 @@ class _Reads(TorchDispatchMode):
 def random_model(
     auto_class: Any, config: PretrainedConfig, device: torch.device | str, dtype: torch.dtype = HALF
 ) -> PreTrainedModel:
-    """A frozen model of this config with random weights, made on `device`, on one device always the same."""
+    """Create a frozen model of this config with random weights on `device`, always the same on one device."""
     torch.manual_seed(0)
     with torch.device(device):
         return auto_class.from_config(config, dtype=dtype).eval().requires_grad_(False)
 
 
 def random_texts(count: int, shortest: int, longest: int, vocabulary: int) -> list[list[int]]:
-    """Token ids of texts whose lengths are spread between two."""
+    """Random token ids of texts with lengths from `shortest` to `longest`."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
     return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
 def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """The Frobenius norm of the difference, as a fraction of the reference's."""
+    """Frobenius norm of the difference, relative to the reference's."""
     ours, reference = ours.detach().double().cpu(), reference.detach().double().cpu()
     return float((ours - reference).norm() / reference.norm())
 
 
 def adapt_to_older_torch() -> bool:
-    """True where `varlen_attn` had to be adapted: torch 2.11's takes grouped heads without being told that they are."""
+    """Adapt `varlen_attn` of torch 2.11, which has no flag for grouped heads; True if that was necessary."""
     original = packing.varlen_attn
     if "enable_gqa" in inspect.signature(original).parameters:
         return False

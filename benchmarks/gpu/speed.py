@@ -1,4 +1,4 @@
-"""Seconds, fraction of the roofline, peak memory beside `--plan`'s and waits of the host, at full width."""
+"""Seconds, fraction of the roofline, peak memory beside its estimate, and waits of the host, at full width."""
 
 import contextlib
 import sys
@@ -40,8 +40,8 @@ from tools.estimate_mindmerger import (
 from tools.estimate_regmean import batch_cost, estimate_merge, layer_inputs
 
 ALPHA = 0.1
-LIMIT = 512  # tokens of a source, a prompt and a target, by the flags' defaults
-# Of each stage, the published rows of a micro batch, a row of mean length and one at the limits.
+LIMIT = 512  # tokens of a source, a prompt and a target: the flags' defaults
+# For each stage: the published rows of a micro batch, a row of mean length and one at the limits.
 STAGES = {
     "mapping": (8, Row(MEAN_PAIR.source, 0, MEAN_PAIR.target), Row(LIMIT, 0, LIMIT)),
     "augmentation": (2, MEAN_PROBLEM, Row(LIMIT, LIMIT, LIMIT)),
@@ -50,7 +50,7 @@ SMALL_ROW = Row(8, 0, 6)
 
 
 def rates(bench: Bench) -> list[dict[str, Any]]:
-    """The roofline: what products of 16 bits, products in float32 and a copy reach here."""
+    """Roofline: measured rates of 16-bit products, float32 products and a copy."""
     roofline = bench.roofline
     figures = {"half_TFLOPs": roofline.half_flops / 1e12, "single_TFLOPs": roofline.single_flops / 1e12}
     figures |= {"GB_per_s": roofline.bandwidth / 1e9, "free_GB": roofline.memory / 1e9}
@@ -95,7 +95,7 @@ def gram_batch(bench: Bench) -> list[dict[str, Any]]:
 
 
 def write_pair(bench: Bench, folder: Path) -> list[Path]:
-    """Two models of one layer of Llama-3-8B's shape in bfloat16, each with its Grams of random rows; their folders."""
+    """Write two models of one bfloat16 layer of Llama-3-8B's shape, with Grams of random rows; return their folders."""
     shape = (512, 700) if bench.small else (4096, 14336)
     models = [make_layer(folder / "A", *shape, HALF)]
     models.append(make_sibling(models[0], folder / "B"))
@@ -149,7 +149,7 @@ def widest_system(bench: Bench) -> dict[str, Any]:
         grams.append((x.T @ x).cpu())
 
     def read(index: int) -> Any:
-        # What is read may be overwritten, as it is where nothing is copied to a GPU.
+        # The result may be overwritten, as happens without a copy to a GPU.
         return (grams[index] if bench.is_cuda else grams[index].clone()).numpy()
 
     def solve() -> None:
@@ -158,7 +158,7 @@ def widest_system(bench: Bench) -> dict[str, Any]:
         system.regress(rows, (rows[0] + rows[1]) / 2).solve(ALPHA)
 
     seconds = bench.seconds_of(solve)
-    # The factor; right-hand side, solution, and half a product for the objective.
+    # Factor; right-hand side, solution, and half a product for the objective.
     flops = inputs**3 / 3 + 5 * outputs * inputs**2
     fraction = flops / bench.roofline.single_flops / seconds
     return {"what": f"{inputs} inputs, {outputs} outputs", "seconds": seconds, "roofline": fraction}
@@ -171,7 +171,7 @@ def training(bench: Bench) -> list[dict[str, Any]]:
     sizes = {"llm_hidden_size": llm.config.hidden_size, "mt_hidden_size": config.hidden_size}
     model = MindMergerForCausalLM(MindMergerConfig(**sizes), encoder, llm)
     model.mapping.to(bench.device, HALF)
-    llm.set_attn_implementation("sdpa")  # as loaded, whatever has run before
+    llm.set_attn_implementation("sdpa")  # as loaded; an earlier check may have changed it
     if not model.pack_rows():
         raise RuntimeError("rows are not packed")
     names = ModelFlags(llm_path=bench.planned_llm.name_or_path, mt_path=str(bench.mt))
@@ -180,7 +180,7 @@ def training(bench: Bench) -> list[dict[str, Any]]:
 
 
 def stage(bench: Bench, model: MindMergerForCausalLM, planned: MindMergerForCausalLM, name: str) -> dict[str, Any]:
-    """Figures of a stage's micro batch, of as many rows, halved, as fit at the limits by the plan."""
+    """Figures of a stage's micro batch, with rows halved until the estimate at the limits fits."""
     rows, mean, limits = STAGES[name] if not bench.small else (2, SMALL_ROW, SMALL_ROW)
     free = ROOM * bench.roofline.memory - weight_bytes(model.llm, model.encoder)
 
@@ -216,7 +216,7 @@ def stage(bench: Bench, model: MindMergerForCausalLM, planned: MindMergerForCaus
 
 
 def random_batch(rows: int, mean: Row, vocabulary: int, seed: int = 0, spread: float = 0.4) -> Batch:
-    """A packed batch of rows whose lengths are these, more or less by `spread`."""
+    """Packed batch of rows whose lengths vary around `mean` by the fraction `spread`."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(length: int) -> array:
@@ -228,7 +228,7 @@ def random_batch(rows: int, mean: Row, vocabulary: int, seed: int = 0, spread: f
 
 
 def decoding(bench: Bench) -> list[dict[str, Any]]:
-    """A token of each of 16 problems, all of mean length, in their slots."""
+    """One token for each of 16 problems of mean length, in their slots."""
     llm, planned = bench.llm, bench.planned_llm
     llm.set_attn_implementation("sdpa")
     rows, length, new = (4, 9, 6) if bench.small else (16, MEAN_PROBLEM.prefix, 40)
@@ -264,7 +264,7 @@ def decoding(bench: Bench) -> list[dict[str, Any]]:
     ]
 
 
-# With the seconds that each may take.
+# Checks, with the maximum seconds of each.
 SPEED: dict[Callable[[Bench], list[dict[str, Any]]], float] = {
     rates: 15,
     gram_batch: 75,

@@ -9,16 +9,16 @@ _AT_ONCE = 1000
 def ratio_interval(numerators: np.ndarray, denominators: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Percentile interval of sum(numerators) / sum(denominators) (Efron and Tibshirani 1993, chapter 13).
 
-    Texts are drawn with replacement, each with its numerator and its denominator. Of loss and token count that is the
-    interval of the loss per token; of the difference of two models' losses and the count, that of the paired
+    Texts are drawn with replacement, each with its numerator and its denominator. For losses and token counts, this is
+    the interval of the loss per token; for the difference of two models' losses and the counts, that of the paired
     difference.
 
     Args:
-        numerators, denominators: one of each text, float or int of shape (texts,); the denominators positive.
-        level: of confidence.
+        numerators, denominators: values per text, float or int of shape (texts,); the denominators positive.
+        level: confidence level.
 
     Returns:
-        Lower and upper end, the same ones every time: the draws are seeded.
+        Lower and upper end; deterministic, since the draws are seeded.
     """
     generator, count = np.random.default_rng(0), len(numerators)
     ratios = []

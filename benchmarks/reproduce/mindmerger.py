@@ -1,21 +1,21 @@
-"""MindMerger's published tables in miniature: real models, real questions, with the mapping and without.
+"""MindMerger's published tables in miniature: real models and questions, with and without the mapping.
 
-    python -m benchmarks.reproduce.mindmerger --llm_path LLM --mt_path MT --data_dir DATAS \\
+    python -m benchmarks.reproduce.mindmerger --llm_path LLM --mt_path MT --data_dir ./datas \\
         --work_dir runs/reproduce_mindmerger
 
-LLM is first fine-tuned on English problems with their solutions, in the prompt that it is asked in later, as MetaMath
-is; then the mapping goes through both stages from each start, aligned and scaled. Every problem is in one language and
-in one place alone, LLM's fine-tuning, the mapping stage or the augmentation stage: nothing held out was met before.
+The LLM is first fine-tuned on English problems with solutions, like MetaMath, in the prompt of the evaluation. Then the
+mapping is trained in both stages from each start, aligned and scaled. Every problem is used in one language and for one
+purpose only (the LLM's fine-tuning, the mapping stage or the augmentation stage), so that held-out problems are unseen.
 
-Dev perplexity stands beside that of sources shuffled among the targets: where both are the same the LLM has learned
-what targets look like, and nothing of the source. As in any training here the mapping kept is the best on these rows.
-Translations after the mapping stage: the share of numbers that are in them, and chrF. Accuracies have 95% intervals,
-Wilson's for a language; gains over the LLM alone, over all languages but English, those of the bootstrap over problems,
-which are the same ones in every language.
+Dev perplexity is shown with that of sources shuffled among the targets: if both are equal, the LLM has learned the form
+of targets, and nothing of the source. As in all training here, the mapping with the best perplexity on these rows is
+kept. Translations after the mapping stage are measured by the fraction of numbers that they contain, and by chrF.
+Accuracies have 95% intervals, by Wilson for a language; gains over the LLM alone, over all languages except English, by
+bootstrap over problems, which are the same in every language.
 
-What is done stays done: an interrupted run is continued by the same command without `--overwrite`, and `--seeds` may
-grow. The seed is that of the stages; the LLM is one. Figures go to `results/reproduce/mindmerger.json`, curves to
-`docs/reproduce_mindmerger.png`; the last line printed is the same as one JSON object.
+Finished steps are not repeated: an interrupted run is continued by the same command without `--overwrite`, and
+`--seeds` may grow. Seeds are those of the stages; there is one LLM. Figures go to `results/reproduce/mindmerger.json`,
+curves to `docs/reproduce_mindmerger.png`; the last line printed is the same as one JSON object.
 """
 
 import functools
@@ -65,7 +65,7 @@ TASKS = ("mgsm", "msvamp")
 TASK = TRAINING_TASKS["math"]
 RANKS = 2
 ENGLISH = LANGUAGES["English"]
-# Each start wants its own learning rate, in the mapping stage: docs/aligned_start.md.
+# Each start needs its own learning rate in the mapping stage: docs/aligned_start.md.
 STARTS = {
     "aligned": {"mapping": "--mapping_init aligned --lr 5e-5", "augmentation": "--lr 1e-4"},
     "scaled": {"mapping": "--mapping_init scaled --lr 5e-4", "augmentation": "--lr 5e-4"},
@@ -83,24 +83,24 @@ ANSWER_TOKENS = 200
 
 @dataclass
 class MiniatureFlags:
-    """Fine-tune an LLM on English problems, train mappings to it from two starts, and ask in several languages."""
+    """Fine-tune an LLM on English problems, train mappings from two starts, and evaluate in several languages."""
 
     llm_path: str | None = flag(None, "hub id or local folder of the model that becomes the LLM")
     mt_path: str | None = flag(None, "hub id or local folder of the multilingual model")
     data_dir: str = flag("./datas", "folder in the published layout")
-    work_dir: str = flag("runs/reproduce_mindmerger", "folder for the LLM and for what each step has found")
+    work_dir: str = flag("runs/reproduce_mindmerger", "folder for the LLM and for the results of each step")
     languages: str = flag("de,es,fr,ru,sw", "comma-separated, without English")
-    msvamp_languages: str | None = flag(None, "those of them that MSVAMP is asked in; default: all")
-    encoder_layer: int | None = flag(None, "layer of a decoder-only multilingual model that the mapping reads")
+    msvamp_languages: str | None = flag(None, "those of them for MSVAMP; default: all")
+    encoder_layer: int | None = flag(None, "layer of a decoder-only multilingual model that feeds the mapping")
     seeds: int = flag(3, "runs from each start")
-    llm_steps: int = flag(120, "of fine-tuning the LLM, 8 problems each")
+    llm_steps: int = flag(120, "steps of fine-tuning the LLM, 8 problems each")
     llm_lr: float = flag(1e-4, "highest learning rate of fine-tuning the LLM")
     mapping_num: int = flag(170, "pairs of each language, the held-out ones among them")
     augmentation_num: int = flag(90, "problems of each language and of English, the held-out ones among them")
     dev_size: int = flag(50, "rows held out in each stage")
     translations: int = flag(6, "held-out pairs of each language to translate")
     test_num: int = flag(50, "problems of each benchmark and language to answer")
-    overwrite: bool = flag(False, "start anew where --work_dir holds a run of other settings")
+    overwrite: bool = flag(False, "replace a run of other settings in --work_dir")
 
     def __post_init__(self) -> None:
         for name in ("llm_path", "mt_path"):
@@ -117,12 +117,12 @@ class MiniatureFlags:
             raise InputError(f"--msvamp_languages {self.msvamp_languages}: {others.pop().name} is not in --languages")
 
     def asked_in(self, task: str) -> tuple[Language, ...]:
-        """The languages of a benchmark, English last."""
+        """Languages of a benchmark, English last."""
         named = self.msvamp_languages if task == "msvamp" else None
         return (*select_languages(named or self.languages), ENGLISH)
 
     def settings(self) -> dict[str, Any]:
-        """All that makes two runs the same."""
+        """Settings that identify a run."""
         asked = [
             [task, problem.language.name, problem.source.text, problem.target]
             for task in TASKS
@@ -147,10 +147,10 @@ class MiniatureFlags:
 
 
 def read_problems(flags: MiniatureFlags, task: str) -> dict[Language, list[Example]]:
-    """The problems of a benchmark, the same ones in every language.
+    """Read the problems of a benchmark, the same ones in every language.
 
     Raises:
-        InputError: missing or malformed files, or problem n is another one in some language.
+        InputError: missing or malformed files, or problem n differs between languages.
     """
     found = read_evaluation(Path(flags.data_dir), EVALUATION_TASKS[task], flags.asked_in(task), flags.test_num)
     answers = {language: [parse_answer(row.target) for row in rows] for language, rows in found.items()}
@@ -161,10 +161,10 @@ def read_problems(flags: MiniatureFlags, task: str) -> dict[Language, list[Examp
 
 
 def write_data(flags: MiniatureFlags, folder: Path) -> None:
-    """Write the training data, every problem in one place and one language: half of them are English.
+    """Write the training data, with every problem in one file and one language; half of them are English.
 
-    The pairs, and the problems that the LLM is not fine-tuned on, in the published layout; `llm_problems.json` has
-    those that it is, as `Text`s of question and solution in training order.
+    Pairs, and problems that the LLM is not fine-tuned on, have the published layout; `llm_problems.json` has the
+    problems for fine-tuning, as `Text`s of question and solution in training order.
 
     Raises:
         InputError: missing or malformed data, file and line named, or too little of it.
@@ -173,7 +173,7 @@ def write_data(flags: MiniatureFlags, folder: Path) -> None:
     owners = [*languages, *[ENGLISH] * len(languages)]
 
     def words(text: str) -> str:
-        # The two files put blanks differently.
+        # The two files differ in white space.
         return " ".join(text.split())
 
     def owner(question: str) -> Language:
@@ -210,25 +210,25 @@ def write_data(flags: MiniatureFlags, folder: Path) -> None:
 
 def _require(flag_name: str, wanted: int, found: Sequence[object], what: str) -> None:
     if len(found) < wanted:
-        raise InputError(f"{flag_name} asks for {wanted:,} {what}, and there are {len(found):,}")
+        raise InputError(f"{flag_name} needs {wanted:,} {what}, and there are {len(found):,}")
 
 
 def write_llm(flags: MiniatureFlags, data: Path, folder: Path) -> None:
-    """Fine-tune the LLM on its problems, in the prompt that it is asked in."""
+    """Fine-tune the LLM on its problems, in the prompt of the evaluation."""
     tokenizer = AutoTokenizer.from_pretrained(flags.llm_path)
     texts = [as_read(Text(*row), tokenizer) for row in read_json(data / LLM_PROBLEMS)]
     fine_tune(flags.llm_path, texts, LLM_BATCH_SIZE, flags.llm_lr, folder / "model")
 
 
 def as_read(problem: Text, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """Question and solution as the LLM reads them alone: bos, prompt, solution; the tokenizer may bring the bos."""
+    """Input of the LLM alone: bos, prompt, solution; the tokenizer may add the bos."""
     brings_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     bos = "" if brings_bos else tokenizer.bos_token or ""
     return Text(bos + math_prompt(problem.read).text, problem.learned)
 
 
 def stage_flags(flags: MiniatureFlags, stage: str) -> StartFlags:
-    """What both starts share in a stage."""
+    """Flags of a stage that both starts have in common."""
     of_mapping = stage == "mapping"
     work = Path(flags.work_dir)
     return StartFlags(
@@ -249,7 +249,7 @@ def stage_flags(flags: MiniatureFlags, stage: str) -> StartFlags:
 
 
 def held_out(flags: MiniatureFlags, stage: str, seed: int) -> dict[str, list[Example]]:
-    """By language the rows that a stage holds out.
+    """Rows that a stage holds out, by language.
 
     Raises:
         InputError: there are none of some language.
@@ -265,7 +265,7 @@ def held_out(flags: MiniatureFlags, stage: str, seed: int) -> dict[str, list[Exa
 
 
 def train_stage(flags: MiniatureFlags, stage: str, start: str, seed: int, name: str, folder: Path) -> None:
-    """Train one stage in outputs/`name`; writes what `train` returns."""
+    """Train one stage in outputs/`name`; write the result of `train`."""
     shared = stage_flags(flags, stage)
     words = f"{STARTS[start][stage]} {BOTH_STARTS[stage]} --max_prompt_len {shared.max_len}"
     if flags.encoder_layer is not None and stage == "mapping":
@@ -274,16 +274,16 @@ def train_stage(flags: MiniatureFlags, stage: str, start: str, seed: int, name: 
 
 
 def read_alone(flags: MiniatureFlags, seed: int, folder: Path) -> None:
-    """Write the perplexity, by language, of the augmentation stage's held-out rows to the LLM that reads the prompt.
+    """Write the LLM's perplexity, by language, on the augmentation stage's held-out rows, given the prompt.
 
-    For an LLM that `token_scores` can ask.
+    The LLM must be supported by `token_scores`.
     """
     llm_path = stage_flags(flags, "augmentation").llm_path
     llm = load_llm(llm_path, None, torch.bfloat16, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(llm_path)
     found: dict[str, float] = {}
     for language, rows in held_out(flags, "augmentation", seed).items():
-        # An eos closes every target of the stage, too.
+        # Targets of the stage also end with eos.
         problems = [Text(row.source.text, row.target + tokenizer.eos_token) for row in rows]
         scores = score_texts(llm, tokenizer, [as_read(problem, tokenizer) for problem in problems])
         found[language] = math.exp(sum(scores["loss"]) / sum(scores["tokens"]))
@@ -291,7 +291,7 @@ def read_alone(flags: MiniatureFlags, seed: int, folder: Path) -> None:
 
 
 def ask(flags: MiniatureFlags, name: str, words: str, folder: Path) -> None:
-    """Answer both benchmarks; writes their scores, and of each language in turn which problems were answered right."""
+    """Evaluate on both benchmarks; write the scores, and for each language the right answers as booleans."""
     found = {}
     for task in TASKS:
         languages = ",".join(language.code for language in flags.asked_in(task))
@@ -311,11 +311,11 @@ def ask(flags: MiniatureFlags, name: str, words: str, folder: Path) -> None:
 
 
 def gain(alone: dict[str, list[bool]], merged: list[dict[str, list[bool]]]) -> dict[str, float]:
-    """Mean accuracy of mappings less that of the LLM alone, over all languages but English.
+    """Mean accuracy of mappings minus that of the LLM alone, over all languages except English.
 
     Args:
-        alone: by language, which problems were answered right; problem n is the same in every language.
-        merged: the same of each mapping.
+        alone: right answers by language, as booleans; problem n is the same in every language.
+        merged: the same for each mapping.
 
     Returns:
         `value`, from -1 to 1, and `low` and `high`, the 95% interval over problems.
@@ -331,20 +331,20 @@ def gain(alone: dict[str, list[bool]], merged: list[dict[str, list[bool]]]) -> d
 
 
 def reproduce(flags: MiniatureFlags) -> dict[str, Any]:
-    """Do whatever is not done yet.
+    """Run all unfinished steps.
 
     Returns:
-        What `results/reproduce/mindmerger.json` holds: `settings`; of the LLM `alone` its scores by benchmark, `asked`,
-        and for each seed its `perplexity` by language on the augmentation stage's held-out rows; `starts`: of each
-        start and seed `mapping` and `augmentation`, as `train` returns them, and the scores by benchmark, `asked`;
-        `gains` of each start by benchmark; and of each of the `steps` its `seconds` and its `cpu_seconds`.
+        The content of `results/reproduce/mindmerger.json`: `settings`; for the LLM `alone` its scores by benchmark,
+        `asked`, and for each seed its `perplexity` by language on the augmentation stage's held-out rows; `starts`: for
+        each start and seed `mapping` and `augmentation`, the results of `train`, and the scores by benchmark, `asked`;
+        `gains` of each start by benchmark; and for each of the `steps` its `seconds` and its `cpu_seconds`.
 
     Raises:
-        InputError: no such model or data, too little data, a `--work_dir` of other settings, or a script has failed.
+        InputError: no such model or data, too little data, a `--work_dir` of other settings, or a script failed.
     """
     quiet_libraries()
     work, settings = Path(flags.work_dir), flags.settings()
-    # Results lie outside of work_dir, too, and know the LLM by its path: other settings, other names.
+    # Results are also outside of work_dir and identify the LLM by its path: other settings get other names.
     run_name = f"{work.name}-{crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
     with open_run(work, settings, flags.overwrite, start_process("cpu")) as run:
         run.start()
@@ -391,7 +391,7 @@ def reproduce(flags: MiniatureFlags) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Both stages and both benchmarks as Markdown."""
+    """Markdown tables of both stages and both benchmarks."""
 
     def share(entry: dict[str, float], key: str, sign: str = "") -> str:
         value, low, high = (100 * entry[name] for name in (key, "low", "high"))
@@ -436,12 +436,12 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any]) -> None:
-    """The curves of both stages."""
+    """Draw the curves of both stages."""
     figure = Figure(figsize=(10.0, 4.2), layout="constrained")
     for axes, stage in zip(figure.subplots(1, 2), STAGES, strict=True):
         draw_curves(axes, {start: [run[stage] for run in of_seeds] for start, of_seeds in result["starts"].items()})
         axes.set_title(f"{stage} stage")
-    # The first panel's says the same, and leaves the curves free.
+    # Same as in the first panel, where it covers no curves.
     axes.get_legend().remove()
     with atomic_path(PICTURE) as partial:
         figure.savefig(partial, format="png", dpi=130)

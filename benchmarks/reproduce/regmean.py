@@ -1,21 +1,21 @@
-"""RegMean's published table in miniature: two specialists of one real model, and what is left of both in their merges.
+"""RegMean's published table in miniature: two specialists of one real model, and their merges.
 
     python -m benchmarks.reproduce.regmean --model MODEL --math_data math.json --work_dir runs/reproduce_regmean
 
 For each seed MODEL is fine-tuned twice, on English GSM8K problems and on Python functions with docstrings; each
-specialist's Grams are of its own training texts. The loss is on what is learned: the solution given the problem, the
-body given signature and docstring. All models are asked the same held-out texts: problems, and functions of packages
-that no one trains on. `math.json` is MindMerger's list of {query, response, lang}; its problems are GSM8K's training
-problems, which MODEL may have met before, as all that is made of it then has.
+specialist's Grams are of its own training texts. The loss is on the learned part: the solution given the problem, the
+body given signature and docstring. All models are evaluated on the same held-out texts: problems, and functions of
+packages that no seed trains on. `math.json` is MindMerger's list of {query, response, lang}; its problems are GSM8K's
+training problems, which may be in the training data of MODEL.
 
-Columns: loss in nats per token, the share of tokens that the model has as most likely, and the share of problems whose
-last step it prefers with the right result to three wrong ones (`texts.choices`; guessing gives 25%). Intervals are of
-95%, by bootstrap over the held-out texts: how far the figures depend on which texts these are. What depends on the
-training texts is seen in the seeds.
+Columns: loss in nats per token; the fraction of tokens that the model predicts as most likely; and the fraction of
+problems whose last step is more likely with the right result than with three wrong ones (`texts.choices`; guessing
+gives 25%). Intervals are 95%, by bootstrap over the held-out texts, and measure the dependence on these texts. The
+seeds show the dependence on the training texts.
 
-What is done stays done: an interrupted run is continued by the same command, and `--seeds` may grow. A seed takes ten
-times MODEL's size on disk in float32, the first one, beside which the published algorithm runs, fourteen. Figures go
-to `results/reproduce/regmean.json`; the last line printed is the same as one JSON object.
+Finished steps are not repeated: an interrupted run is continued by the same command, and `--seeds` may grow. A seed
+takes ten times MODEL's size on disk in float32; the first one, which includes the published algorithm, fourteen times.
+Figures go to `results/reproduce/regmean.json`; the last line printed is the same as one JSON object.
 """
 
 import functools
@@ -56,9 +56,9 @@ DOMAINS = ("math", "code")
 ALPHAS = [0.1, 0.5, 0.9, 0.95, 0.99]
 PUBLISHED_ALPHA = 0.1
 MAX_TOKENS = 160  # of a text; longer ones are left out
-HELD_OUT = 1000  # problems that no seed trains on
+HELD_OUT = 1000  # problems that are not used for training
 AVERAGE = "average"
-# Figure: how the table calls it, the domain, the numerator and the denominator of each text, and whether it is a share.
+# Figure: its name in the table, domain, numerator and denominator of each text, and True if it is a fraction.
 FIGURES = {
     "math_loss": ("math loss", "math", "loss", "tokens", False),
     "math_accuracy": ("math tokens, %", "math", "right", "tokens", True),
@@ -66,7 +66,7 @@ FIGURES = {
     "code_loss": ("code loss", "code", "loss", "tokens", False),
     "code_accuracy": ("code tokens, %", "code", "right", "tokens", True),
 }
-Scores = dict[str, dict[str, list]]  # by domain, what `score_texts` returns
+Scores = dict[str, dict[str, list]]  # results of `score_texts` by domain
 
 
 @dataclass
@@ -77,12 +77,12 @@ class ReproduceFlags:
     math_data: str | None = flag(None, "MindMerger's math.json")
     work_dir: str = flag("runs/reproduce_regmean", "folder for models, Grams and scores")
     seeds: int = flag(3, "pairs of specialists, each fine-tuned on other texts")
-    steps: int = flag(48, "of fine-tuning a specialist")
+    steps: int = flag(48, "steps of fine-tuning a specialist")
     batch_size: int = flag(8, "texts of a step")
     lr: float = flag(5e-5, "highest learning rate, of AdamW with warm-up and cosine decay")
     num_examples: int = flag(192, "training texts that a Gram is computed from")
     test_num: int = flag(150, "held-out texts of each domain")
-    overwrite: bool = flag(False, "start anew where --work_dir holds a run of other settings")
+    overwrite: bool = flag(False, "replace a run of other settings in --work_dir")
 
     def __post_init__(self) -> None:
         for name in ("model", "math_data"):
@@ -95,7 +95,7 @@ class ReproduceFlags:
             raise InputError(f"--test_num must be from 2 to {HELD_OUT}")
 
     def settings(self) -> dict[str, Any]:
-        """All that makes two runs the same."""
+        """Settings that identify a run."""
         return {
             "model": open_checkpoint(self.model).fingerprint(),
             "math_data": sha256(Path(self.math_data)),
@@ -105,14 +105,14 @@ class ReproduceFlags:
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts by domain; the held-out ones are no seed's to train on."""
+    """Texts by domain; no seed trains on the held-out ones."""
 
     training: dict[str, list[Text]]
     held_out: dict[str, list[Text]]
 
 
 def write_all_texts(folder: Path, math_data: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the texts that the tokenizer makes at most MAX_TOKENS of, both domains', in a fixed random order."""
+    """Write the texts of both domains with at most MAX_TOKENS tokens, in a fixed random order."""
 
     def short(texts: list[Text]) -> list[Text]:
         ids = tokenizer([text.read + text.learned for text in texts]).input_ids if texts else []
@@ -135,22 +135,22 @@ def write_all_texts(folder: Path, math_data: Path, tokenizer: PreTrainedTokenize
 
 
 def read_all_texts(folder: Path, test_num: int, training_num: int) -> Texts:
-    """The texts of `write_all_texts`.
+    """Read the texts of `write_all_texts`.
 
     Raises:
-        InputError: there are fewer than these numbers ask for.
+        InputError: there are fewer texts than requested.
     """
     sets = {}
     for kind, wanted in (("training", training_num), ("held_out", test_num)):
         sets[kind] = {domain: [Text(*row) for row in read_json(folder / f"{domain}_{kind}.json")] for domain in DOMAINS}
         for domain, texts in sets[kind].items():
             if len(texts) < wanted:
-                raise InputError(f"{wanted:,} {kind} texts of {domain} are wanted, and there are {len(texts):,}")
+                raise InputError(f"{wanted:,} {kind} texts of {domain} are needed, and there are {len(texts):,}")
     return Texts(sets["training"], {domain: texts[:test_num] for domain, texts in sets["held_out"].items()})
 
 
 def specialist(flags: ReproduceFlags, texts: list[Text], seed: int, folder: Path) -> None:
-    """Fine-tune a specialist; writes the model, and its texts as `compute_gram.py` reads them."""
+    """Fine-tune a specialist; write the model, and its texts in the form that `compute_gram.py` reads."""
     drawn = training_order(texts, flags.steps, flags.batch_size, seed)
     fine_tune(flags.model, drawn, flags.batch_size, flags.lr, folder / "model")
     lines = (json.dumps({"text": text.read + text.learned}) + "\n" for text in drawn)
@@ -158,7 +158,7 @@ def specialist(flags: ReproduceFlags, texts: list[Text], seed: int, folder: Path
 
 
 def merged_models(flags: ReproduceFlags, home: Path, seed: int) -> dict[str, Path]:
-    """Compute one seed's Grams and merges; every merged model's folder, in the table's order."""
+    """Compute one seed's Grams and merges; return the folders of all merged models, in the table's order."""
     specialists = [str(home / domain / "model") for domain in DOMAINS]
     process = start_process("cpu")
 
@@ -213,7 +213,7 @@ def merged_models(flags: ReproduceFlags, home: Path, seed: int) -> dict[str, Pat
 
 
 def scores_of(model: str | Path, folder: Path, texts: Texts) -> Scores:
-    """What one model makes of the held-out texts."""
+    """Scores of one model on the held-out texts."""
 
     def score(to: Path) -> None:
         llm = load_llm(str(model), None, torch.float32, trust_remote_code=False)
@@ -226,7 +226,7 @@ def scores_of(model: str | Path, folder: Path, texts: Texts) -> Scores:
 
 
 def run_seed(flags: ReproduceFlags, home: Path, texts: Texts, seed: int) -> dict[str, Scores]:
-    """Everything of one seed; the scores of each of its models by its name in the table."""
+    """Run all steps of one seed; return the scores of each model by its name in the table."""
     with locked(home):
         folders = {}
         for domain in DOMAINS:
@@ -248,15 +248,15 @@ def per_text(scores: Scores, figure: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def summary(by_seed: list[dict[str, Scores]]) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    """Figures of every model, and of every merge less the average.
+    """Figures of every model, and of every merge minus the average.
 
     Args:
-        by_seed: the scores of each seed's models by name; a model may be there of some seeds only.
+        by_seed: the scores of each seed's models by name; some models may be missing for some seeds.
 
     Returns:
         `models` and `less_average`: by model and figure `mean` over its seeds, `low` and `high`, the 95% interval of
-        that mean over texts, paired where models are compared; and `seeds`: each one's `value`, `low` and `high`.
-        Shares are from 0 to 1.
+        that mean over texts, paired if models are compared; and `seeds`: `value`, `low` and `high` of each. Fractions
+        are from 0 to 1.
     """
 
     def interval(numerators: np.ndarray, denominators: np.ndarray) -> dict[str, float]:
@@ -270,7 +270,7 @@ def summary(by_seed: list[dict[str, Scores]]) -> dict[str, dict[str, dict[str, d
             for own, other in pairs:
                 numerator, denominator = per_text(own, figure)
                 numerators.append(numerator - per_text(other, figure)[0] if other else numerator)
-            # All seeds' models are asked the same texts, so that the denominators are the same.
+            # All seeds have the same held-out texts, so the denominators are equal.
             whole = interval(np.mean(numerators, axis=0), denominator)
             found[figure] = {"mean": whole["value"], "low": whole["low"], "high": whole["high"]}
             found[figure]["seeds"] = [interval(numerator, denominator) for numerator in numerators]
@@ -286,7 +286,7 @@ def summary(by_seed: list[dict[str, Scores]]) -> dict[str, dict[str, dict[str, d
 
 
 def table(result: dict[str, Any]) -> str:
-    """What `summary` returns, as Markdown: the means with their intervals, each seed's, and what merges have gained."""
+    """Format a `summary` as Markdown: means with their intervals, those of each seed, and gains of merges."""
 
     def cell(figure: str, value: float, sign: str = "") -> str:
         return f"{100 * value:{sign}.1f}" if FIGURES[figure][-1] else f"{value:{sign}.4f}"
@@ -314,11 +314,11 @@ def table(result: dict[str, Any]) -> str:
 
 
 def reproduce(flags: ReproduceFlags) -> dict[str, Any]:
-    """Do whatever is not done yet.
+    """Run all unfinished steps.
 
     Returns:
-        What `results/reproduce/regmean.json` holds: `settings`, the tables of `summary`, and of each of the
-        `steps` its `seconds` and its `cpu_seconds`, those of all threads.
+        The content of `results/reproduce/regmean.json`: `settings`, the tables of `summary`, and for each of the
+        `steps` its `seconds` and its `cpu_seconds` over all threads.
 
     Raises:
         InputError: no such model or data, too few texts, or a `--work_dir` of other settings.

@@ -1,4 +1,4 @@
-"""How well a causal language model foresees given texts, and which of several endings it prefers."""
+"""Log probabilities of given texts under a causal language model, and the likeliest of several endings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,12 +14,12 @@ BATCH_SIZE = 16
 
 
 class TokenTree:
-    """Texts that begin alike, to be read in one pass: what they share is there once.
+    """Texts with common beginnings, which are stored once and read in one pass.
 
     Attributes:
-        ids: token ids, each after the one that it follows.
-        parents: place of the token that each follows, -1 of the first one.
-        learned: places of the tokens to be foreseen.
+        ids: token ids, each after its parent.
+        parents: position of the token before each, -1 for the first one.
+        learned: positions of the tokens to predict.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class TokenTree:
         self._places: dict[tuple[int, int], int] = {}
 
     def add(self, read: list[int], learned: list[int]) -> list[int]:
-        """Add a text, `read` not empty; the places of its learned tokens."""
+        """Add a text, with `read` not empty; return the positions of its learned tokens."""
         path, parent = [], -1
         for token in read + learned:
             place = self._places.setdefault((parent, token), len(self.ids))
@@ -42,7 +42,7 @@ class TokenTree:
         return path[len(read) :]
 
     def ancestors(self) -> torch.Tensor:
-        """Bool [tokens, tokens]: row by row the tokens that one sees, itself included."""
+        """Attention mask, bool [tokens, tokens]: each token attends to its ancestors and itself."""
         seen = torch.eye(len(self.ids), dtype=torch.bool)
         for place, parent in enumerate(self.parents[1:], 1):
             seen[place] |= seen[parent]
@@ -51,13 +51,13 @@ class TokenTree:
 
 @torch.inference_mode()
 def token_scores(model: PreTrainedModel, trees: Sequence[TokenTree]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Log probability of every learned token, given those that it follows, and whether none is more likely.
+    """Log probability of every learned token given its ancestors, and True if no token is more likely.
 
-    For a model whose tokens meet in full attention alone, and whose logits are its head's output. The head runs in its
-    weights' own dtype even under autocast: logits rounded to bfloat16 tie.
+    Requires a model whose tokens interact in full attention only, and whose logits are its head's output. The head runs
+    in its weights' dtype even under autocast, since logits rounded to bfloat16 have ties.
 
     Returns:
-        Of each tree, in order, float32 [tokens] in nats and bool [tokens]; 0 and False of what is not learned.
+        For each tree, in order, float32 [tokens] in nats and bool [tokens]; 0 and False for tokens not learned.
     """
     head = model.get_output_embeddings()
     found: list[Any] = [None] * len(trees)
@@ -66,7 +66,7 @@ def token_scores(model: PreTrainedModel, trees: Sequence[TokenTree]) -> list[tup
         batch = [trees[number] for number in numbers]
         longest = len(batch[0].ids)
         ids = torch.tensor([tree.ids + [0] * (longest - len(tree.ids)) for tree in batch])
-        # Padding sees itself: a softmax over nothing is not a number.
+        # Padding attends to itself: a softmax over nothing is NaN.
         seen = torch.eye(longest, dtype=torch.bool).repeat(len(batch), 1, 1)
         for row, tree in enumerate(batch):
             seen[row, : len(tree.ids), : len(tree.ids)] = tree.ancestors()
@@ -86,12 +86,12 @@ def token_scores(model: PreTrainedModel, trees: Sequence[TokenTree]) -> list[tup
 
 
 def score_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text]) -> dict[str, list]:
-    """What a model makes of the learned part of each text, and of its choices where it has any.
+    """Scores of a model on the learned part of each text, and on its choices if it has any.
 
     Returns:
-        One value of each text: `loss`, in nats over the learned tokens; `tokens`, how many these are; `right`, how many
-        of them are the most likely one; `chosen`, whether the right ending is likelier than every wrong one, None where
-        there is nothing to choose.
+        Values per text: `loss`, in nats over the learned tokens; `tokens`, the number of these; `right`, the number of
+        those predicted as most likely; `chosen`, True if the right ending is likelier than every wrong one, None for a
+        text without choices.
     """
 
     def ids_of(learned: str) -> list[int]:

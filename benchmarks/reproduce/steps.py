@@ -1,4 +1,4 @@
-"""What both tables in miniature are made of: steps that are done once, and models fine-tuned on texts."""
+"""Shared parts of both tables in miniature: steps that run once, and models fine-tuned on texts."""
 
 import gc
 import os
@@ -19,9 +19,9 @@ COST = "cost.json"
 
 
 def step(folder: Path, work: Callable[[Path], None]) -> None:
-    """Let `work` fill a folder, unless that is done.
+    """Fill a folder by `work`, unless this is done.
 
-    The seconds that it took, of clock and of CPU, are kept in it; of work that was interrupted, those since then.
+    The folder records wall-clock and CPU seconds; after an interruption, only those since then.
     """
     if folder.exists():
         return
@@ -31,24 +31,24 @@ def step(folder: Path, work: Callable[[Path], None]) -> None:
         work(partial)
         seconds, cpu_seconds = time.monotonic() - started, _cpu_seconds() - cpu_started
         write_json(partial / COST, {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)})
-    # Optimizers and models hold each other in cycles, and the next step needs their memory.
+    # Optimizers and models are in reference cycles, and the next step needs their memory.
     gc.collect()
     print(f"== {folder}: {seconds:.1f} s, {cpu_seconds:.1f} s of CPU", flush=True)
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of those that it has waited for."""
+    """CPU seconds of this process and of children that have ended."""
     used = os.times()
     return used.user + used.system + used.children_user + used.children_system
 
 
 def costs(work: Path) -> dict[str, dict[str, float]]:
-    """What `step` has kept in every folder below `work`, by the folder's path there."""
+    """Records of `step` in all folders below `work`, by relative path."""
     return {str(path.parent.relative_to(work)): read_json(path) for path in sorted(work.rglob(COST))}
 
 
 def training_order(texts: Sequence[Text], steps: int, batch_size: int, seed: int) -> list[Text]:
-    """`steps` batches of texts drawn without replacement, end to end; those of one batch are of like length."""
+    """Draw `steps` batches of texts without replacement, concatenated; texts of a batch have similar lengths."""
     rng = random.Random(seed)
     drawn = sorted(rng.sample(texts, steps * batch_size), key=lambda text: len(text.read + text.learned))
     batches = [drawn[start : start + batch_size] for start in range(0, len(drawn), batch_size)]
@@ -57,14 +57,14 @@ def training_order(texts: Sequence[Text], steps: int, batch_size: int, seed: int
 
 
 def fine_tune(model_name: str, texts: Sequence[Text], batch_size: int, lr: float, folder: Path) -> None:
-    """Fine-tune all weights on what texts say to be learned, once and in order, and write the model with its tokenizer.
+    """Fine-tune all weights on the learned part of texts, once and in order; write the model with its tokenizer.
 
     Args:
         model_name: hub id or local folder of a causal language model.
-        texts: whole batches, end to end.
+        texts: whole batches, concatenated.
         batch_size: texts of a step.
         lr: the highest learning rate, of AdamW with warm-up and cosine decay.
-        folder: to write a Hugging Face folder to.
+        folder: output, a Hugging Face folder.
     """
     model = load_llm(model_name, None, torch.float32, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(model_name)

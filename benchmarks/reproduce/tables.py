@@ -1,4 +1,4 @@
-"""How both tables in miniature are printed."""
+"""Format of both tables in miniature."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,6 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def cost_table(steps: dict[str, dict[str, float]]) -> str:
-    """What `steps.costs` returns, a line each."""
+    """Format the result of `steps.costs`, one line per step."""
     lines = (f"{cost['seconds']:>7.1f}{cost['cpu_seconds']:>8.1f}  {name}" for name, cost in steps.items())
     return "\n".join(["seconds  of CPU  step", *lines])

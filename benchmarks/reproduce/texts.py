@@ -1,4 +1,4 @@
-"""Real texts of two domains that anyone has: math problems with solutions, Python functions with docstrings.
+"""Real texts of two generally available domains: math problems with solutions, Python functions with docstrings.
 
 Each has a part that is read (a question; a signature with its docstring) and a part that is learned (the solution; the
 body), as in GSM8K and HumanEval.
@@ -16,10 +16,10 @@ from typing import NamedTuple
 from common.errors import InputError
 from common.io import read_json
 
-# Python's own library and packages that requirements.txt pins; the functions of the second line are never learned from.
+# Python's own library and packages that requirements.txt pins; the functions of the second line are held out.
 TRAINING_PACKAGES = ("stdlib", "numpy", "matplotlib")
 HELD_OUT_PACKAGES = ("accelerate", "datasets", "psutil", "tensorboard", "tqdm")
-# Tests, other people's packages, and programs that only happen to lie there.
+# Tests, packages of others, and unrelated programs.
 _SKIPPED = {"test", "tests", "testing", "idlelib", "lib2to3", "_vendor", "site-packages", "dist-packages"}
 
 _LAST_STEP = re.compile(r"(.*=[ $]*)(\d+)((?!\d|[.,/]\d)[^\n=]*\n)The answer is: \2", re.DOTALL)
@@ -27,17 +27,17 @@ _INTEGER = re.compile(r"(?<![\d.,/])\d+(?![\d/]|[.,]\d)")
 
 
 class Text(NamedTuple):
-    """What a model reads, and what it is to say then; together a text as it is written."""
+    """Part of a text that is read, and the part that is learned; together they are the whole text."""
 
     read: str
     learned: str
 
 
 class Choices(NamedTuple):
-    """The result of a problem's last step, to be told from wrong ones.
+    """Right and wrong results of a problem's last step.
 
     Attributes:
-        shown: the part of `Text.learned` that stands before it.
+        shown: the part of `Text.learned` before the result.
         endings: the right one, then three wrong ones, each to the end of the line.
     """
 
@@ -46,7 +46,7 @@ class Choices(NamedTuple):
 
 
 def problems(math_data: Path) -> list[Text]:
-    """Every English problem once, in the file's order.
+    """Read every English problem once, in the file's order.
 
     Args:
         math_data: MindMerger's `math.json`, a list of {query, response, lang}.
@@ -65,11 +65,11 @@ def problems(math_data: Path) -> list[Text]:
 
 
 def choices(problem: Text) -> Choices | None:
-    """What is asked by forced choice of a problem; None where its solution does not end in an equation of the answer.
+    """Choices for the result of a problem; None if its solution does not end in an equation of the answer.
 
-    All is shown up to the last `=`, and one step of arithmetic finds the rest: where that step is not shown a small
-    model guesses, and where all of it is, it only has to copy. Wrong are the other numbers of problem and solution, in
-    an order drawn by the problem's own text, and where these are too few, neighbours of the right one.
+    The text up to the last `=` is shown, so that one step of arithmetic is left: without that step a small model would
+    guess, and with the result it would only copy. Wrong results are other numbers of problem and solution, in an order
+    seeded by the problem's text, and if these are too few, neighbours of the right one.
     """
     match = _LAST_STEP.fullmatch(problem.learned)
     if match is None:
@@ -83,7 +83,7 @@ def choices(problem: Text) -> Choices | None:
 
 
 def functions(packages: Iterable[str]) -> list[Text]:
-    """Functions and methods with a docstring and a body, as they are written but for their indentation.
+    """Functions and methods with a docstring and a body, as written except for their indentation.
 
     Args:
         packages: names of installed packages; `stdlib` is Python's own library.
@@ -122,5 +122,5 @@ def _functions_of(source: str) -> Iterator[Text]:
             continue
         text = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])).splitlines()
         cut = docstring.end_lineno - node.lineno + 1
-        # The body brings the line break before it: tokenizers tell a break with what follows from one with nothing.
+        # The body includes the line break before it: tokenizers encode a break with following text differently.
         yield Text("\n".join(text[:cut]), "\n" + "\n".join(text[cut:]))

@@ -1,4 +1,4 @@
-"""The choices of an aligned start's regression: each is another mapping, and is judged as that."""
+"""Choices of an aligned start's regression: each is a different mapping with its own figures."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ def test_choices_differ_where_they_should(
     table = json.loads(capsys.readouterr().out.splitlines()[-1])["choices"]
     first, no_boundary = table.pop("ridge 0.01, 20 sentences"), table.pop("boundary zero")
     assert set(table) == {"10 sentences", "ridge 1", "both layers by AdamW, 2 steps", "8 sentence pairs besides"}
-    # The boundary is no part of the regression, and the LLM reads it.
+    # The boundary is not part of the regression, but of the LLM's input.
     for figure in ("relative_error", "correlation"):
         assert no_boundary[figure] == first[figure]
     assert no_boundary["perplexity"] != first["perplexity"]

@@ -1,4 +1,4 @@
-"""The small world's decoder-only model: a folder that the aligned start reads as any other decoder's."""
+"""The small world's decoder-only model: a folder that an aligned start reads like any other decoder's."""
 
 import json
 import sys
@@ -40,5 +40,5 @@ def test_its_folder_is_a_decoder_only_encoder_by_layer(
     table = json.loads(capsys.readouterr().out.splitlines()[-1])["choices"]
     layers = [table[f"layer {layer}, ridge 0.01, 20 sentences"] for layer in (2, 5)]
     assert layers[0]["perplexity"] != layers[1]["perplexity"]
-    # What a state says of its own token is there from the first step on.
+    # A state contains its own token from the first step on.
     assert all(row["relative_error"] < 0.9 for row in layers)

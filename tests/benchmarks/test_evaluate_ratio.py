@@ -1,4 +1,4 @@
-"""How many steps 64 answers take, published and here: counted, so that no busy machine makes it fail."""
+"""Number of steps for 64 answers, published and here: counted, so that the load of the machine does not matter."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,10 +18,10 @@ def test_slots_take_half_the_steps_and_compute_nothing_that_has_ended() -> None:
         LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)
     ).eval()
     for parameter in llm.parameters():
-        # Untrained, it repeats one token.
+        # An untrained model repeats one token.
         parameter.mul_(3.0)
     vectors = torch.randn(ROWS, 6, 32)
-    # Rows of every step: of every pass but those that read a problem.
+    # Rows of every step: of every pass except prefills.
     sizes: list[int] = []
 
     def count(_: object, __: object, inputs: dict) -> None:
@@ -36,7 +36,7 @@ def test_slots_take_half_the_steps_and_compute_nothing_that_has_ended() -> None:
     eos = set(range(0, 300, 20))
     expected = published_answers(llm, read, ROWS, MAX_NEW_TOKENS, eos)
     steps, tokens = len(sizes), sum(map(len, expected))
-    # As real answers do, they end early and late, and some not at all.
+    # Like real answers, they end early and late, and some not at all.
     assert 0.2 < tokens / (ROWS * MAX_NEW_TOKENS) < 0.5 and MAX_NEW_TOKENS in map(len, expected)
 
     for slots, ratio in ((BATCH_SIZE, 1.7), (2 * BATCH_SIZE, 3.0)):

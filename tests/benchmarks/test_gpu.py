@@ -1,4 +1,4 @@
-"""The checks for a GPU, run on a CPU at tiny shapes; and what they do only on a GPU, with stand-ins."""
+"""The checks for a GPU, run on a CPU at tiny shapes; and their GPU parts with substitutes."""
 
 import json
 import socket
@@ -27,7 +27,7 @@ from tools.estimate_mindmerger import model_on_meta
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As in a dry run: at such sizes several wait for each other."""
+    """Use one thread, as in a dry run: at such sizes several are slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,7 +54,7 @@ def test_all_checks_run_small_on_a_cpu() -> None:
     assert {line["result"] for line in speed.values()} == {"measured"}
     for name in ("gram_batch", "training"):
         for row in speed[name]["rows"]:
-            # What `--plan` counts, at shapes that are hardly worth it.
+            # The estimate for very small shapes.
             assert "peak_GB" not in row or row["peak_GB"] == pytest.approx(row["planned_GB"], rel=0.25)
     assert [sum(row["waits"].values()) for row in speed["training"]["rows"]] == [0, 0]
     assert len(rows) == 3 + sum(len(line.get("rows", [0])) for line in checks.values())

@@ -1,4 +1,4 @@
-"""RegMean's steps against the published way at small sizes: ratios of operations, with wide margins."""
+"""RegMean's steps against the published way at small sizes: ratios of operation counts, with wide margins."""
 
 import subprocess
 import sys
@@ -31,8 +31,8 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def work_of(run: Callable[[], Any]) -> int:
-    """Floating-point operations of torch's products and of its solvers: the same on any machine, however busy."""
-    # Golub and Van Loan, "Matrix Computations" (4th edition): 4.2.5, 3.1.2, and 5.2.1 with 5.3.2 of a square system.
+    """Counter of floating-point operations of torch's products and solvers, independent of the machine's load."""
+    # Golub and Van Loan, "Matrix Computations" (4th edition): 4.2.5, 3.1.2, and 5.2.1 with 5.3.2 for a square system.
     solvers = {
         torch.ops.aten.linalg_cholesky_ex: lambda a, *_, **__: a[0] ** 3 // 3,
         torch.ops.aten.linalg_solve_triangular: lambda a, b, **_: a[0] ** 2 * b[1],
@@ -82,7 +82,7 @@ def test_layers_of_one_input_are_solved_with_less_work_than_as_published() -> No
 
     torch.testing.assert_close(ours(), published(), atol=1e-4, rtol=1e-3)
     ratio = work_of(published) / work_of(ours)
-    # Counted: 2.98; four times as many outputs leave less, since both sides then solve more than they factor.
+    # Counted: 2.98; with four times as many outputs it is lower, since both sides then solve more than they factor.
     assert ratio > 2, ratio
 
 

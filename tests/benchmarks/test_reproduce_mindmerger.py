@@ -1,4 +1,4 @@
-"""MindMerger's tables in miniature: who has which problem, what a gain is, and the whole on very small models."""
+"""MindMerger's tables in miniature: assignment of problems, gains, and a whole run on very small models."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ from tests.mindmerger.scripts import forget_ranks, train_here
 
 @pytest.fixture
 def flags(work: Path, monkeypatch: pytest.MonkeyPatch) -> reproduce.MiniatureFlags:
-    """One step of everything, in a folder of its own, in this process."""
+    """Flags of a run with one step of each kind, in a temporary folder and in this process."""
 
     def launch_here(script: str, words: str, ranks: int = 2) -> None:
         if script == "run_training.py":
@@ -59,7 +59,7 @@ def flags(work: Path, monkeypatch: pytest.MonkeyPatch) -> reproduce.MiniatureFla
 
 
 def test_every_problem_is_in_one_place_and_one_language(flags: reproduce.MiniatureFlags) -> None:
-    # The two files put blanks differently.
+    # The two files differ in white space.
     english = Path("datas/bilingual_pairs/en-de/train_100k.en")
     english.write_text(english.read_text().replace(" ", "  "))
     reproduce.write_data(flags, Path("own"))
@@ -133,9 +133,9 @@ def test_what_is_wrong_is_told_before_the_llm_is_trained(
 ) -> None:
     monkeypatch.delattr(reproduce, "fine_tune")
     for changed, message in (
-        ({"llm_steps": 9}, "--llm_steps asks for 72 English problems, and there are"),
-        ({"mapping_num": 30}, "--mapping_num asks for 30 pairs of German, and there are"),
-        ({"augmentation_num": 20}, "--augmentation_num asks for 20 problems of German, and there are"),
+        ({"llm_steps": 9}, "--llm_steps needs 72 English problems, and there are"),
+        ({"mapping_num": 30}, "--mapping_num needs 30 pairs of German, and there are"),
+        ({"augmentation_num": 20}, "--augmentation_num needs 20 problems of German, and there are"),
         ({"dev_size": 1}, "--dev_size 1 holds out no mapping row of"),
         ({"languages": "de,en"}, "English is there in any case"),
         ({"msvamp_languages": "fr"}, "--msvamp_languages fr: French is not in --languages"),

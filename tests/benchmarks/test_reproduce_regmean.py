@@ -1,4 +1,4 @@
-"""RegMean's table in miniature: its parts beside plain ways to the same, and the whole on a very small model."""
+"""RegMean's table in miniature: its parts against plain implementations, and a whole run on a very small model."""
 
 import json
 import textwrap
@@ -283,5 +283,5 @@ def test_the_whole_is_done_once(flags, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert reproduce.table(result) in output
     with pytest.raises(InputError, match="steps was 2, now 3"):
         reproduce.reproduce(replace(flags, steps=3))
-    with pytest.raises(InputError, match="training texts of math are wanted"):
+    with pytest.raises(InputError, match="training texts of math are needed"):
         reproduce.reproduce(replace(flags, steps=300, overwrite=True))

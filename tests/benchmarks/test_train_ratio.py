@@ -1,4 +1,4 @@
-"""A training step takes far fewer operations than the published way's, counted, so that no busy machine matters."""
+"""Operations of a training step against the published way's: counted, so that the machine's load does not matter."""
 
 import random
 from array import array

@@ -9,7 +9,7 @@ from common.errors import InputError
 
 @dataclass
 class Flags:
-    """Flags of a made-up script."""
+    """Flags of a script for tests."""
 
     llm_path: str = flag(None, "required in practice")
     lr: float = flag(2e-5, "learning rate")

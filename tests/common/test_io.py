@@ -93,7 +93,7 @@ def test_what_may_not_be_written_or_is_a_folder_is_named(tmp_path: Path) -> None
         write_json(tmp_path / "scores.json", 1)
     assert [file.name for file in tmp_path.iterdir()] == ["scores.json"]
     if os.geteuid() == 0:
-        # For root no permission is missing: for a moment this is somebody else.
+        # root has all permissions, so another user is set temporarily.
         os.seteuid(65534)
     else:
         tmp_path.chmod(0o500)

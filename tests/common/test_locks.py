@@ -30,7 +30,7 @@ def test_a_lock_does_not_outlive_a_killed_run(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(InputError, match=f"run is in use by process {holder.pid} on "), locked(Path("run")):
             pass
         holder.kill()
-    # The kernel has closed the file of a process that is waited for.
+    # After the wait for a process, the kernel has closed its files.
     with locked(Path("run")):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -58,7 +58,7 @@ def test_a_lock_is_taken_again_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_many_at_once_are_never_two_in_the_same_folder(tmp_path: Path) -> None:
-    """Locking, unlocking and removing the lock's file race with each other; what they guard must not."""
+    """Mutual exclusion holds although locking, unlocking and removal of the lock's file race with each other."""
     words = f"""
 import sys, time
 sys.path.insert(0, {str(REPOSITORY)!r})

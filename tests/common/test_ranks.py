@@ -99,7 +99,7 @@ def test_ranks_share_the_cores_under_every_launcher(tmp_path: Path, monkeypatch:
 
     monkeypatch.delitem(ENVIRONMENT, "OMP_NUM_THREADS", raising=False)
     assert threads(deepspeed_command(2, script)) == [4, 4]
-    # What `torchrun` sets is 1, whatever the cores.
+    # `torchrun` sets 1 for any number of cores.
     assert threads(torchrun_command(2, script)) == [4, 4]
     assert threads(torchrun_command(2, script), OMP_NUM_THREADS="1") == [1, 1]
 
@@ -113,9 +113,9 @@ def test_ranks_share_the_cores_under_every_launcher(tmp_path: Path, monkeypatch:
         (8, [8], 3.0, 1),
         (8, [], 3.5, 3),
         (6, [6, 6], math.inf, 2),
-        # Half of those cores are another rank's, too.
+        # Another rank may use half of those cores, too.
         (8, [4], math.inf, 6),
-        # Nothing to share: PyTorch's own number stays.
+        # No other rank: PyTorch's own number is kept.
         (8, [], math.inf, None),
         (8, ["elsewhere"], math.inf, None),
     ],
@@ -144,7 +144,7 @@ def test_a_rank_takes_its_part_of_the_cores(
 
 @pytest.mark.parametrize(("device", "expected"), [("auto", "cuda:2"), ("cuda", "cuda:2"), ("cuda:1", "cuda:1")])
 def test_a_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch, device: str, expected: str) -> None:
-    """Without one: what would be asked of it is recorded."""
+    """Calls to a GPU are recorded instead of run."""
     asked: list[object] = []
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -189,7 +189,7 @@ def main():
     process = start_process("cpu")
     print("started", flush=True)
     if process.rank == 1:
-        # Never complete, as the other rank takes no part; the interpreter would wait for the thread.
+        # Never completes without the other rank; the interpreter would wait for the thread.
         threading.Thread(target=dist.all_reduce, args=(torch.ones(1),)).start()
         raise ValueError("of no foreseen kind")
     time.sleep(600)
@@ -200,7 +200,7 @@ exit_with_message(main)
 
 @contextmanager
 def two_ranks(errors: Path, program: str, *words: str) -> Iterator[list[subprocess.Popen]]:
-    """Two ranks without a launcher, once each has printed `started`; what they print to stderr goes to `errors`."""
+    """Start two ranks without a launcher and wait until each has printed `started`; stderr goes to `errors`."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     environment["MASTER_PORT"] = str(free_port())
     with errors.open("a") as stderr:
@@ -227,9 +227,9 @@ def two_ranks(errors: Path, program: str, *words: str) -> Iterator[list[subproce
 @pytest.mark.parametrize(
     ("doing", "fault", "message"),
     [
-        # In no collective, as a rank that waits on a GPU for the other is in none that would tell it.
+        # Not in a collective: neither would a rank that waits on a GPU for the other be notified.
         ("computes", signal.SIGKILL, "rank 1 .* has died"),
-        # Its peer is there, but hangs.
+        # The other rank exists, but hangs.
         ("waits", signal.SIGSTOP, "Timed out"),
     ],
 )
@@ -246,7 +246,7 @@ def test_no_rank_outlives_another(tmp_path: Path, doing: str, fault: signal.Sign
 
 @pytest.mark.parametrize("dead", [1, 0], ids=["", "with the store"])
 def test_a_rank_that_dies_on_another_machine_is_missed(tmp_path: Path, dead: int) -> None:
-    """Each rank takes the other for one of another machine; a check each 0.2 s, of which 22 may find no beat."""
+    """Each rank treats the other as one of another machine; one check per 0.2 s, of which 22 may find no beat."""
     with two_ranks(tmp_path / "errors", RANK, "computes", "machines") as processes:
         time.sleep(2)
         processes[dead].kill()

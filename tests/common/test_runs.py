@@ -1,4 +1,4 @@
-"""A run's folder: continued under its settings, refused under others, emptied by --overwrite, held by one process."""
+"""A run's folder: continued with its settings, refused with others, emptied by --overwrite, used by one process."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_other_settings_are_refused_with_every_difference(tmp_path: Path) -> Non
     with pytest.raises(InputError, match=message), open_run(tmp_path / "run", {"rows": "d", "seed": 1}, False, ALONE):
         pass
     assert read_json(tmp_path / "run" / RUN) == {"settings": SETTINGS}
-    # The lock that was taken to look is given back.
+    # The lock is released.
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

@@ -21,7 +21,7 @@ ENCODERS = ("mt5", "nllb", "xlm_roberta", "qwen")
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet() -> None:
-    """What a script's run keeps off the terminal, a test keeps out of its report."""
+    """Silence the libraries in test reports, as scripts do on the terminal."""
     quiet_libraries()
 
 
@@ -43,7 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a user stands, with a `datas` folder."""
+    """A user's working folder, with a `datas` folder."""
     folder = tmp_path_factory.mktemp("work")
     write_datas(folder / "datas")
     return folder
@@ -71,7 +71,7 @@ def examples() -> list[Example]:
 
 @pytest.fixture
 def build(models: dict[str, Path]) -> Callable[..., tuple[MindMergerForCausalLM, ExampleTokenizer]]:
-    """Builds (model, tokenizer) of an LLM and an encoder by their names, with a mapping that is not all small."""
+    """Function that builds (model, tokenizer) of an LLM and an encoder by name, with a mapping of large weights."""
 
     def build_pair(
         llm: str = "llama", mt: str = "mt5", augmentation: bool = True, **limits: int

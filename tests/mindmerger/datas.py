@@ -1,4 +1,4 @@
-"""A small `datas` folder in the published layout, all four tasks, for the tests to read, train on and spoil."""
+"""A small `datas` folder in the published layout, all four tasks, for tests that read, train on or damage it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a rank imports before it does anything, for the process that ranks are forked from."""
+"""Imports of a rank, for the process that ranks are forked from."""
 
 import deepspeed
 import deepspeed.runtime.zero.muon.original_muon  # noqa: F401

@@ -1,4 +1,4 @@
-"""Runs the scripts as a user does: a process of its own, in a folder of its own."""
+"""Runs of the scripts as by a user: in processes and folders of their own."""
 
 import json
 import multiprocessing
@@ -22,14 +22,14 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
 
 def free_port() -> int:
-    """A port of this machine that nobody uses just now."""
+    """A free port of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
 def deepspeed_command(ranks: int, script: str, *words: object) -> list[str]:
-    """`deepspeed --num_accelerators RANKS SCRIPT WORDS`, on a port that nobody else uses."""
+    """`deepspeed --num_accelerators RANKS SCRIPT WORDS`, on a free port."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
     return [*launcher, "--master_port", str(free_port()), str(REPOSITORY / script), *map(str, words)]
 
@@ -51,7 +51,7 @@ def module_command(module: str, *words: object) -> list[str]:
 
 
 def run(command: list[str], folder: Path, expect: int = 0, environment: dict[str, str] | None = None) -> str:
-    """Run to the end in `folder`, with more in its environment; what it printed."""
+    """Run to the end in `folder`, with additional environment variables; return the output."""
     environment = ENVIRONMENT | (environment or {})
     done = subprocess.run(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
@@ -89,12 +89,12 @@ def _one_rank(argv: list[str], folder: Path, environment: dict[str, str]) -> Non
 
 
 def run_ranks(ranks: int, folder: Path, script: str, *words: object) -> str:
-    """Run a script's ranks to the end in `folder`; what they printed."""
+    """Run a script's ranks to the end in `folder`; return their output."""
     return end_of(rank_processes(ranks, folder, script, *words), folder)
 
 
 def end_of(processes: list[BaseProcess], folder: Path, expect: int = 0) -> str:
-    """Wait for ranks, all of which must end with the exit code `expect`; what they printed."""
+    """Wait for ranks, all of which must end with the exit code `expect`; return their output."""
     for process in processes:
         process.join(timeout=300)
     printed = (folder / "output.txt").read_text()
@@ -104,7 +104,7 @@ def end_of(processes: list[BaseProcess], folder: Path, expect: int = 0) -> str:
 
 @contextmanager
 def started(command: list[str], folder: Path) -> Iterator[subprocess.Popen]:
-    """Start a process group in `folder`, its output to `folder/output.txt`, and leave none of it behind."""
+    """Start a process group in `folder`, with output to `folder/output.txt`, and end all of it afterwards."""
     with (folder / "output.txt").open("w") as output:
         process = subprocess.Popen(
             command, cwd=folder, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -120,7 +120,7 @@ def started(command: list[str], folder: Path) -> Iterator[subprocess.Popen]:
 
 
 def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
-    """The processes that train under `launcher`, which without ranks is the one itself."""
+    """Training processes under `launcher`, or `launcher` itself if it has no ranks."""
     family = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
     trainers = [p for p in family if any(word.endswith("run_training.py") for word in p.cmdline()[1:3])]
     return trainers or family
@@ -147,7 +147,7 @@ def train_here(work: Path, *words: object) -> None:
 
 
 def forget_ranks() -> None:
-    """Undo what a run in this process leaves: DeepSpeed's process groups, and linear layers as under ZeRO-3."""
+    """Undo the effects of a run in this process: DeepSpeed's process groups, and ZeRO-3's linear layers."""
     import torch
     import torch.distributed as dist
     from deepspeed.comm import comm
@@ -163,7 +163,7 @@ def forget_ranks() -> None:
 
 
 def trained_before_5(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a mapping's record one of transformers 4, and the tiny LLM's type one that scaled embeddings there."""
+    """Change a mapping's record to transformers 4, and the tiny LLM's type to one that scaled embeddings there."""
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"transformers_version": "4.57.3"}))
     monkeypatch.setattr("mindmerger.checkpoint._SCALED_BEFORE_5", ("llama",))

@@ -1,4 +1,4 @@
-"""Each case: a text, the number in it, and what the published parser makes of the same text."""
+"""Answer parsing. Each case: a text, the number in it, and the published parser's result."""
 
 import csv
 import json
@@ -60,7 +60,7 @@ CASES: list[tuple[str, str | None, str]] = [
     ("The answer is 12 because each of the 3 boxes has 2 * 2 = 4", "12", "4"),
     ("The answer is 12 and the rest is 3 * 2 = 6", "12", "6"),
     ("The answer is 144 miles = miles the 3 ran", "144", "3"),
-    # the prompt of an invented next problem ends the answer
+    # the prompt of a generated next problem ends the answer
     ("The answer is: 18\n\n### Instruction:\nAnna has 2 + 3 eggs.\n\n### Response: The answer is: 5", "18", "5"),
     ("18 eggs\nBelow is an instruction that describes a task. Write 5.", "18", "5"),
     ("9 * 2 = 18.\n\n### Response: The answer is: 18", "18", "18"),
@@ -204,7 +204,7 @@ def test_every_gold_answer_of_mgsm_and_msvamp(shared_datas: Path) -> None:
 
 
 def test_both_parsers_on_real_solutions(shared_datas: Path) -> None:
-    """GSM8K's training solutions in English: fractions and signs are where the published parser goes wrong."""
+    """GSM8K's training solutions in English: the published parser is wrong on fractions and signs."""
     rows = json.loads((shared_datas / "query_translation/math.json").read_text(encoding="utf-8"))
     solutions = [row["response"] for row in rows if row["lang"] == "English"]
     apart = [text for text in solutions if parse_answer(text) != parse_answer_published(text)]

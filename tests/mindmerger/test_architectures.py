@@ -44,7 +44,7 @@ from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM, Sequenc
 from mindmerger.probe import check_answers, check_padding
 
 VOCABULARY, LARGEST = 96, 20_000_000
-# By the names that configs have for them.
+# Names of settings in configs, with small values.
 _COMMON = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_size", "lru_width"), 32),
     **dict.fromkeys(("word_embed_proj_dim", "moe_intermediate_size", "shared_expert_intermediate_size"), 32),
@@ -62,21 +62,21 @@ _COMMON = {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers"), 4),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), 128),
-    # At the usual 0.02 so small a model says the same whatever it reads.
+    # With the usual 0.02, outputs of such small models do not depend on their inputs.
     **dict.fromkeys(("initializer_range", "init_std"), 0.3),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     **{"n_group": 1, "topk_group": 1, "mamba_n_groups": 1, "n_groups": 1, "rotary_pct": 1.0},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
 _TWICE = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-# What fits some families, tried in turn.
+# Settings for some families, tried in turn.
 _VARIANTS = (
     {},
     {"num_key_value_heads": 4},
     dict.fromkeys(_TWICE, 8),
     dict.fromkeys(_TWICE, 8) | {"num_key_value_heads": 4},
 )
-# What a few families need beside.
+# Additional settings of a few families.
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "dots1": {"n_shared_experts": 1},
@@ -93,7 +93,7 @@ LABELS = [[5, 6, 7], [8], [11, 10]]
 
 
 def tiny_config(config_class: type[PretrainedConfig], variant: dict[str, Any]) -> PretrainedConfig:
-    """The default config, with small sizes wherever it has them."""
+    """Default config of a class with all sizes small."""
     known = {*inspect.signature(config_class.__init__).parameters, *config_class.attribute_map}
     if dataclasses.is_dataclass(config_class):
         known |= {field.name for field in dataclasses.fields(config_class)}
@@ -112,12 +112,12 @@ def tiny_config(config_class: type[PretrainedConfig], variant: dict[str, Any]) -
 
 
 def tiny_models(auto_class: Any, config_class: type[PretrainedConfig]) -> Iterator[PreTrainedModel]:
-    """Random models of a class, those that transformers builds small."""
+    """Random models of a class that transformers can build small."""
     if len(config_class.sub_configs) > 1:
-        # Of several parts, as vision beside text: the text's class is here by itself.
+        # Composite models, such as vision with text: the text's class is tested separately.
         return
     for variant in _VARIANTS:
-        # What a config does not take, each class says in its own way.
+        # Classes raise different errors for unsupported settings.
         try:
             config = tiny_config(config_class, variant)
             whole = model_on_meta(auto_class, config.model_type, config)
@@ -134,7 +134,7 @@ def tiny_models(auto_class: Any, config_class: type[PretrainedConfig]) -> Iterat
 def sweep(
     classes: list[tuple[Any, type[PretrainedConfig]]], folder: Path, serve: Callable[[PreTrainedModel, Path], str]
 ) -> Counter:
-    """How many are right, refused, or not built; fails for what is neither."""
+    """Count models that are right, refused, or not built; fail for all others."""
     outcomes = {}
     for auto_class, config_class in classes:
         name, outcome = config_class.model_type, "not built"
@@ -179,7 +179,7 @@ def serve_llm(_: PreTrainedModel, path: Path) -> str:
     assert rows[0].shape[1] == width
 
     def logits(row: torch.Tensor, ids: list[int]) -> torch.Tensor:
-        """Those that predict each of the ids and the token after them, alone and from the whole sequence."""
+        """Logits that predict each of the ids and the token after them, alone and from the whole sequence."""
         whole = torch.cat([row, embedding(torch.tensor(ids, dtype=torch.int64))])
         return llm(inputs_embeds=whole[None], use_cache=False).logits[0, len(row) - 1 :].double()
 
@@ -217,7 +217,7 @@ def serve_encoder(whole: PreTrainedModel, path: Path) -> str:
     """Load, probe, and compare states with those of the whole model, one source at a time."""
     width, limit = encoder_shape(ModelPair(llm_path="", mt_path=str(path)))
     encoder = load_encoder(str(path), None, torch.float32, False)
-    # As in front of an LLM.
+    # As for an LLM's input.
     encoder.config.use_cache = False
     sources = [[5, 17, 3, 44, 9, 60, 21, 2], [7, 8, 2], [33, 12, 90, 4, 2]]
     batch = lay_out([Tokens(source, [], []) for source in sources], None)

@@ -6,7 +6,7 @@ import pytest
 from mindmerger.batching import plan_epoch, plan_once
 
 _RANDOM = random.Random(0)
-# As spread as the lengths of word problems.
+# With the spread of lengths of word problems.
 LENGTHS = [round(_RANDOM.lognormvariate(4.8, 0.4)) for _ in range(1003)]
 
 

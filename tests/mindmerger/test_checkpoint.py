@@ -121,7 +121,7 @@ def test_a_mapping_for_gemma_of_another_major_version_is_warned_of(
 
 @pytest.mark.parametrize("model_class", [GemmaModel, Gemma2Model, VaultGemmaModel])
 def test_this_transformers_scales_token_ids_alone(model_class: type[PreTrainedModel]) -> None:
-    """What the warning goes by: vectors given in place of ids come scaled."""
+    """Basis of the warning: only embeddings of ids are scaled, vectors given in their place are not."""
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4, "vocab_size": 9}
     model = model_class(model_class.config_class(num_attention_heads=2, num_key_value_heads=1, **shape)).eval()
     ids = torch.tensor([[3, 4, 5]])

@@ -184,7 +184,7 @@ def test_bad_rows_are_named(datas: Path, file: str, content: str | bytes | None,
 def test_hold_out_splits_once_and_leaves_something() -> None:
     dev, train = hold_out(24, 5, seed=0)
     assert len(dev) == 5 and sorted([*dev, *train]) == list(range(24))
-    # The same split as of a list of rows.
+    # The same split as for a list of rows.
     shuffled = list(range(24))
     random.Random(0).shuffle(shuffled)
     assert [*dev, *train] == shuffled

@@ -54,7 +54,7 @@ def test_killed_at_random_moments(work: Path, models: dict[str, Path], stage: st
         alone = ranks > 1 and number % 2 == 1
         with started(command("killed"), work) as process:
             first = max(steps(), default=0)
-            # Once it trains, for some steps more: five such lives fit into the 180 steps.
+            # Kill some steps after training begins: five such runs fit into the 180 steps.
             target = first + generator.randint(4, 25)
             wait_for(lambda target=target: max(steps(), default=0) >= target, process)
             if moment == "before":

@@ -38,7 +38,7 @@ Build = Callable[..., tuple[MindMergerForCausalLM, ExampleTokenizer]]
 
 
 def left_padded(batch: PaddedBatch) -> PaddedBatch:
-    """The same batch with each row's padding moved to the left, as a user's own collator may have it."""
+    """Move each row's padding to the left, as a user's collator may do."""
 
     def flip(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         rows = []
@@ -56,7 +56,7 @@ def left_padded(batch: PaddedBatch) -> PaddedBatch:
 
 
 def row_losses(model: MindMergerForCausalLM, batch: PaddedBatch) -> list[float]:
-    """Summed loss of each row of a batch, read off the batch's logits."""
+    """Summed loss of each row of a batch, from the batch's logits."""
     output = model(**vars(batch))
     targets = batch.labels[batch.labels != IGNORED]
     losses = torch.nn.functional.cross_entropy(output.logits, targets, reduction="none")
@@ -65,7 +65,7 @@ def row_losses(model: MindMergerForCausalLM, batch: PaddedBatch) -> list[float]:
 
 
 def read(model: MindMergerForCausalLM, rows: list[Tokens], source_pad_id: int = 0) -> Sequence:
-    """What the LLM reads of rows, left-padded."""
+    """Left-padded inputs of the LLM."""
     batch = lay_out(rows, model.config.llm_bos_token_id, source_pad_id)
     return Sequence(model.embed(batch), batch.mask)
 
@@ -156,7 +156,7 @@ def test_other_llm_families(build: Build, examples: list[Example], family: str) 
     together = read(model, questions)
     assert greedy(model.llm, together, 8, {2}) == answers
 
-    # Gemma 2 caps its attention's scores, which no SDPA does.
+    # Gemma 2 caps its attention's scores, which SDPA does not support.
     assert model.pack_rows() == (family != "gemma2")
     assert row_losses(model, collate(rows, 0)) == pytest.approx(alone, rel=1e-5)
     assert greedy(model.llm, together, 8, {2}) == answers
@@ -167,7 +167,7 @@ def test_other_llm_families(build: Build, examples: list[Example], family: str) 
 def test_positions_counted_over_padding_matter_where_positions_are_learned(
     build: Build, examples: list[Example], family: str
 ) -> None:
-    """The published training hands over no position ids: an LLM then counts from the first column, padding or not."""
+    """The published training passes no position ids: an LLM then counts from the first column, including padding."""
     model, tokenizer = build()
     config = copy.deepcopy(LLMS[family])
     config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = 420, 0, 1, 2
@@ -186,7 +186,7 @@ def test_positions_counted_over_padding_matter_where_positions_are_learned(
     if family == "gpt2":
         assert difference[is_padded].min() > 1e-2
     else:
-        # Rotary positions: attention sees their differences alone.
+        # Rotary positions: attention depends on their differences only.
         assert difference.max() < 1e-4
 
 
@@ -239,7 +239,7 @@ def test_packed_rows_give_the_loss_and_the_gradient_of_padded_ones(
         loss = model(**vars(batch)).loss
         loss.backward()
         found.append((loss.item(), [parameter.grad.clone() for parameter in model.mapping.parameters()]))
-        # All but each row's last token, from which nothing is predicted.
+        # All except each row's last token, from which nothing is predicted.
         real = sum(map(len, tokenizer(examples))) - len(examples)
         assert read[0] == (1, real) if packed else read[0][0] * read[0][1] > real
     (padded_loss, padded), (packed_loss, packed) = found
@@ -286,7 +286,7 @@ def test_of_an_encoder_decoder_only_the_encoder_is_in_memory(build: Build, model
 
 
 def test_an_encoder_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
-    """Two models that transformers has tied together: no auto class tells what their encoder is."""
+    """A pair of models joined by transformers: no auto class has their encoder."""
     bert = AutoConfig.for_model("bert", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
     config = AutoConfig.for_model("encoder-decoder", encoder=bert.to_dict(), decoder=bert.to_dict())
     config.save_pretrained(tmp_path)
@@ -297,7 +297,7 @@ def test_an_encoder_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["t5gemma", "t5gemma2"])
 @torch.no_grad()
 def test_an_encoder_with_a_config_of_its_own_is_read(family: str, models: dict[str, Path], tmp_path: Path) -> None:
-    """As T5Gemma's, which may have another width than the decoder."""
+    """An encoder like T5Gemma's, whose width may differ from the decoder's."""
     size = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     size |= {"vocab_size": 64, "head_dim": 8}
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -324,7 +324,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(build: Build, exa
         if checkpointed:
             recompute_layers(model.llm)
         calls: list[int] = []
-        # The first module of a layer: recomputation ends as soon as it has what the backward pass needs.
+        # The first module of a layer, since recomputation ends once it has all tensors for the backward pass.
         model.llm.model.layers[0].input_layernorm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         model(**vars(collate(tokenizer(examples), 0))).loss.backward()
         gradients.append([parameter.grad for parameter in model.mapping.parameters()])
@@ -341,7 +341,7 @@ def test_learned_positions_end(models: dict[str, Path], tmp_path: Path) -> None:
     check_context(rotary, 1_000_000)
     with pytest.raises(InputError, match="the longest row takes 65 tokens, and .* knows 64 positions: lower --max_seq"):
         check_context(learned, 65)
-    # A table of sinusoids ends as well; what is rotated does not.
+    # A table of sinusoids has an end, too; rotary positions do not.
     CodeGenConfig(n_positions=64).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="knows 64 positions"):
         check_context(learned, 65)
@@ -402,7 +402,7 @@ def test_greedy_equals_hugging_faces_generate(build: Build, examples: list[Examp
     model, tokenizer = build()
     batch = collate(tokenizer(examples, with_targets=False), 0)
     inputs = {name: tensor for name, tensor in vars(batch).items() if name != "labels"}
-    # Tokens that these rows do produce, so that rows end at different times.
+    # Tokens that these rows generate, so that rows end at different times.
     eos = model.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=2, pad_token_id=0)[:2, 5].tolist()
     generated = model.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=eos, pad_token_id=0)
     ours = greedy(model.llm, read(model, tokenizer(examples, with_targets=False)), 20, set(eos))

@@ -24,7 +24,7 @@ def test_orthogonalised_changes_singular_values_alone(shape: tuple[int, int]) ->
     assert values.min() > 0.6 and values.max() < 1.3
     expected = (left * values) @ right
     np.testing.assert_allclose(orthogonalised(torch.tensor(matrix)).numpy(), expected, rtol=1e-9, atol=1e-9)
-    # Whatever the gradient's size.
+    # For any size of the gradient.
     np.testing.assert_allclose(orthogonalised(torch.tensor(1e-6 * matrix)).numpy(), expected, rtol=1e-9, atol=1e-9)
     assert torch.equal(orthogonalised(torch.zeros(shape)), torch.zeros(shape))
 

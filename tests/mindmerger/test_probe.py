@@ -1,4 +1,4 @@
-"""Models that were served wrongly: now right, or refused in one line, by their config or by a trial on the model."""
+"""Models with wrong results in the past: now right, or refused in one line, by their config or by a trial run."""
 
 from pathlib import Path
 
@@ -104,7 +104,7 @@ BART = BartConfig(d_model=32, decoder_layers=2, decoder_attention_heads=4, decod
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_llm_whose_logits_depend_on_batch_or_cache_is_refused(dtype: torch.dtype) -> None:
-    """Sees what follows; counts learned positions over padding. Rounding to 16 bits is neither."""
+    """LLMs that attend to later tokens or count learned positions over padding; rounding to 16 bits is accepted."""
     bert = random_llm(BertConfig(**SIZES, num_attention_heads=4, intermediate_size=64)).to(dtype)
     with pytest.raises(InputError, match=r"BertLMHeadModel\) gives other logits with a cache than to a row alone"):
         check_answers(bert)
@@ -141,7 +141,7 @@ def test_what_a_config_tells_is_refused_before_anything_loads(
 
 @torch.no_grad()
 def test_a_mapping_is_as_wide_as_embeddings_and_states(tmp_path: Path) -> None:
-    """OPT-350m's embeddings are narrower than its hidden states, and so is what it ends in."""
+    """OPT-350m's embeddings and its output are narrower than its hidden states."""
     opt = OPTConfig(hidden_size=32, word_embed_proj_dim=16, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
                     vocab_size=90, max_position_embeddings=64)  # fmt: skip
     random_llm(opt).save_pretrained(tmp_path)
@@ -175,7 +175,7 @@ def test_rows_beyond_switching_positions_are_refused(rope_type: str, tmp_path: P
 
 
 def test_a_source_is_cut_to_the_encoders_table_of_positions(tmp_path: Path) -> None:
-    """The tokenizer names no limit; XLM-R counts positions from past its padding id."""
+    """The tokenizer has no limit; XLM-R counts positions from after its padding id."""
     tiny_llama(tmp_path / "L")
     tiny_xlm_roberta(tmp_path / "M")
     settings = tmp_path / "M/tokenizer_config.json"

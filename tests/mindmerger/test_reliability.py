@@ -1,4 +1,4 @@
-"""Faults of a training run, injected in this process: what is lost is nothing, and what is said is why."""
+"""Faults injected into a training run in this process: nothing is lost, and messages name the cause."""
 
 import itertools
 import os
@@ -38,7 +38,7 @@ def mapping(work: Path, save_name: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def whole(work: Path, words: Words) -> dict[str, torch.Tensor]:
-    """The mapping of the run that nothing disturbs."""
+    """The mapping of the undisturbed run."""
     train_here(work, *words, "--save_name", "whole")
     return mapping(work, "whole")
 
@@ -48,7 +48,7 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def before_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> list[int]:
-    """Call `act` with the number of each step that is begun; gives the list of these numbers."""
+    """Call `act` with the number of each step that begins; return the list of these numbers."""
     step, begun = trainer.Trainer.step, []
 
     def watched(self: trainer.Trainer, rows: list) -> Any:
@@ -129,7 +129,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(
     at = [9]
     for name, damage in damages.items():
         with monkeypatch.context() as patch:
-            # The next life goes on from the state before the damaged one: four steps further than its own two.
+            # The next run continues from the state before the damaged one: four steps beyond its own two.
             before_step(patch, die(at.pop()))
             with pytest.raises(Killed):
                 train_here(work, *words, "--save_name", "damaged")
@@ -159,7 +159,7 @@ def test_a_run_without_any_whole_state_is_not_begun_anew_unasked(
 
 
 def losses(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
-    """Put `spoil(micro batch, loss)` in the place of every training loss."""
+    """Replace every training loss by `spoil(micro batch, loss)`."""
     forward, seen = MindMergerForCausalLM.forward, []
 
     def spoilt(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -186,7 +186,7 @@ class InfiniteGradient(torch.autograd.Function):
     ("kind", "spoilt"),
     [
         ("nan", lambda loss: loss * torch.nan),
-        # Its gradient is finite: adding a constant changes none.
+        # Its gradient is finite, since a constant does not change it.
         ("inf", lambda loss: loss + torch.inf),
         ("gradient", InfiniteGradient.apply),
     ],
@@ -216,7 +216,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_its_rows_are_named(
     printed = capsys.readouterr().out
     assert "warning: step 3 is skipped" in printed and "skipped_steps 1" in printed
     (line,) = [line for line in printed.splitlines() if "is skipped" in line]
-    # Only a loss tells which of the micro batches it was.
+    # Only the losses show which micro batch it was.
     assert line.count("train_100k.") == (8 if kind == "gradient" else 2)
     assert "datas/bilingual_pairs/en-" in line and ", line " in line
     assert all(tensor.isfinite().all() for tensor in mapping(work, kind).values())
@@ -262,7 +262,7 @@ def test_a_second_run_on_the_same_folder_is_refused(
     work: Path, words: Words, whole: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def second(step: int) -> None:
-        # As another process: locks on two descriptors exclude each other within one process, too.
+        # Like another process: locks on two descriptors exclude each other also within one process.
         if step == 2:
             message = rf"outputs/twice/mapping is in use by process {os.getpid()} on "
             with pytest.raises(InputError, match=message), locked(Path("outputs/twice/mapping")):

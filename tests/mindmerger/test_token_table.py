@@ -1,4 +1,4 @@
-"""Rows on disk: what is read is what the tokenizer gives, once, and from the cache whenever nothing has changed."""
+"""Rows on disk: tokenized once, equal to the tokenizer's output, and read from the cache if nothing has changed."""
 
 import hashlib
 import os

@@ -48,7 +48,7 @@ def test_a_cut_prompt_keeps_template_and_tail(build: Callable, prompt: Prompt) -
     assert text.startswith(prompt.before) and text.endswith(prompt.after)
     kept = text.removeprefix(prompt.before).removesuffix(prompt.after)
     assert prompt.query.startswith(kept)
-    # As much of the query stays as fits: its next character would not.
+    # The longest part of the query that fits is kept: one more character would not fit.
     longer = prompt.before + prompt.query[: len(kept) + 1] + prompt.after
     assert len(tokens.prompt) <= 260 < len(tokenizer.llm_tokenizer(longer, add_special_tokens=False).input_ids)
     assert len(tokens.source) <= 50
@@ -107,7 +107,7 @@ def test_without_augmentation_there_is_no_prompt(build: Callable) -> None:
 
 def test_an_encoder_that_lacks_a_language_says_so(build: Callable, models: dict[str, Path]) -> None:
     _, pair = build(mt="nllb")
-    # M2M100's spelling, without Telugu, as M2M100 is.
+    # M2M100's spelling, without Telugu, which M2M100 lacks.
     m2m100 = tiny_tokenizer(["__en__"], ["</s>"], ("__en__", "__de__"))
     limits = {"augmentation": True, "max_seq_len": 50, "max_prompt_len": 300, "max_gen_len": 9}
     tokenizer = ExampleTokenizer(m2m100, base_config(str(models["nllb"])), pair.llm_tokenizer, **limits)
@@ -118,7 +118,7 @@ def test_an_encoder_that_lacks_a_language_says_so(build: Callable, models: dict[
 
 @pytest.fixture(scope="module")
 def language_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of tiny tokenizers of the real classes that name a source's language."""
+    """Folders of tiny tokenizers of the classes that mark a source's language."""
     folder = tmp_path_factory.mktemp("tokenizers")
     SentencePieceTrainer.train(
         sentence_iterator=iter(["abcde abc"]), model_prefix=str(folder / "spm"), vocab_size=10, num_threads=1,
@@ -192,7 +192,7 @@ def test_an_encoder_told_the_language_beside_its_tokens_is_refused(build: Callab
 
 
 def test_language_tokens_exist() -> None:
-    """Against the lists that transformers itself carries."""
+    """Language tokens are compared with transformers' own lists."""
     codes = {
         name: import_module(f"transformers.models.{name}.tokenization_{name}").FAIRSEQ_LANGUAGE_CODES
         for name in ("nllb", "mbart50", "m2m_100")
@@ -226,7 +226,7 @@ def test_many_texts_have_the_ids_of_the_tokenizers_own_call(build: Callable, mon
 
     _, tokenizer = build()
     llm_tokenizer = tokenizer.llm_tokenizer
-    # Options of an earlier call do not leak in.
+    # Options of an earlier call have no effect.
     llm_tokenizer("Anna </s>", padding="max_length", max_length=8, truncation=True)
     for row, text in zip(tokenizer(rows), texts, strict=True):
         assert row.source[:-1] == call(tokenizer.mt_tokenizer, text)

@@ -32,7 +32,7 @@ from tests.mindmerger.scripts import (
 )
 
 Words = tuple[object, ...]
-# At the default threshold ZeRO-3 would leave tensors as small as these whole.
+# With the default threshold, ZeRO-3 would not partition tensors as small as these.
 ZERO_3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
 
 
@@ -71,7 +71,7 @@ def assert_same(work: Path, save_name: str, reference: dict[str, torch.Tensor], 
 
 
 def keep_trainers(monkeypatch: pytest.MonkeyPatch, see: Callable[[Any], Any] = lambda trainer: trainer) -> list[Any]:
-    """What `see` makes of every `Trainer` that is fitted from now on, in this process: filled as they are."""
+    """List that collects `see(trainer)` for every `Trainer` fitted from now on in this process."""
     from mindmerger.trainer import Trainer
 
     seen, fit = [], Trainer.fit
@@ -80,7 +80,7 @@ def keep_trainers(monkeypatch: pytest.MonkeyPatch, see: Callable[[Any], Any] = l
 
 
 def test_published_commands_verbatim(work: Path, pair: Words) -> None:
-    """Both stages and the evaluation; only data sizes and generation length are cut to the machine."""
+    """Both stages and the evaluation; only data sizes and generation length are reduced."""
     command = (
         f"--deepspeed {' '.join(map(str, pair))} --stage_name {{stage}} --train_num {{n}} --train_batch_size 128 "
         "--train_micro_batch_size_per_gpu {micro} --gradient_accumulation {accumulation} --augmentation False "
@@ -134,7 +134,7 @@ def test_micro_batch_accumulation_ranks_and_zero_stage_change_nothing(
 def test_only_the_mapping_has_gradients_and_optimizer_state(
     work: Path, small: Words, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under DeepSpeed, too, frozen weights are bit for bit what they were, and the optimizer knows none of them."""
+    """Also under DeepSpeed, frozen weights are bit for bit unchanged, and none is in the optimizer."""
     trainers = keep_trainers(monkeypatch)
     train_here(work, *small, "--save_name", "in_process")
 
@@ -168,7 +168,7 @@ def test_the_gpus_bf16_files_run_on_a_cpu_too(
     train_here(work, *words, "--save_name", config)
     ours, theirs = metrics(work, f"{config}/mapping", "dev_perplexity"), metrics(work, "one/mapping", "dev_perplexity")
     assert ours[0] == pytest.approx(theirs[-1], rel=0.05)
-    # What was read is what is written: the optimizer's float32 copy, which no bf16 has rounded.
+    # Written as read: the optimizer's float32 copy, without rounding to bf16.
     assert_same(work, config, reference, tolerance=1e-7)
 
     learned = f"{config}_accumulated"
@@ -199,7 +199,7 @@ def test_other_encoders_train(
 
     linear = keep_trainers(monkeypatch, lambda _: torch.nn.functional.linear)
     train_here(work, *words, *(("--deepspeed_config", config) if config else ()))
-    # As the plan has it.
+    # As in the epoch's plan.
     assert linear == [zero3_linear_wrap if config else torch._C._nn.linear]
     before, after = metrics(work, f"{mt}/mapping", "dev_perplexity")
     assert math.isfinite(before) and math.isfinite(after)
@@ -213,14 +213,14 @@ def test_what_a_run_reads_is_part_of_what_it_is(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same words after the data, or the mapping to start from, have changed are another run."""
+    """The same command is another run if the data or the initial mapping have changed."""
     augment = (*small, "--stage_name", "augmentation", "--save_name", "follows", "--epoch_num", 1)
     start = work / "outputs/follows/mapping"
     shutil.copytree(work / "outputs/one/mapping", start)
     train_here(work, *augment)
     train_here(work, *augment)
     assert "finished: nothing to do" in capsys.readouterr().out
-    # A mapping that starts from a checkpoint has no other start. This one's LLM stands for Gemma.
+    # A mapping from a checkpoint has no other start. Its LLM has Gemma's type here.
     trained_before_5(start, monkeypatch)
     train_here(work, *augment, "--mapping_init", "aligned")
     said = capsys.readouterr().out
@@ -270,7 +270,7 @@ def test_a_killed_run_continues_to_the_same_mapping(work: Path, small: Words) ->
 
 
 def test_slurms_signal_to_all_of_a_job_ends_it_with_a_state_and_an_exit_code(work: Path, small: Words) -> None:
-    """As `trap "" USR1; deepspeed ...` in a job script, since DeepSpeed's launcher knows no such signal."""
+    """Same as `trap "" USR1; deepspeed ...` in a job script, since DeepSpeed's launcher does not handle the signal."""
     words = (*small, "--epoch_num", 100, "--save_name", "slurm", "--gradient_accumulation", 2)
     command = deepspeed_command(2, "run_training.py", *words)
     folder = work / "outputs/slurm/mapping"

@@ -1,4 +1,4 @@
-"""A training step reads no value of the device: on the meta device, whose tensors have none, it runs; a read raises."""
+"""A training step reads no value from the device: it runs on the meta device, where a read raises."""
 
 import copy
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def test_a_step_reads_no_value(
 
 
 def waits() -> dict[str, Callable[[MindMergerForCausalLM, Batch], object]]:
-    """What made the host wait before batches were laid out on it."""
+    """Operations on a batch that make the host wait."""
 
     def llm(model: MindMergerForCausalLM, batch: Batch, **arguments: object) -> object:
         embeds = model.llm.get_input_embeddings()(batch.token_ids)
@@ -83,7 +83,7 @@ def waits() -> dict[str, Callable[[MindMergerForCausalLM, Batch], object]]:
 
 @pytest.mark.parametrize("wait", waits())
 def test_each_of_the_former_waits_raises_there(build: Build, examples: list[Example], wait: str) -> None:
-    # XLM-R's attention is PyTorch's own, before which transformers looks whether a 2-D mask has any padding.
+    # XLM-R's attention is PyTorch's own, before which transformers checks a 2-D mask for padding.
     model, batch = on_meta(build, examples, "xlm_roberta", None)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"meta|Meta"):
         waits()[wait](model, batch)
@@ -92,7 +92,7 @@ def test_each_of_the_former_waits_raises_there(build: Build, examples: list[Exam
 def test_on_a_gpu_attention_is_one_call(
     build: Build, examples: list[Example], monkeypatch: pytest.MonkeyPatch, models: dict[str, Path]
 ) -> None:
-    """No CPU has the kernel: a stand-in of its signature computes in float64 what its arguments mean."""
+    """The kernel does not exist on a CPU: a substitute with its signature computes the result in float64."""
     calls: list[tuple[int, int]] = []
 
     def stand_in(

@@ -1,4 +1,4 @@
-"""DeepSpeed JSON files as other trainers write them."""
+"""DeepSpeed JSON files in the forms of other trainers."""
 
 import json
 from pathlib import Path

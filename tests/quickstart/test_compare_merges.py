@@ -53,7 +53,7 @@ def make_model(tokenizer, seed: int) -> LlamaForCausalLM:
 
 @pytest.fixture
 def flags(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompareFlags:
-    """Seven random models, in a working folder of their own, that are soon cut short."""
+    """Seven random models in a working folder of their own, with short answers."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart.compare_merges, "MAX_NEW_TOKENS", 4)
     for seed, name in enumerate(NAMES):
@@ -64,7 +64,7 @@ def flags(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compare
 
 
 def test_answers_are_what_generate_says(tokenizer):
-    """Whatever the order and the padding; the oracle asks one by one."""
+    """Answers do not depend on order and padding; the oracle generates one by one."""
     model, bar = make_model(tokenizer, 3), Bar()
     asked = list(islice(TASKS["problems"]("dev", 0), 3)) + list(islice(TASKS["programs"]("dev", 0), 3))
     expected = []
@@ -78,7 +78,7 @@ def test_answers_are_what_generate_says(tokenizer):
 
 
 def test_scores_count_what_is_right(flags, monkeypatch):
-    """The problems' specialist here is right about every problem; all others say the number alone of the first one."""
+    """The problems' specialist is right on every problem; all others are right on the first one only."""
 
     def told(model, tokenizer, exercises: list[Exercise], bar) -> list[str]:
         if torch.equal(model.lm_head.weight, make_model(tokenizer, NAMES.index("problems")).lm_head.weight):

@@ -1,4 +1,4 @@
-"""The shipped models can what the quickstart needs of them; trained again from the seed they can it again."""
+"""The shipped models have the abilities that the quickstart needs; so have models trained again from the seed."""
 
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ SHIPPED = Path("quickstart/models")
 
 @torch.inference_mode()
 def solved(folder: Path, code: str, count: int = 60) -> float:
-    """Fraction of dev problems, asked in this language, that the LLM solves by itself."""
+    """Fraction of dev problems in this language that the LLM solves without a mapping."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     chosen = list(islice(problems("dev", 5), count))
@@ -32,7 +32,7 @@ def solved(folder: Path, code: str, count: int = 60) -> float:
 
 @torch.inference_mode()
 def translated(folder: Path, count: int = 20) -> float:
-    """Share of dev problems, in any language, whose translation into English has every word and digit right."""
+    """Fraction of dev problems, in any language, whose translation into English has every word and digit right."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
     right = 0
@@ -49,7 +49,7 @@ def translated(folder: Path, count: int = 20) -> float:
 
 def test_the_llm_solves_english_problems_and_no_others() -> None:
     assert solved(SHIPPED / "llm", "en") >= 0.85
-    # Guessing what to do with the numbers that it sees, it is right now and then.
+    # It can read the numbers and sometimes guesses the right operation.
     assert solved(SHIPPED / "llm", "de") <= 0.3
 
 

@@ -40,7 +40,7 @@ def test_evaluator_agrees_with_python():
             assert evaluate(source, "f", (x, y)) == expected, source
             compared += 1
         except Refused:
-            # Only size may keep it from what Python can do.
+            # It may differ from Python only by its limits of size.
             assert len(source) > 300 or "*" in expression, source
     assert divided_by_zero
 
@@ -129,7 +129,7 @@ def test_asserts_are_what_python_finds():
 
 
 def test_asserts_tell_near_misses():
-    """Another constant and one parameter for both fail, but for a rare accident of remainders; a wrong name always."""
+    """A wrong constant and one parameter for both fail, except for rare equal remainders; a wrong name always fails."""
     accidents = tried = 0
     for program in islice(programs("train", 1), 300):
         constant = program.question.removesuffix(" and rounded down.").rstrip(".").split()[-1]

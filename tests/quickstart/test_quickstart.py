@@ -1,4 +1,4 @@
-"""The quickstart's runner and its page, on figures made up here."""
+"""The quickstart's runner and its page, on invented figures."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def write_results(folder: Path, accuracy: float, answer: str) -> None:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with results in it, which the page is made from and written to."""
+    """A folder with results, which the page is made from and written to."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(results, "HOME", tmp_path)
     write_results(results.BASELINE, 0.1, "<b>no</b>")
@@ -112,7 +112,7 @@ def test_an_interrupted_step_keeps_what_it_has(steps: list[runner.Step], monkeyp
 
 
 def test_a_step_that_cannot_go_on_begins_anew(steps: list[runner.Step]) -> None:
-    """As after a kill between its last line and the record of it."""
+    """State after a kill between a step's last line and its record."""
     runner.main()
     record = json.loads(runner.RECORD.read_text())
     del record["two"]["seconds"]

@@ -31,7 +31,7 @@ def test_the_tokenizer_spells_everything_back():
             ids = tokenizer(read + learned).input_ids
             assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
             assert tokenizer.decode(ids[1:]) == read + learned
-            # Question and answer apart, as a model meets them, are the same tokens as both together.
+            # Question and answer tokenized separately, as for a model, have the same tokens as both together.
             assert ids == tokenizer(read).input_ids + tokenizer(learned, add_special_tokens=False).input_ids
             assert all(token not in tokenizer.get_vocab() for token in ("12", "Ġ12"))
 

@@ -1,4 +1,4 @@
-"""The small world: one story in every language, right solutions, sets that do not meet, readable by the readers."""
+"""The small world: one story in every language, right solutions, disjoint sets, valid for the readers."""
 
 import operator
 import random

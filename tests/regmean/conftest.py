@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No hub, no shared cache, and no rank left behind: `start_process` sets LOCAL_RANK, which the harness obeys."""
+    """Isolate from the hub, the shared cache and LOCAL_RANK, which `start_process` sets and the harness reads."""
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -77,7 +77,7 @@ def make_gpt2(seed: int = 0) -> GPT2LMHeadModel:
 
 @pytest.fixture
 def save(tmp_path: Path) -> Callable[..., Path]:
-    """Save a model with its tokenizer under a name; gives the folder."""
+    """Save a model with its tokenizer under a name; return the folder."""
 
     def save_model(model: PreTrainedModel, name: str) -> Path:
         model.save_pretrained(tmp_path / name)

@@ -29,7 +29,7 @@ TEXT = {
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
            "norm_topk_prob": True}  # fmt: skip
 VISION = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
-# Name of the config's class and of the model's, and settings.
+# Names of the config's and the model's class, and settings.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("BertConfig", "BertForSequenceClassification", TEXT),
     "roberta": ("RobertaConfig", "RobertaForTokenClassification", TEXT | {"pad_token_id": 3}),
@@ -183,12 +183,12 @@ def oracle(models: list[PreTrainedModel], texts: list[str] = TEXTS) -> dict[str,
 
 
 def load(folder: Path, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
-    # Kernels of experts do without float64.
+    # Kernels of experts do not support float64.
     return auto.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager").eval()
 
 
 def assert_merged(out: Path, folders: list[Path], auto: Any = AutoModelForCausalLM) -> None:
-    """Equal to the oracle, in units of the models' difference, and solved where that is."""
+    """Assert that a merge equals the oracle, relative to the models' difference, and solves the same tensors."""
     a, b = models = [load(folder, auto) for folder in folders]
     expected, merged = oracle(models), load(out, auto).state_dict()
     a, b = a.state_dict(), b.state_dict()
@@ -204,6 +204,6 @@ def rename(folder: Path, change: Callable[[str], str]) -> None:
 
 
 def in_older_naming(name: str) -> str:
-    """Of multimodal Gemma 3, as before transformers 5."""
+    """Old names of multimodal Gemma 3, from before transformers 5."""
     name = re.sub(r"^(model\.)?language_model\.(model\.)?", "language_model.model.", name)
     return re.sub(r"^model\.", "", re.sub(r"^lm_head", "language_model.lm_head", name))

@@ -1,4 +1,4 @@
-"""Folders of many architectures, in every naming that transformers reads, against a float64 RegMean."""
+"""Folders of many architectures, in every naming that transformers reads, compared with a float64 RegMean."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,7 +85,7 @@ def test_two_forms_of_one_model_merge(kind: str, change: Any, first: str, tmp_pa
         folders.reverse()
     out = run(folders, tmp_path / "out")
     assert_merged(out, folders)
-    # In the first one's form, with all that it has.
+    # In the form of the first model, with all of its tensors.
     assert load_file(out / "model.safetensors").keys() == load_file(folders[0] / "model.safetensors").keys()
     assert_average(run(folders, tmp_path / "avg", "avg"), folders)
 

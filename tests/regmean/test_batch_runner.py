@@ -1,4 +1,4 @@
-"""Batches for which memory runs out: the sums are those of an undisturbed run, whatever was done when it did."""
+"""Batches for which memory runs out at any point: the sums are those of an undisturbed run."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -17,12 +17,12 @@ from regmean.hooks import LinearInputs, linear_layers
 from tests.regmean.conftest import make_gpt2, make_llama
 from tests.regmean.test_gram import make_experts
 
-BATCH = 1  # that memory runs out in, of three
+BATCH = 1  # index of the one of three batches for which memory runs out
 TOKENS = 24
 
 
 def make_repeated() -> nn.Module:
-    """Its second block is the first again, so that each layer has two inputs in a forward pass."""
+    """A model with one block run twice, so that each layer has two inputs in a forward pass."""
     model = make_llama()
     model.model.layers[1] = model.model.layers[0]
     return model
@@ -43,7 +43,7 @@ def several_panels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def points(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], None]]]:
-    """Functions to call at every point at which memory may run out; the test puts them in."""
+    """Functions that tests set, called at every point at which memory may run out."""
     called: list[Callable[[], None]] = []
 
     def at(place: object, name: str, after: bool = True) -> None:
@@ -59,7 +59,7 @@ def points(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], None]]
 
         monkeypatch.setattr(place, name, call)
 
-    # A product takes its memory before it changes the sum.
+    # A product allocates its memory before it changes the sum.
     at(gram_module, "_add_product", after=False)
     at(gram_module, "zeros")
     at(LinearInputs, "run")
@@ -69,7 +69,7 @@ def points(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], None]]
 
 
 class Memory:
-    """Runs out of memory at those calls, counted from `armed` on, that `fails` names."""
+    """Raises an out-of-memory error at the calls, counted from `armed` on, for which `fails` is True."""
 
     def __init__(self, fails: Callable[[int], bool]):
         self.fails, self.calls, self.armed, self.failures = fails, 0, False, 0
@@ -89,7 +89,7 @@ def make_examples() -> list[list[int]]:
 
 
 def run(kind: str, memory: Memory, tokens_per_batch: int = TOKENS) -> tuple[GramSums, BatchRunner]:
-    """Sums of three batches of 4, 6 and 4 examples, of which the second has little memory."""
+    """Sums of three batches of 4, 6 and 4 examples, with little memory for the second."""
     model, examples, sums = built(kind), make_examples(), GramSums()
     padding = kind != "experts"
     batches = make_batches([len(example) for example in examples], TOKENS, padding)
@@ -132,7 +132,7 @@ def test_sums_are_the_same_wherever_memory_runs_out(kind: str, points: list) -> 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("point", [2, 7, 12])
 def test_so_they_are_where_it_runs_out_again_and_again(kind: str, point: int, points: list) -> None:
-    """At some point of every run of several examples, until one remains."""
+    """Memory runs out at some point of every run of several examples, until one remains."""
     expected, _ = run(kind, Memory(lambda call: False))
     exact, sizes, begun = BatchRunner._run, [], []
     memory = Memory(lambda call: sizes[-1] > 1 and call - begun[-1] == point)

@@ -56,7 +56,7 @@ def test_chat_columns_go_through_the_template_with_one_bos(tmp_path: Path) -> No
         "<s> <|user|> w0 w1 <|assistant|> w2 </s>",
         "<s> <|user|> w3 <|assistant|> w4 w5 w6 </s>",
     ]
-    # As published, the template's text is tokenized as any other, with a second bos.
+    # As published: the template's text is tokenized like any other, with a second bos.
     tokenizer = make_tokenizer()
     text = tokenizer.apply_chat_template([{"role": "user", "content": "w0"}], tokenize=False)
     assert tokenizer(text)["input_ids"][:2] == [tokenizer.bos_token_id] * 2

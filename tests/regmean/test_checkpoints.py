@@ -1,4 +1,4 @@
-"""Checkpoints as programs write them: tied heads, buffers, other vocabularies, companion files, and what is refused."""
+"""Checkpoints as programs write them: tied heads, buffers, other vocabularies, companion files, and refused ones."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
-    """Changes of None remove the key."""
+    """Edit a config; None as a value removes the key."""
     config = {key: value for key, value in (read_json(folder / "config.json") | changes).items() if value is not None}
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -97,7 +97,7 @@ def test_a_head_of_its_own_under_a_tied_config_is_solved(
 def test_a_stored_copy_of_a_tied_head_is_no_weight(
     siblings: Callable, tmp_path: Path, key: bool | None, a: Callable, b: Callable
 ) -> None:
-    """Gemma 2 is tied by its class, where the config leaves the key out."""
+    """The class of Gemma 2 ties the head if the config has no such key."""
     folders = siblings("gemma2")
     for folder, change in zip(folders, (a, b), strict=True):
         edit(folder, change)
@@ -117,7 +117,7 @@ def test_buffers_may_be_infinite(siblings: Callable, tmp_path: Path) -> None:
         grams(folder)
     for method in ("avg", "regmean"):
         assert tensors(run(folders, tmp_path / method, method))[name] == -torch.inf
-    # As one that saves it in another dtype; and one that saves it no longer.
+    # As saved in another dtype, and as not saved at all.
     edit(folders[1], lambda t: t.update({name: torch.tensor(-1e9)}))
     with pytest.raises(InputError, match=r"A.*masked_bias holds NaN or infinite values; --exclude takes the first"):
         run(folders, tmp_path / "refused", "avg")

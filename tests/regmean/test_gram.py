@@ -38,7 +38,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 class Experts(nn.Module):
-    """A mixture of three experts with linear layers; the last gets the tokens 7 alone, the second none at all."""
+    """A mixture of three experts with linear layers; the last gets only tokens 7, the second none."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -83,7 +83,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 
 @torch.no_grad()
 def oracle(model: PreTrainedModel, texts: Path) -> dict[str, tuple[np.ndarray, int]]:
-    """Float64 X^T X and number of rows of every linear layer's input."""
+    """X^T X in float64 and number of rows of every linear layer's input."""
     inputs: dict[str, list[np.ndarray]] = {}
     handles = [
         module.register_forward_hook(
@@ -166,7 +166,7 @@ def test_the_published_grams_differ_in_padding_alone(one_length: bool, compute: 
 
 
 def sharing(file: GramFile, *modules: str) -> list[set[str]]:
-    """The named modules' parts of the groups that share a Gram."""
+    """Groups that share a Gram, restricted to the named modules."""
     groups = [set(gram.modules) & set(modules) for gram in file.grams.values()]
     return sorted((group for group in groups if group), key=sorted)
 
@@ -243,7 +243,7 @@ def test_a_model_that_is_not_whole_is_refused(save: Callable, texts: Path, tmp_p
 def test_a_model_without_a_head_has_grams_of_all_that_it_has(
     save: Callable, texts: Path, tmp_path: Path, compute: Callable
 ) -> None:
-    """They merge, too: a random head has no part in it."""
+    """Such models merge, too, without a random head."""
     folder = save(make_llama().model, "base")
     options = {"dataset": str(texts), "text_column": "text", "output_dir": str(folder), "device": "cpu"}
     compute_grams(GramFlags(model=str(folder), **options), start_process("cpu"))
@@ -318,7 +318,7 @@ def test_layers_are_done_in_passes_where_memory_is_short(
 
 
 def test_a_forward_pass_ends_where_nothing_more_is_read(compute: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for the probe's two and the first of each pass over the texts, whose end tells where."""
+    """Exceptions are the probe's two passes and the first of each pass over the texts, which find the last layer."""
     computed: Counter[str] = Counter()
 
     def load(*args: Any, **options: Any) -> PreTrainedModel:
@@ -343,14 +343,14 @@ def test_a_forward_pass_ends_where_nothing_more_is_read(compute: Callable, monke
 
 @pytest.fixture
 def limit_sums(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Have memory run out where sums take more than so many bytes, whatever the batch; the probe's are not counted."""
+    """Return a function that lets memory run out if sums exceed its bytes; the probe's sums are not counted."""
 
     def limit(memory: int) -> None:
         alive: WeakSet[gram_module.GramSums] = WeakSet()
 
         class Limited(gram_module.GramSums):
             def __init__(self) -> None:
-                # Those of a pass that failed are gone, too.
+                # Sums of a failed pass are freed, too.
                 assert not any(sums.totals for sums in alive)
                 super().__init__()
                 alive.add(self)
@@ -389,10 +389,10 @@ def test_a_pass_that_does_not_fit_is_cut_in_two_for_good(
     with pytest.raises(Killed):
         compute("llama", tokens_per_batch=60, snapshot_seconds=0)
     assert capsys.readouterr().out.count("out of memory with one example at once: pass 1 becomes 3 passes") == 2
-    limit_sums(5000)  # counted anew: the traceback above holds sums
+    limit_sums(5000)  # restarts the count: the traceback above holds sums
     parts = compute("llama", tokens_per_batch=60, snapshot_seconds=0)
     printed = capsys.readouterr().out
-    # The second of the three fails only now; what failed before is not tried again.
+    # The second of the three fails only now; failed passes are not tried again.
     assert "continuing after" in printed and "pass 4 becomes 3 passes" in printed and "pass 1 becomes" not in printed
     assert parts.grams == whole.grams and same_bits(whole, parts)
     assert [path.name for path in (tmp_path / "gram").iterdir()] == ["gram.safetensors"]
@@ -421,7 +421,7 @@ def test_a_model_that_does_not_run_at_all_is_told(compute: Callable, monkeypatch
 def test_the_memory_of_a_batch_is_left_free(
     compute: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """What a GPU's probe measures of one example, for all tokens of a batch."""
+    """Memory that a GPU's probe measures for one example is scaled to the tokens of a batch."""
     monkeypatch.setattr(compute_module, "available_memory", lambda device: 14_000)
     probed = []
 
@@ -488,7 +488,7 @@ def test_products_are_added_below_the_diagonal(
 
 
 def test_half_precision_products_are_summed_in_float32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU has no product of two half-precision matrices in float32: a stand-in computes what its arguments mean."""
+    """A CPU has no float32 product of half-precision matrices, so a substitute computes it from the same arguments."""
     calls = []
 
     def mm(input: torch.Tensor, mat2: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
@@ -512,7 +512,7 @@ def test_half_precision_products_are_summed_in_float32_on_a_gpu(monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("width", "multiprocessors", "rows"),
-    # An H200, an A100, an A40; of a narrow sum one panel is all of it.
+    # An H200, an A100, an A40; a narrow sum is one panel.
     [(4096, 132, 2048), (14336, 132, 2048), (4096, 108, 1024), (4096, 84, 1024), (512, 132, 512)],
 )
 def test_panels_fill_the_multiprocessors_of_a_gpu(
@@ -546,7 +546,7 @@ def test_a_signal_leaves_a_snapshot_and_damage_to_it_is_found(
         run(self, *args)
 
     monkeypatch.setattr(LinearInputs, "run", run_and_signal)
-    # The first life also probes, with two calls.
+    # The first run also probes, with two calls.
     for done in (3, 8):
         with pytest.raises(Stopped, match=f"SIGTERM after {done} of .* batches"):
             compute("llama", tokens_per_batch=30)
@@ -603,7 +603,7 @@ def test_a_run_that_was_cut_short_ends_with_the_same_gram(
 def test_another_batch_size_continues_the_run(
     compute: Callable, monkeypatch: pytest.MonkeyPatch, tokens_per_batch: int, same: bool
 ) -> None:
-    """A smaller one runs what is left in smaller batches, a larger one as before."""
+    """With a smaller size, the rest runs in smaller batches, with a larger one as before."""
     whole = compute("llama", output="whole", tokens_per_batch=30)
     run, shapes, left = LinearInputs.run, [], 7
 
@@ -718,9 +718,9 @@ compute.compute_grams(flags, process)
 def test_memory_that_runs_out_on_one_of_two_ranks(
     compute: Callable, texts: Path, tmp_path: Path, failures: int, passes: int
 ) -> None:
-    """Once, which halves its batch; and until one example is too much, which cuts the pass on both ranks.
+    """Running out once halves the batch; running out with a single example splits the pass on both ranks.
 
-    The passes are joined when the other rank has ended, without that being taken for its death.
+    Passes are joined after the other rank has ended, and its end is not reported as a failure.
     """
     alone = compute("llama", tokens_per_batch=60)
     (tmp_path / "short.py").write_text(SHORT_OF_MEMORY)
@@ -736,7 +736,7 @@ def test_memory_that_runs_out_on_one_of_two_ranks(
 
 def test_ranks_whose_tokens_reached_other_experts_still_add_up() -> None:
     class Peer:
-        """The other of two ranks, which saw layer b where this one saw layer a."""
+        """The other of two ranks, on which layer b is reached instead of layer a."""
 
         device = torch.device("cpu")
 
@@ -818,7 +818,7 @@ def test_models_that_cannot_be_read_are_named(save: Callable, compute: Callable,
     (folder / "config.json").unlink()
     with pytest.raises(InputError, match=r"config\.json: no such file"):
         compute("llama")
-    with pytest.raises(InputError, match="no such folder here, and the hub gives none"):
+    with pytest.raises(InputError, match="no such folder here, and the download failed"):
         compute_grams(
             GramFlags(model="no/such", dataset="d", text_column="t", output_dir=str(tmp_path / "o")),
             start_process("cpu"),

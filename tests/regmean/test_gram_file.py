@@ -1,4 +1,4 @@
-"""Gram files of both forms: what is written comes back, and nothing else is read."""
+"""Gram files of both forms: written values are read back, and anything else is refused."""
 
 import os
 import pickle
@@ -129,7 +129,7 @@ def test_a_malicious_pickle_is_refused(tmp_path: Path, nested: bool) -> None:
     marker = tmp_path / "executed"
     attack: Any = Exploit(os.system, f"touch {marker}")
     if nested:
-        # A tensor's storage is a torch file of its own, which torch itself would unpickle freely.
+        # A tensor's storage is a torch file of its own, which torch would unpickle without restrictions.
         attack = Exploit(torch.storage._load_from_bytes, pickle.dumps(attack))
     path = tmp_path / "gram.pkl"
     path.write_bytes(pickle.dumps({"a": attack}))

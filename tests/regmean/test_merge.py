@@ -72,7 +72,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def plain_regmean(folders: list[Path], alpha: float, model_weights: list[float]) -> dict[str, np.ndarray]:
-    """RegMean as the paper has it, in float64, every tensor in memory, by the explicit inverse."""
+    """RegMean as in the paper: float64, every tensor in memory, explicit inverse."""
     weights = [{name: t.double().numpy() for name, t in tensors(folder).items()} for folder in folders]
     grams: list[dict[str, np.ndarray]] = [{} for _ in folders]
     conv1d = False
@@ -174,7 +174,7 @@ def test_an_average_ends_soon_after_an_error(
     monkeypatch.setattr(average, "weighted_mean", spoilt)
     with pytest.raises(InputError, match="a tensor of nonsense"):
         run(folders, tmp_path / "out", "avg")
-    # Of thousands.
+    # Out of thousands.
     assert len(read) < 50
     assert not (tmp_path / "out").exists()
 
@@ -196,7 +196,7 @@ def test_small_systems_are_solved_side_by_side(
         monkeypatch.setattr(regmean, "systems_at_once", lambda *sizes: 2)
         monkeypatch.setattr(CheckpointWriter, "write", write)
         run(folders, tmp_path / "two")
-        # PyTorch's number for threads to come is one for the whole process.
+        # PyTorch has one number of threads per process for new threads.
         with ThreadPoolExecutor(1) as later:
             assert later.submit(torch.get_num_threads).result() == 4
     finally:
@@ -362,7 +362,7 @@ def test_checkpoints_without_the_base_models_prefix_find_their_grams(library: Ca
 
         folders.append(changed_copy(folder, tmp_path / str(number), strip))
         file = GramFile(folder / "gram" / FILE_NAME)
-        # As files of older versions have them: without tensors' names.
+        # As in files of older versions: without tensors' names.
         grams = [replace(gram, tensors=()) for gram in file.grams.values()]
         write_grams(folders[-1] / "gram" / FILE_NAME, grams, file.read, {})
     stripped = tensors(run(folders, tmp_path / "stripped"))
@@ -541,7 +541,7 @@ def test_configs_of_several_years_are_compared_by_what_they_mean(tmp_path: Path)
         merge_plan._compare_configs(*models, problems, problems, notes)
         return problems, notes
 
-    # These say nothing of the weights, and nothing has to be read to know it.
+    # These do not concern the weights, and no config has to be loaded to decide this.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merge_plan, "_as_transformers_has_it", None)
         assert compare("llama", {"_name_or_path": "a", "eos_token_id": 2}, {"dtype": "bfloat16"}) == ([], [])
@@ -550,7 +550,7 @@ def test_configs_of_several_years_are_compared_by_what_they_mean(tmp_path: Path)
     linear = [{"rope_scaling": {kind: "linear", "factor": 2.0}} for kind in ("type", "rope_type")]
     assert compare("llama", *linear) == ([], [])
     assert compare("llama", {}, {"rms_norm_eps": 1e-6, "hidden_act": "silu"}) == ([], [])
-    # The official releases of Gemma 1 call their activation by a name that stands for another one there.
+    # The official releases of Gemma 1 name their activation differently from what transformers computes.
     assert compare("gemma", {"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}) == ([], [])
     _, notes = compare("mistral", {"sliding_window": 4096}, {"sliding_window": None})
     assert notes == ["sliding_window is 4096 in A and None in B: the merge has that of A"]

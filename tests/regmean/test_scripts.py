@@ -86,7 +86,7 @@ def test_bad_flags_of_compute_gram_are_named(words: list[str], message: str) -> 
 def test_grams_and_merges_from_the_command_line(
     save: Callable, texts: Path, tmp_path: Path, call: Callable, capsys: pytest.CaptureFixture
 ) -> None:
-    """Presets overridden by flags: what a user with models of their own types."""
+    """Presets overridden by flags, as for a user's own models."""
     for seed, name in enumerate("AB"):
         save(make_llama(seed), name)
         call(compute_gram.main, "math", "--model", name, "--dataset", str(texts), "--user_column", "text",
@@ -117,7 +117,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, save: Callable) -
     save(make_llama(), "A")
     result = run([str(REPOSITORY / "merge_model.py"), "avg", "--models", "A", "nowhere"], tmp_path)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: model nowhere: no such folder here, and the hub gives none")
+    assert result.stderr.startswith("error: model nowhere: no such folder here, and the download failed")
     assert "Traceback" not in result.stderr
 
 

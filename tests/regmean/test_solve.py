@@ -28,7 +28,7 @@ def oracle(weights: list[np.ndarray], grams: list[np.ndarray], model_weights: li
     mean = sum(w * weight for w, weight in zip(model_weights, weights, strict=True))
     total = sum(w * gram for w, gram in zip(model_weights, scaled, strict=True))
     rhs = sum(s * (w - mean) @ g for s, w, g in zip(model_weights, weights, scaled, strict=True))
-    # Equilibrated, so that the cut-off for zero singular values means the same for every input.
+    # Equilibrated, so that the cut-off for zero singular values is the same for every input.
     diagonal = np.diag(total)
     root = np.where(diagonal > 0, 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1)), 0)
     delta = np.linalg.lstsq(total * root * root[:, None], (rhs * root).T, rcond=1e-12)[0].T * root
@@ -89,7 +89,7 @@ def test_cholesky_is_as_good_as_the_oracle(model_weights: list[float], tokens: i
     assert values.merged == pytest.approx(found, rel=1e-3, abs=1e-5 * at_mean)
     for value, weight in zip(values.inputs, double[0], strict=True):
         assert value == pytest.approx(objective(weight, *double), rel=1e-4)
-    # Nor does it stray where the objective is flat: the oracle's is the shortest way from the mean.
+    # Nor does it move along flat directions: the oracle has the shortest distance from the mean.
     assert np.linalg.norm(merged - mean) <= 1.001 * np.linalg.norm(expected - mean)
     if dead:
         np.testing.assert_allclose(merged[:, -dead:], mean[:, -dead:], rtol=1e-6)
@@ -121,7 +121,7 @@ def test_the_objective_at_each_of_three_models() -> None:
 def test_of_two_models_grams_are_read_once_and_multiplied_once(
     monkeypatch: pytest.MonkeyPatch, models: int, reads: int, products: int
 ) -> None:
-    """Of more, for each of the four blocks, and each for itself; the result is that of one block either way."""
+    """For more models, Grams are read per block and multiplied one by one; results equal those of one block."""
     weights, grams = problem(4000, ratio=100.0, models=models)
     model_weights, read, multiplied = [1 / models] * models, [], []
     whole, _, _ = merge(weights, grams, model_weights, 0.9)
@@ -235,7 +235,7 @@ def test_of_a_quadratic_form_one_number_is_read(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("alpha", [0.1, 1.0])
 @pytest.mark.parametrize("tokens", [4000, 10])
 def test_the_factor_of_a_gpu_gives_the_same_merge(monkeypatch: pytest.MonkeyPatch, tokens: int, alpha: float) -> None:
-    """With jitter, too, where the system is singular."""
+    """Same merge also with jitter, for a singular system."""
     weights, grams = problem(tokens)
     expected, values, solver = merge(weights, grams, MODEL_WEIGHTS, alpha)
     monkeypatch.setattr(solve, "factor_on", lambda device: LibraryFactor)
@@ -250,7 +250,7 @@ def test_the_factor_of_a_gpu_gives_the_same_merge(monkeypatch: pytest.MonkeyPatc
 def test_a_gpu_solves_whole_weights_where_memory_holds_them() -> None:
     down, gate_and_up = 14336 * 4096, 4096 * 28672
     for inputs, elements in ((14336, down), (4096, gate_and_up)):
-        # A large card on a large host, and both of 24 GB.
+        # A large GPU on a large host, and both with 24 GB.
         assert gpu_block_elements(2, inputs, 1, 140 * 10**9, 128 * 10**9) == GPU_BLOCK_ELEMENTS > elements
         assert gpu_block_elements(2, inputs, 1, 24 * 10**9, 24 * 10**9) > elements
     # Two further alphas hold two further factors.
@@ -258,7 +258,7 @@ def test_a_gpu_solves_whole_weights_where_memory_holds_them() -> None:
     assert one - three == pytest.approx(2 * 14336**2 / 10, abs=1)
     held = system_bytes(2, [(14336, 10**9)], 3, three, GPU_SQUARES)
     assert held == pytest.approx(0.8 * 16e9, rel=1e-6)
-    # Of a host with little memory, and of a GPU with none, it is what a CPU takes.
+    # With little host memory, and without GPU memory, it is the CPU's size.
     assert gpu_block_elements(2, 4096, 1, 140 * 10**9, 2 * 10**9) == 10**9 // 56
     assert gpu_block_elements(2, 14336, 1, 4 * 10**9, 128 * 10**9) == solve.BLOCK_ELEMENTS
 
@@ -267,7 +267,7 @@ def test_a_gpu_solves_whole_weights_where_memory_holds_them() -> None:
 def test_a_residual_is_estimated_from_random_sums_of_the_outputs(alike: bool) -> None:
     weights, grams = problem(4000, outputs=400, ratio=100.0)
     generator = np.random.default_rng(3)
-    # The hardest case is one error in all outputs: its signs may cancel in a sum.
+    # The hardest case is the same error in all outputs: its signs may cancel in a sum.
     error = generator.normal(size=(400, 48))
     if alike:
         error = np.outer(error[:, 0], error[0])

@@ -1,4 +1,4 @@
-"""Our reader and writer against the safetensors library and torch."""
+"""Reader and writer against the safetensors library and torch."""
 
 import json
 import struct

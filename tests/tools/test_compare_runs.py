@@ -53,7 +53,7 @@ def write_results(folder: Path, german: list[dict], swahili: list[dict] | None =
 
 @pytest.fixture
 def results(tmp_path: Path) -> list[Path]:
-    """Three runs: B solves what A does not, C has fewer problems."""
+    """Three runs: B solves the problems that A does not, C has fewer problems."""
     questions = [f"Frage {SCRIPT} {n}\u2028?" for n in range(10)]
     a = [answer(question, n < 2) for n, question in enumerate(questions)]
     b = [answer(question, n != 1) for n, question in enumerate(questions)]
@@ -106,7 +106,7 @@ def test_the_markdown_table(results: list[Path], tmp_path: Path) -> None:
 
 
 class Page(HTMLParser):
-    """Tags and texts, and whether every tag is closed in its turn."""
+    """Parser of tags and texts that checks that tags are closed in order."""
 
     def __init__(self, text: str):
         super().__init__()

@@ -45,7 +45,7 @@ def browser() -> Iterator[Any]:
 
 @contextmanager
 def served(folder: Path, *words: object) -> Iterator[str]:
-    """The address of `tools.demo WORDS`, once it serves."""
+    """Address of `tools.demo WORDS`, after it has started."""
     port = free_port()
     output = folder / "output.txt"
     with started(module_command("tools.demo", *words, "--port", port), folder) as process:
@@ -54,9 +54,9 @@ def served(folder: Path, *words: object) -> Iterator[str]:
 
 
 def ask(browser: Any, address: str, expected: dict[str, str]) -> None:
-    """Type and send the question; each column of that title is to show that answer, word by word."""
+    """Type and send the question; each column with a given title must show the given answer, word by word."""
     playwright = pytest.importorskip("playwright.sync_api")
-    # As a browser's text field has them; a random model says anything.
+    # Line ends as in a browser's text field; a random model may generate any.
     expected = {title: text.replace("\r\n", "\n").replace("\r", "\n") for title, text in expected.items()}
     page = browser.new_page()
     page.set_default_timeout(120_000)

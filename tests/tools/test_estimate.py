@@ -1,4 +1,4 @@
-"""Costs counted on the meta device, against arithmetic and against what the same code does with real tensors."""
+"""Costs counted on the meta device, against arithmetic and against the same code with real tensors."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def llama(folder: Path, layers: int = 6, dtype: torch.dtype = torch.float32, **o
 
 
 def read(model: nn.Module, rows: int, tokens: int, device: str = "meta") -> torch.Tensor:
-    """A forward pass with a gradient to the embeddings, as training has one; no logits."""
+    """Forward pass with a gradient to the embeddings, as in training; no logits."""
     embeds = torch.zeros(rows, tokens, SIZES["hidden_size"], dtype=model.dtype, device=device, requires_grad=True)
     return model.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
 
@@ -107,7 +107,7 @@ def test_operations_are_two_for_each_weight_and_token(tmp_path: Path) -> None:
     rows, tokens, layers = 2, 64, 6
     model = llama(tmp_path, layers)
     weights = sum(weight.numel() for weight in model.base_model.layers.parameters() if weight.dim() == 2)
-    attention = layers * 4 * tokens * SIZES["hidden_size"] / 2  # a query sees half of the keys
+    attention = layers * 4 * tokens * SIZES["hidden_size"] / 2  # a query attends to half of the keys
     forward = cost_of(lambda: read(model, rows, tokens), model).flops
     assert forward == pytest.approx(rows * tokens * (2 * weights + attention), rel=0.01)
     both = cost_of(lambda: read(model, rows, tokens).sum().backward(), model).flops

@@ -1,4 +1,4 @@
-"""Plans of training and evaluation: published sizes, and small ones against real models and real tensors."""
+"""Estimates of training and evaluation: published sizes, and small ones against real models and tensors."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_the_encoder_is_the_one_that_is_loaded(tmp_path: Path, write) -> None:
 
 @pytest.mark.parametrize("write", [tiny_mt5, tiny_nllb, tiny_xlm_roberta, tiny_qwen])
 def test_a_step_takes_what_its_plan_says(tmp_path: Path, write) -> None:
-    """Every tensor of the real step counted, as long as it lives."""
+    """The estimate equals the sum over all tensors of a real step, counted while they exist."""
     tiny_llama(tmp_path / "L")
     write(tmp_path / "M")
     names = ModelFlags(llm_path=str(tmp_path / "L"), mt_path=str(tmp_path / "M"))
@@ -77,7 +77,7 @@ def test_the_published_training_fits_one_gpu() -> None:
     size = mapping.parameters
     assert (size["LLM"], size["mapping"]) == (6_738_423_808, 25_178_112)
     m, inner, layers, vocabulary = 2048, 5120, 24, 250112
-    # Of each layer four attention matrices, three of the feed-forward and two norms; one norm, and one table of biases.
+    # Per layer four attention matrices, three of the feed-forward and two norms; one norm, and one table of biases.
     assert size["encoder"] == vocabulary * m + layers * (4 * m * m + 3 * m * inner + 2 * m) + m + 32 * 32
     assert mapping.memory["weights"] == pytest.approx(2 * (size["LLM"] + size["encoder"]), rel=1e-6)
     assert mapping.memory["optimizer"] == 20 * size["mapping"] + 2 * BUCKET
@@ -94,7 +94,7 @@ def test_the_published_training_fits_one_gpu() -> None:
     # 2 n forward, 2 n backward, for 897,000 rows three times, and the encoder.
     work = 3 * 897_000 * (137 * 4 * 6.6e9 + 73 * 2 * 1.16e9)
     assert mapping.flops == pytest.approx(work, rel=0.1)
-    rows = 3 * 7008 * 128 + (1 + 3 * 7008 // 500 + 3) * 3000  # learned from, and evaluated
+    rows = 3 * 7008 * 128 + (1 + 3 * 7008 // 500 + 3) * 3000  # for training, and for evaluation
     assert (mapping.counts["LLM tokens"], mapping.counts["encoder tokens"]) == (137 * rows, 73 * rows)
 
 
@@ -122,7 +122,7 @@ def test_recomputation_and_zero3_take_less() -> None:
 
 
 def test_zero3_gathers_the_largest_module_whole() -> None:
-    """Of Llama-3.1-405B the head, as large as the embedding: more than DeepSpeed's limit of live parameters."""
+    """The head of Llama-3.1-405B, as large as the embedding, exceeds DeepSpeed's limit of live parameters."""
     largest = flags("8xh200", llm_path=str(MODELS / "llama-3.1-405b"))
     model = model_on_meta(largest, torch.bfloat16)
     head = 16384 * 128256
@@ -132,7 +132,7 @@ def test_zero3_gathers_the_largest_module_whole() -> None:
 
 
 def test_under_zero3_linear_layers_keep_their_inputs() -> None:
-    """A frozen one keeps nothing by itself. These are, of a layer, both norms' outputs, and what o and down read."""
+    """A frozen layer keeps nothing itself. These are, per layer, both norms' outputs and the inputs of o and down."""
     usual = {"zero_optimization": {"stage": 3, "memory_efficient_linear": False}}
     plain, divided, stage3 = (plan("a100-80gb", 8, zero).memory["activations"] for zero in (ZERO2, ZERO3, usual))
     inputs = 32 * 8 * 1026 * 2 * (3 * 4096 + 11008)
@@ -160,8 +160,8 @@ def test_the_cache_of_an_evaluation() -> None:
     )
     assert alone.parameters == {"LLM": planned.parameters["LLM"]} and alone.counts["encoder tokens"] == 0
     assert alone.memory["cache"] < planned.memory["cache"]
-    # Of LLaMA-7B a token of every row is bound by what its operations take to start, about 77 a layer: in an A100 too,
-    # whose memory would be through with 13.5 GB of weights and 2.2 GB of cache (16 rows of 265 tokens) in 11 ms.
+    # With LLaMA-7B, a token of every row takes as long as starting its operations, about 77 a layer. An A100's memory
+    # needs only 11 ms for 13.5 GB of weights and 2.2 GB of cache (16 rows of 265 tokens).
     calls = prefill_cost(causal_lm_on_meta(PUBLISHED["llm_path"], dtype=torch.bfloat16), 16, 1).calls
     assert 32 * 75 < calls < 32 * 80
     assert planned.seconds > 2750 / 16 * 103 * calls * LAUNCH_SECONDS > 2750 / 16 * 103 * 15.7e9 / device.bandwidth

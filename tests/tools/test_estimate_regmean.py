@@ -1,4 +1,4 @@
-"""Plans of Grams and merges: published sizes, and small ones against real runs."""
+"""Estimates of Grams and merges: published sizes, and small ones against real runs."""
 
 import re
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def test_layers_share_inputs_as_in_a_run(save: Callable[..., Path], make: Callab
 
 
 def test_a_batch_takes_what_its_plan_says(save: Callable[..., Path]) -> None:
-    """Every tensor of a real forward pass counted, as long as it lives."""
+    """The estimate equals the sum over all tensors of a real forward pass, counted while they exist."""
     folder = save(make_llama(), "model")
     planned = batch_cost(causal_lm_on_meta(str(folder)), 8, 40, LARGE).peak_bytes
     real = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -54,14 +54,14 @@ def test_llama_3_8b_on_one_gpu(device: str, passes: int) -> None:
     assert (total, planned.counts["inputs"]) == (8_030_261_248, 129)
     assert sum(each.sum_bytes for each in layer_inputs(model)) == sum(4 * width**2 for width in widths)
     assert planned.transfers["disk"] == sum(2 * width * (width + 1) for width in widths)
-    # All but the head.
+    # All except the head.
     assert planned.memory["weights"] == pytest.approx(2 * (total - 4096 * 128256), rel=1e-6)
     assert planned.counts["passes"] == passes
     assert planned.peak < known_device(device, 1).memory
     layers = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     attention = 32 * 4 * 256 * 4096 / 2
-    # Four passes end after about one, two, three quarters of the layers, and all of them; where a quarter's sums do not
-    # quite fit, a fifth has what is left of the last layers.
+    # Four passes end after about one, two, three quarters of the layers, and all of them; if a quarter's sums do not
+    # quite fit, a fifth pass has the rest of the last layers.
     forwards = {1: 1, 4: 2.5, 5: 3.5}[passes]
     work = planned.counts["tokens"] * (forwards * (2 * layers + attention) + sum(width**2 for width in widths))
     assert planned.flops == pytest.approx(work, rel=0.01 if passes == 1 else 0.05)
@@ -78,7 +78,7 @@ def test_llama_3_8b_merges_in_few_gigabytes() -> None:
     device = known_device("h100", 1)
     planned = estimate_merge(MergeFlags(method="regmean", models=[LLAMA_3_8B] * 2, plan="h100"), device)
     assert planned.counts == {"systems": 129}
-    # Seven squares of the head's inputs, and ten blocks of its outputs, as large as blocks become on a GPU.
+    # Seven squares of the head's inputs, and ten blocks of its outputs, each of a GPU's maximum size.
     assert planned.peak == 4 * (7 * 4096**2 + 10 * 2**28)
     on_cpu = estimate_merge(MergeFlags(method="regmean", models=[LLAMA_3_8B] * 2, plan="h100"), LARGE)
     assert 2.7e9 < on_cpu.peak < 2.8e9
@@ -92,8 +92,8 @@ def test_llama_3_8b_merges_in_few_gigabytes() -> None:
 
 
 def test_a_merge_is_bound_by_its_host() -> None:
-    """Of two 8B models 10.6 s of arithmetic on an H100, and on the host: 16.1e9 elements decoded and 32.8 GB of Grams
-    unpacked by two threads, 14 s and 36 s; 8.03e9 averaged, 40 s, and rounded, 57 s. An average's two threads do all.
+    """Two 8B models take 10.6 s of arithmetic on an H100, and on the host: 16.1e9 elements decoded and 32.8 GB of Grams
+    unpacked by two threads, 14 s and 36 s; 8.03e9 averaged, 40 s, and rounded, 57 s. An average uses two threads.
     """
     device = known_device("h100", 1)
     planned = estimate_merge(MergeFlags(method="regmean", models=[LLAMA_3_8B] * 2, plan="h100"), device)

@@ -28,7 +28,7 @@ TASKS = REPOSITORY / "configs/lm_eval"
 
 @pytest.fixture
 def checkpoint(work: Path, build: Callable, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A random mapping that is followed by the prompt, in a user's folder."""
+    """A random mapping for augmentation, in a user's folder."""
     monkeypatch.chdir(work)
     model, _ = build()
     model.config.augmentation = True
@@ -38,13 +38,13 @@ def checkpoint(work: Path, build: Callable, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def call(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, list[dict]]]:
-    """Runs the harness; what it logged, by task."""
+    """Function that runs the harness and returns its logged samples by task."""
 
     def call_harness(*words: object, model_args: str = "") -> dict[str, list[dict]]:
         words = ("lm_eval", "--model", "mindmerger", "--include_path", TASKS, "--output_path", "harness",
                  "--model_args", f"checkpoint={checkpoint}{model_args}", "--log_samples", *words)  # fmt: skip
         monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-        # To list its own ten thousand tasks, and what pip has installed, takes it far longer than the tiny models.
+        # Listing its ten thousand tasks and pip's packages would take far longer than the tiny models.
         ours_only = partialmethod(TaskManager.__init__, include_defaults=False)
         monkeypatch.setattr(TaskManager, "__init__", ours_only)
         monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
@@ -127,7 +127,7 @@ def write_task(folder: Path, rows: list[dict], **task: object) -> None:
 def test_the_encoder_reads_the_bare_question_and_stop_strings_end_an_answer(
     call: Callable, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As the harness's own mgsm_direct_de has it.
+    # As in the harness's own mgsm_direct_de.
     rows = [{"question": "Wie viele Äpfel?", "answer_number": 3}, {"question": "Und Birnen?", "answer_number": 4}]
     task = {
         "task": "tiny_direct_de",
@@ -159,7 +159,7 @@ def test_the_encoder_reads_the_bare_question_and_stop_strings_end_an_answer(
     monkeypatch.setattr(harness.MindMergerLM, "_has_ended", counting)
     [cut] = call(*words, "max_gen_toks=24", "--batch_size", 1).values()
     assert [row["filtered_resps"][0] for row in cut] == [text.split(stop)[0] for text in texts]
-    # It was not generated to the end, and then cut.
+    # Generation ended at the stop text and was not cut later.
     assert lengths.index(1, 1) < 24
 
     write_task(work / "tasks", rows, **task, generation_kwargs={"until": [stop], "do_sample": True})

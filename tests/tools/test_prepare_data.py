@@ -1,4 +1,4 @@
-"""The layout from local copies of the public data sets, in their real schemas, and from a hub that a test plays."""
+"""The layout from local copies of the public data sets, in their real schemas, and from a simulated hub."""
 
 import gzip
 import http.server
@@ -82,7 +82,7 @@ def write_parquet(path: Path, rows: list[dict], features: Features | None = None
 
 @pytest.fixture(scope="module")
 def local_copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every source in four languages, each with some rows that must not come through."""
+    """All sources in four languages, each with some rows that must be dropped."""
     root = tmp_path_factory.mktemp("sources")
     for code in CODES:
         language = next(language for language in LANGUAGES.values() if language.code == code)
@@ -190,7 +190,7 @@ def test_questions_and_their_translations_are_pairs_too(local_copies: Path, tmp_
     assert [(row.source.text, row.target) for row in pairs if row.language.code == "de"] == [
         (f"German question {n}?", f"How many of {n}?") for n in range(20) if n != 7
     ]
-    # The one more in Swahili is an evaluation question.
+    # The additional row in Swahili is an evaluation question.
     assert sum(row.language.code == "sw" for row in pairs) == 20
     with pytest.raises(InputError, match="--pairs questions are GSM8K's: take --task math, not xnli"):
         run("--output_dir", tmp_path / "other", "--task", "xnli", *words)
@@ -260,7 +260,7 @@ def test_what_is_done_stays_and_other_folders_are_refused(
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed == {"xnli_dev.json", "manifest.json"}
 
-    # As it was before there was a choice of pairs.
+    # As before the choice of pairs was added.
     manifest = read_json(folder / "manifest.json")
     del manifest["settings"]["pairs"]
     write_json(folder / "manifest.json", manifest)
@@ -345,7 +345,7 @@ def test_spelling_hides_no_question() -> None:
 
 @pytest.fixture
 def played_hub(local_copies: Path) -> Iterator[str]:
-    """The hub's HTTP interface, as far as it takes part here, over the local copies."""
+    """The used part of the hub's HTTP interface, over the local copies."""
     commit = "0123456789abcdef0123456789abcdef01234567"
 
     class Hub(http.server.BaseHTTPRequestHandler):

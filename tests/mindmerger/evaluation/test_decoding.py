@@ -1,4 +1,4 @@
-"""Greedy decoding in slots: the answers of one row alone, whatever runs beside it, and no step with an empty slot."""
+"""Greedy decoding in slots: each answer equals that of its row alone, and no step has an empty slot."""
 
 from collections.abc import Callable, Iterator
 
@@ -33,12 +33,12 @@ LLMS = {
     "mistral": MistralConfig(**SIZES, sliding_window=12),
     "gemma3": Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=12,
                                layer_types=["sliding_attention", "full_attention"]),
-    # Keeps states, of which no slot can be filled.
+    # Has states, so that slots cannot be refilled.
     "falcon_h1": FalconH1Config(**SIZES, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8,
                                 mamba_n_groups=1, mamba_chunk_size=8),
 }  # fmt: skip
 MAX_NEW_TOKENS = 20
-# Of what each row reads, and of its answer.
+# Lengths of each row's input and of its answer.
 LENGTHS = {9: 20, 31: 1, 1: 12, 14: 3, 5: 1, 40: 20, 2: 7, 22: 2, 17: 16, 3: 20, 28: 5}
 
 
@@ -46,14 +46,14 @@ def build(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
     llm = AutoModelForCausalLM.from_config(LLMS[family]).eval()
     for parameter in llm.parameters():
-        # Untrained, all say the same.
+        # Otherwise an untrained model gives the same answer to all.
         parameter.data.mul_(2.0)
     return llm
 
 
 @torch.inference_mode()
 def alone(llm: PreTrainedModel, row: torch.Tensor) -> list[int]:
-    """From the definition: no cache, no padding, everything read anew for every token."""
+    """Greedy decoding by definition: no cache, no padding, a full forward pass for every token."""
     ids: list[int] = []
     for _ in range(MAX_NEW_TOKENS):
         read = torch.cat([row, llm.get_input_embeddings()(torch.tensor(ids, dtype=torch.int64))])
@@ -62,7 +62,7 @@ def alone(llm: PreTrainedModel, row: torch.Tensor) -> list[int]:
 
 
 def problems(llm: PreTrainedModel) -> tuple[list[torch.Tensor], dict[int, list[int]], Callable[[list[int]], bool]]:
-    """(rows, the answer of each alone, the `has_ended` by which they end at so many different times)."""
+    """(rows, the answer of each alone, a `has_ended` with which rows end at many different times)."""
     scale = llm.get_input_embeddings().weight.std()
     rows = [torch.randn(length, 32) * scale for length in LENGTHS]
     whole = [alone(llm, row) for row in rows]
@@ -75,7 +75,7 @@ def problems(llm: PreTrainedModel) -> tuple[list[torch.Tensor], dict[int, list[i
 def in_slots(
     llm: PreTrainedModel, rows: list[torch.Tensor], slots: int, has_ended: Callable[[list[int]], bool] | None = None
 ) -> Iterator[dict[int, list[int]]]:
-    """After every step the answers that are whole."""
+    """Number of complete answers after every step."""
 
     def prefill(problems: list[int]) -> Sequence:
         longest = max(len(rows[problem]) for problem in problems)
@@ -94,7 +94,7 @@ def in_slots(
 
 @pytest.mark.parametrize("family", LLMS)
 def test_any_number_of_slots_gives_the_answers_of_one_row_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # So little that all is moved many times.
+    # So small that the cache is moved many times.
     monkeypatch.setattr(slot_cache, "_ROOM", 3)
     llm = build(family)
     rows, expected, has_ended = problems(llm)
@@ -115,7 +115,7 @@ def test_no_step_has_an_empty_slot_while_a_row_waits(monkeypatch: pytest.MonkeyP
     for done in in_slots(llm, rows, 4, has_ended):
         if sizes and len(done) < len(rows) - 4:
             assert sizes[-1] == 4
-    # Each token but a row's first is of one row of one step.
+    # Each token except a row's first is of one row of one step.
     assert sum(sizes) == sum(len(ids) - 1 for ids in done.values())
 
 
@@ -139,7 +139,7 @@ def test_the_cache_holds_no_more_than_the_longest_row_and_its_room(
         for layer in caches[-1].layers:
             assert layer.columns <= 5 + MAX_NEW_TOKENS
             assert layer.keys.shape[2] <= 5 + MAX_NEW_TOKENS + slot_cache._ROOM
-    # In one cache three times as many columns were written.
+    # Three times as many columns were written as the one cache has.
     assert len(done) == 60 and len(caches) == 1 and step > 3 * layer.keys.shape[2]
 
 

@@ -1,4 +1,4 @@
-"""`run_evaluation.py` on tiny models: alone, with a mapping, on several ranks, in pieces."""
+"""`run_evaluation.py` on tiny models: alone, with a mapping, on several ranks, interrupted."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def evaluate_words(*words: object) -> None:
 
 
 def predictions(folder: Path) -> dict[str, list[dict]]:
-    """By language's code; every line of every file must be an answer."""
+    """Answers by language code; every line of every file must be an answer."""
     lines = [line for path in (folder / "predictions").iterdir() for line in path.read_text().splitlines()]
     records = read_predictions(folder)
     assert sorted(map(json.loads, lines), key=lambda record: record["problem"]) == records
@@ -91,7 +91,7 @@ def test_a_second_run_continues_where_the_first_stopped(
     evaluate_words(*words, "--save_name", "stopped")
     folder = Path("results/stopped/mgsm")
     before = predictions(folder)
-    # As a kill in the middle of a line leaves it, of two ranks: nine whole answers and two that are cut.
+    # As after a kill of two ranks in the middle of a line: nine whole answers and two that are cut.
     paths = sorted((folder / "predictions").iterdir())
     for path in paths[6:]:
         path.unlink()
@@ -133,7 +133,7 @@ def test_out_of_memory_halves_the_slots_and_goes_on(
     one_step = decoding._step
     evaluate_words(*words, "--save_name", "room", "--eval_batch_size", 8)
     capsys.readouterr()
-    # At first there is room for eight, as a cache grows.
+    # There is memory for eight at first, until the cache grows.
     monkeypatch.setattr(decoding, "_step", short_of_memory(3, after=15))
     evaluate_words(*words, "--save_name", "short", "--eval_batch_size", 8)
     assert 8 in sizes[:15] and sizes[15:17] == [8, 4] and max(sizes[17:]) == 2
@@ -209,7 +209,7 @@ def test_every_form_of_a_checkpoint_answers_alike(words: Words) -> None:
         evaluate_words(*words, "--init_checkpoint", form, "--save_name", save_name, "--languages", "de,en")
         results.append(predictions(Path("results") / save_name / "mgsm"))
         settings = json.loads(Path("results", save_name, "mgsm/run.json").read_text())["settings"]
-        # As the record beside the file says it was trained, in whichever form the file is named.
+        # As recorded beside the file, for all forms of its name.
         assert settings["augmentation"] is False
     assert results[0] == results[1] == results[2]
     shutil.copy("checkpoint/pytorch_model.bin", "published.bin")
@@ -250,7 +250,7 @@ def test_label_likelihoods_equal_the_loss_of_each_label_as_target(build: Callabl
         assert are_greedy_singles.equal(are_greedy[:, :1])
 
         said = greedy(model.llm, sequence, 4, set())
-        # Each row's own words, and others that go on as some row does but not to the end.
+        # Each row's own words, and others that equal some row's except at the end.
         words = [*said, *([*ids[:3], ids[3] ^ 1] for ids in said)]
         _, are_greedy = label_log_likelihoods(model.llm, sequence, words)
     assert are_greedy.tolist() == [[ids == word for word in words] for ids in said]
@@ -259,7 +259,7 @@ def test_label_likelihoods_equal_the_loss_of_each_label_as_target(build: Callabl
 def test_classification_by_generation_as_published(words: Words) -> None:
     evaluate_words(*words, "--task", "xnli", "--languages", "de", "--classification", "generation", "--save_name", "g")
     scores = json.loads(Path("results/g/xnli/scores.json").read_text())
-    # A random model says no label word, and is not credited with one.
+    # A random model generates no label word, and gets no credit for one.
     assert scores["languages"]["German"]["unanswered"] == 2
 
 

@@ -1,4 +1,4 @@
-"""`run_evaluation.py --backend vllm`: what it refuses everywhere, and its answers where vLLM is installed."""
+"""`run_evaluation.py --backend vllm`: refused flags, and its answers if vLLM is installed."""
 
 import sys
 from importlib.util import find_spec
@@ -67,7 +67,7 @@ class _Config:
 
 @pytest.fixture
 def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The quickstart's models with a mapping that nothing was learned by, and ten problems in each of its languages."""
+    """The quickstart's models with an untrained mapping, and ten problems in each of its languages."""
     monkeypatch.chdir(tmp_path)
     asked = list(islice(problems("test", 0), 10))
     for language in WORLD_LANGUAGES:
@@ -88,7 +88,7 @@ def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class _Engine:
-    """What is asked of vLLM's `LLM`, row by row, by transformers."""
+    """Substitute for vLLM's `LLM`, by transformers, row by row."""
 
     def __init__(self, model: str, *, dtype: str, **_: Any):
         self._llm = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
@@ -144,5 +144,5 @@ def test_vllm_answers_as_transformers_does(
     expected, given = answers(f"transformers{suffix}"), answers(f"vllm{suffix}")
     assert sum(map(len, expected.values())) == 60
     assert given == expected
-    # Answers that say something, and of which not all are the same.
+    # Answers are not empty and not all the same.
     assert len({answer for rows in expected.values() for answer in rows}) > 10

@@ -1,4 +1,4 @@
-"""The aligned start on models and tokenizers: what is matched, what is read, what is kept."""
+"""The aligned start on models and tokenizers: matched tokens, inputs, and stored files."""
 
 import json
 from collections.abc import Callable
@@ -36,7 +36,7 @@ PROMPT = Prompt("", "", "")
 
 
 def test_spans_of_byte_level_and_sentencepiece_tokens(models: dict[str, Path]) -> None:
-    """Whatever a tokenizer thinks of spaces, its spans cut every other character of a text out, in order."""
+    """For any treatment of spaces, the spans of a tokenizer cover all other characters of a text, in order."""
     for folder in (models["llama"], models["nllb"], REPOSITORY / "quickstart/models/mt"):
         tokenizer = load_tokenizer(str(folder))
         for text, (ids, spans) in zip(TEXTS, ids_with_spans(tokenizer, TEXTS), strict=True):
@@ -53,7 +53,7 @@ def test_special_tokens_stand_nowhere(build: Callable) -> None:
         _, tokenizer = build(mt=mt)
         example = Example(replace(PROMPT, query=TEXTS[0]), replace(PROMPT, query=TEXTS[0]), "7", LANGUAGES["English"])
         ((ids, spans),) = tokenizer.sources_with_spans([TEXTS[0]], LANGUAGES["English"])
-        # What the fit reads is what the training reads.
+        # The fit and the training have the same inputs.
         assert ids == tokenizer([example])[0].source
         words = tokenizer.mt_tokenizer(TEXTS[0], add_special_tokens=False).input_ids
         assert [span == (0, 0) for span in spans] == [token not in words for token in ids]
@@ -66,7 +66,7 @@ def test_a_tokenizer_without_offsets_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def decoders(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each ends in a way of its own: GPT-2 reshapes what its norm gives, OPT's norm lies deeper."""
+    """Models differ in their last modules: GPT-2 reshapes the output of its norm, OPT's norm is nested deeper."""
     folder = tmp_path_factory.mktemp("decoders")
     torch.manual_seed(0)
     small = {"vocab_size": 600, "num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4}
@@ -115,7 +115,7 @@ def rows(count: int, language: str = "German") -> list[Example]:
 
 
 def test_the_layer_is_chosen_by_languages_of_more_than_one_pair() -> None:
-    """The map of the second layer is right; a language with one sentence says nothing, and does not spoil it."""
+    """The second layer's map is right; a language with one sentence has no correlation and changes nothing."""
     torch.manual_seed(0)
     foreign = [torch.randn(4, 3) for _ in range(7)]
     meant = torch.stack([states.mean(dim=0) for states in foreign]) @ torch.diag(torch.tensor([1.0, 2.0, 3.0]))
@@ -167,7 +167,7 @@ def test_mapped_english_is_near_the_llms_words(tmp_path: Path) -> None:
 def test_a_stage_from_an_aligned_start(
     tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A decoder-only encoder: its layer is chosen, kept with the mapping, and read by all that comes after."""
+    """A decoder-only encoder: its layer is chosen, stored with the mapping, and used by all later runs."""
     write_datas(tmp_path / "datas")
     pair = ("--llm_path", models["llama"], "--mt_path", models["qwen"], "--max_seq_len", 64)
     words = (
@@ -181,14 +181,14 @@ def test_a_stage_from_an_aligned_start(
     scores = record["correlation_by_layer"]
     assert len(scores) == 2 and record["encoder_layer"] == scores.index(max(scores)) + 1
     assert json.loads((mapping / "config.json").read_text())["encoder_layer"] == record["encoder_layer"]
-    # At so small a learning rate the trained mapping is the start.
+    # With such a small learning rate, the trained mapping equals the start.
     first, trained = load_file(start / "model.safetensors"), load_file(mapping / "model.safetensors")
     for name, tensor in first.items():
         torch.testing.assert_close(trained[name], tensor, rtol=1e-5, atol=1e-6)
     embeddings = load_llm(str(models["llama"]), None, torch.float32, False).get_input_embeddings().weight
     torch.testing.assert_close(first["end_boundary"].flatten(), embeddings.mean(dim=0), rtol=1e-5, atol=1e-6)
 
-    # A second run of other steps reads the kept start; other texts make another one.
+    # A second run with other steps reads the stored start; other texts give another one.
     made = (start / "model.safetensors").stat().st_mtime_ns
     train_here(tmp_path, *words, "--overwrite", "--lr", "1e-11")
     assert (start / "model.safetensors").stat().st_mtime_ns == made

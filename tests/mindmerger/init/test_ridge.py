@@ -1,4 +1,4 @@
-"""The aligned start's mathematics, each against an independent oracle in float64."""
+"""Mathematics of the aligned start, against independent oracles in float64."""
 
 import numpy as np
 import pytest
@@ -12,9 +12,9 @@ from mindmerger.modeling import MLP
     ("spans", "others", "expected"),
     [
         ([(0, 3), (4, 9)], [(0, 3), (4, 9)], [[0], [1]]),
-        # One token there is two here, and the other way about.
+        # One token there is two here, and vice versa.
         ([(0, 2), (2, 3), (4, 9)], [(0, 3), (4, 6), (6, 9)], [[0], [0], [1, 2]]),
-        # Tokens that overlap without either holding the other; a gap; a token of no text.
+        # Tokens that overlap without one containing the other; a gap; a token without text.
         ([(0, 4), (9, 9), (9, 10)], [(2, 6), (6, 9)], [[0], [], []]),
         ([], [(0, 1)], []),
         ([(0, 0), (0, 1)], [], [[], []]),
@@ -38,7 +38,7 @@ def test_ridge_against_least_squares_with_penalty_rows(data: tuple[torch.Tensor,
     inputs, outputs = (matrix.double().numpy() for matrix in data)
     scale = np.where(inputs.std(axis=0) > 0, inputs.std(axis=0), 1)
     standard = (inputs - inputs.mean(axis=0)) / scale
-    # A penalty is the wish that each weight be zero, written as one more row to fit.
+    # A penalty equals one more row to fit for each weight, with target zero.
     system = np.concatenate([standard, np.sqrt(30 * 0.03) * np.eye(40)])
     wanted = np.concatenate([outputs - outputs.mean(axis=0), np.zeros((40, 5))])
     weight = np.linalg.lstsq(system, wanted, rcond=None)[0]
@@ -80,5 +80,5 @@ def test_measures_of_a_prediction() -> None:
     assert relative_error(*map(torch.tensor, (predicted, outputs))) == pytest.approx(expected)
     mean = torch.tensor(outputs).mean(dim=0).expand(20, 4)
     assert relative_error(mean, torch.tensor(outputs)) == pytest.approx(1)
-    # A shift common to all rows is none of the correlation's business.
+    # A shift common to all rows does not change the correlation.
     assert correlation(torch.tensor(outputs) + 7, torch.tensor(outputs)) == pytest.approx(1)
