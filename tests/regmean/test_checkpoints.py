@@ -24,10 +24,11 @@ from common.io import read_json
 from common.models import load_model
 from regmean.merge_plan import compact
 from regmean.report import Provenance, model_card
-from tests.regmean.conftest import make_gpt2, make_llama
+from tests.regmean.conftest import make_gpt2
 from tests.regmean.folders import assert_merged, build, grams, run, save
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+SPECIALISTS = Path(__file__).parents[2] / "quickstart" / "models" / "regmean"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -204,14 +205,24 @@ def test_a_card_names_models_of_the_hub_alone() -> None:
     assert "base_model" not in card("./model", "regmean/../tests")
 
 
-def test_lstsq_on_nearly_singular_grams_is_refused(tmp_path: Path) -> None:
+def test_lstsq_on_nearly_singular_grams_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The residual is small, and the weights are far from those of both models."""
-    folders = [save(make_llama(seed), tmp_path / name) for seed, name in ((1, "A"), (2, "B"))]
-    for folder, texts in zip(folders, (["w1 w2 w3", "w4 w5"], ["w3 w9 w8", "w7"]), strict=True):
-        grams(folder, texts)
-    with pytest.raises(InputError, match=r"times the models' difference, as happens on nearly singular|residual of"):
+    folders = [Path(shutil.copytree(SPECIALISTS / name, tmp_path / name)) for name in ("problems", "programs")]
+    grams(folders[0], ["3 + 4 = 7", "what is 12 - 5"])
+    grams(folders[1], ["def f(x): return x", "print(1)"])
+    with pytest.raises(InputError, match="lstsq gels leads away from the mean by .* times the models' difference"):
         run(folders, tmp_path / "out", solver="lstsq", alpha=[1.0])
-    run(folders, tmp_path / "cholesky", alpha=[1.0])
+    assert distance(run(folders, tmp_path / "cholesky", alpha=[1.0]), folders) < 10
+    # Nothing else refuses it.
+    monkeypatch.setattr("regmean.solve.FARTHEST", float("inf"))
+    assert distance(run(folders, tmp_path / "far", solver="lstsq", alpha=[1.0], dtype="float32"), folders) > 100
+
+
+def distance(out: Path, folders: list[Path]) -> float:
+    """Of a merge from the mean, in differences of the models: that of the farthest matrix."""
+    merged, *of_models = (tensors(folder) for folder in (out, *folders))
+    pairs = {name: [theirs[name].double() for theirs in of_models] for name in merged if merged[name].ndim > 1}
+    return max(((merged[name] - (a + b) / 2).norm() / (a - b).norm()).item() for name, (a, b) in pairs.items())
 
 
 @pytest.mark.parametrize(

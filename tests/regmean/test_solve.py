@@ -177,6 +177,19 @@ def test_a_singular_gram_is_refused_by_the_published_solvers(solver: str) -> Non
         merge(weights, [np.ones((48, 48), np.float32)] * 2, MODEL_WEIGHTS, 1.0, solver)
 
 
+@pytest.mark.parametrize("solver", ["lstsq", "inverse"])
+def test_a_solution_far_from_the_models_is_refused(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs of two models along lines that are nearly one: the residual is small, the solution 1 / angle away."""
+    angle, weights = 2e-3, [np.float32([[1.0, 0.0]]), np.float32([[0.0, 0.0]])]
+    lines = [np.array([1.0, 0.0]), np.array([np.cos(angle), np.sin(angle)])]
+    grams = [np.outer(line, line).astype(np.float32) for line in lines]
+    with pytest.raises(SolveError, match=rf"{solver}.* by \d+ times the models' difference.*use --solver cholesky"):
+        merge(weights, grams, [0.5, 0.5], 1.0, solver)
+    monkeypatch.setattr(solve, "FARTHEST", np.inf)
+    far, *_ = merge(weights, grams, [0.5, 0.5], 1.0, solver)
+    np.testing.assert_allclose(far, [[1.0, -1 / np.tan(angle)]], rtol=0.1)
+
+
 def test_a_solution_that_does_not_solve_the_system_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, grams = problem(4000)
     exact = Lstsq.solve
