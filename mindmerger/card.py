@@ -1,10 +1,12 @@
 """The model card of a mapping: `python -m mindmerger.card --checkpoint outputs/MergeMinds/augmentation`"""
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import HfApi, ModelCardData
+from transformers import PreTrainedModel
 
 from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
@@ -201,3 +203,22 @@ def main() -> None:
 
 if __name__ == "__main__":
     exit_with_message(main)
+
+
+def upload(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    commit_message: str = "Upload MindMerger mapping",
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload what the model's `save_pretrained` writes to the Hub's `repo_id`; returns the commit's URL."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    options = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options).commit_url)

@@ -1,5 +1,6 @@
 """The two frozen models, loaded from a hub id or a local folder and told apart by their configs."""
 
+import copy
 import functools
 import inspect
 import re
@@ -21,6 +22,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.errors import InputError, first_line
@@ -155,8 +157,16 @@ def load_encoder(
 
     if type(config) not in MODEL_MAPPING:
         raise InputError(f"{path}: an encoder of the type {config.model_type!r} is not known here")
-    # No auto class reads the encoder half of the other families; their encoders are models of their own.
-    whole = model_on_meta(AutoModel, path, config)
+    return _load_half(path, config, own_config, options)
+
+
+def _load_half(
+    path: str, config: PretrainedConfig, own_config: PretrainedConfig, options: dict[str, Any]
+) -> PreTrainedModel:
+    """The encoder of a model of two halves, by the encoder's own class, for which there is no auto class."""
+    # The class alone is needed: no memory, no random weights, and none of ZeRO-3's partitions.
+    with torch.device("meta"), no_init_weights():
+        whole = MODEL_MAPPING[type(config)](copy.deepcopy(config))
     encoder_class = type(whole.get_encoder())
     if not issubclass(encoder_class, PreTrainedModel):
         raise InputError(f"{path}: the encoder of the type {config.model_type!r} cannot be loaded by itself")
@@ -227,7 +237,7 @@ def find_masking(
 ) -> Masking:
     """The first form of mask under which padding changes no state of two short sources, tried on the encoder itself.
 
-    A causal encoder needs none, since padding stands on the right. Most others take an additive 4-D mask, which
+    A causal encoder needs none, since padding is on the right. Most others take an additive 4-D mask, which
     transformers returns unread where it reads a value of a 2-D one, for which the host waits. Where every mask fails,
     as CANINE's, sources are read one at a time.
 
@@ -242,7 +252,7 @@ def find_masking(
     count = getattr(encoder.config.get_text_config(), "vocab_size", None) or 1024
     ids = 3 + torch.arange(8, device=encoder.device) * ((count - 3) // 8)
     sources = [ids[:5], ids[5:]]
-    padded = torch.full((2, 5), pad_id, device=encoder.device)
+    padded = torch.full((2, 16), pad_id, device=encoder.device)
     mask = torch.zeros_like(padded)
     for row, source in enumerate(sources):
         padded[row, : len(source)], mask[row, : len(source)] = source, 1
@@ -253,6 +263,8 @@ def find_masking(
         except Exception as error:
             raise InputError(f"the encoder {encoder.name_or_path} cannot run: {first_line(error)}") from error
         for masking in forms:
+            if masking == "causal" and not is_decoder_only(encoder.config):
+                continue
             try:
                 states = encode(encoder, padded, mask, masking)
             except Exception:

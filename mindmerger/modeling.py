@@ -4,7 +4,6 @@ Section 3 of Huang et al., NeurIPS 2024 (arXiv 2405.17386). The LLM reads
 `[bos | mapped source states | boundary | prompt | target]`; loss is on the target alone.
 """
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,7 +213,9 @@ class MindMergerForCausalLM(PreTrainedModel):
         if config.mt_hidden_size is None or config.llm_hidden_size is None:
             raise InputError(f"the config in {checkpoint} is not a mapping's: it names no hidden sizes")
         state = read_mapping(path, config.mt_hidden_size, config.llm_hidden_size)
-        return cls.from_base_models(config, dtype, trust_remote_code, state)
+        model = cls.from_base_models(config, dtype, trust_remote_code, state)
+        model.masking = find_masking(model.encoder, model.source_pad_id, ("padding", "alone"))
+        return model
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Write config, mapping and model card to a folder; the base models stay where they are.
@@ -226,25 +227,11 @@ class MindMergerForCausalLM(PreTrainedModel):
         write_mapping(Path(save_directory), self.config.to_dict(), self.mapping.state_dict())
         write_card(Path(save_directory))
 
-    def push_to_hub(  # type: ignore[override]
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload MindMerger mapping",
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-    ) -> str:
-        """Upload what `save_pretrained` writes, card included, to the Hub's `repo_id`; returns the commit's URL."""
-        from huggingface_hub import HfApi
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]
+        """Upload the files of `save_pretrained`, card included, with the options of `card.upload`; gives a URL."""
+        from mindmerger.card import upload
 
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        options = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options).commit_url)
+        return upload(self, repo_id, **options)
 
     def train(self, mode: bool = True) -> "MindMergerForCausalLM":
         """As for any module, but the frozen models never leave eval mode: no dropout where nothing is learned."""
@@ -341,9 +328,13 @@ class MindMergerForCausalLM(PreTrainedModel):
         batch = self._lay_out(padded_rows(input_ids, attention_mask, prompt_ids, prompt_attention_mask))
         return self.llm.generate(inputs_embeds=self.embed(batch), attention_mask=batch.mask, **kwargs)
 
+    @property
+    def source_pad_id(self) -> int:
+        """The encoder's padding id, by which some encoders count positions; 0 for an encoder without one."""
+        return getattr(self.encoder.config.get_text_config(), "pad_token_id", None) or 0
+
     def _lay_out(self, rows: list[Tokens], packed: bool = False) -> Batch:
-        pad_id = getattr(self.encoder.config.get_text_config(), "pad_token_id", None) or 0
-        return lay_out(rows, self.config.llm_bos_token_id, pad_id, packed).to(self.llm.device)
+        return lay_out(rows, self.config.llm_bos_token_id, self.source_pad_id, packed).to(self.llm.device)
 
 
 AutoConfig.register("mindmerger", MindMergerConfig)

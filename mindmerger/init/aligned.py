@@ -29,7 +29,7 @@ from mindmerger.batching import pad, plan_once
 from mindmerger.checkpoint import read_mapping, write_mapping
 from mindmerger.config import ModelPair
 from mindmerger.data import Example
-from mindmerger.frozen_models import is_decoder_only, load_encoder, load_llm
+from mindmerger.frozen_models import encode, find_masking, is_decoder_only, load_encoder, load_llm
 from mindmerger.init.ridge import Span, as_mlp, correlation, covering, relative_error, ridge
 from mindmerger.init.scaled import mean_embedding
 from mindmerger.modeling import MindMergerConfig
@@ -303,10 +303,11 @@ def read_states(
     """
     (plan,) = plan_once([len(source) for source in sources], batch_size, ranks=1)
     by_source: list[list[torch.Tensor]] = [[] for _ in sources]
+    masking = "padding" if all_layers else find_masking(encoder, source_pad_id, ("padding", "alone"))
     for rows in progress(process, plan, desc="encoder states", leave=False):
         ids, mask = pad([sources[row] for row in rows], source_pad_id)
         inputs = {"input_ids": ids.to(process.device), "attention_mask": mask.to(process.device)}
-        states = _all_layers(encoder, inputs) if all_layers else [encoder(**inputs).last_hidden_state]
+        states = _all_layers(encoder, inputs) if all_layers else [encode(encoder, *inputs.values(), masking)]
         for place, row in enumerate(rows):
             by_source[row] = [layer[place, : len(sources[row])].cpu() for layer in states]
     return [list(of_layer) for of_layer in zip(*by_source, strict=True)]
