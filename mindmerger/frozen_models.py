@@ -103,7 +103,7 @@ def check_context(models: "ModelPair", tokens: int) -> None:
 
 
 def is_decoder_only(config: PretrainedConfig) -> bool:
-    """Whether a multilingual model is a causal language model: each state has seen only what stands before it."""
+    """True if a multilingual model is a causal language model: each state has seen only what stands before it."""
     return (
         not config.is_encoder_decoder
         and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING

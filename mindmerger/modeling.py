@@ -131,7 +131,7 @@ class MindMergerForCausalLM(PreTrainedModel):
         llm: any Hugging Face causal language model; see `load_llm`.
 
     Attributes:
-        packs: whether the LLM reads packed rows, as `pack_rows` found.
+        packs: True if the LLM reads packed rows, as `pack_rows` found.
         masking: how the encoder is given a batch's mask; see `find_masking`.
     """
 
@@ -260,7 +260,7 @@ class MindMergerForCausalLM(PreTrainedModel):
             source_pad_id: pads the sources.
 
         Returns:
-            Whether the LLM reads packed rows from now on; see `pack_attention`.
+            True if the LLM reads packed rows from now on; see `pack_attention`.
         """
         self.packs = pack_attention(self.llm)
         self.masking = find_masking(self.encoder, source_pad_id)

@@ -65,7 +65,7 @@ def packed_attention(
 
 
 def _has_kernel(query: torch.Tensor) -> bool:
-    """Whether `varlen_attn` has a kernel for such tensors."""
+    """True if `varlen_attn` has a kernel for such tensors."""
     if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
         return False
     width = query.shape[-1]
@@ -140,7 +140,7 @@ def pack_attention(llm: PreTrainedModel) -> bool:
         llm: in eval mode.
 
     Returns:
-        Whether it reads packed rows from now on; if not it is as it was.
+        True if it reads packed rows from now on; if not it is as it was.
     """
     config = llm.config.get_text_config()
     # Private: transformers sets it by `set_attn_implementation`, and has no public name to read it by.
@@ -184,6 +184,6 @@ def packed_arguments(lengths: list[int], cumulative_lengths: torch.Tensor) -> di
 
 
 def are_close(outputs: torch.Tensor, reference: torch.Tensor) -> bool:
-    """Whether two results differ by rounding alone: a token that sees other tokens changes the first digits."""
+    """True if two results differ by rounding alone: a token that sees other tokens changes the first digits."""
     difference = (outputs - reference).float().norm()
     return bool(difference <= torch.finfo(reference.dtype).eps ** 0.5 * reference.float().norm())

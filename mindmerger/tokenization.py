@@ -35,13 +35,13 @@ class ExampleTokenizer:
         mt_tokenizer, mt_config: the multilingual model's, None for the LLM alone, which reads no source. Where the
             tokenizer puts a language token around a text, a source gets its own language's.
         llm_tokenizer: the LLM's.
-        augmentation: whether the prompt follows the mapped states.
+        augmentation: True if the prompt follows the mapped states.
         max_seq_len: tokens of a source, its special tokens included.
         max_prompt_len: tokens of a prompt.
         max_gen_len: tokens of a target, its eos included.
 
     Attributes:
-        names_language: whether its language's token stands before or after a source.
+        names_language: True if its language's token stands before or after a source.
 
     Raises:
         InputError: the LLM's tokenizer names no eos token, or the encoder takes a language as anything but a token.

@@ -166,7 +166,7 @@ def page(columns: list[Column], needs_language: bool) -> "gr.Blocks":
 
     Args:
         columns: from left to right; on a phone, from top to bottom.
-        needs_language: whether to ask for the question's language.
+        needs_language: True if to ask for the question's language.
     """
     import gradio as gr
 

@@ -77,7 +77,7 @@ class Layout:
             raise InputError(f"{folder} holds files that are not from here: choose another --output_dir")
 
     def has(self, *names: str) -> bool:
-        """Whether these files are there as they were written."""
+        """True if these files are there as they were written."""
         return all(
             name in self.files
             and (self.folder / name).is_file()

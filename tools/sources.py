@@ -48,7 +48,7 @@ class Reading:
         source: from the table.
         language: of the rows, where the source has a file for each.
         source_dir: holds `{dataset id}/{files}`, to be read in place of the Hub.
-        check_count: whether another number of rows than the published one is an error.
+        check_count: True if another number of rows than the published one is an error.
 
     Raises:
         InputError: here, no such files, or no hub; while iterating, a broken connection or file, or the count.

@@ -31,7 +31,7 @@ class Output(NamedTuple):
     Attributes:
         problem: its index.
         text: without special tokens.
-        stopped: whether it ended by itself, and not at a limit.
+        stopped: True if it ended by itself, and not at a limit.
     """
 
     problem: int
@@ -132,7 +132,7 @@ class AnswererParts:
 
     Attributes:
         models: LLM and encoder; no encoder for the LLM alone.
-        augmentation: whether the prompt follows the mapped states.
+        augmentation: True if the prompt follows the mapped states.
         tokenizer: of both models.
         checkpoint, config, mapping: where the mapping lies, its config and its tensors; None for the LLM alone.
     """
@@ -148,7 +148,7 @@ class AnswererParts:
         """The answerer, its models on `device` in `dtype`.
 
         Args:
-            generates: whether the LLM answers there, and no copy of it elsewhere.
+            generates: True if the LLM answers there, and no copy of it elsewhere.
 
         Raises:
             InputError: weights are missing, or a model's outputs depend on the batch or on the cache.
@@ -183,7 +183,7 @@ def prepare_answerer(
         models: as named by the user; what is left open is filled in from the record beside the mapping.
         checkpoint: of the mapping; None for the LLM alone.
         limits: in tokens.
-        augmentation: whether the prompt follows the mapped states; None for as trained.
+        augmentation: True if the prompt follows the mapped states; None for as trained.
 
     Raises:
         InputError: whatever of it is missing or does not fit together.

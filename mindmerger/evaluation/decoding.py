@@ -24,7 +24,7 @@ class Answer:
     Attributes:
         problem: its index.
         ids: new token ids; an eos that ended it is included, so that an answer without one was stopped.
-        is_done: whether it gets no more.
+        is_done: True if it gets no more.
     """
 
     problem: int

@@ -44,7 +44,7 @@ class ProblemSet:
     Attributes:
         task: how an answer is graded.
         examples, tokens: of all problems.
-        by_likelihood: whether labels are scored, and no text is generated.
+        by_likelihood: True if labels are scored, and no text is generated.
         max_gen_len: tokens of a generated answer.
         slots: problems at once.
         answer_parser: how a number is read from an answer; one of `PARSERS`.

@@ -26,7 +26,7 @@ class SlotCache(Cache):
 
     @staticmethod
     def can_hold(cache: DynamicCache) -> bool:
-        """Whether all that the LLM keeps of a row is a key and a value for each token (no recurrent states)."""
+        """True if all that the LLM keeps of a row is a key and a value for each token (no recurrent states)."""
         return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
     def fill(self, slots: list[int], prefilled: DynamicCache, columns: int) -> None:

@@ -22,7 +22,7 @@ _ROWS_AT_ONCE = 8
 
 
 def check_vllm(models: ModelPair, longest: int, max_gen_len: int, process: Process) -> int:
-    """Whether vLLM can answer problems of at most `longest` tokens, before anything loads.
+    """True if vLLM can answer problems of at most `longest` tokens, before anything loads.
 
     Returns:
         The longest sequence that it is to hold, in tokens.

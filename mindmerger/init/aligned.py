@@ -68,9 +68,9 @@ def choose_texts(rows: list[Example], translations: bool, sentences: int, choose
 
     Args:
         rows: of training.
-        translations: whether the targets translate the sources, as in the mapping stage.
+        translations: True if the targets translate the sources, as in the mapping stage.
         sentences: English sentences at most.
-        chooses_layer: whether translations are needed to choose an encoder's layer by.
+        chooses_layer: True if translations are needed to choose an encoder's layer by.
         mt_path: of the encoder, for messages.
 
     Raises:
@@ -108,7 +108,7 @@ class AlignedStart:
         config: of the mapping.
         tokenizer: of the two models.
         dtype: in which both models run.
-        mean_boundary: whether the boundary is the LLM's mean embedding, or 0.
+        mean_boundary: True if the boundary is the LLM's mean embedding, or 0.
         batch_size: texts that the encoder reads at once.
     """
 

@@ -95,7 +95,7 @@ def parse_answer_published(text: str) -> Fraction:
 
 
 def is_same_number(number: Fraction | None, gold: Fraction) -> bool:
-    """Whether `number` is `gold`, to a relative 1e-6; None is no number."""
+    """True if `number` is `gold`, to a relative 1e-6; None is no number."""
     return number is not None and abs(number - gold) <= abs(gold) / 10**6
 
 
