@@ -126,8 +126,8 @@ def test_an_llm_whose_logits_depend_on_batch_or_cache_is_refused(dtype: torch.dt
         (XLNetConfig(), "does not keep its states"),
         (MiniMaxConfig(), "does not keep its states"),
         (RecurrentGemmaConfig(), "does not keep its states"),
-        (CpmAntConfig(), "reads token ids alone"),
-        (Gemma4TextConfig(), "embeds token ids anew in each layer"),
+        (CpmAntConfig(), "takes token ids only"),
+        (Gemma4TextConfig(), "embeds token ids in each layer"),
     ],
     ids=lambda it: getattr(it, "model_type", ""),
 )
@@ -170,7 +170,7 @@ def test_rows_beyond_switching_positions_are_refused(rope_type: str, tmp_path: P
         LlamaConfig(**sizes, max_position_embeddings=200).save_pretrained(tmp_path)
     models = ModelPair(llm_path=str(tmp_path))
     check_context(models, 200)
-    with pytest.raises(InputError, match="reads all rows of a batch otherwise where one has more than 200"):
+    with pytest.raises(InputError, match="computes other positions for all rows of a batch if one has more than 200"):
         check_context(models, 201)
 
 
