@@ -17,7 +17,7 @@ _LETTERS = tuple("ABCDE")
 
 
 def x_csqa_prompt(stem: str, choices: list[str]) -> Prompt:
-    """The options are part of the template, so that none is ever cut off."""
+    """Prompt with the options in the template, so that none is ever cut."""
     options = "\t".join(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices))
     return Prompt("", stem, f"\nOptions:{options}\nAnswer:")
 

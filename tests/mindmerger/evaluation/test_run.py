@@ -142,7 +142,7 @@ def test_out_of_memory_halves_the_slots_and_goes_on(
     assert "out of memory with 4 problems at once: going on with 2" in printed
     assert predictions(Path("results/short/mgsm")) == predictions(Path("results/room/mgsm"))
     monkeypatch.setattr(decoding, "_step", short_of_memory(0, after=0))
-    with pytest.raises(InputError, match=r"one problem of .*mgsm_\w+\.tsv, line \d.*--max_gen_len below 12"):
+    with pytest.raises(InputError, match=r"single problem, .*mgsm_\w+\.tsv, line \d.*--max_gen_len below 12"):
         evaluate_words(*words, "--save_name", "none")
 
 
@@ -195,7 +195,7 @@ def test_answers_that_have_not_arrived_are_not_left_out_of_the_score(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "read_predictions", lambda folder: read_predictions(folder)[:-1])
-        with pytest.raises(InputError, match="results/late/mgsm shows 21 of 22 answers: .* the same command goes on"):
+        with pytest.raises(InputError, match="results/late/mgsm has 21 of 22 answers: .* the same command continues"):
             evaluate_words(*words, "--save_name", "late")
     assert not Path("results/late/mgsm/scores.json").exists()
     evaluate_words(*words, "--save_name", "late")
