@@ -69,7 +69,7 @@ def train(flags: TrainingFlags) -> None:
     folder = Path("outputs") / flags.save_name / flags.stage_name
     with open_run(folder, stage.settings, flags.overwrite, process) as run:
         if run.is_finished:
-            say(process, f"{folder} holds this very run, finished: nothing to do (--overwrite trains anew)")
+            say(process, f"{folder} has this run, finished: nothing to do (--overwrite trains again)")
         else:
             announce(stage, process)
             _run_stage(flags, stage, run)
@@ -110,14 +110,14 @@ def prepare(flags: TrainingFlags, process: Process) -> Stage:
     """
     uses_prompt = flags.uses_prompt
     if uses_prompt != (flags.stage_name == "augmentation"):
-        say(process, f"warning: --augmentation {uses_prompt} in the {flags.stage_name} stage, as told")
+        say(process, f"warning: --augmentation {uses_prompt} is not the default of the {flags.stage_name} stage")
     ds_config = deepspeed_config(flags.deepspeed_config, flags.batch_sizes, process.device)
     models, checkpoint = flags.models, initial_checkpoint(flags)
     if checkpoint is not None:
         models = with_trained_layer(models, checkpoint)
         warn_of_scale(models, checkpoint, process)
         if flags.mapping_init == "aligned":
-            say(process, f"warning: --mapping_init aligned does nothing, the mapping starts from {checkpoint}")
+            say(process, f"warning: --mapping_init aligned has no effect, the mapping starts from {checkpoint}")
     tokenizer = load_example_tokenizer(models, flags.limits, uses_prompt)
     config = mapping_config(models, tokenizer.llm_tokenizer.bos_token_id)
     initial = None if checkpoint is None else read_mapping(checkpoint, config.mt_hidden_size, config.llm_hidden_size)
@@ -162,7 +162,7 @@ def announce(stage: Stage, process: Process) -> None:
     say(process, f"{len(stage.train)} training rows, {len(stage.dev)} dev rows, {ranks}")
     say(process, f"token ids: {stage.table.size / 1e6:.1f} MB in {stage.table.folder}")
     if shared := stage.dev.shared_targets(stage.train):
-        say(process, f"targets of {shared} dev row(s) are training rows' too: dev perplexity will be optimistic")
+        say(process, f"{shared} dev row(s) have targets of training rows: dev perplexity will be optimistic")
     for language, cuts in stage.table.rows(np.arange(len(stage.table))).cuts().items():
         say(process, f"cut to the limits in {language}: {', '.join(f'{n} {kind}(s)' for kind, n in cuts.items())}")
 
@@ -293,6 +293,6 @@ def initial_checkpoint(flags: TrainingFlags) -> Path | None:
     if not checkpoint.exists():
         raise InputError(
             f"the augmentation stage starts from the mapping stage's best, and {checkpoint} does not exist: "
-            "run --stage_name mapping first, or name a mapping with --init_checkpoint (none starts afresh)"
+            "run --stage_name mapping first, or name a mapping with --init_checkpoint (none: a new mapping)"
         )
     return checkpoint

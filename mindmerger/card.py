@@ -38,7 +38,7 @@ def write_card(folder: Path, results: Path = Path("results")) -> None:
     """
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict) or config.get("model_type") != "mindmerger":
-        raise InputError(f"{folder / CONFIG} is no mapping's config")
+        raise InputError(f"{folder / CONFIG} is not the config of a mapping")
     hashes = {sha256(folder / name) for name in (SAFETENSORS, PUBLISHED) if (folder / name).is_file()}
     write_text(folder / CARD, model_card(config, find_scores(results, hashes)))
 

@@ -69,12 +69,12 @@ def read_mapping(checkpoint: Path, mt_hidden_size: int, llm_hidden_size: int) ->
         if name in state and tuple(state[name].shape) != shape:
             problems.append(f"{name} is {list(state[name].shape)}, these models need {list(shape)}")
         elif name in state and (not state[name].dtype.is_floating_point or state[name].itemsize < 2):
-            problems.append(f"{name} is of {state[name].dtype}, no float of 16 bits or more")
+            problems.append(f"{name} is {state[name].dtype}, not a float of 16 bits or more")
         elif name in state and not torch.isfinite(state[name]).all():
-            problems.append(f"{name} holds values that are not finite")
+            problems.append(f"{name} has values that are not finite")
     if problems:
         raise InputError(
-            f"{path} is no mapping from an encoder of width {mt_hidden_size} to an LLM of width {llm_hidden_size}: "
+            f"{path} is not a mapping from an encoder of width {mt_hidden_size} to an LLM of width {llm_hidden_size}: "
             + "; ".join(problems)
         )
     return {name: tensor.float() for name, tensor in state.items()}
@@ -93,7 +93,7 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     kinds = {f"{name}_{what}": str for name in ("llm", "mt") for what in ("path", "revision")}
     for name, kind in (kinds | {"augmentation": bool, "encoder_layer": int}).items():
         if not isinstance(record.get(name), kind | None):
-            raise InputError(f"{path}: {name} is {record[name]!r}, no {kind.__name__}")
+            raise InputError(f"{path}: {name} is {record[name]!r}, not of type {kind.__name__}")
     return record
 
 

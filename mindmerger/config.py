@@ -74,7 +74,7 @@ class ModelFlags:
     max_gen_len: int = flag(512, "maximum tokens of a target or of a generated answer")
     save_name: str = flag("MergeMinds", "name of the folders under outputs/ and results/")
     init_checkpoint: str | None = flag(
-        None, "mapping to start from: folder, .safetensors or pytorch_model.bin; none: start afresh"
+        None, "mapping to start from: folder, .safetensors or pytorch_model.bin; none: a new mapping"
     )
     eval_batch_size: int = flag(8, "rows of a batch at evaluation, per device")
     overwrite: bool = flag(False, "replace an output folder that holds another run")

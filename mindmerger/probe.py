@@ -101,8 +101,8 @@ class _Trial:
         # `not ... <=` also refuses NaN.
         if not difference <= self._tolerance:
             raise InputError(
-                f"the LLM {self._llm.name_or_path} ({type(self._llm).__name__}) gives other logits {where} than to a "
-                f"row alone without a cache, by {difference:.0%}: its answers would be wrong, take another LLM"
+                f"the LLM {self._llm.name_or_path} ({type(self._llm).__name__}) gives logits {where} that differ by "
+                f"{difference:.0%} from those of a row alone without a cache: use another LLM"
             )
 
 
@@ -122,4 +122,4 @@ def _one_line(llm: PreTrainedModel) -> Iterator[None]:
     # Families raise different errors for arguments that they do not take.
     except Exception as error:
         name = f"{llm.name_or_path} ({type(llm).__name__})"
-        raise InputError(f"the LLM {name} cannot answer here: {first_line(error)}") from error
+        raise InputError(f"the LLM {name} cannot run: {first_line(error)}") from error

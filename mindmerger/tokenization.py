@@ -81,7 +81,7 @@ class ExampleTokenizer:
         return 0 if pad_id is None else pad_id
 
     def __call__(self, examples: list[Example], with_targets: bool = True) -> list[Tokens]:
-        """Tokenize `examples`, for generation without targets.
+        """Tokenize `examples`; without targets for generation.
 
         Raises:
             InputError: a template alone is longer than its limit, or the encoder has no token for a language.
@@ -191,7 +191,7 @@ def ids_with_spans(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list
     """
     if not tokenizer.is_fast:
         raise InputError(
-            f"the tokenizer in {tokenizer.name_or_path} is not a fast one and has no character offsets, which an "
+            f"the tokenizer in {tokenizer.name_or_path} is not a fast one, and has no character offsets, which an "
             "aligned start needs: use another --mapping_init"
         )
     encoded = tokenizer(texts, return_offsets_mapping=True, **_PLAIN)

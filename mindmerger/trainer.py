@@ -195,7 +195,7 @@ class Trainer:
         step, schedule = self.state.step, self.schedule
         if 0 < step < self.total_steps and step % schedule.save_steps == 0:
             self._save_state()
-        # Also before the first step, and at the end of each epoch, as published, so also after the last step.
+        # Also before the first step, and at the end of each epoch (as published), hence after the last step.
         if len(self.dev) and (step % schedule.eval_steps == 0 or step % self.steps_per_epoch == 0):
             self.validate()
 

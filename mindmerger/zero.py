@@ -60,11 +60,11 @@ def deepspeed_config(path: str | None, sizes: BatchSizes, device: torch.device) 
         "zero_allow_untested_optimizer": True,
     }
     if not isinstance(config.setdefault("gradient_clipping", 1.0), int | float):
-        raise InputError(f"{path}: gradient_clipping is {reprlib.repr(config['gradient_clipping'])}, no number")
+        raise InputError(f"{path}: gradient_clipping is {reprlib.repr(config['gradient_clipping'])}, not a number")
     try:
         stage = DeepSpeedConfig(config).zero_optimization_stage
     except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
-        raise InputError(f"{path}: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path}: invalid for DeepSpeed: {' '.join(str(error).split())}") from error
     if stage == 0:
         raise InputError(f'{path}: set "zero_optimization": {{"stage": 2}}, or 1, or 3')
     return config

@@ -139,7 +139,7 @@ def read_runs(folders: list[Path]) -> list[Run]:
         tasks = [folder] if alone else [path.parent for path in sorted(folder.glob("*/predictions"))]
         tasks = [task for task in tasks if not (task / RUN).exists() or "result" in read_json(task / RUN)]
         if not tasks:
-            raise InputError(f"{folder}: no predictions/ of a finished evaluation in it, nor in a task's folder there")
+            raise InputError(f"{folder}: no predictions/ of a finished evaluation in it or in its task folders")
         name = folder.resolve().parent.name if alone else folder.resolve().name
         runs.append(Run(name, {task.name: read_answers(task) for task in tasks}))
     names = Counter(run.name for run in runs)
@@ -162,9 +162,9 @@ def read_answers(folder: Path) -> Answers:
                 wrong += ["language"] if record["language"] not in LANGUAGES else []
                 wrong += ["parsed"] if "parsed" not in record else []
             except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path}, line {number}: not an answer that run_evaluation.py graded") from error
+                raise InputError(f"{path}, line {number}: not a graded answer of run_evaluation.py") from error
             if wrong:
-                raise InputError(f"{path}, line {number}: {', '.join(wrong)} is not as run_evaluation.py has it")
+                raise InputError(f"{path}, line {number}: {', '.join(wrong)} is not as written by run_evaluation.py")
             # Each rank has a file of a language's answers, in the order in which they ended.
             records.append((path.name.split(".")[0], record["problem"], record))
     for *_, record in sorted(records, key=lambda located: located[:2]):
@@ -306,7 +306,7 @@ def _curves(curves: dict[str, list[dict[str, Any]]]) -> str:
                 points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
                 marker = "o" if name == "dev_perplexity" else None
                 axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3, linewidth=1)
-            # 4, not 4 x 10^0.
+            # 4 instead of 4 x 10^0.
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
             buffer = io.StringIO()

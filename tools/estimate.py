@@ -118,7 +118,7 @@ def cost_of_layers(run: Callable[[], Any], model: PreTrainedModel, *given: nn.Mo
     """Cost of a model of many layers, extrapolated from runs of `cost_of` with few layers.
 
     Raises:
-        InputError: the model cannot run on shapes alone.
+        InputError: the model cannot run without data.
     """
 
     def run_or_refuse() -> Any:
@@ -127,7 +127,7 @@ def cost_of_layers(run: Callable[[], Any], model: PreTrainedModel, *given: nn.Mo
         # Errors of several types: some kinds of experts in float32, and code that reads values.
         except Exception as error:
             name = f"{type(model).__name__} in {str(model.dtype).removeprefix('torch.')}"
-            raise InputError(f"--plan: {name} cannot run on shapes without data: {first_line(error)}") from error
+            raise InputError(f"--plan: {name} cannot run without data: {first_line(error)}") from error
 
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     path, _, name = max(lists, key=lambda name: len(lists[name])).rpartition(".")
@@ -224,7 +224,7 @@ def _attend(
     if getattr(module, "is_causal", False) and queries == key.shape[2]:
         flops /= 2
     if position_bias is not None:
-        # It is spread over the rows, whose padding it is joined with.
+        # The bias is expanded to all rows, since it is added to their padding masks.
         position_bias = position_bias.expand(rows, -1, -1, -1).clone()
     return _Attention.apply(query, key, value, flops).transpose(1, 2).contiguous(), None
 

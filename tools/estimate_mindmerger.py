@@ -38,8 +38,8 @@ from tools.estimate import (
 
 # Rows of the published test sets in each language.
 PROBLEMS = {"mgsm": 250, "msvamp": 1000, "x-csqa": 1000, "xnli": 5010}
-# DeepSpeed's own defaults: elements of the buffer that gradients are exchanged from, and under ZeRO-3 of gathered
-# weights that it keeps at most.
+# DeepSpeed's defaults: elements of the buffer for exchanging gradients, and maximum elements of gathered weights under
+# ZeRO-3.
 REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
 LINK = 100e9  # bytes per second into a device, over fast links
@@ -68,8 +68,8 @@ class Row:
         return f"rows of {self.prefix + self.target} tokens ({', '.join(parts)})"
 
 
-# Means over MGSM, and translations of GSM8K's questions and their solutions, by the tokenizers of Gemma 3 (sources) and
-# SmolLM2 (prompts, which repeat the question in its language, and targets). A label is a token and an eos.
+# Mean tokens of MGSM, and of translations of GSM8K's questions and solutions, by the tokenizers of Gemma 3 (sources)
+# and SmolLM2 (prompts, which repeat the question in its language, and targets). A label is a token and an eos.
 MEAN_PAIR = Row(73, 170, 62)
 MEAN_PROBLEM = Row(73, 190, 103)
 LABEL_TOKENS = 2

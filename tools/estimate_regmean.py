@@ -166,7 +166,7 @@ def batch_cost(model: PreTrainedModel, rows: int, length: int, device: Device) -
     """Cost of one batch through a meta model, with copies of the inputs of layers, without their sums."""
 
     def receive(name: str, x: torch.Tensor) -> None:
-        kept = x.reshape(-1, x.shape[-1]).clone()  # the rows that are no padding
+        kept = x.reshape(-1, x.shape[-1]).clone()  # rows without padding
         if device.type == "cpu":
             kept = kept.float()
         elif kept.dtype != torch.float32:
@@ -207,8 +207,8 @@ def estimate_merge(flags: MergeFlags, device: Device) -> Estimate:
         elements = GPU_BLOCK_ELEMENTS if device.type == "cuda" else BLOCK_ELEMENTS
         blocks = math.ceil(each.outputs / max(1, elements // each.width)) if count > 2 else 1
         read += count * each.file_bytes * blocks
-        # For each alpha a factor, and for each output a solution; for each output besides a right-hand side, and half
-        # a product for the objective: of each model, but of two together.
+        # A factor for each alpha, and a solution for each output. A right-hand side for each output, and half a product
+        # for the objective, for each model, or once for two models.
         flops += alphas * (each.width**3 / 3 + 2 * each.outputs * each.width**2)
         flops += 3 * each.outputs * each.width**2 * (1 if count == 2 else count)
     systems = [(each.width, each.outputs) for each in inputs]

@@ -105,7 +105,7 @@ class MindMergerLM(LM):
         for request in requests:
             kwargs = normalize_gen_kwargs(request.args[1], self._flags.max_gen_len)
             if kwargs["do_sample"]:
-                raise InputError(f"task {request.task_name} asks for sampling: MindMerger answers greedily")
+                raise InputError(f"task {request.task_name} needs sampling, and MindMerger decodes greedily")
             settings.append(json.dumps([[stop for stop in kwargs["until"] if stop], kwargs["max_gen_toks"]]))
         texts = [""] * len(requests)
         for number, text in self._answers(requests, settings, answer, disable_tqdm):
@@ -144,8 +144,8 @@ class MindMergerLM(LM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Raise InputError: a whole text has no question for the encoder."""
         raise InputError(
-            f"task {requests[0].task_name} asks for the likelihood of a whole text (loglikelihood_rolling), and "
-            "MindMerger answers questions: take --model hf for the LLM alone"
+            f"task {requests[0].task_name} needs the likelihood of a whole text (loglikelihood_rolling), without a "
+            "question for the encoder: use --model hf for the LLM alone"
         )
 
     def chat_template(self, chat_template: bool | str = False) -> str:

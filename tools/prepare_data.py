@@ -56,7 +56,7 @@ class PrepareDataFlags:
     def __post_init__(self) -> None:
         require_positive(self, "train_num")
         if self.pairs == "questions" and self.task != "math":
-            raise InputError(f"--pairs questions are GSM8K's: take --task math, not {self.task}")
+            raise InputError(f"--pairs questions are GSM8K's: use --task math, not {self.task}")
 
 
 class Layout:
@@ -69,7 +69,7 @@ class Layout:
         if (folder / MANIFEST).exists():
             manifest = read_json(folder / MANIFEST)
             known = manifest.get("settings") if isinstance(manifest, dict) else None
-            # Folders from before there was --pairs have those of the corpora.
+            # Folders from before --pairs existed have those of the corpora.
             if not isinstance(known, dict) or {"pairs": "corpora"} | known != settings:
                 raise InputError(f"{folder} was built with other settings: choose another --output_dir, or remove it")
             self.files = manifest["files"]

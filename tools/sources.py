@@ -86,7 +86,7 @@ class Reading:
         if self.check_count and self.source.rows not in (None, self.rows):
             raise InputError(
                 f"{', '.join(self._paths)}: {self.rows} rows, but {self.source.rows} are published: the download is "
-                "not whole, or the data has changed (--check_counts False takes it as it is)"
+                "incomplete, or the data has changed (--check_counts False accepts it)"
             )
 
     def _converted(self, row: dict[str, Any]) -> Any:
@@ -94,7 +94,7 @@ class Reading:
             return self.source.convert(row, self._language)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
-                f"{self.location}: not the schema that {self.source.dataset} was published in: "
+                f"{self.location}: not the published schema of {self.source.dataset}: "
                 f"{type(error).__name__}: {error}; its columns are {', '.join(row)}"
             ) from error
 

@@ -170,7 +170,7 @@ def answer_all(answerer: Answerer, problems: ProblemSet, folder: Path, process: 
     process.barrier()
     name, count = problems.task.name, len(problems.examples)
     if done:
-        say(process, f"{name}: {len(done)} of {count} problems were answered before")
+        say(process, f"{name}: {len(done)} of {count} problems already have answers")
     left = [problem for problem in range(count) if problem not in done]
     lengths = [len(problems.tokens[problem]) for problem in left]
     batches = plan_once(lengths, batch_size=1, ranks=process.world_size)[process.rank]
@@ -215,7 +215,7 @@ def _answers(answerer: Answerer, problems: ProblemSet, own: list[int], process: 
             if tried == 1:
                 raise InputError(_too_large(problems, next(iter(left)))) from error
             slots = tried // 2
-            say(process, f"out of memory with {tried} problems at once: going on with {slots}")
+            say(process, f"out of memory with {tried} problems at once: continuing with {slots}")
 
 
 def _too_large(problems: ProblemSet, problem: int) -> str:

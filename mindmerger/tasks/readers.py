@@ -71,7 +71,7 @@ def read_text(path: Path) -> str:
 
 def text_lines(path: Path) -> list[str]:
     """Read the lines of a text file and check that none is empty."""
-    # Only line feeds end a row: a sentence may hold U+2028 or U+0085, at which splitlines() would split it.
+    # Only line feeds end a row: splitlines() would also split at U+2028 and U+0085, which occur in sentences.
     lines = read_text(path).replace("\r\n", "\n").split("\n")
     if lines[-1] == "":
         lines.pop()
@@ -106,7 +106,7 @@ def string(row: dict[str, Any], key: str, location: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{location}: {key!r} must be a text, found {reprlib.repr(value)}")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise InputError(f"{location}: {key!r} holds half of a surrogate pair, which is no character")
+        raise InputError(f"{location}: {key!r} has half of a surrogate pair, which is not a character")
     return value
 
 

@@ -37,7 +37,7 @@ def _questions(path: Path, language: Language) -> Iterator[Example]:
         prompt = x_csqa_prompt(stem, [string(choice, "text", location) for choice in choices])
         key = string(row, "answerKey", location)
         if key not in labels:
-            raise InputError(f"{location}: answerKey {reprlib.repr(key)} is none of the {len(choices)} choices")
+            raise InputError(f"{location}: answerKey {reprlib.repr(key)} is not one of the {len(choices)} choices")
         yield Example(prompt, prompt, key, language, labels, location)
 
 

@@ -1,4 +1,4 @@
-"""XNLI (Conneau et al., EMNLP 2018): whether a premise entails a hypothesis."""
+"""XNLI (Conneau et al., EMNLP 2018): entailment between a premise and a hypothesis."""
 
 import reprlib
 from typing import Any

@@ -49,7 +49,7 @@ def test_every_form_is_read_back(state: dict[str, torch.Tensor], tmp_path: Path)
             lambda s: s.update({"mlp.linear2.bias": torch.ones(5)}),
             r"mlp.linear2.bias is \[5\], these models need \[4\]",
         ),
-        (lambda s: s["mlp.linear1.bias"].fill_(float("nan")), "mlp.linear1.bias holds values that are not finite"),
+        (lambda s: s["mlp.linear1.bias"].fill_(float("nan")), "mlp.linear1.bias has values that are not finite"),
     ],
 )
 def test_a_wrong_mapping_is_refused_by_tensor(

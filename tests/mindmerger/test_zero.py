@@ -46,10 +46,10 @@ def test_auto_is_as_if_left_out(tmp_path: Path, bf16: bool) -> None:
         ({"bf16": {"enabled": "auto"}}, """write "bf16": {"enabled": true} or false, not {'enabled': 'auto'}"""),
         ({"bf16": "auto"}, """write "bf16": {"enabled": true} or false, not 'auto'"""),
         ({"bf16": {"enabled": "false"}}, """write "bf16": {"enabled": true} or false, not {'enabled': 'false'}"""),
-        ({"gradient_clipping": "1.0"}, "gradient_clipping is '1.0', no number"),
+        ({"gradient_clipping": "1.0"}, "gradient_clipping is '1.0', not a number"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, "remove 'optimizer', and use --lr instead"),
         ({"scheduler": {"type": "WarmupLR"}}, "remove 'scheduler', and use --lr_scheduler instead"),
-        ({"amp": {"enabled": "auto"}}, "DeepSpeed refuses it: NVIDIA Apex AMP"),
+        ({"amp": {"enabled": "auto"}}, "invalid for DeepSpeed: NVIDIA Apex AMP"),
         ({"zero_optimization": {"stage": "auto"}}, 'set "zero_optimization": {"stage": 2}, or 1, or 3'),
     ],
 )

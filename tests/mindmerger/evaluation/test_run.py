@@ -103,13 +103,13 @@ def test_a_second_run_continues_where_the_first_stopped(
     (folder / "run.json").write_text(json.dumps({"settings": settings}))
     capsys.readouterr()
     evaluate_words(*words, "--save_name", "stopped")
-    assert "9 of 22 problems were answered before" in capsys.readouterr().out
+    assert "9 of 22 problems already have answers" in capsys.readouterr().out
     assert predictions(folder) == before
 
     trained_before_5(Path("checkpoint"), monkeypatch)
     evaluate_words(*words, "--save_name", "stopped")
     printed = capsys.readouterr().out
-    assert "answered before" not in printed and "checkpoint was trained under transformers 4.57.3" in printed
+    assert "already have answers" not in printed and "checkpoint was trained under transformers 4.57.3" in printed
     with pytest.raises(InputError, match="max_gen_len was 12, now 13.*--overwrite"):
         evaluate_words(*words, "--save_name", "stopped", "--max_gen_len", 13)
     evaluate_words(*words, "--save_name", "stopped", "--max_gen_len", 13, "--overwrite")
@@ -138,8 +138,8 @@ def test_out_of_memory_halves_the_slots_and_goes_on(
     evaluate_words(*words, "--save_name", "short", "--eval_batch_size", 8)
     assert 8 in sizes[:15] and sizes[15:17] == [8, 4] and max(sizes[17:]) == 2
     printed = capsys.readouterr().out
-    assert "out of memory with 8 problems at once: going on with 4" in printed
-    assert "out of memory with 4 problems at once: going on with 2" in printed
+    assert "out of memory with 8 problems at once: continuing with 4" in printed
+    assert "out of memory with 4 problems at once: continuing with 2" in printed
     assert predictions(Path("results/short/mgsm")) == predictions(Path("results/room/mgsm"))
     monkeypatch.setattr(decoding, "_step", short_of_memory(0, after=0))
     with pytest.raises(InputError, match=r"single problem, .*mgsm_\w+\.tsv, line \d.*--max_gen_len below 12"):
