@@ -73,7 +73,7 @@ def write_comparison(flags: ReportFlags) -> str:
     """Write the page and the Markdown file; return the Markdown and a line with both names.
 
     Raises:
-        InputError: a folder without finished results or metrics, or runs that have no task in common.
+        InputError: a folder has no finished results or metrics, or the runs have no task in common.
     """
     runs = read_runs([Path(folder) for folder in flags.results])
     tasks = [name for name in EVALUATION_TASKS if all(name in run.tasks for run in runs)]
@@ -243,15 +243,15 @@ def _notes(task: str, runs: list[Run]) -> str:
     """Notes that explain the table."""
     first = runs[0].tasks[task].keys()
     in_common = [
-        f"{run.name} and {runs[0].name} have {len(first & run.tasks[task].keys())} problems in common of "
-        f"{len(run.tasks[task])} and {len(first)}: p and the languages' differences are of those."
+        f"{run.name} and {runs[0].name} have {len(first & run.tasks[task].keys())} common problems of "
+        f"{len(run.tasks[task])} and {len(first)}; p and the differences by language are computed on these."
         for run in runs[1:]
         if first != run.tasks[task].keys()
     ]
     general = (
-        f"In brackets the 95% Wilson interval. Difference in points to {runs[0].name}, p of the exact McNemar test on "
-        "the same problems, not corrected for how many languages are tested. The languages' problems are translations "
-        "of each other, so that no test is made of the average."
+        f"In brackets: 95% Wilson interval. Difference in points to {runs[0].name}, p of the exact McNemar test on "
+        "the same problems, not corrected for the number of languages. The average is not tested, since the problems "
+        "of different languages are translations of each other."
     )
     return " ".join([general, *in_common])
 

@@ -125,9 +125,9 @@ def estimate_training(flags: TrainingFlags, device: Device, ds_config: dict, dty
             "steps": f"of {flags.train_batch_size} rows",
             "work": f"assumed at mean length: {mean.describe()}",
             "time": "communication excluded",
-            "disk": "while it runs",
-            "traffic": f"weights into each device, {duration(traffic / LINK)} at {LINK / 1e9:.0f} GB/s, in part beside "
-            "the work",
+            "disk": "during the run",
+            "traffic": f"weights received by each device, {duration(traffic / LINK)} at {LINK / 1e9:.0f} GB/s, partly "
+            "during computation",
         },
     )
 
@@ -211,7 +211,7 @@ def estimate_evaluation(flags: EvaluationFlags, name: str, device: Device, dtype
     token_flops = 2 * (parameters(llm) - llm.get_input_embeddings().weight.numel()) * batch
     # A step, one token of every row, reads all weights and the cache.
     token_seconds = max((weight_bytes(llm) + mean_prefill.kept_bytes) / device.bandwidth, token_flops / speed)
-    time_note = "every row of a batch in use"
+    time_note = "all rows of a batch active"
     if device.type == "cuda" and flags.backend == "transformers" and calls * LAUNCH_SECONDS > token_seconds:
         token_seconds = calls * LAUNCH_SECONDS
         time_note += f"; a token takes {calls:,.0f} operations, each {LAUNCH_SECONDS * 1e6:.0f} us to start (assumed)"

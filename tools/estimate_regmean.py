@@ -114,13 +114,13 @@ def estimate_grams(flags: GramFlags, model: PreTrainedModel, device: Device) -> 
         # Two snapshots of half of the sums each.
         transfers={"disk": file, "snapshots": sums},
         notes={
-            "weights": f"{str(model.dtype).removeprefix('torch.')}, whole on every device",
+            "weights": f"{str(model.dtype).removeprefix('torch.')}, all weights on every device",
             "sums": f"at most, of {gb(all_sums)}" + ("" if passes else "; no number of passes fits"),
             "activations": f"at most: batch of {batch_tokens} tokens",
             "tokens": "at most",
             "time": "loading and writing excluded",
-            "disk": "as much again while passes are joined",
-            "snapshots": "for each device, while it runs",
+            "disk": "twice as much while passes are joined",
+            "snapshots": "for each device, during the run",
         },
     )
 
@@ -214,7 +214,7 @@ def estimate_merge(flags: MergeFlags, device: Device) -> Estimate:
     systems = [(each.width, each.outputs) for each in inputs]
     arithmetic, host = flops / device.single_flops, _host_seconds(flags, total, read - weights_read)
     written = float(len(flags.output_dirs()) * total * _dtype(flags.dtype, models[0].dtype).itemsize)
-    time = f"{duration(arithmetic)} of arithmetic, {duration(host)} of work on the host, a busy one's rates assumed; "
+    time = f"{duration(arithmetic)} of arithmetic, {duration(host)} of work on the host, at rates of a busy one; "
     time += f"disk excluded, {duration((read + written) / DISK)} at {gb(DISK)}/s"
     return Estimate(
         parameters={"each model": total},
@@ -223,7 +223,7 @@ def estimate_merge(flags: MergeFlags, device: Device) -> Estimate:
         flops=flops,
         seconds=arithmetic + host,
         transfers={"read": read, "written": written},
-        notes={"work": "in float32", "memory": "never a model", "time": time},
+        notes={"work": "in float32", "memory": "models are never loaded whole", "time": time},
     )
 
 

@@ -106,7 +106,7 @@ def prepare(flags: PrepareDataFlags) -> None:
     """Build every file of the tasks, evaluation first, since its problems are left out of training.
 
     Raises:
-        InputError: a source cannot be read or is not as published, or the folder is not from this command.
+        InputError: a source cannot be read or is not as published, or the folder has other files.
     """
     tasks = [find_task(name, TRAINING_TASKS) for name in flags.task.split(",")]
     builder = Builder(flags)

@@ -141,7 +141,7 @@ def _claimed(claim: str) -> Fraction | None:
 
 
 def _braced(text: str) -> str:
-    """Cut `text` at the brace that closes the one before it."""
+    """Cut `text`, which follows an opening brace, at its closing brace."""
     depth = 1
     for position, character in enumerate(text):
         depth += (character == "{") - (character == "}")
