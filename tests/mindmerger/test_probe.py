@@ -110,9 +110,9 @@ def test_an_llm_whose_logits_depend_on_batch_or_cache_is_refused(dtype: torch.dt
         check_answers(bert)
     bart = random_llm(BART).to(dtype)
     torch.nn.init.normal_(bart.model.decoder.embed_positions.weight)
-    with pytest.raises(InputError, match="other logits with a cache, in a padded batch"):
+    with pytest.raises(InputError, match="logits with a cache, in a padded batch that differ"):
         check_answers(bart)
-    with pytest.raises(InputError, match="other logits in a padded batch"):
+    with pytest.raises(InputError, match="logits in a padded batch that differ"):
         check_padding(bart)
     llama = random_llm(LlamaConfig(**SIZES, **HEADS)).to(dtype)
     check_answers(llama)
@@ -122,7 +122,7 @@ def test_an_llm_whose_logits_depend_on_batch_or_cache_is_refused(dtype: torch.dt
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (RwkvConfig(), "does not keep its states in a cache of transformers"),
+        (RwkvConfig(), "does not keep its states in a cache class of transformers"),
         (XLNetConfig(), "does not keep its states"),
         (MiniMaxConfig(), "does not keep its states"),
         (RecurrentGemmaConfig(), "does not keep its states"),

@@ -270,7 +270,7 @@ def test_what_is_done_stays_and_other_folders_are_refused(
         run("--output_dir", folder, *words, "--train_num", 3)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").touch()
-    with pytest.raises(InputError, match="not from here"):
+    with pytest.raises(InputError, match="not from this command"):
         run("--output_dir", tmp_path / "mine", *words)
 
 
