@@ -13,7 +13,7 @@ def main() -> None:
 
         plan_evaluation(flags)
         return
-    # torch and transformers take seconds to import: wrong flags are told before.
+    # Imported only after the flags are checked: torch and transformers take seconds.
     from mindmerger.evaluation.run import evaluate
 
     evaluate(flags)

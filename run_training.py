@@ -11,14 +11,14 @@ def main() -> None:
 
     flags = parse_flags(TrainingFlags)
     if flags.device == "cpu":
-        # DeepSpeed picks its device when it is imported.
+        # DeepSpeed chooses its device at import.
         os.environ["DS_ACCELERATOR"] = "cpu"
     if flags.plan is not None:
         from tools.estimate_mindmerger import plan_training
 
         plan_training(flags)
         return
-    # DeepSpeed and transformers take seconds to import: wrong flags are told before.
+    # Imported only after the flags are checked: DeepSpeed and transformers take seconds.
     from mindmerger.build import train
 
     train(flags)

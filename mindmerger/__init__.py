@@ -1,4 +1,4 @@
-"""MindMerger (Huang et al., NeurIPS 2024, arXiv 2405.17386): a multilingual encoder's understanding for an LLM.
+"""MindMerger (Huang et al., NeurIPS 2024, arXiv 2405.17386): a multilingual encoder in front of an LLM.
 
-Follow the data: tasks -> data -> batching -> modeling <- trainer -> checkpoint -> evaluation -> report.
+Order of the data: tasks -> data -> batching -> modeling <- trainer -> checkpoint -> evaluation -> report.
 """

@@ -1,4 +1,4 @@
-"""Rows of token ids to batches: which rows a rank reads in which step, and how they are laid out for the models."""
+"""Batches of token ids: plan of the rows of each rank and step, and their layout for the models."""
 
 import bisect
 import itertools
@@ -10,24 +10,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# The label that cross entropy leaves out, by PyTorch's and Hugging Face's convention.
+# Label that cross entropy ignores, by PyTorch's and Hugging Face's convention.
 IGNORED = -100
 
-
-# What an example is made of.
+# Token sequences of an example.
 KINDS = ("source", "prompt", "target")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One example as token ids.
+    """Token ids of one example, each sequence a list or an int32 array.
 
     Attributes:
-        source: for the encoder, with its special tokens; like all ids here a list or an int32 array.
-        prompt: for the LLM, without special tokens; empty where augmentation is off.
-        target: for the LLM, closed by eos unless it was cut; empty for generation.
+        source: input of the encoder, with its special tokens.
+        prompt: input of the LLM, without special tokens; empty without augmentation.
+        target: target of the LLM, ending in eos unless it was cut; empty for generation.
         language: English name of the source's language.
-        cut: which of `KINDS` were shortened.
+        cut: those of `KINDS` that were shortened.
     """
 
     source: Sequence[int]
@@ -43,25 +42,25 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows laid out on the host for encoder and LLM: `[bos | mapped states | boundary | prompt | target]` each.
+    """Input of encoder and LLM on the host; each sequence is `[bos | mapped states | boundary | prompt | target]`.
 
-    The LLM reads no last target token, from which nothing is predicted. Packed, all sequences stand end to end in one
-    row; padded, each has a row and ends in its last column. Positions count the flattened tensor that they index, and
-    everything that depends on lengths is computed here, so that no later step reads a value from the device.
+    The last target token is no input, since nothing is predicted from it. A packed batch has all sequences end to end
+    in one row. A padded batch has one row for each sequence, padded on the left. All values that depend on lengths are
+    computed on the host, so that no later step waits for the device. Positions are indices into flattened tensors.
 
     Attributes:
         source_ids, source_mask: int64 [rows, longest source], padded on the right; the mask is 1 for a token.
-        source_index: int64 [states], the tokens among `source_ids`.
-        token_ids: int64 [1, tokens] or [rows, longest sequence]; 0 where a mapped state, a boundary or padding stands.
-        position_ids: int64, of the same shape; each sequence counts from 0.
-        mapped_positions: int64 [states + rows], where in `token_ids` mapped states go, and then the boundaries.
+        source_index: int64 [states], positions of the tokens in `source_ids`.
+        token_ids: int64 [1, tokens] or [rows, longest sequence]; 0 for a mapped state, a boundary or padding.
+        position_ids: int64, same shape as `token_ids`; each sequence counts from 0.
+        mapped_positions: int64 [states + rows], positions in `token_ids` of the mapped states, then of the boundaries.
         labels: int64 [targets], target tokens of all rows.
-        logit_positions: int64 [targets]; packed, the tokens of the row that predict `labels`; padded, the same among
-            the last `columns` columns.
-        columns: columns of a padded batch whose logits are computed: the longest target's tokens.
+        logit_positions: int64 [targets], positions of the tokens that predict `labels`; in a padded batch, among the
+            last `columns` columns.
+        columns: columns of a padded batch whose logits are computed: the number of tokens of the longest target.
         mask: int64 [rows, longest sequence], 1 for a token; None for a packed batch.
-        cumulative_lengths: int32 [rows + 1], edges of the sequences.
-        lengths: tokens of each sequence.
+        cumulative_lengths: int32 [rows + 1], start and end positions of the sequences.
+        lengths: number of tokens of each sequence.
     """
 
     source_ids: torch.Tensor
@@ -78,7 +77,7 @@ class Batch:
     lengths: list[int]
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`; copies to a GPU are asynchronous."""
+        """Copy the batch to `device`, asynchronously to a GPU."""
 
         def move(value: object) -> object:
             if not isinstance(value, torch.Tensor):
@@ -91,14 +90,14 @@ class Batch:
 def lay_out(
     rows: Sequence[Tokens], bos_token_id: int | None, source_pad_id: int = 0, packed: bool = False, mapped: bool = True
 ) -> Batch:
-    """The batch of `rows`, on the CPU.
+    """Build the batch of `rows` on the CPU.
 
     Args:
-        rows: at least one.
-        bos_token_id: opens every sequence; None for an LLM without one.
-        source_pad_id: pads the sources; some encoders recognise padding by its id alone.
-        packed: all sequences in one row, instead of one row each.
-        mapped: whether a sequence has mapped states and a boundary; without them the LLM reads the prompt alone.
+        rows: one or more examples.
+        bos_token_id: first token of every sequence; None for an LLM without one.
+        source_pad_id: padding id of the sources; some encoders detect padding by this id, not by the mask.
+        packed: True for all sequences in one row, False for one row each.
+        mapped: True if a sequence has mapped states and a boundary; False for the prompt alone.
     """
     opening = [] if bos_token_id is None else [bos_token_id]
     sources = [row.source if mapped else [] for row in rows]
@@ -117,7 +116,7 @@ def lay_out(
         tokens[start:end], positions[start:end], mask[start:end] = sequence, range(len(sequence)), 1
         states.append(start + len(opening) + np.arange(len(source)))
         boundaries += [start + len(opening) + len(source)] * mapped
-    # A token is predicted from the one before it: the targets of a sequence from its last tokens.
+    # The logits of a token predict the next token: those of the last tokens of a sequence predict its target.
     ends = ends if packed else range(columns, len(rows) * columns + 1, columns)
     predicting = [np.arange(end - len(row.target), end) for row, end in zip(rows, ends, strict=True)]
     source_ids, source_mask = pad(sources, source_pad_id)
@@ -139,7 +138,7 @@ def _joined(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, mask), both int64 [sequences, longest], filled up on the right with `pad_id` and 0."""
+    """Pad sequences on the right to (ids, mask), both int64 [sequences, longest]."""
     longest = max(map(len, sequences))
     ids = torch.full((len(sequences), longest), pad_id)
     mask = torch.zeros_like(ids)
@@ -156,7 +155,7 @@ def padded_rows(
     prompt_attention_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
 ) -> list[Tokens]:
-    """The rows of padded tensors, whatever side they are padded on; arguments as of `MindMergerForCausalLM.forward`."""
+    """Rows of tensors padded on either side; the arguments are those of `MindMergerForCausalLM.forward`."""
 
     def unpad(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
         return [row[real].tolist() for row, real in zip(ids.cpu(), mask.bool().cpu(), strict=True)]
@@ -170,23 +169,23 @@ def padded_rows(
 def plan_epoch(
     lengths: Sequence[int], batch_size: int, accumulation: int, ranks: int, seed: int, epoch: int
 ) -> Iterator[list[list[list[int]]]]:
-    """The rows of every optimizer step of one epoch, shuffled anew.
+    """Plan the rows of every optimizer step of one epoch, shuffled with `seed` and `epoch`.
 
-    A global batch is a random draw, the same for any accumulation and any number of ranks. Within it the rows are
-    sorted by length and cut into micro batches of like tokens, so that none needs much more memory than another: a few
-    long rows, or more short ones. What shares a micro batch is of like length and needs little padding, and the ranks
-    that wait for each other have like work.
+    A global batch is a random draw, the same for any accumulation and any number of ranks. Its rows are sorted by
+    length and split into micro batches with similar numbers of tokens, so that their memory is similar: few long rows
+    or many short ones. The rows of a micro batch have similar lengths, which keeps padding low and gives all ranks
+    similar work.
 
     Args:
-        lengths: of all rows, in tokens.
-        batch_size: rows of a global batch; the epoch's last one may have fewer.
+        lengths: tokens of each row.
+        batch_size: rows of a global batch; the last one of an epoch may have fewer.
         accumulation: micro batches of a step on each rank.
-        ranks: how many.
-        seed, epoch: of the shuffle.
+        ranks: number of ranks.
+        seed, epoch: seeds of the shuffle.
 
     Yields:
-        For each step `micro[i][rank]`: row numbers of its i-th micro batch on a rank; as many rows on every rank, and
-        some on each, except where a last batch has too few.
+        For each step `micro[i][rank]`: row numbers of the i-th micro batch on a rank. Every rank has the same number
+        of rows, at least one, unless the last batch has too few.
     """
     order = array("q", range(len(lengths)))
     random.Random(f"{seed} {epoch}").shuffle(order)
@@ -199,7 +198,7 @@ def plan_epoch(
 
 
 def _even_cuts(sizes: list[int], parts: int) -> list[int]:
-    """Edges, from 0 to len(sizes), of contiguous parts of like total size; none is empty if there are enough sizes."""
+    """Edges, from 0 to len(sizes), of contiguous parts of similar total size, none empty if there are enough sizes."""
     totals = list(itertools.accumulate(sizes, initial=0))
     edges = [0]
     for part in range(1, parts):
@@ -212,11 +211,11 @@ def _even_cuts(sizes: list[int], parts: int) -> list[int]:
 
 
 def plan_once(lengths: Sequence[int], batch_size: int, ranks: int) -> list[list[list[int]]]:
-    """Every row once, longest first, for evaluation.
+    """Plan batches for evaluation: every row once, longest first.
 
     Returns:
-        `plan[rank]`: that rank's batches of row numbers, of like length; as many on every rank, the last ones of
-        some ranks empty.
+        `plan[rank]`: batches of row numbers, of similar length, for each rank. All ranks have the same number of
+        batches, of which the last may be empty.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

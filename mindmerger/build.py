@@ -1,4 +1,4 @@
-"""One training stage, from its flags to a `Trainer`: everything is checked before a model loads."""
+"""Construction of a `Trainer` for one training stage from flags, with all checks before a model loads."""
 
 import dataclasses
 import shutil
@@ -47,8 +47,8 @@ from mindmerger.zero import MappingState, deepspeed_config, weights_dtype
 ALIGNED_START = "aligned_start"
 Mapping = dict[str, torch.Tensor]
 
-# Flags that say where and how often, not what: a run may be continued under others. The files that some flags name
-# stand in a run's settings by their content.
+# Flags that do not change the result: a run may be continued with other values. Files named by some of these flags
+# enter a run's settings by their content.
 _FREE_FLAGS = (
     *("deepspeed", "local_rank", "device", "overwrite", "eval_batch_size", "save_steps", "gradient_checkpointing"),
     *("deepspeed_config", "init_checkpoint", "data_dir", "cache_dir", "report_to", "plan"),
@@ -56,39 +56,39 @@ _FREE_FLAGS = (
 
 
 def train(flags: TrainingFlags) -> None:
-    """Train one stage and leave its best mapping in `outputs/{save_name}/{stage}/`.
+    """Train one stage and write its best mapping to `outputs/{save_name}/{stage}/`.
 
     Raises:
-        InputError: before any model loads, whatever is wrong with flags, files, or an earlier run in that folder.
+        InputError: flags, files, or an earlier run in that folder are invalid; raised before any model loads.
     """
     process = start_process(flags.device, needs_group=True)
     quiet_libraries()
-    # Takes over the process group; ZeRO-3 asks it for the number of ranks while a model is being read.
+    # Reuses the process group, from which ZeRO-3 gets the number of ranks while a model loads.
     deepspeed.init_distributed()
     stage = prepare(flags, process)
     folder = Path("outputs") / flags.save_name / flags.stage_name
     with open_run(folder, stage.settings, flags.overwrite, process) as run:
         if run.is_finished:
-            say(process, f"{folder} holds this very run, finished: nothing to do (--overwrite trains anew)")
+            say(process, f"{folder} has this run, finished: nothing to do (--overwrite trains again)")
         else:
             announce(stage, process)
             _run_stage(flags, stage, run)
-    # Not after an error: peers that wait in a collective would keep this process, and its message, waiting too.
+    # Not after an error: other ranks may wait in a collective, and closing would wait for them.
     process.close()
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Everything of a training stage but its models.
+    """Inputs of a training stage, without its models.
 
     Attributes:
-        models: the two frozen ones.
-        config: of the mapping.
-        tokenizer: of both models.
+        models: names of the two frozen models.
+        config: config of the mapping.
+        tokenizer: tokenizers of both models.
         table: all rows; `train` and `dev` are its parts.
-        ds_config: DeepSpeed's.
-        initial: the mapping to start from; None for a start of its own.
-        settings: all that makes two runs the same run.
+        ds_config: DeepSpeed config.
+        initial: mapping to start from; None for a new one.
+        settings: values that identify a run; a run continues only under equal settings.
     """
 
     models: ModelPair
@@ -103,21 +103,21 @@ class Stage:
 
 
 def prepare(flags: TrainingFlags, process: Process) -> Stage:
-    """The stage that the flags describe, checked without any model.
+    """Build the stage from the flags and check it, without loading a model.
 
     Raises:
-        InputError: whatever is wrong with flags or files.
+        InputError: flags or files are invalid.
     """
     uses_prompt = flags.uses_prompt
     if uses_prompt != (flags.stage_name == "augmentation"):
-        say(process, f"warning: --augmentation {uses_prompt} in the {flags.stage_name} stage, as told")
+        say(process, f"warning: --augmentation {uses_prompt} is not the default of the {flags.stage_name} stage")
     ds_config = deepspeed_config(flags.deepspeed_config, flags.batch_sizes, process.device)
     models, checkpoint = flags.models, initial_checkpoint(flags)
     if checkpoint is not None:
         models = with_trained_layer(models, checkpoint)
         warn_of_scale(models, checkpoint, process)
         if flags.mapping_init == "aligned":
-            say(process, f"warning: --mapping_init aligned does nothing, the mapping starts from {checkpoint}")
+            say(process, f"warning: --mapping_init aligned has no effect, the mapping starts from {checkpoint}")
     tokenizer = load_example_tokenizer(models, flags.limits, uses_prompt)
     config = mapping_config(models, tokenizer.llm_tokenizer.bos_token_id)
     initial = None if checkpoint is None else read_mapping(checkpoint, config.mt_hidden_size, config.llm_hidden_size)
@@ -149,7 +149,7 @@ def _read_rows(flags: TrainingFlags, tokenizer: ExampleTokenizer) -> TokenTable:
 
 
 def _read_examples(flags: TrainingFlags) -> Iterable[Example]:
-    """The rows of the stage, in the order of the files."""
+    """Examples of the stage, in the order of the files."""
     task, languages = find_task(flags.task, TRAINING_TASKS), select_languages(flags.languages)
     return read_training(
         Path(flags.data_dir), task, flags.stage_name, languages, flags.train_num, with_prompts=flags.uses_prompt
@@ -157,24 +157,24 @@ def _read_examples(flags: TrainingFlags) -> Iterable[Example]:
 
 
 def announce(stage: Stage, process: Process) -> None:
-    """Say what a stage reads: rows, ranks, and what the limits cut."""
+    """Log the number of rows and ranks, and how many texts the limits cut."""
     ranks = f"{process.world_size} rank(s)"
     say(process, f"{len(stage.train)} training rows, {len(stage.dev)} dev rows, {ranks}")
     say(process, f"token ids: {stage.table.size / 1e6:.1f} MB in {stage.table.folder}")
     if shared := stage.dev.shared_targets(stage.train):
-        say(process, f"targets of {shared} dev row(s) are training rows' too: dev perplexity will be optimistic")
+        say(process, f"{shared} dev row(s) have targets of training rows: dev perplexity will be optimistic")
     for language, cuts in stage.table.rows(np.arange(len(stage.table))).cuts().items():
         say(process, f"cut to the limits in {language}: {', '.join(f'{n} {kind}(s)' for kind, n in cuts.items())}")
 
 
 def _run_stage(flags: TrainingFlags, stage: Stage, run: RunFolder) -> None:
-    """Load the models, train, and write the stage's result."""
+    """Load the models, train, and write the result of the stage."""
     process, folder, config = run.process, run.folder, stage.config
     dtype = weights_dtype(stage.ds_config)
     initial = stage.initial
     if initial is None and flags.mapping_init == "aligned":
         initial, config.encoder_layer = _aligned_start(flags, stage, folder.parent / ALIGNED_START, dtype, process)
-    # transformers reads a model straight into ZeRO-3's partitions while this object is alive.
+    # While this object exists, transformers loads a model directly into ZeRO-3's partitions.
     hf_ds_config = HfDeepSpeedConfig(stage.ds_config)  # noqa: F841
     torch.manual_seed(flags.seed)
     model = MindMergerForCausalLM.from_base_models(config, dtype, flags.trust_remote_code)
@@ -201,7 +201,7 @@ def _run_stage(flags: TrainingFlags, stage: Stage, run: RunFolder) -> None:
 def _aligned_start(
     flags: TrainingFlags, stage: Stage, folder: Path, dtype: torch.dtype, process: Process
 ) -> tuple[Mapping, int | None]:
-    """The fitted mapping to start from, and the encoder's layer that it was fitted to."""
+    """Load or fit an aligned start: the mapping, and the encoder layer that it was fitted to."""
 
     def read_texts(chooses_layer: bool) -> Texts:
         examples = list(_read_examples(flags))
@@ -217,7 +217,7 @@ def _aligned_start(
 def build_trainer(
     flags: TrainingFlags, stage: Stage, model: MindMergerForCausalLM, folder: Path, process: Process
 ) -> Trainer:
-    """The engine around `model`, and the trainer around that."""
+    """Build DeepSpeed's engine for `model`, and the trainer."""
     sizes, pad_id = flags.batch_sizes, stage.tokenizer.source_pad_id
     steps = steps_per_epoch(len(stage.train), sizes) * flags.epoch_num
     optimizer = make_optimizer(flags.optimizer, model.mapping, flags.lr, flags.boundary_lr, process)
@@ -227,10 +227,10 @@ def build_trainer(
         lr_scheduler=lambda it: make_schedule(flags.lr_scheduler, it, round(flags.warmup_ratio * steps), steps),
         config=stage.ds_config,
     )
-    # Under ZeRO-3 a model runs only once the engine is there.
+    # After the engine is built: under ZeRO-3 a model cannot run before.
     if not model.pack_rows(pad_id):
         check_padding(model.llm)
-        say(process, f"{flags.llm_path} reads padded rows: packed ones would come out otherwise")
+        say(process, f"{flags.llm_path} reads padded rows, since its logits of packed rows differ")
 
     def open_metrics(state: TrainState) -> Metrics:
         settings = dataclasses.asdict(flags)
@@ -251,7 +251,7 @@ def build_trainer(
 
 
 def scale_mapping(trainer: Trainer, model: MindMergerForCausalLM, scaled: bool, mean_boundary: bool) -> None:
-    """Bring a mapping at PyTorch's initialisation to the scale of the LLM's embeddings, its boundary to their mean."""
+    """Scale a new mapping's output to the RMS of the LLM's embeddings, and set its boundary to their mean."""
     mapping, rows = model.mapping, range(min(32, len(trainer.train)))
     mean, scale = embedding_scale(model, trainer.batch(trainer.train.tokens(rows)))
     if mean_boundary:
@@ -264,7 +264,7 @@ def scale_mapping(trainer: Trainer, model: MindMergerForCausalLM, scaled: bool, 
 def run_settings(
     flags: TrainingFlags, ds_config: dict[str, Any], rows_sha256: str, checkpoint: Path | None, ranks: int
 ) -> dict[str, Any]:
-    """All that makes two runs the same run: flags, ranks, and what the files hold that the flags name."""
+    """Values that identify a run: flags, number of ranks, and the contents of the files that the flags name."""
     settings = {k: v for k, v in dataclasses.asdict(flags).items() if k not in _FREE_FLAGS}
     if checkpoint is not None:
         del settings["mapping_init"], settings["boundary_init"]
@@ -280,10 +280,10 @@ def run_settings(
 
 
 def initial_checkpoint(flags: TrainingFlags) -> Path | None:
-    """The mapping to start from: as told, else the mapping stage's best for the augmentation stage, else none.
+    """Path of the mapping to start from: --init_checkpoint, or the mapping stage's best in the augmentation stage.
 
     Raises:
-        InputError: the mapping stage has left nothing to start from.
+        InputError: the mapping stage has written no mapping.
     """
     if flags.init_checkpoint is not None:
         return None if flags.init_checkpoint == "none" else Path(flags.init_checkpoint)
@@ -293,6 +293,6 @@ def initial_checkpoint(flags: TrainingFlags) -> Path | None:
     if not checkpoint.exists():
         raise InputError(
             f"the augmentation stage starts from the mapping stage's best, and {checkpoint} does not exist: "
-            "run --stage_name mapping first, or name a mapping with --init_checkpoint (none starts afresh)"
+            "run --stage_name mapping first, or name a mapping with --init_checkpoint (none: a new mapping)"
         )
     return checkpoint

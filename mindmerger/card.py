@@ -22,7 +22,7 @@ CARD = "README.md"
 
 @dataclass
 class CardFlags:
-    """Write the model card of a mapping, with the scores that `results/` has of it."""
+    """Write the model card of a mapping, with its scores in `results/`."""
 
     checkpoint: str = flag("outputs/MergeMinds/augmentation", "folder of the mapping")
     results: str = flag("results", "folder of evaluations")
@@ -32,22 +32,22 @@ def write_card(folder: Path, results: Path = Path("results")) -> None:
     """Write `README.md` beside a mapping.
 
     Args:
-        folder: with the mapping's config and tensors.
-        results: searched for evaluations of these very tensors, by the sha256 in their `run.json`.
+        folder: folder with the mapping's config and tensors.
+        results: folder to search for evaluations of the same tensors, by the sha256 in their `run.json`.
 
     Raises:
-        InputError: no mapping's config in `folder`.
+        InputError: `folder` has no config of a mapping.
     """
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict) or config.get("model_type") != "mindmerger":
-        raise InputError(f"{folder / CONFIG} is no mapping's config")
+        raise InputError(f"{folder / CONFIG} is not the config of a mapping")
     hashes = {sha256(folder / name) for name in (SAFETENSORS, PUBLISHED) if (folder / name).is_file()}
     write_text(folder / CARD, model_card(config, find_scores(results, hashes)))
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one task, and those of the LLM alone on the same problems; None where there are none."""
+    """Scores of one task, and scores of the LLM alone on the same problems, or None."""
 
     task: str
     scores: dict[str, Any]
@@ -55,7 +55,7 @@ class Evaluation:
 
 
 def find_scores(results: Path, hashes: set[str]) -> list[Evaluation]:
-    """The finished evaluations in `results/*/*` of the mapping whose file has one of these sha256."""
+    """Find finished evaluations in `results/*/*` of a mapping whose file has one of these sha256."""
     runs = [(path.parent, read_json(path)) for path in sorted(results.glob(f"*/*/{RUN}"))]
     finished = [
         (folder, run["settings"])
@@ -64,7 +64,7 @@ def find_scores(results: Path, hashes: set[str]) -> list[Evaluation]:
     ]
     found, seen = [], []
     for folder, settings in finished:
-        # The same evaluation may be there under two names.
+        # The same evaluation may exist under two names.
         if settings.get("mapping_sha256") in hashes and (folder.name, settings) not in seen:
             seen.append((folder.name, settings))
             same = ("llm_path", "llm_revision", "problems_sha256", "max_gen_len", "answer_parser", "classification")
@@ -80,7 +80,7 @@ def find_scores(results: Path, hashes: set[str]) -> list[Evaluation]:
 
 
 def model_card(config: dict[str, Any], evaluations: list[Evaluation]) -> str:
-    """The model card of a mapping; the licence is left to the user."""
+    """Model card of a mapping, without a licence, which the user adds."""
     llm, mt = (_Base(config.get(f"{name}_path"), config.get(f"{name}_revision")) for name in ("llm", "mt"))
     header = ModelCardData(
         library_name="transformers",
@@ -98,7 +98,7 @@ def model_card(config: dict[str, Any], evaluations: list[Evaluation]) -> str:
 
 
 def source_datasets(data_dir: Path, files: list[str]) -> list[str]:
-    """Hub ids of the data sets that these files of `data_dir` were made from, by its manifest."""
+    """Hub ids of the data sets that the manifest of `data_dir` lists for these files."""
     if not (data_dir / MANIFEST).is_file():
         return []
     manifest = read_json(data_dir / MANIFEST)
@@ -107,7 +107,7 @@ def source_datasets(data_dir: Path, files: list[str]) -> list[str]:
         known = manifest["files"]
         return sorted({source["dataset"] for name in names & known.keys() for source in known[name]["sources"]})
     except (TypeError, KeyError, AttributeError):
-        return []  # a manifest of another kind
+        return []  # a manifest of another format
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class _Base:
 
     @property
     def is_public(self) -> bool:
-        """Whether the path can be a Hub id, and is no local folder."""
+        """True if the path can be a Hub id and is not a local folder."""
         return self.path is not None and self.path.count("/") <= 1 and not Path(self.path).exists()
 
     def __str__(self) -> str:

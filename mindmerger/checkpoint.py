@@ -1,4 +1,4 @@
-"""The trained mapping on disk: as a Hugging Face folder, and in the published form beside it."""
+"""Reading and writing of trained mappings, as a Hugging Face folder and in the published form."""
 
 import io
 from dataclasses import replace
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
 PUBLISHED = "pytorch_model.bin"
-# Model types that multiply vectors given in place of token ids by the root of their width up to transformers 4 only.
+# Model types that multiply `inputs_embeds` by the square root of their width in transformers 4 and earlier only.
 _SCALED_BEFORE_5 = ("gemma", "gemma2", "vaultgemma")
 
 
 def mapping_shapes(mt_hidden_size: int, llm_hidden_size: int) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a mapping between models of these widths."""
+    """Shapes of the tensors of a mapping between models of these widths."""
     return {
         "mlp.linear1.weight": (2 * mt_hidden_size, mt_hidden_size),
         "mlp.linear1.bias": (2 * mt_hidden_size,),
@@ -37,10 +37,10 @@ def mapping_shapes(mt_hidden_size: int, llm_hidden_size: int) -> dict[str, tuple
 
 
 def mapping_file(checkpoint: Path) -> Path:
-    """The file that holds the mapping: `checkpoint` itself, or the one in that folder.
+    """Path of the mapping's file: `checkpoint` itself, or the file in that folder.
 
     Raises:
-        InputError: there is none.
+        InputError: no such file.
     """
     candidates = [checkpoint / SAFETENSORS, checkpoint / PUBLISHED] if checkpoint.is_dir() else [checkpoint]
     for path in candidates:
@@ -50,14 +50,14 @@ def mapping_file(checkpoint: Path) -> Path:
 
 
 def read_mapping(checkpoint: Path, mt_hidden_size: int, llm_hidden_size: int) -> dict[str, torch.Tensor]:
-    """A mapping between models of the given widths, as float32 on the CPU.
+    """Read a mapping between models of the given widths, as float32 on the CPU.
 
     Args:
         checkpoint: a folder, a `.safetensors` file, or a published `pytorch_model.bin`.
 
     Raises:
-        InputError: a file that is missing or damaged, or a tensor that is missing, unknown, of another shape, or
-            not finite; all such tensors are named.
+        InputError: the file is missing or damaged, or tensors are missing, unknown, of another shape, or not finite;
+            the message names all such tensors.
     """
     path = mapping_file(checkpoint)
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_published(path)
@@ -69,22 +69,22 @@ def read_mapping(checkpoint: Path, mt_hidden_size: int, llm_hidden_size: int) ->
         if name in state and tuple(state[name].shape) != shape:
             problems.append(f"{name} is {list(state[name].shape)}, these models need {list(shape)}")
         elif name in state and (not state[name].dtype.is_floating_point or state[name].itemsize < 2):
-            problems.append(f"{name} is of {state[name].dtype}, no float of 16 bits or more")
+            problems.append(f"{name} is {state[name].dtype}, not a float of 16 bits or more")
         elif name in state and not torch.isfinite(state[name]).all():
-            problems.append(f"{name} holds values that are not finite")
+            problems.append(f"{name} has values that are not finite")
     if problems:
         raise InputError(
-            f"{path} is no mapping from an encoder of width {mt_hidden_size} to an LLM of width {llm_hidden_size}: "
+            f"{path} is not a mapping from an encoder of width {mt_hidden_size} to an LLM of width {llm_hidden_size}: "
             + "; ".join(problems)
         )
     return {name: tensor.float() for name, tensor in state.items()}
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
-    """What stands beside a mapping about it: which models it joins, and how; nothing beside a published file.
+    """Read the `config.json` beside a mapping; empty for a published file without one.
 
     Raises:
-        InputError: there is no mapping, or the record is damaged.
+        InputError: there is no mapping, or the config is damaged.
     """
     path = mapping_file(checkpoint).parent / CONFIG
     record = read_json(path) if path.is_file() else {}
@@ -93,15 +93,15 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     kinds = {f"{name}_{what}": str for name in ("llm", "mt") for what in ("path", "revision")}
     for name, kind in (kinds | {"augmentation": bool, "encoder_layer": int}).items():
         if not isinstance(record.get(name), kind | None):
-            raise InputError(f"{path}: {name} is {record[name]!r}, no {kind.__name__}")
+            raise InputError(f"{path}: {name} is {record[name]!r}, not of type {kind.__name__}")
     return record
 
 
 def with_trained_layer(models: "ModelPair", checkpoint: Path) -> "ModelPair":
-    """The same models, with the encoder layer that the mapping in `checkpoint` was trained on.
+    """Set the encoder layer of `models` to the one that the mapping in `checkpoint` was trained on.
 
     Raises:
-        InputError: `models` name another layer.
+        InputError: `models` have another layer.
     """
     record = read_record(checkpoint)
     trained = record.get("encoder_layer")
@@ -114,7 +114,7 @@ def with_trained_layer(models: "ModelPair", checkpoint: Path) -> "ModelPair":
 
 
 def warn_of_scale(models: "ModelPair", checkpoint: Path, process: "Process") -> None:
-    """Warn of a mapping that was trained under a transformers version whose LLM scales the mapped states otherwise."""
+    """Warn if the mapping was trained under a transformers version that scales the LLM's input differently."""
     from common.logging import say
 
     trained, current = read_record(checkpoint).get("transformers_version"), transformers.__version__
@@ -125,31 +125,31 @@ def warn_of_scale(models: "ModelPair", checkpoint: Path, process: "Process") -> 
     if model_type in _SCALED_BEFORE_5:
         say(
             process,
-            f"warning: {checkpoint} was trained under transformers {trained}, which scales what a mapping hands to "
-            f"{model_type} otherwise than {current} does: train the mapping anew, or take that version",
+            f"warning: {checkpoint} was trained under transformers {trained}, which scales the input embeddings of "
+            f"{model_type} differently from {current}: train the mapping again, or install that version",
         )
 
 
 def write_mapping(folder: Path, config: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
-    """Write `model.safetensors`, `pytorch_model.bin` in the published form, and `config.json`, each whole.
+    """Write `model.safetensors`, `pytorch_model.bin` in the published form, and `config.json`, each atomically.
 
     Args:
-        folder: made if need be.
-        config: of `MindMergerConfig`.
-        state: a mapping's, names and shapes as in `mapping_shapes`, in any dtype and on any device.
+        folder: output folder, created if missing.
+        config: content of a `MindMergerConfig`.
+        state: tensors of a mapping, see `mapping_shapes`, in any dtype and on any device.
 
     Raises:
         InputError: the disk is full, or the folder cannot be written.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    # Not save_file and torch.save to a path: they report a full disk each in words of its own.
+    # Not save_file and torch.save to a path, which report a full disk by different errors.
     write_bytes(folder / SAFETENSORS, save(state, metadata={"format": "pt"}))
     write_published(folder / PUBLISHED, state)
     write_json(folder / CONFIG, config)
 
 
 def write_published(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Write the published form, `{"model_state_dict": {...}}`, whole or not at all; `state` as in `write_mapping`."""
+    """Write the published form, `{"model_state_dict": {...}}`, atomically; `state` as in `write_mapping`."""
     content = io.BytesIO()
     torch.save({"model_state_dict": state}, content)
     write_bytes(path, content.getvalue())

@@ -1,4 +1,4 @@
-"""The flags of both scripts, under their published names; checks of one flag against another."""
+"""Flags of both scripts, under their published names, and checks across flags."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +13,14 @@ from mindmerger.tasks import EVALUATION_TASKS, TRAINING_TASKS, Task
 
 @dataclass(frozen=True)
 class ModelPair:
-    """An encoder and an LLM that a mapping joins, or an LLM alone.
+    """Names of the encoder and the LLM that a mapping joins, or of an LLM alone.
 
     Attributes:
         llm_path: hub id or local folder of the LLM.
-        mt_path: the same of the multilingual model; None for the LLM alone.
+        mt_path: hub id or local folder of the multilingual model; None for the LLM alone.
         llm_revision, mt_revision: hub revisions; None for the newest.
-        encoder_layer: of a decoder-only multilingual model, how many of its layers are read; None for all.
-        trust_remote_code: whether code that a model's repository brings is run.
+        encoder_layer: number of layers used of a decoder-only multilingual model; None for all.
+        trust_remote_code: True to run code from a model's repository.
     """
 
     llm_path: str
@@ -33,12 +33,12 @@ class ModelPair:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits in tokens.
+    """Maximum lengths in tokens.
 
     Attributes:
-        max_seq_len: of a source, for the encoder, its special tokens included.
-        max_prompt_len: of a prompt, for the LLM.
-        max_gen_len: of a target, its eos included, or of a generated answer.
+        max_seq_len: limit of the encoder's source, special tokens included.
+        max_prompt_len: limit of the LLM's prompt.
+        max_gen_len: limit of a target, its eos included, or of a generated answer.
     """
 
     max_seq_len: int
@@ -57,28 +57,28 @@ class BatchSizes:
 
 @dataclass(frozen=True)
 class ModelFlags:
-    """Which models and data, and how much of them: what both scripts take."""
+    """Flags of models, data and limits that both scripts share."""
 
     llm_path: str | None = flag(None, "LLM: hub id or local folder")
     mt_path: str | None = flag(None, "multilingual model: hub id or local folder")
     llm_revision: str | None = flag(None, "hub revision of the LLM")
     mt_revision: str | None = flag(None, "hub revision of the multilingual model")
     encoder_layer: int | None = flag(
-        None, "of a decoder-only multilingual model, how many of its layers to read; default: as trained, or all"
+        None, "number of layers to use of a decoder-only multilingual model; default: as trained, or all"
     )
-    trust_remote_code: bool = flag(False, "run code that a model's repository brings")
+    trust_remote_code: bool = flag(False, "run code from a model's repository")
     data_dir: str = flag("./datas", "folder in the published data layout")
     languages: str | None = flag(None, "comma-separated English names or ISO codes; default: all of the task's")
-    max_seq_len: int = flag(512, "tokens of a source, for the encoder")
-    max_prompt_len: int = flag(512, "tokens of a prompt, for the LLM")
-    max_gen_len: int = flag(512, "tokens of a target or of a generated answer")
-    save_name: str = flag("MergeMinds", "names the folders under outputs/ and results/")
+    max_seq_len: int = flag(512, "maximum tokens of the encoder's source")
+    max_prompt_len: int = flag(512, "maximum tokens of the LLM's prompt")
+    max_gen_len: int = flag(512, "maximum tokens of a target or of a generated answer")
+    save_name: str = flag("MergeMinds", "name of the folders under outputs/ and results/")
     init_checkpoint: str | None = flag(
-        None, "mapping to start from: folder, .safetensors or pytorch_model.bin; none: start afresh"
+        None, "mapping to start from: folder, .safetensors or pytorch_model.bin; none: a new mapping"
     )
     eval_batch_size: int = flag(8, "rows of a batch at evaluation, per device")
-    overwrite: bool = flag(False, "start anew where an output folder holds another run")
-    device: str = flag("auto", "auto takes the GPU where there is one")
+    overwrite: bool = flag(False, "replace an output folder that holds another run")
+    device: str = flag("auto", "auto: the GPU if there is one, else the CPU")
     plan: str | None = flag(None, PLAN_HELP, nargs="?", const=HERE)
     deepspeed: bool = flag(False, "accepted as in the published commands; training always runs under DeepSpeed")
     local_rank: int = flag(0, "set by the deepspeed launcher")
@@ -94,7 +94,7 @@ class ModelFlags:
 
     @property
     def models(self) -> ModelPair:
-        """The models that the flags name."""
+        """Names of the models."""
         return ModelPair(
             self.llm_path,
             self.mt_path,
@@ -106,7 +106,7 @@ class ModelFlags:
 
     @property
     def limits(self) -> Limits:
-        """The limits that the flags set."""
+        """Maximum lengths in tokens."""
         return Limits(self.max_seq_len, self.max_prompt_len, self.max_gen_len)
 
 
@@ -115,35 +115,35 @@ class TrainingFlags(ModelFlags):
     """Train MindMerger's mapping: one stage at a time, under the deepspeed launcher."""
 
     task: str = flag("math", f"one of: {', '.join(TRAINING_TASKS)}")
-    stage_name: Literal["mapping", "augmentation"] = flag("mapping", "which of the two training stages")
-    augmentation: bool | None = flag(None, "whether the prompt follows the mapped states; default: by the stage")
+    stage_name: Literal["mapping", "augmentation"] = flag("mapping", "training stage")
+    augmentation: bool | None = flag(None, "put the prompt after the mapped states; default: by the stage")
     train_num: int = flag(100_000, "training rows per language")
     dev_size: int = flag(3000, "training rows held out to select the best mapping by perplexity")
     epoch_num: int = flag(3, "passes over the training rows")
-    train_batch_size: int | None = flag(None, "rows of an optimizer step, over all ranks; default 128")
+    train_batch_size: int | None = flag(None, "rows of an optimizer step on all ranks; default 128")
     train_micro_batch_size_per_gpu: int | None = flag(None, "rows of a forward pass; default at most 8, or derived")
     gradient_accumulation: int | None = flag(None, "forward passes per step on each rank; default: derived")
     optimizer: Literal["adamw", "muon"] = flag(
         "adamw", "adamw: published; muon moves the two matrices by orthogonal steps of the same size"
     )
     lr: float = flag(2e-5, "peak learning rate")
-    boundary_lr: float | None = flag(None, "the same for the boundary vector; default: --lr")
+    boundary_lr: float | None = flag(None, "peak learning rate of the boundary vector; default: --lr")
     lr_scheduler: Literal["constant", "cosine"] = flag("constant", "learning rate after warm-up")
-    warmup_ratio: float = flag(0.0, "share of all steps in which the learning rate rises from 0")
+    warmup_ratio: float = flag(0.0, "fraction of all steps in which the learning rate rises from 0")
     mapping_init: Literal["scaled", "random", "aligned"] = flag(
         "scaled",
-        "scaled: mapped vectors start as long as the LLM's embeddings; aligned: fitted to them on English text "
+        "scaled: mapped vectors start at the RMS of the LLM's embeddings; aligned: fitted to them on English text "
         "(docs/aligned_start.md); random: published",
     )
     aligned_sentences: int = flag(300, "English sentences among the training rows that an aligned start is fitted to")
     boundary_init: Literal["mean", "zero"] = flag("mean", "mean: the LLM's mean embedding; zero: published")
     gradient_checkpointing: bool = flag(False, "recompute the LLM's layers in the backward pass, to save memory")
     eval_steps: int = flag(500, "optimizer steps between evaluations on the dev rows")
-    save_steps: int = flag(500, "optimizer steps between saved states that a killed run continues from")
-    report_to: ReportTo = flag("tensorboard", "where the curves go, beside metrics.jsonl")
-    seed: int = flag(0, "of the mapping's start, the dev rows and the shuffles")
+    save_steps: int = flag(500, "optimizer steps between saved states, from which a stopped run continues")
+    report_to: ReportTo = flag("tensorboard", "where to log curves, beside metrics.jsonl")
+    seed: int = flag(0, "seed of the mapping's start, the dev rows and the shuffles")
     cache_dir: str | None = flag(
-        None, "folder for tokenised rows, which the next run of the same data reads; default: in HF_DATASETS_CACHE"
+        None, "folder for tokenised rows, which later runs on the same data reuse; default: in HF_DATASETS_CACHE"
     )
     deepspeed_config: str | None = flag(None, "DeepSpeed JSON; default: ZeRO-2 in bf16 on a GPU, in fp32 on a CPU")
 
@@ -172,16 +172,16 @@ class TrainingFlags(ModelFlags):
 
     @property
     def uses_prompt(self) -> bool:
-        """Whether the prompt follows the mapped states: as told, else by the stage."""
+        """True if the prompt follows the mapped states: --augmentation, or the default of the stage."""
         return self.stage_name == "augmentation" if self.augmentation is None else self.augmentation
 
     @property
     def batch_sizes(self) -> BatchSizes:
-        """The three sizes of a batch, none left out."""
+        """Batch sizes, none of them None."""
         return BatchSizes(self.train_batch_size, self.train_micro_batch_size_per_gpu, self.gradient_accumulation)
 
     def _derive_batch_sizes(self, world_size: int) -> None:
-        """Fill in what was left out of batch = micro batch * accumulation * ranks, and hold the flags to it."""
+        """Fill in missing values of batch = micro batch * accumulation * ranks, and check that it holds."""
         batch, micro, accumulation = (
             self.train_batch_size,
             self.train_micro_batch_size_per_gpu,
@@ -213,20 +213,20 @@ class EvaluationFlags(ModelFlags):
 
     task: str = flag("mgsm", f"comma-separated, of: {', '.join(EVALUATION_TASKS)}")
     augmentation: bool | None = flag(
-        None, "whether the prompt follows the mapped states; default: as trained, True for a published .bin"
+        None, "put the prompt after the mapped states; default: as trained, True for a published .bin"
     )
-    baseline: bool = flag(False, "the LLM alone, on the same prompts")
+    baseline: bool = flag(False, "evaluate the LLM alone, on the same prompts")
     test_num: int | None = flag(None, "problems per language; default: all")
-    answer_parser: Literal["default", "published"] = flag("default", "how a number is read from an answer")
+    answer_parser: Literal["default", "published"] = flag("default", "parser that reads the number of an answer")
     classification: Literal["likelihood", "generation"] = flag(
         "likelihood", "label words scored by likelihood, or generated and compared to the letter, as published"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
     backend: Literal["transformers", "vllm"] = flag(
-        "transformers", "what generates; vllm (requirements-vllm.txt) batches continuously, on one GPU"
+        "transformers", "library that generates; vllm (requirements-vllm.txt) batches continuously, on one GPU"
     )
     init_checkpoint: str | None = flag(None, "mapping to evaluate: folder, .safetensors or pytorch_model.bin")
-    eval_batch_size: int | None = flag(None, "problems at once, per device; default 16, or 256 with --backend vllm")
+    eval_batch_size: int | None = flag(None, "problems of a batch on each device; default 16, 256 for vllm")
 
     def __post_init__(self) -> None:
         if self.eval_batch_size is None:
@@ -239,7 +239,7 @@ class EvaluationFlags(ModelFlags):
         if not self.baseline and self.init_checkpoint is None and self.plan is None:
             raise InputError("--init_checkpoint is needed: the mapping to evaluate (or --baseline for the LLM alone)")
         if self.baseline and self.augmentation is False:
-            raise InputError("--baseline reads nothing but the prompt: leave --augmentation False out")
+            raise InputError("--baseline reads only the prompt: leave --augmentation False out")
         if self.baseline and self.llm_path is None:
             raise InputError("--llm_path is needed: the LLM to evaluate")
         if self.backend == "vllm":
@@ -252,18 +252,18 @@ class EvaluationFlags(ModelFlags):
                 )
 
     def by_likelihood(self, task: Task) -> bool:
-        """Whether answers to `task` are its likeliest labels, with no text generated."""
+        """True if answers to `task` are its most likely labels, without generation."""
         return bool(task.labels) and self.classification == "likelihood"
 
 
 def _fill_in(flags: object, **values: object) -> None:
-    """Replace defaults that depend on other flags, in `__post_init__`; afterwards flags are frozen."""
+    """Replace defaults that depend on other flags; called in `__post_init__` of the frozen flags."""
     for name, value in values.items():
         object.__setattr__(flags, name, value)
 
 
 def require_positive(flags: object, name: str) -> None:
     """Raise InputError unless the flag's value is above 0."""
-    # Written so that not-a-number fails too.
+    # `not ... > 0` also refuses NaN.
     if not getattr(flags, name) > 0:
         raise InputError(f"--{name} {getattr(flags, name)} must be above 0")

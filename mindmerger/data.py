@@ -1,4 +1,4 @@
-"""The published `datas` layout: files to examples, every row checked before any model loads."""
+"""Readers of the published `datas` layout, which check every row before any model loads."""
 
 import itertools
 import random
@@ -13,7 +13,7 @@ from mindmerger.tasks.languages import Language
 from mindmerger.tasks.task import Example, Task
 from mindmerger.tasks.translation import read_pairs
 
-# Where a `datas` folder says which data sets its files stem from.
+# File of a `datas` folder that lists the data sets of its files.
 MANIFEST = "manifest.json"
 
 
@@ -25,19 +25,19 @@ def read_training(
     train_num: int,
     with_prompts: bool = True,
 ) -> Iterator[Example]:
-    """The rows of one stage, at most `train_num` of each language, in the order of the files, read one by one.
+    """Read the rows of one stage, in the order of the files.
 
     Args:
         data_dir: a folder in the published layout.
         task: one of `TRAINING_TASKS`.
         stage: "mapping" (translation pairs) or "augmentation" (translated task queries).
-        languages: those to read; None reads the task's own from parallel files, and from a JSON list whatever
-            languages it holds. The mapping stage has no pairs from English to itself and leaves English out.
-        train_num: rows per language.
-        with_prompts: whether the mapping stage's rows get their prompts.
+        languages: languages to read; None for the task's languages in parallel files, and for all languages in a JSON
+            list. The mapping stage skips English, which has no pairs.
+        train_num: maximum rows of each language.
+        with_prompts: True to build the prompts of the mapping stage.
 
     Raises:
-        InputError: a missing file, a malformed row (file and line are named); at the end, a language without rows.
+        InputError: a file is missing, a row is malformed (file and line are named), or a language has no rows.
     """
     rows: dict[Language, Iterable[Example]]
     if stage == "mapping":
@@ -52,7 +52,7 @@ def read_training(
     for language in chosen:
         count = 0
         for count, example in enumerate(rows.get(language, ()), start=1):
-            # Those beyond train_num are checked, too.
+            # Rows beyond train_num are also checked.
             if count <= train_num:
                 yield example
         if count == 0:
@@ -67,10 +67,10 @@ def read_training(
 def read_evaluation(
     data_dir: Path, task: Task, languages: tuple[Language, ...], max_problems: int | None = None
 ) -> dict[Language, list[Example]]:
-    """The problems of one evaluation task, by language, at most `max_problems` of each.
+    """Read the problems of one evaluation task by language, at most `max_problems` of each.
 
     Raises:
-        InputError: a missing file, a malformed row (file and line are named), a gold answer that is none.
+        InputError: a file is missing, or a row or its gold answer is malformed (the message names file and line).
     """
     rows = {language: list(examples) for language, examples in task.read(data_dir, languages).items()}
     for language in languages:
@@ -81,13 +81,13 @@ def read_evaluation(
 
 
 def hold_out(count: int, dev_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split row numbers 0 to `count` - 1, shuffled, into `dev_size` for validation and the rest for training.
+    """Split row numbers 0 to `count` - 1 at random into `dev_size` for validation and the rest for training.
 
     Returns:
         Two int64 arrays, the same for the same seed.
 
     Raises:
-        InputError: nothing would be left to train on.
+        InputError: no row is left for training.
     """
     if dev_size >= count:
         raise InputError(

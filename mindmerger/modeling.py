@@ -1,7 +1,7 @@
 """MindMerger's model: a frozen multilingual encoder, a trainable mapping, a frozen LLM.
 
-Section 3 of Huang et al., NeurIPS 2024 (arXiv 2405.17386). The LLM reads
-`[bos | mapped source states | boundary | prompt | target]`; loss is on the target alone.
+Section 3 of Huang et al., NeurIPS 2024 (arXiv 2405.17386). The LLM's input is
+`[bos | mapped source states | boundary | prompt | target]`; the loss is on the target only.
 """
 
 from dataclasses import dataclass
@@ -42,18 +42,18 @@ _HUB_OPTIONS = {
 
 
 class MindMergerConfig(PretrainedConfig):
-    """The two models that a mapping joins, and what it was trained for.
+    """Config of a mapping: the two models that it joins, and its last training run.
 
     Attributes:
         llm_path, mt_path: hub ids or local folders of the LLM and of the multilingual model.
-        llm_revision, mt_revision: hub revisions to pin them to.
+        llm_revision, mt_revision: hub revisions of the two models.
         llm_hidden_size, mt_hidden_size: widths of the LLM's embeddings and of the encoder's states.
-        llm_bos_token_id: opens every sequence; None for an LLM without one.
-        encoder_layer: of a decoder-only multilingual model, how many of its layers make the encoder; None for all.
-        task, stage, augmentation, prompt: what the mapping was last trained for; `prompt` is the template that
-            followed the boundary, None where none did.
-        languages, train_rows, datasets: what it was last trained on: codes of the sources' languages, how many rows,
-            and hub ids of the data sets where they are known.
+        llm_bos_token_id: first token of every sequence; None for an LLM without one.
+        encoder_layer: number of layers used of a decoder-only multilingual model; None for all.
+        task, stage, augmentation, prompt: settings of the last training run; `prompt` is the template after the
+            boundary, or None.
+        languages, train_rows, datasets: data of the last training run: codes of the sources' languages, number of
+            rows, and hub ids of the data sets if known.
     """
 
     model_type = "mindmerger"
@@ -76,7 +76,7 @@ class MindMergerConfig(PretrainedConfig):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a ReLU between: [..., mt_hidden_size] to [..., llm_hidden_size]."""
+    """Two linear layers with a ReLU between them, from [..., mt_hidden_size] to [..., llm_hidden_size]."""
 
     def __init__(self, mt_hidden_size: int, llm_hidden_size: int):
         super().__init__()
@@ -88,7 +88,7 @@ class MLP(nn.Module):
 
 
 class Mapping(nn.Module):
-    """All that is trained. Names and shapes are those of the published checkpoints."""
+    """All trained parameters, under the names and shapes of the published checkpoints."""
 
     def __init__(self, mt_hidden_size: int, llm_hidden_size: int):
         super().__init__()
@@ -96,16 +96,16 @@ class Mapping(nn.Module):
         self.end_boundary = nn.Parameter(torch.zeros(1, 1, llm_hidden_size))
 
     def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encoder states [..., mt_hidden_size] to (vectors [..., llm_hidden_size], boundary [1, llm_hidden_size]).
+        """Map encoder states [..., mt_hidden_size] to vectors [..., llm_hidden_size]; return also the boundary.
 
-        The boundary leaves through here because ZeRO-3 gathers a parameter only while the module that owns it runs.
+        The boundary is returned here because ZeRO-3 gathers a parameter only while the module that owns it runs.
         """
         return self.mlp(states), self.end_boundary.view(1, -1)
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """What the LLM reads, left-padded, so that every row ends in the last column.
+    """Input embeddings of the LLM, left-padded, so that every row ends in the last column.
 
     Attributes:
         embeds: [batch, length, llm_hidden_size].
@@ -117,21 +117,21 @@ class Sequence:
 
     @property
     def position_ids(self) -> torch.Tensor:
-        """[batch, length]; a row's first vector is at position 0, whatever its padding."""
+        """Positions [batch, length], counted from the first vector of each row after its padding."""
         return (self.mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 class MindMergerForCausalLM(PreTrainedModel):
-    """A multilingual encoder, a mapping, and an LLM, of which only the mapping is trained, saved and loaded.
+    """A multilingual encoder, a mapping and an LLM; only the mapping is trained, saved and loaded.
 
     Args:
         config: names and sizes of the two models.
-        encoder: gives states [rows, columns, mt_hidden_size]; see `load_encoder`.
+        encoder: encoder with states [rows, columns, mt_hidden_size]; see `load_encoder`.
         llm: any Hugging Face causal language model; see `load_llm`.
 
     Attributes:
-        packs: whether the LLM reads packed rows, as `pack_rows` found.
-        masking: how the encoder is given a batch's mask; see `find_masking`.
+        packs: True if the LLM takes packed rows; set by `pack_rows`.
+        masking: form of the encoder's mask; see `find_masking`.
     """
 
     config_class = MindMergerConfig
@@ -140,13 +140,13 @@ class MindMergerForCausalLM(PreTrainedModel):
 
     def __init__(self, config: MindMergerConfig, encoder: PreTrainedModel, llm: PreTrainedModel):
         super().__init__(config)
-        # Not PreTrainedModel.post_init: it would initialise weights, and all but the mapping's are loaded ones.
+        # Not PreTrainedModel.post_init, which would initialise the loaded weights.
         self.encoder = encoder.requires_grad_(False)
         self.llm = llm.requires_grad_(False)
         self.mapping = Mapping(config.mt_hidden_size, config.llm_hidden_size)
         # An encoder's cache is never read.
         self.encoder.config.use_cache = False
-        # Frozen weights are in no checkpoint, under whichever of their names (embeddings often have two).
+        # Leaves the frozen weights out of checkpoints.
         self.register_state_dict_post_hook(_keep_mapping)
         self.packs = False
         self.masking: Masking = "padding"
@@ -162,7 +162,7 @@ class MindMergerForCausalLM(PreTrainedModel):
     ) -> "MindMergerForCausalLM":
         """Load both frozen models that `config` names, in `dtype`.
 
-        The mapping gets these values, in `dtype`; without any it starts at random, in float32.
+        The mapping is set to `mapping`, in `dtype`; None leaves a random one in float32.
         """
         encoder = load_encoder(config.mt_path, config.mt_revision, dtype, trust_remote_code, config.encoder_layer)
         llm = load_llm(config.llm_path, config.llm_revision, dtype, trust_remote_code)
@@ -187,22 +187,22 @@ class MindMergerForCausalLM(PreTrainedModel):
         Args:
             checkpoint: a folder or hub id; with `config` given, also a `.safetensors` file or a published
                 `pytorch_model.bin`.
-            config: stands in for the folder's own, for instance to name other copies of the two models.
-            dtype: of all three parts, as a torch dtype or its name.
-            trust_remote_code: run the code that a base model's repository brings.
-            hub_options: of a download: `revision`, `token`, `cache_dir` and the like.
+            config: replaces the folder's config, for instance to name other copies of the two models.
+            dtype: dtype of all three parts, as a torch dtype or its name.
+            trust_remote_code: True to run code from a base model's repository.
+            hub_options: options of a download, such as `revision`, `token` and `cache_dir`.
 
         Raises:
-            InputError: a missing file, or a mapping of other models (the tensor is named).
+            InputError: a file is missing, or the mapping belongs to other models (the message names the tensor).
         """
-        # The auto classes add these two for models of their own.
+        # The auto classes add these two.
         hub_options = {k: v for k, v in hub_options.items() if k not in ("adapter_kwargs", "_from_auto")}
         if unknown := hub_options.keys() - _HUB_OPTIONS:
             raise TypeError(f"from_pretrained() takes no {', '.join(sorted(unknown))}")
         dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(dtype, torch.dtype):
             raise InputError(
-                "dtype is a torch dtype or its name, as bfloat16: the models may have several of their own"
+                "dtype must be a torch dtype or its name, such as bfloat16: the two models may have different ones"
             )
         path = Path(checkpoint, hub_options.get("subfolder") or "")
         try:
@@ -211,16 +211,16 @@ class MindMergerForCausalLM(PreTrainedModel):
         except OSError as error:
             raise InputError(f"no mapping could be loaded from {checkpoint}: {first_line(error)}") from error
         if config.mt_hidden_size is None or config.llm_hidden_size is None:
-            raise InputError(f"the config in {checkpoint} is not a mapping's: it names no hidden sizes")
+            raise InputError(f"the config in {checkpoint} is not one of a mapping: it has no hidden sizes")
         state = read_mapping(path, config.mt_hidden_size, config.llm_hidden_size)
         model = cls.from_base_models(config, dtype, trust_remote_code, state)
         model.masking = find_masking(model.encoder, model.source_pad_id, ("padding", "alone"))
         return model
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write config, mapping and model card to a folder; the base models stay where they are.
+        """Write config, mapping and model card to a folder, without the two frozen models.
 
-        The card holds the scores that evaluations in `./results` gave to this very mapping.
+        The card has the scores of this mapping in `./results`.
         """
         from mindmerger.card import write_card
 
@@ -234,36 +234,36 @@ class MindMergerForCausalLM(PreTrainedModel):
         return upload(self, repo_id, **options)
 
     def train(self, mode: bool = True) -> "MindMergerForCausalLM":
-        """As for any module, but the frozen models never leave eval mode: no dropout where nothing is learned."""
+        """Set the training mode, but keep the frozen models in eval mode, without dropout."""
         super().train(mode)
         self.encoder.eval()
         self.llm.eval()
         return self
 
     def pack_rows(self, source_pad_id: int = 0) -> bool:
-        """Prepare both frozen models for batches that the host lays out: no step waits for a value of the device.
+        """Prepare both frozen models for batches laid out on the host, so that no step waits for the device.
 
         Args:
-            source_pad_id: pads the sources.
+            source_pad_id: padding id of the sources.
 
         Returns:
-            Whether the LLM reads packed rows from now on; see `pack_attention`.
+            True if the LLM now takes packed rows; see `pack_attention`.
         """
         self.packs = pack_attention(self.llm)
         self.masking = find_masking(self.encoder, source_pad_id)
         return self.packs
 
     def map_sources(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mapped states of all sources [states, llm_hidden_size], and the boundary [1, llm_hidden_size]."""
+        """Compute the mapped states of all sources [states, llm_hidden_size]; also return the boundary."""
         with torch.no_grad():
             states = encode(self.encoder, batch.source_ids, batch.source_mask, self.masking)
         states = states.flatten(0, 1).index_select(0, batch.source_index)
         return self.mapping(states.to(self.mapping.end_boundary.dtype))
 
     def embed(self, batch: Batch) -> torch.Tensor:
-        """What the LLM reads of `batch`, on its device: embeddings of the shape of `token_ids`, mapped states inserted.
+        """Compute the LLM's input: embeddings of `token_ids`, with the mapped states inserted.
 
-        Under ZeRO-3 a module's weights are there only while it runs: the embedding is called, not indexed.
+        The embedding is called, not indexed: under ZeRO-3 a module has its weights only while it runs.
         """
         vectors, boundary = self.map_sources(batch)
         embeds = self.llm.get_input_embeddings()(batch.token_ids)
@@ -280,18 +280,18 @@ class MindMergerForCausalLM(PreTrainedModel):
         num_items_in_batch: float | None = None,
         batch: Batch | None = None,
     ) -> CausalLMOutput:
-        """Loss on the target, or the next token's logits where there is none.
+        """Compute the loss on the target, or the next token's logits if there is no target.
 
         Args:
             input_ids, attention_mask: source for the encoder, [rows, source length].
             prompt_ids, prompt_attention_mask: prompt for the LLM, [rows, prompt length].
-            labels: target ids, [rows, target length], -100 where padded.
-            num_items_in_batch: divides the summed loss; default the number of target tokens here.
-            batch: the same rows laid out by `lay_out`, in place of the tensors before.
+            labels: target ids, [rows, target length], -100 for padding.
+            num_items_in_batch: divisor of the summed loss; default: the number of target tokens of the batch.
+            batch: rows laid out by `lay_out`, instead of the arguments above.
 
         Returns:
             `loss`: cross entropy in nats, float32; `logits`: [target tokens, vocabulary] in row order, or
-            [rows, vocabulary] of the next token where there are no targets.
+            [rows, vocabulary] of the next token if there are no targets.
         """
         if batch is None:
             rows = padded_rows(input_ids, attention_mask, prompt_ids, prompt_attention_mask, labels)
@@ -304,7 +304,7 @@ class MindMergerForCausalLM(PreTrainedModel):
         return CausalLMOutput(loss=loss / (num_items_in_batch or len(logits)), logits=logits)
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """Logits that predict each label of `batch`, [targets, vocabulary], or the next token, [rows, vocabulary]."""
+        """Logits of each label of `batch`, [targets, vocabulary], or of the next token, [rows, vocabulary]."""
         arguments = {"inputs_embeds": self.embed(batch), "position_ids": batch.position_ids, "use_cache": False}
         if batch.mask is None:
             arguments |= packed_arguments(batch.lengths, batch.cumulative_lengths)
@@ -312,7 +312,7 @@ class MindMergerForCausalLM(PreTrainedModel):
             kept = len(logits) == len(batch.logit_positions)  # a few LLMs compute all
             return logits if kept else logits.index_select(0, batch.logit_positions)
         arguments |= {"attention_mask": batch.mask, "logits_to_keep": batch.columns}
-        logits = self.llm(**arguments).logits[:, -batch.columns :].flatten(0, 1)  # of all, where none can be left out
+        logits = self.llm(**arguments).logits[:, -batch.columns :].flatten(0, 1)  # some LLMs return all
         return logits.index_select(0, batch.logit_positions) if len(batch.labels) else logits
 
     @torch.no_grad()
@@ -324,7 +324,7 @@ class MindMergerForCausalLM(PreTrainedModel):
         prompt_attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """New token ids [rows, new tokens]; `kwargs` go to the LLM's own `generate`."""
+        """Generate token ids [rows, new tokens]; `kwargs` are passed to the LLM's `generate`."""
         batch = self._lay_out(padded_rows(input_ids, attention_mask, prompt_ids, prompt_attention_mask))
         return self.llm.generate(inputs_embeds=self.embed(batch), attention_mask=batch.mask, **kwargs)
 
@@ -342,10 +342,10 @@ AutoModelForCausalLM.register(MindMergerConfig, MindMergerForCausalLM)
 
 
 def mapping_config(models: "ModelPair", llm_bos_token_id: int | None) -> MindMergerConfig:
-    """The config that joins the two models of `models`, from their configs alone: no weights are read.
+    """Build the config of a mapping between `models` from their configs, without reading weights.
 
     Raises:
-        InputError: one of the two cannot be found or served, or has no such --encoder_layer.
+        InputError: a model is not found or not supported, or has no such --encoder_layer.
     """
     check_llm(models)
     mt = base_config(models.mt_path, models.mt_revision, models.trust_remote_code)

@@ -1,8 +1,8 @@
 """Optimizers of the mapping and their learning rate: AdamW as published, and Muon for the two matrices.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes each step of a matrix orthogonal, so that all
-directions of the gradient count alike; with steps as long as AdamW's (Liu et al. 2025, "Muon is scalable for LLM
-training", arXiv 2502.16982, equation 4) one learning rate serves both.
+directions of the gradient have equal weight. Its steps have the RMS of AdamW's (Liu et al. 2025, "Muon is scalable for
+LLM training", arXiv 2502.16982, equation 4), so that both use the same learning rate.
 """
 
 from typing import Any
@@ -13,10 +13,10 @@ from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_
 from common.ranks import Process
 from mindmerger.modeling import Mapping
 
-# Of the odd polynomial that five times over brings every singular value from 0.01 to 1 near 1 (Jordan et al. 2024).
+# Odd polynomial that, applied five times, brings singular values from 0.01 to 1 near 1 (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
-# Root mean square of AdamW's steps in units of the learning rate, as Liu et al. 2025 found it.
+# Root mean square of AdamW's steps in units of the learning rate, as measured by Liu et al. 2025.
 ADAMW_RMS = 0.2
 
 # Betas, eps and weight decay of the published AdamW.
@@ -24,12 +24,12 @@ DEFAULTS = {"betas": (0.8, 0.999), "eps": 1e-8, "weight_decay": 3e-7}
 
 
 def make_optimizer(name: str, mapping: Mapping, lr: float, boundary_lr: float, process: Process) -> torch.optim.AdamW:
-    """The optimizer of the mapping.
+    """Build the optimizer of the mapping.
 
     Args:
         name: "adamw", or "muon" for the two matrices.
-        mapping: what is trained.
-        lr: peak learning rate of all but the boundary.
+        mapping: module to train.
+        lr: peak learning rate of all parameters but the boundary.
         boundary_lr: peak learning rate of the boundary.
         process: this rank.
     """
@@ -47,14 +47,14 @@ def make_optimizer(name: str, mapping: Mapping, lr: float, boundary_lr: float, p
 def make_schedule(
     name: str, optimizer: torch.optim.Optimizer, warmup: int, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate over `steps` steps: a linear rise over `warmup` of them, then constant or a cosine."""
+    """Build the schedule of `steps` steps: a linear rise over `warmup` steps, then constant or a cosine."""
     if name == "cosine":
         return get_cosine_schedule_with_warmup(optimizer, warmup, steps)
     return get_constant_schedule_with_warmup(optimizer, warmup)
 
 
 def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
-    """U V^T of `matrix` = U S V^T, but for singular values of about 0.7 to 1.2 in place of 1: Newton-Schulz.
+    """Approximate U V^T of `matrix` = U S V^T by Newton-Schulz, with singular values of about 0.7 to 1.2.
 
     Args:
         matrix: [rows, columns], float32 or float64.
@@ -70,13 +70,13 @@ def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for matrices and AdamW for all else, on whole tensors or on ZeRO's partitions of them.
+    """Muon for matrices and AdamW for other parameters, on whole tensors or on ZeRO's partitions.
 
     Args:
-        groups: parameter groups as AdamW takes them. One with a `shape` holds a single matrix of that shape and is
-            moved by Muon; with ZeRO each rank has an equal part of it there, flat, in the order of ranks.
+        groups: parameter groups of AdamW. A group with a `shape` has a single matrix of that shape, which Muon
+            updates; under ZeRO it has this rank's equal, flat part of the matrix, in the order of ranks.
         process: this rank.
-        defaults: AdamW's. Its first beta is Muon's momentum, too.
+        defaults: AdamW's defaults. Its first beta is also Muon's momentum.
     """
 
     def __init__(self, groups: list[dict[str, Any]], process: Process, **defaults: Any):
@@ -85,15 +85,15 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step of all parameters that have a gradient; for all ranks together."""
+        """Update all parameters that have a gradient; a collective operation of all ranks."""
         moved = [(part, group) for group in self.param_groups if "shape" in group for part in group["params"]]
         gradients = [part.grad for part, _ in moved]
         for part, group in moved:
             self._move(part, group)
-            # AdamW passes over what has no gradient.
+            # AdamW skips parameters without a gradient.
             part.grad = None
         result = super().step(closure)
-        # With its optimizer offloaded ZeRO fills the same gradients again.
+        # With an offloaded optimizer, ZeRO fills the same gradient tensors again.
         for (part, _), gradient in zip(moved, gradients, strict=True):
             part.grad = gradient
         return result

@@ -1,6 +1,6 @@
-"""Attention of packed rows: sequences end to end in one row, each of which sees itself alone.
+"""Attention of packed rows: sequences end to end in one row, each attending only to itself.
 
-A third of what a padded micro batch of questions makes an LLM read is padding. Packed, nothing is; only attention needs
+A third of the tokens of a padded micro batch of questions are padding. A packed one has none, and only attention needs
 the edges of the sequences.
 """
 
@@ -16,11 +16,11 @@ from transformers.masking_utils import sdpa_mask
 
 # Name of the attention below among transformers' attention implementations.
 PACKED = "mindmerger_packed"
-# Kinds of layers, by transformers' names, in which tokens meet in nothing but attention.
+# Types of layers, by transformers' names, in which tokens interact only through attention.
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-# Arguments that change what attention computes, and that `packed_attention` does not implement.
+# Arguments that change the result of attention, and that `packed_attention` does not implement.
 _FOREIGN = ("softcap", "position_bias", "s_aux")
-# What the CUDA kernel of `varlen_attn` takes (FlashAttention 2): 16-bit numbers, heads of at most this width.
+# Largest head width of `varlen_attn`'s CUDA kernel (FlashAttention 2), which takes 16-bit numbers only.
 _LARGEST_HEAD = 256
 
 
@@ -44,10 +44,10 @@ def packed_attention(
         query: [1, heads, tokens, head width].
         key, value: [1, key-value heads, tokens, head width].
         attention_mask: not used where there are segments.
-        scaling: of the scores; default 1 / sqrt(head width).
-        sliding_window: how many tokens back a token sees, itself included; None for all.
-        segment_lengths: tokens of each segment, in order; None for an ordinary padded batch.
-        cu_seq_lens_q, max_length_q: int32 edges of the segments and the longest one, by transformers' names.
+        scaling: factor of the scores; default 1 / sqrt(head width).
+        sliding_window: number of tokens that a token attends to, itself included; None for all before it.
+        segment_lengths: tokens of each segment, in order; None for a padded batch.
+        cu_seq_lens_q, max_length_q: int32 edges of the segments and the longest length, by transformers' names.
 
     Returns:
         ([1, tokens, heads, head width], None).
@@ -65,7 +65,7 @@ def packed_attention(
 
 
 def _has_kernel(query: torch.Tensor) -> bool:
-    """Whether `varlen_attn` has a kernel for such tensors."""
+    """True if `varlen_attn` has a kernel for such tensors."""
     if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
         return False
     width = query.shape[-1]
@@ -81,7 +81,7 @@ def _in_one_call(
     edges: torch.Tensor,
     longest: int,
 ) -> torch.Tensor:
-    """All segments by one kernel; arguments and result as of `packed_attention`."""
+    """Compute all segments by one kernel; arguments and result as in `packed_attention`."""
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     output = varlen_attn(
         query,
@@ -106,10 +106,10 @@ def _by_segment(
     sliding_window: int | None,
     lengths: list[int],
 ) -> torch.Tensor:
-    """Each segment by PyTorch's attention; arguments and result as of `packed_attention`."""
+    """Compute each segment by PyTorch's attention; arguments and result as in `packed_attention`."""
     grouped, dtype = key.shape[1] != query.shape[1], query.dtype
     if query.device.type == "cpu" and dtype is torch.bfloat16:
-        # This kernel takes three times as long on a CPU as the one for float32, and rounds besides.
+        # On a CPU this kernel is three times as slow as the one for float32, and less accurate.
         query, key, value = query.float(), key.float(), value.float()
     outputs = []
     for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
@@ -131,16 +131,16 @@ AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
 def pack_attention(llm: PreTrainedModel) -> bool:
-    """Give an LLM `packed_attention`, if its logits of packed sequences are then those of each alone.
+    """Set an LLM's attention to `packed_attention` if it gives the same logits for packed and for single sequences.
 
-    Tried on the model itself: what a configuration does not tell (positions counted from the row's first column, states
-    carried from token to token) shows in the logits.
+    The test runs the model, since a config does not show everything that matters (positions counted from the row's
+    first column, recurrent states).
 
     Args:
-        llm: in eval mode.
+        llm: LLM in eval mode.
 
     Returns:
-        Whether it reads packed rows from now on; if not it is as it was.
+        True if the LLM now takes packed rows; otherwise it is unchanged.
     """
     config = llm.config.get_text_config()
     # Private: transformers sets it by `set_attn_implementation`, and has no public name to read it by.
@@ -160,7 +160,7 @@ def pack_attention(llm: PreTrainedModel) -> bool:
             together = llm(
                 inputs_embeds=embedding(ids[None]), position_ids=positions, use_cache=False, **arguments
             ).logits
-        # Third parties' models refuse arguments in their own ways.
+        # Models from outside transformers raise different errors for unknown arguments.
         except (TypeError, ValueError, RuntimeError):
             together = torch.full_like(alone, torch.nan)
     if are_close(together, alone):
@@ -170,10 +170,10 @@ def pack_attention(llm: PreTrainedModel) -> bool:
 
 
 def packed_arguments(lengths: list[int], cumulative_lengths: torch.Tensor) -> dict[str, Any]:
-    """Arguments of an LLM prepared by `pack_attention`, beside embeddings and positions of sequences of `lengths`."""
+    """Further arguments of an LLM prepared by `pack_attention`, for packed sequences of `lengths`."""
     return {
-        # transformers returns a 4-D mask unread. Without one it would look for the edges in the positions, and build a
-        # mask of tokens x tokens; of a 2-D mask it reads a value, for which the host waits.
+        # transformers uses a 4-D mask as it is. Without one it would find the edges in the positions and build a mask
+        # of tokens x tokens. From a 2-D mask it reads a value, for which the host waits.
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=cumulative_lengths.device),
         "segment_lengths": lengths,
         "cu_seq_lens_q": cumulative_lengths,
@@ -184,6 +184,6 @@ def packed_arguments(lengths: list[int], cumulative_lengths: torch.Tensor) -> di
 
 
 def are_close(outputs: torch.Tensor, reference: torch.Tensor) -> bool:
-    """Whether two results differ by rounding alone: a token that sees other tokens changes the first digits."""
+    """True if two results differ only by rounding; attention to other tokens changes the leading digits."""
     difference = (outputs - reference).float().norm()
     return bool(difference <= torch.finfo(reference.dtype).eps ** 0.5 * reference.float().norm())

@@ -1,4 +1,4 @@
-"""Trials of a loaded LLM on a few tokens: its logits must depend on neither the batch nor the cache."""
+"""Tests of a loaded LLM on a few tokens: its logits must depend neither on the batch nor on the cache."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,25 +11,25 @@ from common.errors import InputError, first_line
 from mindmerger.evaluation.decoding import read, read_on
 from mindmerger.modeling import Sequence
 
-# Relative difference of logits that passes. Over all causal LMs of transformers, tiny and in float32, right ones differ
-# by at most 0.0005 (steps of Zamba 2), wrong ones by at least 0.04. Numbers of 16 bits pass up to the root of their
-# unit: 0.09 in bfloat16, 0.03 in float16.
+# Allowed relative difference of logits. Over all causal LMs of transformers, tiny and in float32, right ones differ by
+# at most 0.0005 (steps of Zamba 2), wrong ones by at least 0.04. In 16 bits the limit is the square root of eps: 0.09
+# in bfloat16, 0.03 in float16.
 _LEAST = 0.01
-# And so many times what a change of the last bit of each input makes, which many experts may amplify: up to what logits
-# of other tokens differ by.
+# Also allowed: this multiple of the effect of changing the last bit of each input, which models of many experts
+# amplify, up to a limit below the difference between logits of different tokens.
 _AMPLIFIED, _MOST = 4, 0.5
-# Tokens of two rows; the last ones of each are read behind a cache of the others.
+# Tokens of the two rows; the last ones of each follow a cache of the others.
 _LENGTHS, _LATER = (9, 6), 3
 
 
 def check_padding(llm: PreTrainedModel) -> None:
-    """Refuse an LLM whose logits depend on the padding of a batch, as training without packing has it.
+    """Raise InputError if an LLM's logits depend on the padding of a batch, as in training without packing.
 
     Args:
-        llm: in eval mode.
+        llm: LLM in eval mode.
 
     Raises:
-        InputError: they do, or it cannot run.
+        InputError: the logits depend on it, or the LLM cannot run.
     """
     with _one_line(llm), torch.no_grad():
         trial = _Trial(llm)
@@ -40,13 +40,13 @@ def check_padding(llm: PreTrainedModel) -> None:
 
 
 def check_answers(llm: PreTrainedModel) -> None:
-    """Refuse an LLM whose logits with a cache are not those without one: of a row alone, and in a padded batch.
+    """Raise InputError if an LLM's logits with and without a cache differ, for one row or in a padded batch.
 
     Args:
-        llm: in eval mode.
+        llm: LLM in eval mode.
 
     Raises:
-        InputError: they are not, or it cannot run.
+        InputError: the logits differ, or the LLM cannot run.
     """
     with _one_line(llm), torch.no_grad():
         trial = _Trial(llm)
@@ -56,7 +56,7 @@ def check_answers(llm: PreTrainedModel) -> None:
 
 
 class _Trial:
-    """Two short rows, and an LLM's logits of each alone, without cache, mask and positions."""
+    """Two short rows, and an LLM's logits of each row alone, without cache, mask and positions."""
 
     def __init__(self, llm: PreTrainedModel):
         self._llm = llm
@@ -74,7 +74,7 @@ class _Trial:
         return self._llm(inputs_embeds=embeds[None], use_cache=False).logits[0]
 
     def sequence(self, count: int) -> Sequence:
-        """The first rows, left-padded."""
+        """The first `count` rows, left-padded."""
         embeds, masks = (
             pad_sequence(rows, batch_first=True, padding_side="left")
             for rows in (self._embeds[:count], [torch.ones_like(row) for row in self._ids[:count]])
@@ -82,7 +82,7 @@ class _Trial:
         return Sequence(embeds, masks)
 
     def behind_cache(self, count: int, at_once: bool) -> list[torch.Tensor]:
-        """Logits of the last tokens of the first rows, behind a cache of the others; of all at once, or one by one."""
+        """Logits of the last tokens of the first rows after a cache of the others, all at once or one by one."""
         cache, sequence = DynamicCache(config=self._llm.config), self.sequence(count)
         mask, positions = sequence.mask, sequence.position_ids
         inputs = {"inputs_embeds": sequence.embeds[:, :-_LATER]}
@@ -95,19 +95,19 @@ class _Trial:
         return list(torch.cat(logits, dim=1))
 
     def compare(self, logits: list[torch.Tensor], where: str) -> None:
-        """Refuse the LLM unless these logits are, but for rounding, those of the last tokens of each row alone."""
+        """Raise InputError unless these logits equal those of the last tokens of each row alone, up to rounding."""
         alone = [own[-len(row) :] for row, own in zip(logits, self.alone, strict=False)]
         difference = _difference(logits, alone)
-        # Written so that not-a-number fails too.
+        # `not ... <=` also refuses NaN.
         if not difference <= self._tolerance:
             raise InputError(
-                f"the LLM {self._llm.name_or_path} ({type(self._llm).__name__}) gives other logits {where} than to a "
-                f"row alone without a cache, by {difference:.0%}: its answers would be wrong, take another LLM"
+                f"the LLM {self._llm.name_or_path} ({type(self._llm).__name__}) gives logits {where} that differ by "
+                f"{difference:.0%} from those of a row alone without a cache: use another LLM"
             )
 
 
 def _difference(logits: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
-    """The largest of a token, relative to the reference's RMS; what is added to all its logits softmax drops."""
+    """Largest difference of a token, relative to the reference's RMS; constants that softmax ignores are removed."""
     logits, reference = (torch.cat(rows).float() for rows in (logits, reference))
     logits, reference = (rows - rows.mean(dim=-1, keepdim=True) for rows in (logits, reference))
     return float((logits - reference).norm(dim=-1).max() / reference.norm(dim=-1).square().mean().sqrt())
@@ -119,7 +119,7 @@ def _one_line(llm: PreTrainedModel) -> Iterator[None]:
         yield
     except InputError:
         raise
-    # Each family refuses what it does not take in its own way.
+    # Families raise different errors for arguments that they do not take.
     except Exception as error:
         name = f"{llm.name_or_path} ({type(llm).__name__})"
-        raise InputError(f"the LLM {name} cannot answer here: {first_line(error)}") from error
+        raise InputError(f"the LLM {name} cannot run: {first_line(error)}") from error

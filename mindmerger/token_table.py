@@ -1,7 +1,7 @@
-"""Rows of token ids on disk: tokenised once for each machine, memory-mapped by every rank.
+"""Token ids on disk: tokenised once on each machine, memory-mapped by every rank.
 
-A list of Python objects for the published mapping stage's 900,000 rows takes gigabytes in every rank; an Arrow file is
-mapped once into the memory that all ranks share.
+Python lists of the published mapping stage's 900,000 rows take gigabytes in every rank. The memory of a mapped Arrow
+file is shared by all ranks.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ from mindmerger.data import Example
 from mindmerger.tokenization import ExampleTokenizer
 
 ROWS, RECORD = "rows.arrow", "rows.json"
-# Of the file's form and of everything that decides which ids a row has; a new one makes every table anew.
+# Version of the file format and of the tokenization; a new version invalidates all cached tables.
 VERSION = 1
-# Rows that are tokenised together: enough for a tokenizer's threads, few enough for the processor's caches.
+# Rows tokenised together: enough for the tokenizer's threads, few enough for the processor's caches.
 AT_ONCE = 1000
 _IDS = pa.list_(pa.int32())
 _SCHEMA = pa.schema(
@@ -41,14 +41,14 @@ _SCHEMA = pa.schema(
 
 
 class Rows:
-    """Some rows of a table, in an order of their own.
+    """A subset of the rows of a table, in any order.
 
     Args:
-        table: as `open_table` maps it.
-        index: int64, the table's numbers of these rows.
+        table: memory-mapped Arrow table.
+        index: int64, numbers of the rows in the table.
 
     Attributes:
-        index: the same.
+        index: numbers of the rows in the table.
         lengths: int64, tokens of each row's sequence for the LLM; see `Tokens.__len__`.
         target_lengths: int64, tokens of each row's target.
     """
@@ -64,7 +64,7 @@ class Rows:
         return len(self.index)
 
     def tokens(self, rows: Sequence[int]) -> list[Tokens]:
-        """The token ids of the rows with these numbers, as int32 arrays."""
+        """Token ids of the rows with these numbers, as int32 arrays."""
         columns = self._table.select(KINDS).take(self.index[rows]).itercolumns()
         return [Tokens(*(ids.values.to_numpy() for ids in row)) for row in zip(*columns, strict=True)]
 
@@ -77,7 +77,7 @@ class Rows:
         return sorted(pc.unique(self._column("language")).to_pylist())
 
     def cuts(self) -> dict[str, dict[str, int]]:
-        """How many texts of each kind were cut, by language: `{"German": {"prompt": 3}}`."""
+        """Number of cut texts of each kind, by language: `{"German": {"prompt": 3}}`."""
         counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         cut = self._column("cut").to_numpy()
         names = self._column("language").take(np.flatnonzero(cut)).to_pylist()
@@ -86,7 +86,7 @@ class Rows:
         return {language: dict(counter) for language, counter in counts.items()}
 
     def shared_targets(self, other: "Rows") -> int:
-        """How many of these rows have a target that a row of `other` has, too."""
+        """Number of rows whose target is also the target of a row of `other`."""
         return int(np.isin(self._column("target_hash").to_numpy(), other._column("target_hash").to_numpy()).sum())
 
     def _column(self, name: str) -> pa.ChunkedArray:
@@ -97,13 +97,13 @@ class TokenTable:
     """All rows of one training stage.
 
     Args:
-        folder: as `write_table` leaves it.
+        folder: output of `write_table`.
 
     Attributes:
-        folder: the same.
-        size: of its file, in bytes.
-        sha256: of the rows' texts.
-        files: the data files that the rows were read from.
+        folder: folder of the table.
+        size: bytes of its file.
+        sha256: hash of the rows' texts.
+        files: data files that the rows were read from.
     """
 
     def __init__(self, folder: Path):
@@ -126,25 +126,25 @@ class TokenTable:
 def open_table(
     read: Callable[[], Iterable[Example]], tokenizer: ExampleTokenizer, settings: dict[str, Any], cache_dir: Path | None
 ) -> TokenTable:
-    """The token ids of the rows that `read` gives, from the cache, or tokenised and kept there.
+    """Load the token ids of the rows of `read` from the cache, or tokenise the rows and cache them.
 
-    Called by every rank; of the ranks that share a cache one tokenises, and the others wait for its lock.
+    Called by every rank. One of the ranks that share a cache tokenises, and the others wait for its lock.
 
     Args:
-        read: gives the rows.
-        tokenizer: of the two models.
-        settings: everything that decides which rows `read` gives, as JSON values, data files by their hashes.
-        cache_dir: None for a folder beside the data sets that Hugging Face's library caches (`HF_DATASETS_CACHE`).
+        read: function that returns the rows.
+        tokenizer: tokenizer of the two models.
+        settings: JSON values that determine the rows of `read`, with the hashes of its data files.
+        cache_dir: folder of cached tables; None for one in Hugging Face's cache of data sets (`HF_DATASETS_CACHE`).
 
     Raises:
-        InputError: a malformed row, a template longer than its limit, a full disk.
+        InputError: a row is malformed, a template is longer than its limit, or the disk is full.
     """
-    # Not asked of `datasets` itself, whose import takes longer than reading a table.
+    # Importing `datasets` for this path would take longer than reading a table.
     root = cache_dir or Path(os.environ.get("HF_DATASETS_CACHE", f"{HF_HOME}/datasets")) / "mindmerger"
     folder = root / _key(tokenizer, settings)
     if not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
-        # The lock saves work; what keeps a reader from half a table is the folder's renaming.
+        # The lock avoids double work; the renaming of the folder keeps partial tables from readers.
         with FileLock(folder.with_suffix(".lock")):
             if not folder.exists():
                 with atomic_folder(folder) as partial:
@@ -153,12 +153,12 @@ def open_table(
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """The sha256 of every file below `folder`, by its path."""
+    """Compute the sha256 of every file below `folder`, by its path."""
     return {str(path): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def write_table(folder: Path, examples: Iterable[Example], tokenizer: ExampleTokenizer) -> None:
-    """Write the token ids of `examples` to `folder`, some thousand rows at a time."""
+    """Write the token ids of `examples` to `folder`, a thousand rows at a time."""
     texts, files = hashlib.sha256(), set()
     with pa.OSFile(str(folder / ROWS), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
         for number, chunk in enumerate(_chunks(examples)):
@@ -186,7 +186,7 @@ def _record_batch(examples: list[Example], rows: list[Tokens]) -> pa.RecordBatch
 
 
 def _key(tokenizer: ExampleTokenizer, settings: dict[str, Any]) -> str:
-    """Names the table of these settings: a hash of all that decides what is in it."""
+    """Name of the table in the cache: a hash of everything that determines its content."""
     content = settings | {
         "version": VERSION,
         "libraries": [transformers.__version__, tokenizers.__version__],
@@ -200,7 +200,7 @@ def _key(tokenizer: ExampleTokenizer, settings: dict[str, Any]) -> str:
 
 
 def _tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Hashes of the tokenizer's files, wherever they lie and whatever they are called."""
+    """Hashes of the tokenizer's files as `save_pretrained` writes them."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return sorted(file_hashes(Path(folder)).values())

@@ -1,4 +1,4 @@
-"""Text to token ids, once per example: special tokens by id, and the query cut where a text is too long."""
+"""Tokenization of examples: special tokens are added by id, and the query of a text that is too long is cut."""
 
 import math
 import re
@@ -15,11 +15,11 @@ from mindmerger.frozen_models import encoder_shape
 from mindmerger.init.ridge import Span
 from mindmerger.tasks import LANGUAGES, Language, Prompt
 
-# Texts by which the tokenizer's backend is compared with the tokenizer.
+# Texts on which the tokenizer's backend is compared with the tokenizer.
 _CHECKED = 16
 # eng_Latn (NLLB), __en__ (M2M100), en_XX (mBART), __en_XX__ (PLBart), __eng__ (SeamlessM4T).
 _LANGUAGE_TOKEN = re.compile(r"(?P<nllb>[a-z]{3}_[A-Z][a-z]{3})|[a-z]{2}_[A-Z]{2}|__[a-z]{2,3}(_[A-Z]\w+)?__")
-# A "</s>" in somebody's text is text. verbose=False: what is too long is cut below, by our own rule.
+# A "</s>" in a text is plain text. verbose=False: no warning of long texts, which are cut below.
 _PLAIN = {
     "add_special_tokens": False,
     "split_special_tokens": True,
@@ -29,22 +29,22 @@ _PLAIN = {
 
 
 class ExampleTokenizer:
-    """Turns examples into `Tokens` for one pair of models.
+    """Tokenizer of examples for one pair of models.
 
     Args:
-        mt_tokenizer, mt_config: the multilingual model's, None for the LLM alone, which reads no source. Where the
-            tokenizer puts a language token around a text, a source gets its own language's.
-        llm_tokenizer: the LLM's.
-        augmentation: whether the prompt follows the mapped states.
-        max_seq_len: tokens of a source, its special tokens included.
-        max_prompt_len: tokens of a prompt.
-        max_gen_len: tokens of a target, its eos included.
+        mt_tokenizer, mt_config: tokenizer and config of the multilingual model; None for the LLM alone. If the
+            tokenizer adds a language token, each source gets the token of its language.
+        llm_tokenizer: tokenizer of the LLM.
+        augmentation: True if the prompt follows the mapped states.
+        max_seq_len: maximum tokens of a source, its special tokens included.
+        max_prompt_len: maximum tokens of a prompt.
+        max_gen_len: maximum tokens of a target, its eos included.
 
     Attributes:
-        names_language: whether its language's token stands before or after a source.
+        names_language: True if a source has a language token.
 
     Raises:
-        InputError: the LLM's tokenizer names no eos token, or the encoder takes a language as anything but a token.
+        InputError: the LLM's tokenizer has no eos token, or the encoder needs a language in another form than a token.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class ExampleTokenizer:
     ):
         self.limits = Limits(max_seq_len, max_prompt_len, max_gen_len)
         if llm_tokenizer.eos_token_id is None:
-            raise InputError(f"the tokenizer in {llm_tokenizer.name_or_path} names no eos token to end a target with")
+            raise InputError(f"the tokenizer in {llm_tokenizer.name_or_path} has no eos token to end a target with")
         self.mt_tokenizer = mt_tokenizer
         self.llm_tokenizer = llm_tokenizer
         self.augmentation = augmentation
-        # Beyond its own limit an encoder with learned positions has none.
+        # An encoder with learned positions has none beyond its own limit.
         self.max_seq_len = min(max_seq_len, mt_tokenizer.model_max_length) if mt_tokenizer else max_seq_len
         self.max_prompt_len = max_prompt_len
         self.max_gen_len = max_gen_len
@@ -76,7 +76,7 @@ class ExampleTokenizer:
 
     @property
     def source_pad_id(self) -> int:
-        """What pads a source: the encoder's own padding id, by which some encoders count positions."""
+        """Padding id of sources: the encoder's own, since some encoders derive positions from it."""
         pad_id = None if self.mt_tokenizer is None else self.mt_tokenizer.pad_token_id
         return 0 if pad_id is None else pad_id
 
@@ -84,7 +84,7 @@ class ExampleTokenizer:
         """Tokenize `examples`; without targets for generation.
 
         Raises:
-            InputError: a template alone is longer than its limit, or the encoder lacks a source's language.
+            InputError: a template alone is longer than its limit, or the encoder has no token for a language.
         """
         texts: dict[str, tuple[list[list[int]], set[int]]] = dict.fromkeys(KINDS, ([[]] * len(examples), set()))
         if self.mt_tokenizer is not None:
@@ -108,10 +108,10 @@ class ExampleTokenizer:
         return tokens
 
     def sources_with_spans(self, texts: list[str], language: Language) -> list[tuple[list[int], list[Span]]]:
-        """The source ids of texts in one language, cut to their limit, and each token's span, (0, 0) if special.
+        """Source ids of texts in one language, cut to the limit, and the span of each token, (0, 0) if special.
 
         Raises:
-            InputError: the tokenizer gives no character offsets, or the encoder lacks the language.
+            InputError: the tokenizer has no character offsets, or the encoder has no token for the language.
         """
         prefix, suffix = self._around_source(language)
         limit = self.max_seq_len - len(prefix) - len(suffix)
@@ -121,13 +121,13 @@ class ExampleTokenizer:
         ]
 
     def label_ids(self, label: str) -> list[int]:
-        """A label word as a target begins with it: without eos."""
+        """Token ids of a label word as the beginning of a target, without eos."""
         return _ids(self.llm_tokenizer, [label])[0]
 
     def _targets(self, texts: list[str]) -> tuple[list[list[int]], set[int]]:
-        """The ids of every target, closed by eos unless it was cut; and which were.
+        """Ids of every target, and the numbers of those that were cut.
 
-        A model must not learn that a solution ends where the limit happened to fall.
+        A cut target has no eos, so that the model does not learn to end a solution at the limit.
         """
         eos, limit = self.llm_tokenizer.eos_token_id, self.max_gen_len
         targets = _ids(self.llm_tokenizer, texts)
@@ -135,18 +135,18 @@ class ExampleTokenizer:
         return [ids[:limit] if row in cut else [*ids, eos] for row, ids in enumerate(targets)], cut
 
     def _find_language(self) -> int | None:
-        """The language token among the special tokens around a source."""
+        """Find the language token among the special tokens of a source."""
         specials = [*self._source_prefix, *self._source_suffix]
         for index, token in zip(specials, self.mt_tokenizer.convert_ids_to_tokens(specials), strict=True):
             if match := _LANGUAGE_TOKEN.fullmatch(token):
                 if match["nllb"]:
-                    # Where NLLB's tokenizers put the language has changed; the models were trained on this order.
+                    # NLLB's tokenizers have changed the order; the models were trained on this one.
                     self._source_prefix, self._source_suffix = [index], [self.mt_tokenizer.eos_token_id]
                 return index
         return None
 
     def _around_source(self, language: Language) -> tuple[list[int], list[int]]:
-        """The special tokens before and after a source in `language`."""
+        """Special tokens before and after a source in `language`."""
         if not self.names_language:
             return self._source_prefix, self._source_suffix
         own = self._token_of(language)
@@ -168,7 +168,7 @@ class ExampleTokenizer:
 
 
 def load_example_tokenizer(models: ModelPair, limits: Limits, augmentation: bool) -> ExampleTokenizer:
-    """The tokenizers of `models`, with limits.
+    """Load the tokenizers of `models`.
 
     Raises:
         InputError: a tokenizer or the multilingual model's config cannot be loaded.
@@ -177,22 +177,22 @@ def load_example_tokenizer(models: ModelPair, limits: Limits, augmentation: bool
     if models.mt_path is not None:
         mt_tokenizer = load_tokenizer(models.mt_path, models.mt_revision, models.trust_remote_code)
         mt_config = base_config(models.mt_path, models.mt_revision, models.trust_remote_code)
-        # Some tokenizers name no limit.
+        # Some tokenizers have no limit.
         mt_tokenizer.model_max_length = min(mt_tokenizer.model_max_length, encoder_shape(models)[1] or math.inf)
     llm_tokenizer = load_tokenizer(models.llm_path, models.llm_revision, models.trust_remote_code)
     return ExampleTokenizer(mt_tokenizer, mt_config, llm_tokenizer, augmentation=augmentation, **asdict(limits))
 
 
 def ids_with_spans(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tuple[list[int], list[Span]]]:
-    """The ids of each text, without special tokens, and the span of each token in it, without spaces around.
+    """Ids of each text, without special tokens, and the span of each token in it, without surrounding spaces.
 
     Raises:
-        InputError: the tokenizer gives no character offsets.
+        InputError: the tokenizer has no character offsets.
     """
     if not tokenizer.is_fast:
         raise InputError(
-            f"the tokenizer in {tokenizer.name_or_path} is no fast one and does not tell where its tokens stand in a "
-            "text, by which an aligned start matches them: take another --mapping_init"
+            f"the tokenizer in {tokenizer.name_or_path} is not a fast one, and has no character offsets, which an "
+            "aligned start needs: use another --mapping_init"
         )
     encoded = tokenizer(texts, return_offsets_mapping=True, **_PLAIN)
     return [
@@ -202,21 +202,21 @@ def ids_with_spans(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list
 
 
 def _without_spaces(text: str, start: int, end: int) -> Span:
-    """Some tokenizers count the space before a word to its first token, others do not."""
+    """Shorten a span by the spaces at its ends, which only some tokenizers include."""
     end = start + len(text[start:end].rstrip())
     return end - len(text[start:end].lstrip()), end
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """The ids of each text, without special tokens.
+    """Ids of each text, without special tokens.
 
-    Many texts go straight to the tokenizer's backend, which takes half the time of the tokenizer's own call. Some
-    tokenizers change a text before that: where the two differ on the first texts, the call is used.
+    Many texts are passed directly to the tokenizer's backend, which takes half the time of a call of the tokenizer.
+    Some tokenizers change a text before: if the two differ on the first texts, the tokenizer is called.
     """
     first = tokenizer(texts[:_CHECKED], **_PLAIN).input_ids if texts else []
     if len(texts) <= _CHECKED:
         return first
-    # That call has set the backend to our options.
+    # The call above has also set the options of the backend.
     if not tokenizer.is_fast or _backend_ids(tokenizer, texts[:_CHECKED]) != first:
         return tokenizer(texts, **_PLAIN).input_ids
     return _backend_ids(tokenizer, texts)
@@ -228,28 +228,28 @@ def _backend_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
 
 
 def _refuse_languages_beside_tokens(config: PretrainedConfig, path: str) -> None:
-    """Refuse X-MOD, which has an adapter for each language, and XLM where it has embeddings of languages."""
+    """Raise InputError for X-MOD, with an adapter for each language, and for XLM with language embeddings."""
     if config.model_type == "xmod" or (getattr(config, "use_lang_emb", False) and config.n_langs > 1):
         raise InputError(
-            f"{path} is told a source's language by ids beside its tokens, which are not given here: take an encoder "
-            "that reads all languages alike or has language tokens"
+            f"{path} takes a source's language as an id beside its tokens, which is not supported: use an encoder with "
+            "language tokens, or with the same input for all languages"
         )
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and after a text."""
+    """Ids that the tokenizer adds before and after a text."""
     plain = tokenizer("a", add_special_tokens=False).input_ids
     full = tokenizer("a").input_ids
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:
             return full[:start], full[start + len(plain) :]
-    raise InputError(f"cannot tell which special tokens {tokenizer.name_or_path} puts around a text: {full}")
+    raise InputError(f"cannot find the special tokens that {tokenizer.name_or_path} adds to a text: {full}")
 
 
 def _fit_all(
     prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, limit: int, flag: str
 ) -> tuple[list[list[int]], set[int]]:
-    """The ids of every prompt, none longer than `limit`; and which prompts were cut."""
+    """Ids of every prompt, cut to `limit`, and the numbers of the prompts that were cut."""
     fitted = _ids(tokenizer, [prompt.text for prompt in prompts])
     cut = {row for row, ids in enumerate(fitted) if len(ids) > limit}
     for row in cut:
@@ -258,9 +258,9 @@ def _fit_all(
 
 
 def _cut_query(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, limit: int, flag: str) -> list[int]:
-    """The ids of the prompt with the longest beginning of its query that fits, found by bisection over characters.
+    """Ids of the prompt with the longest beginning of its query that fits, found by bisection over characters.
 
-    Token ids are not cut and pasted: only the whole text tokenizes as the model has seen it.
+    The whole text is tokenized, since joined parts could have other token ids.
     """
 
     def ids_with(characters: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a stopped run continues from: counters, the mapping, its optimizer and schedule, random generators, on disk."""
+"""Saved state of a run: counters, the mapping, its optimizer and schedule, and random generators."""
 
 import math
 from dataclasses import asdict, dataclass, fields
@@ -16,13 +16,13 @@ from mindmerger.zero import MappingState
 
 @dataclass
 class TrainState:
-    """Where a run stands, beside the mapping and its optimizer.
+    """Counters of a run, saved beside the mapping and its optimizer.
 
     Attributes:
-        best_perplexity: on the dev rows, so far.
+        best_perplexity: lowest perplexity on the dev rows so far.
         skipped, skipped_in_a_row: steps whose loss or gradient was not finite.
-        metrics_size: bytes of the metrics written.
-        step: optimizer steps done.
+        metrics_size: bytes of the metrics file.
+        step: optimizer steps taken.
     """
 
     best_perplexity: float = math.inf
@@ -34,12 +34,12 @@ class TrainState:
 
 @dataclass(frozen=True)
 class SavedStates:
-    """The states of one run on disk, the last two of which are kept; every method is for all ranks together.
+    """Saved states of one run, of which the last two are kept; every method is a collective of all ranks.
 
     Attributes:
-        folder: of the states.
-        engine: DeepSpeed's.
-        mapping: values and optimizer state of what it trains.
+        folder: folder of the states.
+        engine: DeepSpeed's engine.
+        mapping: values and optimizer state of the mapping.
         process: this rank.
     """
 
@@ -49,7 +49,7 @@ class SavedStates:
     process: Process
 
     def save(self, state: TrainState) -> None:
-        """Keep all that the rest of the run depends on, unless that of this very step is kept already."""
+        """Save everything that the rest of the run depends on, unless this step is already saved."""
         tensors = self.mapping.tensors()
         for rank, rng_state in enumerate(self.process.gather(self.process.rng_state())):
             tensors[f"rng.{rank}"] = rng_state
@@ -67,12 +67,12 @@ class SavedStates:
         self.process.barrier()
 
     def load(self) -> TrainState:
-        """Continue from the last state, where there is one.
+        """Restore the last state, if there is one.
 
         Raises:
-            InputError: there are states, and all of them are damaged.
+            InputError: all saved states are damaged.
         """
-        # The first rank alone judges, and cleans up, before any other looks.
+        # Only rank 0 checks the states and removes damaged ones.
         warn = lambda text: say(self.process, text)  # noqa: E731
         found = snapshots.newest(self.folder, warn) if self.process.is_main else None
         found = self.process.gather(found)[0]

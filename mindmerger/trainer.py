@@ -1,4 +1,4 @@
-"""The training loop: steps, validation, and the state that a stopped run continues from."""
+"""The training loop: steps, validation and saved states."""
 
 import itertools
 import math
@@ -23,23 +23,23 @@ from mindmerger.train_state import SavedStates, TrainState
 from mindmerger.zero import MappingState
 
 STATE = "state"
-# Steps without a finite loss and gradient: one is skipped; so many in a row are no accident of a batch.
+# Number of steps in a row without a finite loss and gradient that ends a run; fewer are skipped.
 MAX_SKIPPED = 5
 MAX_LISTED = 10
-# `micro[i][rank]`: the rows of a step's i-th micro batch on a rank; see `plan_epoch`.
+# `micro[i][rank]`: rows of the i-th micro batch of a step on a rank; see `plan_epoch`.
 StepRows = list[list[list[int]]]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What is done when.
+    """Batch sizes, length and intervals of training.
 
     Attributes:
-        sizes: of a batch.
+        sizes: batch sizes of training.
         epochs: passes over the training rows.
         eval_batch_size: dev rows of a forward pass.
         eval_steps, save_steps: optimizer steps between evaluations, and between saved states.
-        seed: of the shuffles.
+        seed: seed of the shuffles.
     """
 
     sizes: BatchSizes
@@ -52,18 +52,18 @@ class Schedule:
 
 @dataclass
 class Trainer:
-    """Trains the mapping; `fit` runs all steps, or the rest of them after an interruption.
+    """Trainer of the mapping; `fit` runs all steps, or the remaining ones after an interruption.
 
     Attributes:
-        engine: DeepSpeed's, around a `MindMergerForCausalLM`.
-        mapping: values and optimizer state of what the engine trains.
-        train, dev: rows; without dev rows the last mapping is kept, else the best one.
-        lay_out: makes rows a batch on the CPU.
-        schedule: what is done when.
-        folder: for mapping, metrics and states.
-        config: of the mapping, written beside it.
+        engine: DeepSpeed's engine of a `MindMergerForCausalLM`.
+        mapping: values and optimizer state of the mapping.
+        train, dev: training and dev rows; without dev rows the last mapping is saved, else the best one.
+        lay_out: function from rows to a batch on the CPU.
+        schedule: batch sizes, length and intervals.
+        folder: output folder of mapping, metrics and states.
+        config: config of the mapping, written beside it.
         process: this rank.
-        open_metrics: the run's metrics, continued where a `TrainState` left them.
+        open_metrics: function that opens the run's metrics at the position of a `TrainState`.
     """
 
     engine: deepspeed.DeepSpeedEngine
@@ -84,18 +84,18 @@ class Trainer:
         self.signals = StopSignals()
 
     def fit(self) -> dict[str, float]:
-        """Run all steps that are left; the best mapping is in `folder` afterwards.
+        """Run all remaining steps and leave the best mapping in `folder`.
 
         Returns:
             Optimizer steps, dev perplexity, seconds and peak memory of this process.
 
         Raises:
-            InputError: too little memory, a full disk, loss or gradients that stay non-finite.
-            Stopped: a rank has received a signal; the state to continue from is on disk.
+            InputError: out of memory, the disk is full, or loss or gradients stay non-finite.
+            Stopped: a rank has received a signal; the state is saved.
         """
         started = time.monotonic()
         with self.signals:
-            # Inside, since writing curves imports for a second in which a signal would be lost.
+            # Inside: the imports of `open_metrics` take a second, in which a signal would be lost.
             self.state = self.states.load()
             self.metrics = self.open_metrics(self.state)
             step, total = self.state.step, self.total_steps
@@ -122,11 +122,11 @@ class Trainer:
         return {**result, **self.process.peak_memory()}
 
     def batch(self, rows: list[Tokens]) -> Batch:
-        """A batch of `rows` on this rank's device."""
+        """Lay out a batch of `rows` on this rank's device."""
         return self.lay_out(rows).to(self.process.device)
 
     def _steps(self) -> Iterator[StepRows]:
-        """The rows of every optimizer step that is left."""
+        """Rows of every remaining optimizer step."""
         epoch, done = divmod(self.state.step, self.steps_per_epoch)
         sizes, seed = self.schedule.sizes, self.schedule.seed
         for number in range(epoch, self.schedule.epochs):
@@ -135,7 +135,7 @@ class Trainer:
             yield from itertools.islice(plan, done if number == epoch else 0, None)
 
     def _run_step(self, rows: StepRows) -> dict[str, str]:
-        """One optimizer step, recorded; what the progress bar shows."""
+        """Take and record one optimizer step; return values for the progress bar."""
         state, started, lr = self.state, time.monotonic(), self.engine.get_lr()[0]
         try:
             loss, stop, suspects = self.step(rows)
@@ -158,54 +158,54 @@ class Trainer:
         return {"loss": f"{loss:.4f}", "tokens_per_s": f"{speed:.0f}", "best_dev_ppl": best}
 
     def step(self, step_rows: StepRows) -> tuple[float, float, list[int]]:
-        """One optimizer step.
+        """Take one optimizer step.
 
         Returns:
-            Mean loss over the target tokens of the global batch; how many ranks have received a signal; and where loss
-            or gradient is not finite, so that nothing was changed, the rows that may be why.
+            Mean loss over the target tokens of the global batch; number of ranks that have received a signal; rows
+            that may have caused a non-finite loss or gradient, in which case no parameter was changed.
         """
         rows = _all_rows(step_rows)
         target_tokens = int(self.train.target_lengths[rows].sum())
-        # DeepSpeed averages over accumulation and ranks; divided by this, that is the mean over all target tokens.
+        # DeepSpeed averages over accumulation and ranks; with this divisor the average is over all target tokens.
         divisor = target_tokens / (self.schedule.sizes.gradient_accumulation * self.process.world_size)
         losses = []
         for micro_batches in step_rows:
             micro_batch = micro_batches[self.process.rank]
-            # A rank without rows takes part with one row times 0: under ZeRO-3 its peers need its part of the weights.
+            # A rank without rows runs one row with loss 0: under ZeRO-3 other ranks need its part of the weights.
             batch = self.batch(self.train.tokens(micro_batch or rows[:1]))
             loss = self.engine(batch=batch, num_items_in_batch=divisor).loss
             loss = loss if micro_batch else loss * 0
-            # An infinite loss may have a finite gradient, and DeepSpeed skips a step by its gradient alone.
+            # An infinite loss may have a finite gradient, and DeepSpeed skips a step only for its gradient.
             loss = loss * torch.where(loss.isfinite(), 1.0, math.nan)
             self.engine.backward(loss)
             self.engine.step()
-            # Left on the device: reading a number off a GPU waits for it.
+            # Kept on the device, since copying a value to the host waits for a GPU.
             losses.append((loss.detach(), micro_batch))
         total = float(sum(loss for loss, _ in losses)) * divisor
         total, stop = self.process.sum(total, self.signals.received is not None)
         suspects = []
         if not (math.isfinite(total) and self.engine.was_step_applied()):
             mine = [row for loss, micro_batch in losses if not loss.isfinite() for row in micro_batch]
-            # A finite loss does not tell which rows gave the gradient.
+            # If all losses are finite, any row may have caused the gradient.
             suspects = [row for theirs in self.process.gather(mine) for row in theirs] or rows
         return total / target_tokens, stop, suspects
 
     def _between_steps(self) -> None:
-        """Save and evaluate where it is time; a saved state is of before its step's evaluation."""
+        """Save and evaluate if due; a state is saved before the evaluation of its step."""
         step, schedule = self.state.step, self.schedule
         if 0 < step < self.total_steps and step % schedule.save_steps == 0:
             self._save_state()
-        # Before the first step; the end of an epoch is evaluated as published, the last step as any must be.
+        # Also before the first step, and at the end of each epoch (as published), hence after the last step.
         if len(self.dev) and (step % schedule.eval_steps == 0 or step % self.steps_per_epoch == 0):
             self.validate()
 
     def validate(self) -> None:
-        """Perplexity of the dev targets: exp of the mean loss over all their tokens, on all ranks. The best is kept."""
+        """Compute dev perplexity, exp of the mean loss over all target tokens, and save the mapping if it is best."""
         loss, tokens = 0.0, 0
         plan = plan_once(self.dev.lengths, self.schedule.eval_batch_size, self.process.world_size)
         with torch.no_grad():
             for rows in progress(self.process, plan[self.process.rank], desc="dev", leave=False):
-                # As in `step`, a rank without rows left takes part.
+                # As in `step`, a rank without rows also runs one.
                 summed = self._dev_loss(rows or [0])
                 if rows:
                     loss += summed
@@ -213,7 +213,7 @@ class Trainer:
                 (stop,) = self.process.sum(self.signals.received is not None)
                 self._leave_if(stop)
         loss, tokens = self.process.sum(loss, tokens)
-        # exp of more than 709 is more than a float holds.
+        # exp of more than 709 overflows a float.
         perplexity = math.exp(loss / tokens) if loss / tokens < 700 else math.inf
         self.metrics.write(self.state.step, dev_perplexity=perplexity)
         say(self.process, f"step {self.state.step}: dev perplexity {perplexity:.4f}")
@@ -229,13 +229,13 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             raise InputError(
-                f"out of memory in the evaluation before step {self.state.step + 1}, with {len(rows)} dev rows at "
-                f"once; what is saved stays. Take an --eval_batch_size below {self.schedule.eval_batch_size}, or "
+                f"out of memory in the evaluation before step {self.state.step + 1}, with a batch of {len(rows)} dev "
+                f"rows; saved files are kept. Use an --eval_batch_size below {self.schedule.eval_batch_size}, or "
                 "lower --max_seq_len, --max_prompt_len or --max_gen_len"
             ) from error
 
     def _leave_if(self, stop: float) -> None:
-        """Save the state and leave where any rank has received a signal: all ranks pass the same sum as `stop`."""
+        """Save the state and raise Stopped if any rank has received a signal; `stop` is the same on all ranks."""
         if stop:
             self._save_state()
             self.metrics.close()
@@ -245,7 +245,7 @@ class Trainer:
             )
 
     def _skip(self, loss: float, suspects: list[int]) -> None:
-        """Count a step that changed nothing, since its loss or gradient was not finite, and name its rows."""
+        """Record a step skipped for its non-finite loss or gradient, and log the locations of its rows."""
         state, locations = self.state, self.train.locations(suspects)
         state.skipped += 1
         state.skipped_in_a_row += 1
@@ -257,7 +257,7 @@ class Trainer:
         if state.skipped_in_a_row == MAX_SKIPPED:
             raise InputError(
                 f"{MAX_SKIPPED} steps in a row had no finite loss and gradient, the last one with rows {named}: the "
-                f"best mapping so far is in {self.folder}; lower --lr and --boundary_lr, or mend the rows"
+                f"best mapping so far is in {self.folder}; lower --lr and --boundary_lr, or correct the rows"
             )
 
     def _save_mapping(self) -> None:
@@ -272,7 +272,7 @@ class Trainer:
 
 
 def steps_per_epoch(rows: int, sizes: BatchSizes) -> int:
-    """Optimizer steps of a pass over so many rows; the last one may have fewer rows than the others."""
+    """Optimizer steps of one pass over `rows` rows; the last step may have fewer rows."""
     return math.ceil(rows / sizes.train_batch_size)
 
 
@@ -281,15 +281,15 @@ def _all_rows(step_rows: StepRows) -> list[int]:
 
 
 def _too_large(step: int, longest: int, sizes: BatchSizes) -> str:
-    """The message of a step that needs too much memory; its longest row has `longest` tokens."""
+    """Message for a step that is out of memory and whose longest row has `longest` tokens."""
     micro = sizes.train_micro_batch_size_per_gpu
-    advice = ["--gradient_checkpointing, where it is off"]
+    advice = ["--gradient_checkpointing, if it is off"]
     if micro > 1:
         smaller = max(size for size in range(1, micro) if micro % size == 0)
         accumulation = sizes.gradient_accumulation * micro // smaller
         advice.append(f"--train_micro_batch_size_per_gpu {smaller} --gradient_accumulation {accumulation}")
     advice.append(f"a --max_seq_len, --max_prompt_len or --max_gen_len below {longest}, the longest row's tokens")
     return (
-        f"out of memory in step {step} with micro batches of {micro} row(s) on average; what is saved stays. Take "
-        f"{', or '.join(advice)}; other sizes than the run began with need --overwrite or another --save_name"
+        f"out of memory in step {step} with micro batches of {micro} row(s) on average; saved files are kept. Use "
+        f"{', or '.join(advice)}; other sizes than those of the run need --overwrite or another --save_name"
     )

@@ -1,4 +1,4 @@
-"""DeepSpeed as training uses it: its settings, and the mapping as ZeRO partitions it."""
+"""DeepSpeed's settings for training, and access to the mapping in ZeRO's partitions."""
 
 import contextlib
 import reprlib
@@ -25,20 +25,20 @@ from common.ranks import Process
 from mindmerger.config import BatchSizes
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
-# Of AdamW, for every parameter; Muon leaves the second of a matrix at zero.
+# AdamW's state of every parameter; under Muon the second moment of a matrix stays zero.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def deepspeed_config(path: str | None, sizes: BatchSizes, device: torch.device) -> dict[str, Any]:
-    """The content of a DeepSpeed JSON with the batch sizes filled in.
+    """Read a DeepSpeed JSON and fill in the batch sizes.
 
     Args:
-        path: of the file; None for the default of the device's kind.
-        sizes: of a batch.
-        device: of this rank.
+        path: path of the file; None for the default of the device type.
+        sizes: batch sizes of training.
+        device: device of this rank.
 
     Raises:
-        InputError: an unreadable file, one that sets what flags set, or one that leaves the precision open.
+        InputError: the file is unreadable or invalid, or sets values that flags set.
     """
     path = Path(path or CONFIGS / ("zero2_bf16.json" if device.type == "cuda" else "cpu.json"))
     config = read_json(path)
@@ -50,28 +50,28 @@ def deepspeed_config(path: str | None, sizes: BatchSizes, device: torch.device) 
     config = _without_auto(config)
     for key, instead in {"optimizer": "--lr", "scheduler": "--lr_scheduler", "fp16": "bf16"}.items():
         if key in config:
-            raise InputError(f"{path}: take {key!r} out, {instead} stands for it")
+            raise InputError(f"{path}: remove {key!r}, and use {instead} instead")
     config |= {
         "train_batch_size": sizes.train_batch_size,
         "train_micro_batch_size_per_gpu": sizes.train_micro_batch_size_per_gpu,
         "gradient_accumulation_steps": sizes.gradient_accumulation,
-        # The optimizer is this repository's or PyTorch's own, wherever its state is kept.
+        # Keeps the optimizer of `optim.py`, also if its state is offloaded.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }
     if not isinstance(config.setdefault("gradient_clipping", 1.0), int | float):
-        raise InputError(f"{path}: gradient_clipping is {reprlib.repr(config['gradient_clipping'])}, no number")
+        raise InputError(f"{path}: gradient_clipping is {reprlib.repr(config['gradient_clipping'])}, not a number")
     try:
         stage = DeepSpeedConfig(config).zero_optimization_stage
     except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
-        raise InputError(f"{path}: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path}: invalid for DeepSpeed: {' '.join(str(error).split())}") from error
     if stage == 0:
         raise InputError(f'{path}: set "zero_optimization": {{"stage": 2}}, or 1, or 3')
     return config
 
 
 def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
-    """A section of a DeepSpeed JSON without what it leaves to Hugging Face's Trainer: keys whose value is "auto"."""
+    """Section of a DeepSpeed JSON without keys of value "auto", which Hugging Face's Trainer would fill in."""
     return {
         key: _without_auto(value) if isinstance(value, dict) else value
         for key, value in section.items()
@@ -80,15 +80,15 @@ def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights_dtype(ds_config: dict[str, Any]) -> torch.dtype:
-    """The dtype of the frozen weights under a DeepSpeed config."""
+    """Dtype of the frozen weights under a DeepSpeed config."""
     return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
 
 
 @contextlib.contextmanager
 def linear_layers(zero: dict[str, Any]) -> Iterator[None]:
-    """Linear layers as they are under this part of a DeepSpeed config.
+    """Replace `torch.nn.functional.linear` as DeepSpeed does under this `zero_optimization` section.
 
-    ZeRO-3's keep their inputs for the backward pass, frozen or not.
+    Under ZeRO-3 a linear layer keeps its input for the backward pass, frozen or not.
     """
     plain = torch.nn.functional.linear
     if zero["stage"] == 3 and zero.get("memory_efficient_linear", True):
@@ -100,13 +100,13 @@ def linear_layers(zero: dict[str, Any]) -> Iterator[None]:
 
 
 class MappingState:
-    """Values of the mapping and its optimizer's moments, read and set whole, however ZeRO has divided them.
+    """Access to whole values and optimizer moments of the mapping, for any partitioning by ZeRO.
 
-    Every method is for all ranks together, and every tensor float32, of the parameter's shape.
+    Every method is a collective of all ranks. Every tensor is float32 and has the parameter's shape.
 
     Args:
-        engine: DeepSpeed's, before its first step, with an optimizer of `mindmerger/optim.py`.
-        mapping: the module that the engine trains.
+        engine: DeepSpeed's engine before its first step, with an optimizer of `mindmerger/optim.py`.
+        mapping: module that the engine trains.
         process: this rank.
     """
 
@@ -122,11 +122,11 @@ class MappingState:
         return float(next(iter(self._optimizer.state.values()))["step"])
 
     def values(self) -> dict[str, torch.Tensor]:
-        """The parameters by name, on the CPU."""
+        """Parameters by name, on the CPU."""
         return {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in self._parameters.items()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that `restore` needs beside `steps`: values as `mapping.{name}`, moments as `{moment}.{name}`."""
+        """Tensors for `restore`: values as `mapping.{name}`, moments as `{moment}.{name}`."""
         return {f"mapping.{name}": value for name, value in self.values().items()} | {
             f"{moment}.{name}": safe_get_full_optimizer_state(parameter, moment).cpu()
             for name, parameter in self._parameters.items()
@@ -139,7 +139,7 @@ class MappingState:
             self.change(parameter, lambda _, name=name: values[name].to(self._process.device))
 
     def restore(self, tensors: dict[str, torch.Tensor], steps: float) -> None:
-        """Set everything to what `tensors` and `steps` have read."""
+        """Set values, moments and step count to those that `tensors` and `steps` returned."""
         self.set({name: tensors[f"mapping.{name}"] for name in self._parameters})
         for name, parameter in self._parameters.items():
             for moment in MOMENTS:
@@ -148,32 +148,32 @@ class MappingState:
             state["step"].fill_(steps)
 
     def change(self, parameter: torch.nn.Parameter, to: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace one parameter's value by what `to` makes of it, in the model and where the optimizer moves it."""
+        """Apply `to` to one parameter's value, in the model and in the optimizer's copy."""
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             value = to(parameter.data.float())
             parameter.data.copy_(value)
         self._set_optimizer_value(parameter, value)
 
     def _make_moments(self, wrapper: Any) -> None:
-        """Give the optimizer the state that it else makes at its first step, so that it can be read and set before."""
+        """Create the optimizer's state before its first step, so that it can be read and set."""
         partitions = [partition for group in self._optimizer.param_groups for partition in group["params"]]
-        # ZeRO-3 hands its partitions to the optimizer only while that steps.
+        # Under ZeRO-3 the optimizer has the partitions only during a step.
         for partition in partitions or wrapper.fp32_partitioned_groups_flat:
             moments = {name: torch.zeros_like(partition) for name in MOMENTS}
             self._optimizer.state[partition] = {"step": torch.zeros(()), **moments}
         if partitions:
-            # DeepSpeed's functions then find a parameter's part. Private: DeepSpeed calls it in its first step only.
+            # Needed by DeepSpeed's access functions. Private: DeepSpeed calls it only in its first step.
             wrapper._lazy_init_hp_params_optimizer_state()
 
     def _set_optimizer_value(self, parameter: torch.nn.Parameter, value: torch.Tensor, moment: str = "") -> None:
-        """Replace what ZeRO's optimizer holds of a parameter: its float32 copy, or one of MOMENTS."""
+        """Set a parameter's value in ZeRO's optimizer: its float32 copy, or one of MOMENTS."""
         if not hasattr(parameter, "ds_id"):
             if moment:
                 safe_set_full_optimizer_state(parameter, value, moment)
             else:
                 safe_set_full_fp32_param(parameter, value)
             return
-        # Under ZeRO-3 the same call would read past the end where the ranks do not divide the parameter.
+        # Under ZeRO-3 the same call would read past the end if the parameter is not divisible by the ranks.
         size, ranks = parameter.ds_tensor.numel(), self._process.world_size
         padded = torch.nn.functional.pad(value.flatten(), (0, size * ranks - value.numel()))
         part = padded.view(ranks, size)[self._process.rank]

@@ -1,4 +1,4 @@
-"""Several evaluations side by side: one HTML page that needs nothing else, and a Markdown table."""
+"""Comparison of several evaluations: one self-contained HTML page, and a Markdown table."""
 
 import html
 import io
@@ -24,12 +24,12 @@ from common.runs import RUN
 from mindmerger.evaluation.metrics import score
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES
 
-# Okabe and Ito's palette, told apart by colour-blind readers as well.
+# Okabe and Ito's palette, which colour-blind readers can distinguish.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _NEEDED = {"problem": int, "language": str, "question": str, "gold": str, "output": str}
 _NEEDED |= {"right": bool, "stopped": bool, "cut": list}
 _TEMPLATE = Path(__file__).with_name("comparison.html")
-# language, question, gold answer, and which of several equal ones.
+# Language, question, gold answer, and number among equal ones.
 Key = tuple[str, str, str, int]
 Answers = dict[Key, dict[str, Any]]
 
@@ -38,17 +38,15 @@ Answers = dict[Key, dict[str, Any]]
 class ReportFlags:
     """Compare evaluations, problem by problem: `python -m tools.compare_runs results/A results/B ...`"""
 
-    results: list[str] = flag(
-        [], "folders that run_evaluation.py wrote; the first one is what the others are tested against"
-    )
-    training: list[str] = flag([], "folders that run_training.py wrote, for their learning curves")
-    out: str = flag("comparison.html", "page to write; the table goes into a .md file beside it")
+    results: list[str] = flag([], "output folders of run_evaluation.py; the others are compared with the first")
+    training: list[str] = flag([], "output folders of run_training.py, for their learning curves")
+    out: str = flag("comparison.html", "page to write; the table is written to a .md file beside it")
 
     def __post_init__(self) -> None:
         if len(self.results) < 2:
             raise InputError("name two or more folders of results to compare: results/A results/B")
         if len(self.results) > len(COLOURS):
-            raise InputError(f"at most {len(COLOURS)} folders of results can be told apart on one page")
+            raise InputError(f"at most {len(COLOURS)} folders of results fit on one page")
         if Path(self.out).suffix != ".html":
             raise InputError(f"--out {self.out} must end in .html")
 
@@ -58,8 +56,8 @@ class Run:
     """One folder of results.
 
     Attributes:
-        name: what the page calls it.
-        tasks: the graded answers of each task, by problem.
+        name: name on the page.
+        tasks: graded answers of each task, by problem.
     """
 
     name: str
@@ -67,15 +65,15 @@ class Run:
 
 
 def parse_comparison(words: list[str]) -> ReportFlags:
-    """The flags of a command line that begins with folders of results."""
+    """Parse a command line that begins with folders of results."""
     return parse_flags(ReportFlags, words if not words or words[0].startswith("-") else ["--results", *words])
 
 
 def write_comparison(flags: ReportFlags) -> str:
-    """Write the page and the Markdown file; returns the Markdown, and where it is.
+    """Write the page and the Markdown file; return the Markdown and a line with both names.
 
     Raises:
-        InputError: a folder without finished results or metrics, or runs that have no task in common.
+        InputError: a folder has no finished results or metrics, or the runs have no task in common.
     """
     runs = read_runs([Path(folder) for folder in flags.results])
     tasks = [name for name in EVALUATION_TASKS if all(name in run.tasks for run in runs)]
@@ -93,7 +91,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     """Exact two-sided McNemar test: the p-value of the discordant pairs under a fair coin (McNemar 1947).
 
     Args:
-        only_first, only_second: problems that only the one or only the other solved.
+        only_first, only_second: numbers of problems that only the first or only the second run solved.
     """
     count = only_first + only_second
     tail = sum(math.comb(count, k) for k in range(min(only_first, only_second) + 1))
@@ -101,7 +99,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 class Paired(NamedTuple):
-    """Two runs in one language: problems that both answered, and those of them that only one of the two solved."""
+    """Two runs in one language: numbers of common problems, and of those that only one run solved."""
 
     count: int
     only_first: int
@@ -109,17 +107,17 @@ class Paired(NamedTuple):
 
     @property
     def difference(self) -> float:
-        """Accuracy of the second minus that of the first, from -1 to 1."""
+        """Accuracy of the second run minus that of the first, from -1 to 1."""
         return (self.only_second - self.only_first) / self.count
 
     @property
     def p_value(self) -> float:
-        """Of `mcnemar`."""
+        """The p-value of `mcnemar`."""
         return mcnemar(self.only_first, self.only_second)
 
 
 def pair(first: Answers, second: Answers) -> dict[str, Paired]:
-    """Compare two runs' answers to the problems that both have, by language."""
+    """Compare two runs on their common problems, by language."""
     counts: dict[str, Counter[tuple[bool, bool]]] = {}
     for key in first.keys() & second.keys():
         counts.setdefault(key[0], Counter())[first[key]["right"], second[key]["right"]] += 1
@@ -130,10 +128,10 @@ def pair(first: Answers, second: Answers) -> dict[str, Paired]:
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
-    """The runs in these folders, each with its tasks, or a task's folder alone.
+    """Read runs from their folders, or from the folder of a single task.
 
     Raises:
-        InputError: no finished results in one of them, or a line that is no graded answer.
+        InputError: a folder has no finished results, or a line is not a graded answer.
     """
     runs = []
     for folder in folders:
@@ -141,7 +139,7 @@ def read_runs(folders: list[Path]) -> list[Run]:
         tasks = [folder] if alone else [path.parent for path in sorted(folder.glob("*/predictions"))]
         tasks = [task for task in tasks if not (task / RUN).exists() or "result" in read_json(task / RUN)]
         if not tasks:
-            raise InputError(f"{folder}: no predictions/ of a finished evaluation in it, nor in a task's folder there")
+            raise InputError(f"{folder}: no predictions/ of a finished evaluation in it or in its task folders")
         name = folder.resolve().parent.name if alone else folder.resolve().name
         runs.append(Run(name, {task.name: read_answers(task) for task in tasks}))
     names = Counter(run.name for run in runs)
@@ -152,7 +150,7 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 
 def read_answers(folder: Path) -> Answers:
-    """The graded answers in `folder/predictions/*.jsonl`, languages in the order of the files, each by problem."""
+    """Read the graded answers in `folder/predictions/*.jsonl` by problem, languages in the order of the files."""
     answers: Answers = {}
     times: Counter[tuple[str, str, str]] = Counter()
     records: list[tuple[str, int, dict[str, Any]]] = []
@@ -164,10 +162,10 @@ def read_answers(folder: Path) -> Answers:
                 wrong += ["language"] if record["language"] not in LANGUAGES else []
                 wrong += ["parsed"] if "parsed" not in record else []
             except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path}, line {number}: not an answer that run_evaluation.py graded") from error
+                raise InputError(f"{path}, line {number}: not a graded answer of run_evaluation.py") from error
             if wrong:
-                raise InputError(f"{path}, line {number}: {', '.join(wrong)} is not as run_evaluation.py has it")
-            # A language's answers lie in a file of each rank, in the order in which they were given.
+                raise InputError(f"{path}, line {number}: {', '.join(wrong)} is not as written by run_evaluation.py")
+            # Each rank has a file of a language's answers, in the order in which they ended.
             records.append((path.name.split(".")[0], record["problem"], record))
     for *_, record in sorted(records, key=lambda located: located[:2]):
         problem = record["language"], record["question"], record["gold"]
@@ -179,10 +177,10 @@ def read_answers(folder: Path) -> Answers:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `folder/metrics.jsonl`.
+    """Read the lines of `folder/metrics.jsonl`.
 
     Raises:
-        InputError: no such file, or a line that is not a JSON object with a step.
+        InputError: there is no such file, or a line is not a JSON object with a step.
     """
     path = folder / "metrics.jsonl"
     try:
@@ -195,7 +193,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def markdown_table(task: str, runs: list[Run]) -> str:
-    """The task's accuracies and their notes."""
+    """Format the accuracies of a task and their notes."""
     heads, *rows = accuracies(task, runs)
     rows = [heads, ["---"] * len(heads), *rows]
     # A bar would end the cell.
@@ -204,9 +202,9 @@ def markdown_table(task: str, runs: list[Run]) -> str:
 
 
 def accuracies(task: str, runs: list[Run]) -> list[list[str]]:
-    """A row of heads, one for each language, and the averages.
+    """Build the table: a row of heads, one row for each language, and the averages.
 
-    Accuracies have 95% Wilson intervals; those of all but the first run have the difference to it, and the test's p.
+    Accuracies have 95% Wilson intervals. Runs after the first also have the difference to it and the test's p.
     """
     scores = [score(task, run.tasks[task].values()) for run in runs]
     paired = [pair(runs[0].tasks[task], run.tasks[task]) for run in runs[1:]]
@@ -242,18 +240,18 @@ def _p(value: float) -> str:
 
 
 def _notes(task: str, runs: list[Run]) -> str:
-    """How the table is to be read."""
+    """Notes that explain the table."""
     first = runs[0].tasks[task].keys()
     in_common = [
-        f"{run.name} and {runs[0].name} have {len(first & run.tasks[task].keys())} problems in common of "
-        f"{len(run.tasks[task])} and {len(first)}: p and the languages' differences are of those."
+        f"{run.name} and {runs[0].name} have {len(first & run.tasks[task].keys())} common problems of "
+        f"{len(run.tasks[task])} and {len(first)}; p and the differences by language are computed on these."
         for run in runs[1:]
         if first != run.tasks[task].keys()
     ]
     general = (
-        f"In brackets the 95% Wilson interval. Difference in points to {runs[0].name}, p of the exact McNemar test on "
-        "the same problems, not corrected for how many languages are tested. The languages' problems are translations "
-        "of each other, so that no test is made of the average."
+        f"In brackets: 95% Wilson interval. Difference in points to {runs[0].name}, p of the exact McNemar test on "
+        "the same problems, not corrected for the number of languages. The average is not tested, since the problems "
+        "of different languages are translations of each other."
     )
     return " ".join([general, *in_common])
 
@@ -264,7 +262,7 @@ def _languages(task: str, runs: list[Run]) -> list[str]:
 
 
 def page(tasks: list[str], runs: list[Run], curves: dict[str, list[dict[str, Any]]]) -> str:
-    """The whole page. What a model or a user wrote is escaped."""
+    """Build the page; texts of models and users are escaped."""
     sections = [_legend(run.name for run in runs), *([_curves(curves)] if curves else [])]
     sections += [_section(task, runs) for task in tasks]
     title = " vs. ".join(run.name for run in runs)
@@ -298,7 +296,7 @@ def _table(heads: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _curves(curves: dict[str, list[dict[str, Any]]]) -> str:
-    """Training loss and dev perplexity over steps."""
+    """Draw training loss and dev perplexity over steps."""
     charts = []
     for name, title in (("loss", "training loss"), ("dev_perplexity", "dev perplexity")):
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
@@ -308,7 +306,7 @@ def _curves(curves: dict[str, list[dict[str, Any]]]) -> str:
                 points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
                 marker = "o" if name == "dev_perplexity" else None
                 axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3, linewidth=1)
-            # 4, not 4 x 10^0.
+            # 4 instead of 4 x 10^0.
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
             buffer = io.StringIO()
@@ -319,7 +317,7 @@ def _curves(curves: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _differences(task: str, runs: list[Run]) -> str:
-    """Every problem that some runs solved and others did not, with all answers; a script on the page filters them."""
+    """List the problems that some runs solved and others did not, with all answers and filters by a script."""
     common = [key for key in runs[0].tasks[task] if all(key in run.tasks[task] for run in runs)]
     order = _languages(task, runs)
     shown = sorted(

@@ -1,4 +1,4 @@
-"""A page to try a mapping or a merge: the answers of several models to one question, side by side.
+"""Web page for trying a mapping or a merge, with answers of several models side by side.
 
 python -m tools.demo --checkpoint C
 python -m tools.demo --models A B MERGED
@@ -33,23 +33,23 @@ from mindmerger.tokenization import ExampleTokenizer
 if TYPE_CHECKING:
     import gradio as gr
 
-# Before gradio is imported, which reads it once.
+# Before the import of gradio, which reads it once.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 
 @dataclass
 class DemoFlags:
-    """A page that puts questions to an LLM alone and with its mapping, or to merged models and their parents."""
+    """Serve a page with answers of an LLM alone and with its mapping, or of merged models and their parents."""
 
     checkpoint: str | None = flag(None, "mapping: folder, .safetensors or pytorch_model.bin")
-    llm_path: str | None = flag(None, "LLM of the mapping; default: as the record beside it names it")
-    mt_path: str | None = flag(None, "multilingual model of the mapping; default: as the record beside it names it")
-    models: list[str] = flag([], "instead: LLMs to show side by side, as parents and their merge")
-    max_gen_len: int = flag(512, "tokens of an answer")
+    llm_path: str | None = flag(None, "LLM of the mapping; default: the one in its config.json")
+    mt_path: str | None = flag(None, "multilingual model of the mapping; default: the one in its config.json")
+    models: list[str] = flag([], "LLMs to show side by side instead of a mapping, for example parents and their merge")
+    max_gen_len: int = flag(512, "maximum tokens of an answer")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
-    device: str = flag("auto", "auto takes the GPU where there is one")
-    trust_remote_code: bool = flag(False, "run code that a model's repository brings")
-    host: str = flag("127.0.0.1", "address to serve at; 0.0.0.0 lets other machines in")
+    device: str = flag("auto", "auto: the GPU if there is one, else the CPU")
+    trust_remote_code: bool = flag(False, "run code from a model's repository")
+    host: str = flag("127.0.0.1", "address to serve at; 0.0.0.0 admits other machines")
     port: int = flag(7860, "port to serve at")
 
     def __post_init__(self) -> None:
@@ -67,8 +67,8 @@ class Column:
     """One model on the page.
 
     Attributes:
-        title: above its answers.
-        stream: from a question and the English name of its language to the answer, as far as it has come.
+        title: title above its answers.
+        stream: function from a question and the English name of its language to the answer so far, after each token.
     """
 
     title: str
@@ -76,7 +76,7 @@ class Column:
 
 
 def serve(flags: DemoFlags) -> None:
-    """Load what the flags name and serve the page until the process is stopped.
+    """Load the models of the flags and serve the page until the process is stopped.
 
     Raises:
         InputError: a model cannot be loaded, or the port is taken.
@@ -102,9 +102,9 @@ def serve(flags: DemoFlags) -> None:
 
 
 def mapping_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) -> tuple[list[Column], bool]:
-    """(the LLM alone and the LLM with the mapping, whether the encoder needs a question's language).
+    """Load the columns of the LLM alone and with the mapping; True if the encoder needs a question's language.
 
-    The LLM alone reads the prompt of `run_evaluation.py --baseline`; the LLM is in memory once.
+    The LLM alone gets the prompt of `run_evaluation.py --baseline`. The LLM is in memory once.
 
     Raises:
         InputError: a model cannot be loaded, or does not fit the mapping.
@@ -119,7 +119,7 @@ def mapping_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) 
     def asking(answerer: Answerer) -> Callable[[str, str], Iterator[str]]:
         def stream(question: str, language: str) -> Iterator[str]:
             text = Prompt("", question, "")
-            # A classification's prompt holds more than a question: there the text is taken as it is typed.
+            # The prompt of a classification has more parts than a question: there the text is used as typed.
             prompt = text if task is not None and task.labels else math_prompt(question)
             [row] = answerer.tokenizer([Example(text, prompt, "", LANGUAGES[language])], with_targets=False)
             return answerer.stream(answerer.read([row]), flags.max_gen_len)
@@ -131,7 +131,7 @@ def mapping_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) 
 
 
 def model_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) -> list[Column]:
-    """The LLMs of `--models`, each asked through its chat template or, without one, by question and line break.
+    """Load the LLMs of `--models`; a prompt is the question in the chat template or, without one, with a line break.
 
     Raises:
         InputError: a model cannot be loaded.
@@ -162,11 +162,11 @@ def model_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) ->
 
 
 def page(columns: list[Column], needs_language: bool) -> "gr.Blocks":
-    """The page: a question, a column of answers for each model.
+    """Build the page: a question, and a column of answers for each model.
 
     Args:
-        columns: from left to right; on a phone, from top to bottom.
-        needs_language: whether to ask for the question's language.
+        columns: columns from left to right; on a phone, from top to bottom.
+        needs_language: True for a field for the question's language.
     """
     import gradio as gr
 

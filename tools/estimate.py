@@ -1,7 +1,7 @@
-"""Estimates of memory and work, by running a computation on torch's meta device, where tensors have no data.
+"""Estimates of memory and work, from a run of a computation on torch's meta device, where tensors have no data.
 
-Nothing is estimated from formulas that could go stale: the models' own code runs, built from their configs, and every
-tensor that it makes is counted for as long as it lives.
+No formula of a model's architecture is used: the models are built from their configs, their code runs, and every tensor
+is counted from its creation to its release.
 """
 
 import os
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-# Private by its name, and documented: PyTorch has no other path to it.
+# Documented, although its path is private: PyTorch has no other.
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry
@@ -26,28 +26,28 @@ from common.models import base_config, model_on_meta
 from common.ranks import available_memory
 
 ATTENTION = "shapes_only"
-# Families that take no such function, but compute attention by classes of their own.
+# Families that compute attention by classes of their own, without such a function.
 _OWN_ATTENTION = ("falcon", "gptj", "gpt_neo", "mpt")
-# Of a model's layers, so many are run: they are alike, and each adds the same.
+# Number of layers that are run: further layers add the same cost each.
 FEW, MORE = 2, 4
-# Backward through attention: the scores once more, and the products for dq, dk, dv and dp.
+# Products in the backward pass of attention: the scores again, and those for dq, dk, dv and dp.
 BACKWARD_PRODUCTS = 2.5
-# Of the data sheets' figures, what matrix products and streams over memory reach in practice.
+# Fractions of the data sheets' figures that matrix products and memory transfers reach in practice.
 SUSTAINED_FLOPS = 0.4
 SUSTAINED_BANDWIDTH = 0.7
-# What a host takes to start one of PyTorch's operations on a GPU, between Python and the driver.
+# Time of a host to start one of PyTorch's operations on a GPU, in Python and the driver.
 LAUNCH_SECONDS = 5e-6
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a computation takes beside the weights that it is given.
+    """Cost of a computation, without the weights of its modules.
 
     Attributes:
-        peak_bytes: of tensors that are alive at once.
-        kept_bytes: of tensors that are alive at its end.
+        peak_bytes: largest number of bytes of tensors at once.
+        kept_bytes: bytes of tensors at the end.
         flops: operations of matrix products; a multiplication and an addition are two.
-        calls: of PyTorch's operations, each of which a GPU's host has to start.
+        calls: number of PyTorch's operations, each of which the host of a GPU has to start.
     """
 
     peak_bytes: float
@@ -57,7 +57,7 @@ class Cost:
 
 
 class _Tracker(TorchDispatchMode):
-    """Counts tensors and operations; as a context manager, those of its block."""
+    """Context manager that counts tensors and operations of its block."""
 
     current: "_Tracker | None" = None
 
@@ -101,10 +101,10 @@ class _Tracker(TorchDispatchMode):
 
 
 def cost_of(run: Callable[[], Any], *given: nn.Module) -> Cost:
-    """What `run` takes, a function of tensors on the meta device; what it returns counts as kept.
+    """Cost of `run`, a function of tensors on the meta device; its result counts as kept.
 
     Args:
-        run: the computation.
+        run: function to run.
         given: modules whose weights are not counted.
     """
     with _Tracker(*given) as tracker:
@@ -115,19 +115,19 @@ def cost_of(run: Callable[[], Any], *given: nn.Module) -> Cost:
 
 
 def cost_of_layers(run: Callable[[], Any], model: PreTrainedModel, *given: nn.Module) -> Cost:
-    """As `cost_of`, of a model of many layers, from runs with few: each further one adds as much as the one before.
+    """Cost of a model of many layers, extrapolated from runs of `cost_of` with few layers.
 
     Raises:
-        InputError: the model cannot run on shapes alone.
+        InputError: the model cannot run without data.
     """
 
     def run_or_refuse() -> Any:
         try:
             return run()
-        # Each in its own way: some kinds of experts in float32, and what reads values.
+        # Errors of several types: some kinds of experts in float32, and code that reads values.
         except Exception as error:
             name = f"{type(model).__name__} in {str(model.dtype).removeprefix('torch.')}"
-            raise InputError(f"--plan: {name} cannot run on shapes without data: {first_line(error)}") from error
+            raise InputError(f"--plan: {name} cannot run without data: {first_line(error)}") from error
 
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     path, _, name = max(lists, key=lambda name: len(lists[name])).rpartition(".")
@@ -149,13 +149,13 @@ def cost_of_layers(run: Callable[[], Any], model: PreTrainedModel, *given: nn.Mo
 def causal_lm_on_meta(
     path: str, revision: str | None = None, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The causal language model in a hub id or local folder, of which only the config is read; see `on_meta`.
+    """Build the causal language model of a hub id or local folder from its config; see `on_meta`.
 
     Args:
-        dtype: of the weights; None for the one that they were saved in, float32 where the config does not say.
+        dtype: dtype of the weights; None for the config's, or float32 if the config has none.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such model.
     """
     config = base_config(path, revision, trust_remote_code)
     return on_meta(AutoModelForCausalLM, path, config, dtype or config.dtype or torch.float32, trust_remote_code)
@@ -164,12 +164,12 @@ def causal_lm_on_meta(
 def on_meta(
     auto_class: Any, path: str, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool, **options: Any
 ) -> PreTrainedModel:
-    """A model as shapes without data: frozen, in eval mode, with an attention to match where one can be given.
+    """Build a model without data: frozen, in eval mode, with the attention of this module if the model supports it.
 
     Args:
-        auto_class: of transformers, as `AutoModelForCausalLM`.
-        path: where the config was found.
-        options: of the model's class.
+        auto_class: class of transformers, such as `AutoModelForCausalLM`.
+        path: path of the config, for messages.
+        options: arguments of the model's class.
 
     Raises:
         InputError: the config is not of such a model.
@@ -177,24 +177,24 @@ def on_meta(
     if config.model_type not in _OWN_ATTENTION:
         options["attn_implementation"] = ATTENTION
     model = model_on_meta(auto_class, path, config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
-    # Without initialisation nothing has tied them.
+    # Weights are tied in the initialisation, which is skipped here.
     model.tie_weights()
     return model.requires_grad_(False).eval()
 
 
 def parameters(*modules: nn.Module) -> int:
-    """How many parameters, those that have several names counted once."""
+    """Number of parameters; those with several names are counted once."""
     return sum(tensor.numel() for tensor in {p for module in modules for p in module.parameters()})
 
 
 def weight_bytes(*modules: nn.Module) -> int:
-    """Bytes of those parameters and of the buffers beside them."""
+    """Bytes of these parameters and of the buffers."""
     tensors = {t for module in modules for t in (*module.parameters(), *module.buffers())}
     return sum(tensor.nbytes for tensor in tensors)
 
 
 class _Attention(torch.autograd.Function):
-    """Attention as fused kernels keep it: query, key, value, output and one float32 per query; no matrix of scores."""
+    """Attention with the memory of fused kernels: query, key, value, output and one float32 per query, no scores."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, flops: float) -> torch.Tensor:
@@ -224,7 +224,7 @@ def _attend(
     if getattr(module, "is_causal", False) and queries == key.shape[2]:
         flops /= 2
     if position_bias is not None:
-        # It is spread over the rows, whose padding it is joined with.
+        # The bias is expanded to all rows, since it is added to their padding masks.
         position_bias = position_bias.expand(rows, -1, -1, -1).clone()
     return _Attention.apply(query, key, value, flops).transpose(1, 2).contiguous(), None
 
@@ -234,14 +234,14 @@ AttentionInterface.register(ATTENTION, _attend)
 
 @dataclass(frozen=True)
 class Device:
-    """One of `count` like devices.
+    """One of `count` equal devices.
 
     Attributes:
         type: cuda or cpu.
         memory: bytes that PyTorch may allocate on each.
-        half_flops, single_flops: operations per second that matrix products of 16 bits, and of float32, sustain.
-        bandwidth: bytes per second of its memory, sustained.
-        basis: where these figures come from.
+        half_flops, single_flops: sustained operations per second of matrix products in 16 bits, and in float32.
+        bandwidth: sustained bytes per second of its memory.
+        basis: source of these figures.
     """
 
     name: str
@@ -255,16 +255,16 @@ class Device:
 
     @property
     def title(self) -> str:
-        """As in `8 x h100`."""
+        """Count and name, such as `8 x h100`."""
         return self.name if self.count == 1 else f"{self.count} x {self.name}"
 
     def flops(self, itemsize: int) -> float:
-        """Operations per second of one device for products of numbers of that many bytes."""
+        """Operations per second of one device for products of numbers of this many bytes."""
         return self.half_flops if itemsize < 4 else self.single_flops
 
 
 def known_device(name: str, count: int) -> Device:
-    """`count` devices of the table, at what they sustain."""
+    """Build `count` devices of the table, with sustained figures."""
     memory, half, single, bandwidth = GPUS[name]
     return Device(
         name,
@@ -280,9 +280,9 @@ def known_device(name: str, count: int) -> Device:
 
 
 def find_device(text: str, device: str) -> Device:
-    """The device that `--plan` names, as many as it says or, where it does not, as the launcher has started.
+    """Devices of `--plan`, as many as it names, or else as the launcher has started.
 
-    This machine's are measured, for a second: its CPU, or its GPU where `--device` does not say otherwise.
+    Devices of this machine are measured for a second: its GPU, or its CPU according to `--device`.
     """
     name, count = parse_devices(text)
     count = launched_world_size() if count is None else count
@@ -301,7 +301,7 @@ def find_device(text: str, device: str) -> Device:
 
 
 def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    # Some CPUs take seconds for larger ones in bfloat16.
+    # Larger products in bfloat16 take seconds on some CPUs.
     size = 8192 if device.type == "cuda" else 256 * dtype.itemsize
     a = torch.randn(size, size, device=device, dtype=dtype)
     return 2 * size**3 / _seconds("a @ a", a=a)
@@ -319,16 +319,16 @@ def _seconds(statement: str, **tensors: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes.
+    """Memory, work and time of a run.
 
     Attributes:
-        parameters: of each model, by its name.
-        memory: bytes that a device holds at once, by what they are.
-        counts: how much there is to do: steps, tokens, problems, passes, systems.
-        flops: operations of matrix products, on all devices.
-        seconds: the time of these.
-        transfers: bytes that are written, read or sent, by name.
-        notes: what the report adds to a figure, by its name.
+        parameters: number of parameters of each model, by name.
+        memory: bytes on a device at once, by kind.
+        counts: amounts of work: steps, tokens, problems, passes, systems.
+        flops: operations of matrix products on all devices.
+        seconds: time of these operations.
+        transfers: bytes written, read or sent, by name.
+        notes: remarks on the figures, by name.
     """
 
     parameters: dict[str, int]
@@ -341,12 +341,12 @@ class Estimate:
 
     @property
     def peak(self) -> float:
-        """Bytes that a device has to hold at most."""
+        """Maximum number of bytes on a device."""
         return sum(self.memory.values())
 
 
 def show(title: str, device: Device, estimate: Estimate) -> None:
-    """Print an estimate, on the first rank alone."""
+    """Print an estimate, on rank 0 only."""
     if int(os.environ.get("RANK", "0")):
         return
     verdict = "fits" if estimate.peak <= device.memory else "DOES NOT FIT"
@@ -367,7 +367,7 @@ def show(title: str, device: Device, estimate: Estimate) -> None:
 
 
 def gb(size: float) -> str:
-    """Bytes as in `12.3 GB`, of 10^9."""
+    """Format bytes, such as `12.3 GB`, of 10^9 bytes."""
     for unit, name in ((1e15, "PB"), (1e12, "TB")):
         if size >= 10 * unit:
             return f"{size / unit:.1f} {name}"
@@ -375,14 +375,14 @@ def gb(size: float) -> str:
 
 
 def amount(count: float) -> str:
-    """A number as in `6.74 B`."""
+    """Format a number, such as `6.74 B`."""
     units = {1e18: "E", 1e15: "P", 1e12: "T", 1e9: "B", 1e6: "M", 1e3: "K"}
     unit = next((unit for unit in units if count >= unit), 1)
     return f"{count / unit:.3g} {units.get(unit, '')}".rstrip()
 
 
 def duration(seconds: float) -> str:
-    """Seconds as in `2.5 h`."""
+    """Format seconds, such as `2.5 h`."""
     units = {86400: "days", 3600: "h", 60: "min"}
     unit = next((unit for unit in units if seconds >= 2 * unit), 1)
     return f"{seconds / unit:.1f} {units.get(unit, 's')}"

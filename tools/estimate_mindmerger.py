@@ -1,7 +1,7 @@
-"""Estimates of training and evaluation at any size, before anything loads: `--plan` of both scripts.
+"""Estimates of training and evaluation at any size, without loading models: `--plan` of both scripts.
 
-The models are built from their configs on the meta device, and a micro batch is run through them there
-(`tools/estimate.py`). Added by formula: weights, optimizer, buffers, the number of steps.
+The models are built from their configs on the meta device and run on a micro batch there (`tools/estimate.py`).
+Weights, optimizer, buffers and the number of steps are added by formula.
 """
 
 import math
@@ -36,10 +36,10 @@ from tools.estimate import (
     weight_bytes,
 )
 
-# Rows of the published test sets, for each language.
+# Rows of the published test sets in each language.
 PROBLEMS = {"mgsm": 250, "msvamp": 1000, "x-csqa": 1000, "xnli": 5010}
-# DeepSpeed's own defaults: elements of the buffer that gradients are exchanged from, and under ZeRO-3 of gathered
-# weights that it keeps at most.
+# DeepSpeed's defaults: elements of the buffer for exchanging gradients, and maximum elements of gathered weights under
+# ZeRO-3.
 REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
 LINK = 100e9  # bytes per second into a device, over fast links
@@ -47,7 +47,7 @@ LINK = 100e9  # bytes per second into a device, over fast links
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens of an example: the encoder's source, the LLM's prompt and target."""
+    """Numbers of tokens of an example: the encoder's source, the LLM's prompt and target."""
 
     source: int
     prompt: int
@@ -59,27 +59,27 @@ class Row:
         return 1 + self.source + 1 + self.prompt if self.source else 1 + self.prompt
 
     def within(self, limits: "Row") -> "Row":
-        """The same, cut to the limits."""
+        """Cut the lengths to the limits."""
         return Row(*map(min, astuple(self), astuple(limits)))
 
     def describe(self) -> str:
-        """One line on the lengths."""
+        """Describe the lengths in one line."""
         parts = [f"{tokens} of {name}" for name, tokens in vars(self).items() if tokens]
         return f"rows of {self.prefix + self.target} tokens ({', '.join(parts)})"
 
 
-# Means over MGSM, and translations of GSM8K's questions and their solutions, by the tokenizers of Gemma 3 (sources) and
-# SmolLM2 (prompts, which repeat the question in its language, and targets). A label is a token and an eos.
+# Mean tokens of MGSM, and of translations of GSM8K's questions and solutions, by the tokenizers of Gemma 3 (sources)
+# and SmolLM2 (prompts, which repeat the question in its language, and targets). A label is a token and an eos.
 MEAN_PAIR = Row(73, 170, 62)
 MEAN_PROBLEM = Row(73, 190, 103)
 LABEL_TOKENS = 2
 
 
 def plan_training(flags: TrainingFlags) -> None:
-    """Print what a stage takes.
+    """Print the estimate of a training stage.
 
     Raises:
-        InputError: a config that is not there, or flags that do not fit together.
+        InputError: a config is missing, or flags contradict each other.
     """
     quiet_libraries()
     device = find_device(flags.plan, flags.device)
@@ -88,7 +88,7 @@ def plan_training(flags: TrainingFlags) -> None:
 
 
 def estimate_training(flags: TrainingFlags, device: Device, ds_config: dict, dtype: torch.dtype) -> Estimate:
-    """What a stage takes, with a DeepSpeed config as `zero.deepspeed_config` gives it and weights of `dtype`.
+    """Estimate a stage under a DeepSpeed config from `zero.deepspeed_config`, with weights of `dtype`.
 
     Tokens and operations are those of rows of mean length, dev rows included.
     """
@@ -106,10 +106,10 @@ def estimate_training(flags: TrainingFlags, device: Device, ds_config: dict, dty
     divided = 12 if dtype.itemsize == 4 else 16
     optimizer = mapping * (2 * dtype.itemsize + divided / device.count)
     if device.type == "cuda":
-        # On a CPU its pages are never touched.
+        # On a CPU the buffer's pages are never used.
         optimizer += zero.get("reduce_bucket_size", REDUCE_BUCKET) * dtype.itemsize
     flops = learned * row_flops + validated * dev_row_flops
-    # The mapping in both forms, the published form of the newest, and three states to continue from.
+    # The mapping in both forms, the published form of the newest, and three saved states.
     transfers = {"disk": mapping * (8 + 4 + 3 * 12)} | ({"traffic": traffic} if traffic else {})
     return Estimate(
         parameters={"LLM": parameters(model.llm), "encoder": parameters(model.encoder), "mapping": mapping},
@@ -125,9 +125,9 @@ def estimate_training(flags: TrainingFlags, device: Device, ds_config: dict, dty
             "steps": f"of {flags.train_batch_size} rows",
             "work": f"assumed at mean length: {mean.describe()}",
             "time": "communication excluded",
-            "disk": "while it runs",
-            "traffic": f"weights into each device, {duration(traffic / LINK)} at {LINK / 1e9:.0f} GB/s, in part beside "
-            "the work",
+            "disk": "during the run",
+            "traffic": f"weights received by each device, {duration(traffic / LINK)} at {LINK / 1e9:.0f} GB/s, partly "
+            "during computation",
         },
     )
 
@@ -135,22 +135,22 @@ def estimate_training(flags: TrainingFlags, device: Device, ds_config: dict, dty
 def _frozen_weights(
     flags: TrainingFlags, device: Device, zero: dict, model: MindMergerForCausalLM, steps: int
 ) -> tuple[float, float]:
-    """(bytes of frozen weights on a device, bytes of them that come into it over the whole stage)."""
+    """Bytes of frozen weights on a device, and bytes of them received by it during the whole stage."""
     weights = weight_bytes(model.llm, model.encoder)
     if zero["stage"] < 3 or device.count == 1:
         return weights, 0.0
-    # Gathered for the forward pass, the backward pass, and between them to compute anew.
+    # Gathered for the forward pass, the backward pass and, between them, for recomputation.
     readings = 3 if flags.gradient_checkpointing else 2
     traffic = readings * weights * (1 - 1 / device.count) * steps * flags.gradient_accumulation
     limit = min(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS), parameters(model.llm, model.encoder))
-    # A module's own parameters are gathered together, whatever the limit: the head of a 405B model has 2.1e9.
+    # The parameters of a module are gathered together for any limit: the head of a 405B model has 2.1e9.
     modules = (*model.llm.modules(), *model.encoder.modules())
     gathered = max(limit, *(sum(p.numel() for p in module.parameters(recurse=False)) for module in modules))
     return weights / device.count + gathered * model.llm.dtype.itemsize, traffic
 
 
 def _costs_of_rows(flags: TrainingFlags, zero: dict, model: MindMergerForCausalLM) -> tuple[float, float, float]:
-    """(peak bytes of activations at the limits; operations of a training row and of a dev row of mean length)."""
+    """Peak bytes of activations at the limits, and operations of a training row and of a dev row of mean length."""
     # DeepSpeed takes seconds to import.
     from mindmerger.zero import linear_layers
 
@@ -168,10 +168,10 @@ def _costs_of_rows(flags: TrainingFlags, zero: dict, model: MindMergerForCausalL
 
 
 def plan_evaluation(flags: EvaluationFlags) -> None:
-    """Print what an evaluation takes.
+    """Print the estimate of an evaluation.
 
     Raises:
-        InputError: a config that is not there.
+        InputError: a config is missing.
     """
     quiet_libraries()
     device = find_device(flags.plan, flags.device)
@@ -187,7 +187,7 @@ def plan_evaluation(flags: EvaluationFlags) -> None:
 
 
 def estimate_evaluation(flags: EvaluationFlags, name: str, device: Device, dtype: torch.dtype) -> Estimate:
-    """What the evaluation of one task takes, with weights of `dtype`, at mean length but for memory."""
+    """Estimate the evaluation of one task with weights of `dtype`: memory at the limits, the rest at mean length."""
     task, limits, batch = find_task(name, EVALUATION_TASKS), _evaluation_limits(flags, name), flags.eval_batch_size
     check_llm(flags.models)
     model = None if flags.baseline else model_on_meta(flags, dtype)
@@ -202,16 +202,16 @@ def estimate_evaluation(flags: EvaluationFlags, name: str, device: Device, dtype
         cache = prefill_cost(llm, batch, limits.prefix + limits.target).kept_bytes
         calls = prefill_cost(llm, batch, 1).calls
     if flags.by_likelihood(task):
-        # Once as read, and a copy for each label.
+        # The cache of the prefill, and a copy for each label.
         cache *= 1 + len(task.labels)
 
     languages = select_languages(flags.languages) or task.languages
     problems = len(languages) * min(PROBLEMS[name], flags.test_num or PROBLEMS[name])
     prompt_flops, speed = mean_encoding.flops + mean_prefill.flops, device.flops(dtype.itemsize)
     token_flops = 2 * (parameters(llm) - llm.get_input_embeddings().weight.numel()) * batch
-    # For a token of every row all weights are read, and the cache.
+    # A step, one token of every row, reads all weights and the cache.
     token_seconds = max((weight_bytes(llm) + mean_prefill.kept_bytes) / device.bandwidth, token_flops / speed)
-    time_note = "every row of a batch in use"
+    time_note = "all rows of a batch active"
     if device.type == "cuda" and flags.backend == "transformers" and calls * LAUNCH_SECONDS > token_seconds:
         token_seconds = calls * LAUNCH_SECONDS
         time_note += f"; a token takes {calls:,.0f} operations, each {LAUNCH_SECONDS * 1e6:.0f} us to start (assumed)"
@@ -234,10 +234,10 @@ def estimate_evaluation(flags: EvaluationFlags, name: str, device: Device, dtype
 def encoder_on_meta(
     path: str, revision: str | None, dtype: torch.dtype, trust_remote_code: bool, layers: int | None = None
 ) -> PreTrainedModel:
-    """What `load_encoder` would load, as shapes without data: only the config is read.
+    """Build the encoder of `load_encoder` without data, from its config.
 
     Raises:
-        InputError: there is none, or not of an encoder.
+        InputError: there is no such config, or it is not of an encoder.
     """
     config = base_config(path, revision, trust_remote_code)
     if layers is not None:
@@ -248,7 +248,7 @@ def encoder_on_meta(
 
 
 def model_on_meta(flags: ModelFlags, dtype: torch.dtype) -> MindMergerForCausalLM:
-    """Encoder, mapping and LLM as shapes without data, all in `dtype`, from the configs that the flags name."""
+    """Build encoder, mapping and LLM without data, all in `dtype`, from the configs of the flags."""
     check_llm(flags.models)
     llm = causal_lm_on_meta(flags.llm_path, flags.llm_revision, dtype, flags.trust_remote_code)
     encoder = encoder_on_meta(flags.mt_path, flags.mt_revision, dtype, flags.trust_remote_code, flags.encoder_layer)
@@ -263,7 +263,7 @@ def model_on_meta(flags: ModelFlags, dtype: torch.dtype) -> MindMergerForCausalL
 
 
 def encoder_cost(model: MindMergerForCausalLM, rows: int, row: Row) -> Cost:
-    """Cost of encoding so many sources at once."""
+    """Cost of encoding a batch of sources."""
 
     def run() -> torch.Tensor:
         ids = torch.zeros(rows, row.source, dtype=torch.long, device="meta")
@@ -296,7 +296,7 @@ def step_cost(model: MindMergerForCausalLM, rows: int, row: Row, backward: bool 
 
 
 def prefill_cost(llm: torch.nn.Module, rows: int, tokens: int) -> Cost:
-    """Cost of the first forward pass of so many sequences at once; their cache is kept."""
+    """Cost of the prefill of a batch of sequences; their cache is kept."""
 
     def run() -> DynamicCache:
         width = llm.get_input_embeddings().weight.shape[1]
@@ -309,11 +309,11 @@ def prefill_cost(llm: torch.nn.Module, rows: int, tokens: int) -> Cost:
 
 
 def _deepspeed(flags: TrainingFlags, device: Device) -> tuple[dict, torch.dtype]:
-    """The stage's DeepSpeed config, and the dtype of its weights."""
+    """DeepSpeed config of the stage, and dtype of its weights."""
     # DeepSpeed takes seconds to import.
     from mindmerger.zero import deepspeed_config, weights_dtype
 
-    # DeepSpeed checks the sizes against the ranks that there are: this process.
+    # DeepSpeed checks the sizes against the present ranks: this process only.
     micro, accumulation = flags.train_micro_batch_size_per_gpu, flags.gradient_accumulation
     sizes = BatchSizes(micro * accumulation, micro, accumulation)
     config = deepspeed_config(flags.deepspeed_config, sizes, torch.device(device.type))
@@ -342,7 +342,7 @@ def _evaluation_limits(flags: EvaluationFlags, name: str) -> Row:
 
 
 def _training_rows(flags: TrainingFlags) -> int:
-    """As many as the flags ask for, in English too; the mapping stage has no pairs from English."""
+    """Number of rows by the flags, with English in the augmentation stage only."""
     task = find_task(flags.task, TRAINING_TASKS)
     languages = select_languages(flags.languages) or (*task.languages, LANGUAGES["English"])
     if flags.stage_name == "mapping":

@@ -1,7 +1,7 @@
-"""Estimates of Grams and merges at any size, before anything loads: `--plan` of both scripts.
+"""Estimates of Grams and merges at any size, without loading models: `--plan` of both scripts.
 
-The model is built from its config on the meta device (`tools/estimate.py`); which layers share an input is found there
-as in a run, from the tensors.
+The model is built from its config on the meta device (`tools/estimate.py`). Layers with the same input are found from
+the tensors, as in a run.
 """
 
 import math
@@ -38,21 +38,21 @@ from tools.estimate import (
     weight_bytes,
 )
 
-# Of a disk, in bytes per second, as good local ones give.
+# Bytes per second of a good local disk.
 DISK = 1e9
-# What a thread of a busy host does in a second, by NumPy: elements decoded from 16 bits and looked at, averaged of two
-# models in float64, rounded to 16 bits; bytes of Grams unpacked from files.
+# Rates of a thread of a busy host with NumPy, per second: elements decoded from 16 bits and checked, elements of two
+# models averaged in float64, elements rounded to 16 bits; bytes of Grams unpacked from files.
 DECODED, AVERAGED, ENCODED, UNPACKED = 0.57e9, 0.20e9, 0.14e9, 0.45e9
 
 
 @dataclass(frozen=True)
 class LayerInput:
-    """A distinct input of a model's linear layers.
+    """A distinct input of linear layers of a model.
 
     Attributes:
-        layers: names of those that read it.
-        width: its features.
-        outputs: of all these layers together.
+        layers: names of the layers with this input.
+        width: number of its features.
+        outputs: total number of outputs of these layers.
     """
 
     layers: list[str]
@@ -61,20 +61,20 @@ class LayerInput:
 
     @property
     def sum_bytes(self) -> int:
-        """Of its float32 sum in memory."""
+        """Bytes of its float32 sum in memory."""
         return 4 * self.width**2
 
     @property
     def file_bytes(self) -> int:
-        """Of its Gram in a file."""
+        """Bytes of its Gram in a file."""
         return 4 * packed_size(self.width)
 
 
 def plan_grams(flags: GramFlags) -> None:
-    """Print what the Grams of a model take.
+    """Print the estimate of the Grams of a model.
 
     Raises:
-        InputError: a config that is not there, or of a model that cannot be run without data.
+        InputError: a config is missing, or the model cannot run without data.
     """
     quiet_libraries()
     device = find_device(flags.plan, flags.device)
@@ -83,9 +83,9 @@ def plan_grams(flags: GramFlags) -> None:
 
 
 def estimate_grams(flags: GramFlags, model: PreTrainedModel, device: Device) -> Estimate:
-    """What the Grams of a model on the meta device take; without `passes` where not even the widest sum fits."""
+    """Estimate the Grams of a model on the meta device; without `passes` if not even the widest sum fits."""
     inputs, head = layer_inputs(model), untied_head(model)
-    # The head is gone when sums come.
+    # The head's output is released before sums are added.
     weights = weight_bytes(model) - (0 if head is None else weight_bytes(head))
     groups, widths = [each.layers for each in inputs], [each.width for each in inputs]
     batch_tokens = flags.batch_tokens(device.type)
@@ -102,7 +102,7 @@ def estimate_grams(flags: GramFlags, model: PreTrainedModel, device: Device) -> 
         sums = max(sums, sum(each.sum_bytes for each in inputs if not names.isdisjoint(each.layers)))
     tokens = flags.num_examples * flags.max_length
     forwards = _forward_passes(inputs, passes, linear_layers(model), head) if passes else 1.0
-    # Of a symmetric product one half is computed.
+    # Only one half of a symmetric product is computed.
     token_flops = batch.flops / (batch_tokens // length * length) * forwards + sum(width**2 for width in widths)
     all_sums, file = (sum(getattr(each, name) for each in inputs) for name in ("sum_bytes", "file_bytes"))
     return Estimate(
@@ -111,16 +111,16 @@ def estimate_grams(flags: GramFlags, model: PreTrainedModel, device: Device) -> 
         counts={"inputs": len(inputs), "tokens": tokens} | ({"passes": len(passes)} if passes else {}),
         flops=tokens * token_flops,
         seconds=tokens * token_flops / device.flops(model.dtype.itemsize) / device.count,
-        # Two snapshots, of half of the sums each.
+        # Two snapshots of half of the sums each.
         transfers={"disk": file, "snapshots": sums},
         notes={
-            "weights": f"{str(model.dtype).removeprefix('torch.')}, whole on every device",
+            "weights": f"{str(model.dtype).removeprefix('torch.')}, all weights on every device",
             "sums": f"at most, of {gb(all_sums)}" + ("" if passes else "; no number of passes fits"),
             "activations": f"at most: batch of {batch_tokens} tokens",
             "tokens": "at most",
             "time": "loading and writing excluded",
-            "disk": "as much again while passes are joined",
-            "snapshots": "for each device, while it runs",
+            "disk": "twice as much while passes are joined",
+            "snapshots": "for each device, during the run",
         },
     )
 
@@ -128,7 +128,7 @@ def estimate_grams(flags: GramFlags, model: PreTrainedModel, device: Device) -> 
 def _forward_passes(
     inputs: list[LayerInput], passes: list[list[str]], layers: dict[str, nn.Module], head: nn.Module | None
 ) -> float:
-    """How many whole forward passes `passes` are worth, each of which ends at its last layer."""
+    """Work of `passes` in whole forward passes, since each pass ends at its last layer."""
     before: dict[str, int] = {}
     done = 0
     for layer_input in inputs:
@@ -139,10 +139,10 @@ def _forward_passes(
 
 
 def layer_inputs(model: PreTrainedModel) -> list[LayerInput]:
-    """Every distinct input of a meta model's linear layers, in the model's order.
+    """Find every distinct input of a meta model's linear layers, in the model's order.
 
     Raises:
-        InputError: where data goes depends on the data, as with experts.
+        InputError: the inputs of layers depend on the data, as with experts.
     """
     layers = linear_layers(model)
     inputs = LinearInputs(layers, model.get_output_embeddings(), lambda name, x: None)
@@ -151,7 +151,7 @@ def layer_inputs(model: PreTrainedModel) -> list[LayerInput]:
         with inputs:
             cost_of(lambda: inputs.run(model, ids, torch.ones_like(ids)), model)
     except (RuntimeError, NotImplementedError) as error:
-        raise InputError(f"what the layers of a {model.config.model_type} read depends on the data: no plan") from error
+        raise InputError(f"layer inputs of a {model.config.model_type} depend on the data: no estimate") from error
     return [
         LayerInput(
             names,
@@ -163,10 +163,10 @@ def layer_inputs(model: PreTrainedModel) -> list[LayerInput]:
 
 
 def batch_cost(model: PreTrainedModel, rows: int, length: int, device: Device) -> Cost:
-    """Cost of one batch through a meta model, with copies of what its layers read, but without their sums."""
+    """Cost of one batch through a meta model, with copies of the inputs of layers, without their sums."""
 
     def receive(name: str, x: torch.Tensor) -> None:
-        kept = x.reshape(-1, x.shape[-1]).clone()  # the rows that are no padding
+        kept = x.reshape(-1, x.shape[-1]).clone()  # rows without padding
         if device.type == "cpu":
             kept = kept.float()
         elif kept.dtype != torch.float32:
@@ -180,10 +180,10 @@ def batch_cost(model: PreTrainedModel, rows: int, length: int, device: Device) -
 
 
 def plan_merging(flags: MergeFlags) -> None:
-    """Print what a merge takes.
+    """Print the estimate of a merge.
 
     Raises:
-        InputError: a config that is not there, or models that differ in size.
+        InputError: a config is missing, or the models differ in size.
     """
     quiet_libraries()
     device = replace(find_device(flags.plan, flags.device), count=1)
@@ -191,7 +191,7 @@ def plan_merging(flags: MergeFlags) -> None:
 
 
 def estimate_merge(flags: MergeFlags, device: Device) -> Estimate:
-    """What a merge takes, by RegMean with Grams of all inputs."""
+    """Estimate a merge; for RegMean, with Grams of all inputs."""
     revisions = flags.revisions[: len(flags.models)]
     models = [_model(name, revision, "auto") for name, revision in zip_longest(flags.models, revisions)]
     sizes = {name: parameters(model) for name, model in zip(flags.models, models, strict=True)}
@@ -203,18 +203,18 @@ def estimate_merge(flags: MergeFlags, device: Device) -> Estimate:
     weights_read, flops = float(sum(model.dtype.itemsize * total for model in models)), 0.0
     read = weights_read
     for each in inputs:
-        # Of three models or more every Gram is read anew for each block of outputs.
+        # For three models or more, every Gram is read again for each block of outputs.
         elements = GPU_BLOCK_ELEMENTS if device.type == "cuda" else BLOCK_ELEMENTS
         blocks = math.ceil(each.outputs / max(1, elements // each.width)) if count > 2 else 1
         read += count * each.file_bytes * blocks
-        # For each alpha a factor, and for each output a solution; for each output besides a right-hand side, and half
-        # a product for the objective: of each model, but of two together.
+        # A factor for each alpha, and a solution for each output. A right-hand side for each output, and half a product
+        # for the objective, for each model, or once for two models.
         flops += alphas * (each.width**3 / 3 + 2 * each.outputs * each.width**2)
         flops += 3 * each.outputs * each.width**2 * (1 if count == 2 else count)
     systems = [(each.width, each.outputs) for each in inputs]
     arithmetic, host = flops / device.single_flops, _host_seconds(flags, total, read - weights_read)
     written = float(len(flags.output_dirs()) * total * _dtype(flags.dtype, models[0].dtype).itemsize)
-    time = f"{duration(arithmetic)} of arithmetic, {duration(host)} of work on the host, a busy one's rates assumed; "
+    time = f"{duration(arithmetic)} of arithmetic, {duration(host)} of work on the host, at rates of a busy one; "
     time += f"disk excluded, {duration((read + written) / DISK)} at {gb(DISK)}/s"
     return Estimate(
         parameters={"each model": total},
@@ -223,12 +223,12 @@ def estimate_merge(flags: MergeFlags, device: Device) -> Estimate:
         flops=flops,
         seconds=arithmetic + host,
         transfers={"read": read, "written": written},
-        notes={"work": "in float32", "memory": "never a model", "time": time},
+        notes={"work": "in float32", "memory": "models are never loaded whole", "time": time},
     )
 
 
 def _host_seconds(flags: MergeFlags, elements: int, gram_bytes: float) -> float:
-    """Time of a merge's work on the host, which the device waits for; `elements` are each model's."""
+    """Time of a merge's work on the host, for which the device waits; `elements` are those of each model."""
     models = len(flags.models)
     decoding, averaging = models * elements / DECODED, models / 2 * elements / AVERAGED
     encoding = len(flags.output_dirs()) * elements / ENCODED

@@ -31,24 +31,24 @@ _FLAGS = (
 
 @register_model("mindmerger")
 class MindMergerLM(LM):
-    """An LLM with a mapping: the encoder reads a row's bare question, the LLM the harness's whole context.
+    """An LLM with a mapping: the encoder's input is the question of a row, the LLM's the whole context.
 
-    The context is what `Example.prompt` is elsewhere, the continuation the target; each is tokenized by itself, as in
-    training. Where a text is too long, the question in it is cut.
+    The context corresponds to `Example.prompt`, the continuation to the target. Each is tokenized separately, as in
+    training. If a text is too long, the question in it is cut.
 
     Args:
-        checkpoint: the mapping: folder, `.safetensors` or `pytorch_model.bin`.
-        batch_size: rows at a time.
-        max_batch_size: the harness's, for a batch size that it looks for itself.
-        device: as the harness names it.
-        source_field: the field of a task's rows that the encoder reads. A row's `stem`, where it has one, is the part
-            of it that may be cut.
-        source_language: name or ISO code of the language that all rows are in; default: the one by whose code the
-            task's name ends, as in mgsm_direct_de.
-        flags: flags of `run_evaluation.py`: those in `_FLAGS`.
+        checkpoint: mapping: folder, `.safetensors` or `pytorch_model.bin`.
+        batch_size: rows of a batch.
+        max_batch_size: argument of the harness for automatic batch sizes.
+        device: device, by the harness's name.
+        source_field: field of a task's rows that is the encoder's input. If a row has a `stem`, only this part may be
+            cut.
+        source_language: English name or ISO code of the language of all rows; default: the language code at the end
+            of the task's name, as in mgsm_direct_de.
+        flags: flags of `run_evaluation.py` in `_FLAGS`.
 
     Raises:
-        InputError: whatever is wrong with these.
+        InputError: an argument is invalid.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class MindMergerLM(LM):
             raise InputError(f"--model_args takes no {', '.join(sorted(unknown))}; it takes {', '.join(known)}")
         if not str(batch_size).isdecimal():
             raise InputError(f"--batch_size {batch_size} must be a number of rows")
-        # The harness's default, of which each rank takes its own, or the CPU where there is none.
+        # For the harness's default device, each rank uses its own GPU, or the CPU if there is none.
         device = "auto" if device in (None, "cuda", "cuda:0") else device
         words = {"init_checkpoint": checkpoint, "eval_batch_size": batch_size, "device": device} | flags
         self._flags = parse_flags(
@@ -89,10 +89,10 @@ class MindMergerLM(LM):
         self._answerer: Answerer = parts.load(dtype, self._process.device)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy answers, each up to the first of its stop strings.
+        """Generate greedy answers, each up to the first of its stop strings.
 
         Raises:
-            InputError: a task asks for sampling, or has no field for the encoder.
+            InputError: a task needs sampling, or has no field for the encoder.
         """
 
         def answer(rows: list[Tokens], settings: str) -> Iterator[list[tuple[int, str]]]:
@@ -105,7 +105,7 @@ class MindMergerLM(LM):
         for request in requests:
             kwargs = normalize_gen_kwargs(request.args[1], self._flags.max_gen_len)
             if kwargs["do_sample"]:
-                raise InputError(f"task {request.task_name} asks for sampling: MindMerger answers greedily")
+                raise InputError(f"task {request.task_name} needs sampling, and MindMerger decodes greedily")
             settings.append(json.dumps([[stop for stop in kwargs["until"] if stop], kwargs["max_gen_toks"]]))
         texts = [""] * len(requests)
         for number, text in self._answers(requests, settings, answer, disable_tqdm):
@@ -114,7 +114,7 @@ class MindMergerLM(LM):
         return texts
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log probability in nats, whether it is the greedy answer) of each continuation.
+        """Compute (log probability in nats, True if it is the greedy answer) of each continuation.
 
         Raises:
             InputError: a task has no field for the encoder.
@@ -142,23 +142,23 @@ class MindMergerLM(LM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Refused: it scores a text that answers nothing, and the encoder would have nothing to read."""
+        """Raise InputError: a whole text has no question for the encoder."""
         raise InputError(
-            f"task {requests[0].task_name} asks for the likelihood of a whole text (loglikelihood_rolling), and "
-            "MindMerger answers questions: take --model hf for the LLM alone"
+            f"task {requests[0].task_name} needs the likelihood of a whole text (loglikelihood_rolling), without a "
+            "question for the encoder: use --model hf for the LLM alone"
         )
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """Refused: a mapping is trained in front of plain prompts, and special tokens in a text are read as text."""
-        raise InputError("--apply_chat_template: a mapping is trained in front of plain prompts, leave it out")
+        """Raise InputError: a mapping is trained with plain prompts, and special tokens in a text are plain text."""
+        raise InputError("--apply_chat_template: a mapping is trained with plain prompts, leave it out")
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` of every rank, stacked."""
-        # Through host memory: a tensor arrives on the device that it was sent from.
+        """Stack `tensor` of every rank."""
+        # Through host memory, since a tensor would arrive on the device of the sending rank.
         return torch.stack(self._process.gather(tensor.cpu())).to(tensor.device)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """`obj` of every rank, on rank `dst`."""
+        """Gather `obj` of every rank on rank `dst`."""
         gathered = self._process.gather(obj)
         return gathered if self.rank == dst else None
 
@@ -173,7 +173,7 @@ class MindMergerLM(LM):
         answer: Callable[[list[Tokens], str], Iterator[list[tuple[int, Any]]]],
         disable_tqdm: bool,
     ) -> Iterator[tuple[int, Any]]:
-        """(number of a request, what `answer` yields for it), those of equal settings together, longest first."""
+        """Yield (number of a request, result of `answer`), grouped by equal settings, longest first."""
         tokens = self._answerer.tokenizer([self._example(request) for request in requests], with_targets=False)
         with progress(self._process, total=len(requests), unit="request", leave=not disable_tqdm) as bar:
             for setting in dict.fromkeys(settings):
@@ -210,11 +210,11 @@ class MindMergerLM(LM):
         if not until:
             return None
         decode = self._answerer.tokenizer.llm_tokenizer.decode
-        # A token is a byte at least; one more, since a decoder may strip a space from the first.
+        # A token has at least one byte; one more, since a decoder may strip a space from the first.
         longest = max(len(stop.encode()) for stop in until) + 1
 
         def has_ended(ids: list[int]) -> bool:
-            # With special tokens: tasks name chat models' ends of turn.
+            # With special tokens, since the stop strings of tasks include chat models' end of turn.
             end = decode(ids[-longest:])
             return any(stop in end for stop in until)
 
@@ -222,6 +222,6 @@ class MindMergerLM(LM):
 
 
 def _split(text: str, query: str) -> Prompt:
-    """`text` around the last occurrence of `query`, which may be cut; without one, nothing may be."""
+    """Split `text` at the last occurrence of `query`, which may be cut; without one, no part may be cut."""
     before, query, after = text.rpartition(query)
     return Prompt(before, query, after) if query else Prompt(text, "", "")

@@ -1,4 +1,4 @@
-"""What the task files in `configs/lm_eval` call: rows of a local `datas` folder, judged as in `run_evaluation.py`."""
+"""Functions of the task files in `configs/lm_eval`: rows of a local `datas` folder, and their grading."""
 
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,19 @@ from mindmerger.tasks.answers import is_same_number, parse_answer
 
 
 def load(task_name: str, language: str, data_dir: str = "./datas", **_: Any) -> dict[str, Dataset]:
-    """The problems of a task in one language, as split "test".
+    """Read the problems of a task in one language, as split "test".
 
     Args:
         task_name: one of `EVALUATION_TASKS`.
-        language: ISO code.
-        data_dir: folder in the published layout; `--metadata '{"data_dir": "FOLDER"}'` names another.
+        language: ISO code of the language.
+        data_dir: folder in the published layout; set by `--metadata '{"data_dir": "FOLDER"}'`.
 
     Returns:
-        Rows of `question` (what the encoder reads), `prompt` (what the LLM reads), `stem` (the part of both that may be
+        Rows of `question` (input of the encoder), `prompt` (input of the LLM), `stem` (the part of both that may be
         cut), `answer` and `choices`.
 
     Raises:
-        InputError: a missing file or a malformed row.
+        InputError: a file is missing, or a row is malformed.
     """
     chosen = find_language(language)
     examples = read_evaluation(Path(data_dir), EVALUATION_TASKS[task_name], (chosen,))[chosen]
@@ -41,5 +41,5 @@ def load(task_name: str, language: str, data_dir: str = "./datas", **_: Any) -> 
 
 
 def judge_number(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Accuracy of one answer, by the default parser of `run_evaluation.py`."""
+    """Grade one answer by the default parser of `run_evaluation.py`."""
     return {"acc": float(is_same_number(parse_answer(results[0]), parse_answer(doc["answer"])))}

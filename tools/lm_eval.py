@@ -1,6 +1,6 @@
-"""lm-evaluation-harness, with MindMerger as one of its models: `python -m tools.lm_eval --model mindmerger ...`
+"""lm-evaluation-harness with MindMerger as a model: `python -m tools.lm_eval --model mindmerger ...`
 
-Every flag is the harness's own.
+The flags are those of the harness.
 """
 
 from common.errors import exit_with_message

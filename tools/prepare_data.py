@@ -1,4 +1,4 @@
-"""Builds the `datas` layout of all tasks from public sources: `python -m tools.prepare_data`"""
+"""Construction of the `datas` layout of all tasks from public sources: `python -m tools.prepare_data`"""
 
 import itertools
 import json
@@ -19,15 +19,15 @@ from mindmerger.tasks.answers import parse_answer
 from tools import sources
 from tools.sources import SOURCES, Reading, pairs_source
 
-# --train_num of the published augmentation stage: more rows of a language than that are not read.
+# --train_num of the published augmentation stage, the largest number of rows that is read in a language.
 MATH_ROWS = 30_000
-# Characters of a sentence, and how many times as long its translation may be (Chinese to English: about 3).
+# Maximum characters of a sentence, and maximum ratio of the lengths of a translation (Chinese to English: about 3).
 SHORTEST, LONGEST, RATIO = 3, 500, 6
-# Fraction of translated solutions whose answer is the English one's: of fewer, the rows are not in the assumed order.
+# Least fraction of translated solutions with the English answer; below it, the rows are not in the assumed order.
 LEAST_ALIGNED = 0.9
 
 _EVALUATIONS = {"math": ("mgsm", "msvamp"), "x-csqa": ("x-csqa",), "xnli": ("xnli",)}
-# Path in the layout, of a language, and source; XNLI has all languages in one file.
+# Path in the layout for a language, and source; XNLI has all languages in one file.
 _EVALUATION_FILES = {
     "mgsm": ("evaluation/mgsm/mgsm_{0.code}.tsv", "mgsm"),
     "msvamp": ("evaluation/msvamp/test_{0.name}.jsonl", "msvamp"),
@@ -41,26 +41,26 @@ Row = dict[str, Any]
 class PrepareDataFlags:
     """Build the data layout of training and evaluation from public sources."""
 
-    output_dir: str = flag("./datas", "folder to build; what its manifest.json lists, unchanged, is kept")
+    output_dir: str = flag("./datas", "folder to build; unchanged files that its manifest.json lists are kept")
     task: str = flag(",".join(TRAINING_TASKS), "comma-separated: math, x-csqa, xnli")
     languages: str | None = flag(None, "comma-separated English names or ISO codes; default: all of the tasks'")
     pairs: Literal["corpora", "questions"] = flag(
         "corpora",
-        "sentence pairs from OPUS-100 and NLLB, or GSM8K's questions and their translations, as the small runs on real "
-        "models take",
+        "corpora: sentence pairs of OPUS-100 and NLLB; questions: GSM8K's questions and their translations, for small "
+        "runs on real models",
     )
     train_num: int = flag(100_000, "sentence pairs per language")
     source_dir: str | None = flag(None, "local copies, {source_dir}/{dataset id}/...; default: the Hugging Face Hub")
-    check_counts: bool = flag(True, "refuse a source that has not as many rows as are published")
+    check_counts: bool = flag(True, "refuse a source whose number of rows is not the published one")
 
     def __post_init__(self) -> None:
         require_positive(self, "train_num")
         if self.pairs == "questions" and self.task != "math":
-            raise InputError(f"--pairs questions are GSM8K's: take --task math, not {self.task}")
+            raise InputError(f"--pairs questions are GSM8K's: use --task math, not {self.task}")
 
 
 class Layout:
-    """The folder that is built, and its manifest, which is written after every file."""
+    """Output folder and its manifest, which is written after every file."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder = folder
@@ -69,15 +69,15 @@ class Layout:
         if (folder / MANIFEST).exists():
             manifest = read_json(folder / MANIFEST)
             known = manifest.get("settings") if isinstance(manifest, dict) else None
-            # Folders from before there was --pairs have those of the corpora.
+            # Folders from before --pairs existed have those of the corpora.
             if not isinstance(known, dict) or {"pairs": "corpora"} | known != settings:
                 raise InputError(f"{folder} was built with other settings: choose another --output_dir, or remove it")
             self.files = manifest["files"]
         elif folder.exists() and any(folder.iterdir()):
-            raise InputError(f"{folder} holds files that are not from here: choose another --output_dir")
+            raise InputError(f"{folder} has files that are not from this command: choose another --output_dir")
 
     def has(self, *names: str) -> bool:
-        """Whether these files are there as they were written."""
+        """True if these files exist and are unchanged."""
         return all(
             name in self.files
             and (self.folder / name).is_file()
@@ -88,7 +88,7 @@ class Layout:
     def write(
         self, readings: list[Reading], texts: dict[str, str], rows: int, dropped: dict[str, int] | None = None
     ) -> None:
-        """Write files that stem from `readings`, each whole or not at all, and then the manifest."""
+        """Write files made from `readings`, each atomically, and then the manifest."""
         for name, text in texts.items():
             write_text(self.folder / name, text)
             self.files[name] = {
@@ -103,10 +103,10 @@ class Layout:
 
 
 def prepare(flags: PrepareDataFlags) -> None:
-    """Build every file of the tasks, evaluation first, since nothing of it may be in training.
+    """Build every file of the tasks, evaluation first, since its problems are left out of training.
 
     Raises:
-        InputError: a source that cannot be read, or is not as published; a folder that is not this command's.
+        InputError: a source cannot be read or is not as published, or the folder has other files.
     """
     tasks = [find_task(name, TRAINING_TASKS) for name in flags.task.split(",")]
     builder = Builder(flags)
@@ -120,10 +120,10 @@ def prepare(flags: PrepareDataFlags) -> None:
 
 
 class Builder:
-    """Builds the files of the languages that the flags choose; what is in the folder as it was written stays.
+    """Builder of the files of the chosen languages, which keeps unchanged files in the folder.
 
     Attributes:
-        questions: keys of all evaluation questions so far, which training files must not hold.
+        questions: keys of all evaluation questions so far, which are left out of training files.
     """
 
     def __init__(self, flags: PrepareDataFlags):
@@ -134,7 +134,7 @@ class Builder:
         self._source_dir = None if flags.source_dir is None else Path(flags.source_dir)
 
     def build_evaluation(self, task: Task) -> None:
-        """The problems of one evaluation task: a file for each language, or XNLI's one file."""
+        """Build the problems of one evaluation task: a file for each language, or XNLI's single file."""
         languages = self._wanted(*task.languages)
         if task.name == "xnli" and languages and not self._layout.has(_XNLI_TEST):
             readings = [self._read("xnli_test", language) for language in languages]
@@ -146,22 +146,22 @@ class Builder:
                 rows = list(reading := self._read(source, language))
                 self._layout.write([reading], {path: _lines(rows)}, len(rows))
         if languages:
-            # What evaluation would refuse in a row is refused here.
+            # Rows that evaluation would refuse are refused here.
             problems = read_evaluation(self._layout.folder, task, languages)
             self.questions |= evaluation_keys(self._layout.folder, task, problems)
 
     def build_questions(self, task: Task) -> None:
-        """The file of a task's augmentation stage."""
+        """Build the file of a task's augmentation stage."""
         english = LANGUAGES["English"]
         if task.name == "math":
             languages = self._wanted(*task.languages, english)
             name, build = "query_translation/math.json", self._math
         elif task.name == "x-csqa":
-            # The English training questions are the only ones that are published.
+            # Only the English training questions are published.
             languages = self._wanted(english)
             name, build = f"query_translation/x-csqa/train_{english.code}.jsonl", self._x_csqa
         else:
-            # XNLI's dev set, which is what the published mappings were trained on.
+            # XNLI's dev set, on which the published mappings were trained.
             languages = self._wanted(*EVALUATION_TASKS["xnli"].languages)
             name, build = "query_translation/xnli_dev.json", self._xnli
         if languages:
@@ -172,7 +172,7 @@ class Builder:
             list(read_training(self._layout.folder, task, "augmentation", languages, 1))
 
     def build_pairs(self, task: Task) -> None:
-        """Sentence pairs of every language, line n of one file translating line n of the other."""
+        """Build the sentence pairs of every language: line n of one file translates line n of the other."""
         languages = self._wanted(*task.languages)
         for language in languages:
             names = [f"bilingual_pairs/en-{language.code}/train_100k.{code}" for code in (language.code, "en")]
@@ -196,7 +196,7 @@ class Builder:
         return Reading(SOURCES[name], language, self._source_dir, self._flags.check_counts)
 
     def _math(self, languages: tuple[Language, ...]) -> tuple[list[Reading], list[Row], Counter[str]]:
-        """GSM8K questions in all languages and MetaMathQA in English, each with its English solution."""
+        """Build GSM8K questions in all languages and MetaMathQA in English, each with its English solution."""
         readings = [self._read("gsm8k_instruct", languages[0])]
         rows, dropped = translated_questions(readings[0])
         if LANGUAGES["English"] in languages:
@@ -221,18 +221,17 @@ class Builder:
 
 
 def translated_questions(rows: Iterable[tuple[str, str, str]]) -> tuple[list[Row], Counter[str]]:
-    """Give every translated question the English solution.
+    """Pair every translated question with the English solution, if its own ends in the same answer.
 
     Args:
-        rows: (language, question, solution); an English row, then its translations, then the next English one. A
-            `Reading` of them is named in the error.
+        rows: (language, question, solution); an English row, then its translations, then the next English one. The
+            error names the location of a `Reading`.
 
     Returns:
-        Rows of `{query, response, lang}`, and how many were left out for which reason: a translation counts only
-        where its own solution ends in the English answer, which also proves the order.
+        Rows of `{query, response, lang}`, and the number of rows left out for each reason.
 
     Raises:
-        InputError: that holds for too few of them.
+        InputError: too few translations have the English answer.
     """
     kept, dropped = [], Counter()
     english, answer = None, None
@@ -260,7 +259,7 @@ def translated_questions(rows: Iterable[tuple[str, str, str]]) -> tuple[list[Row
 
 
 def question_pairs(rows: Iterable[Row], language: Language) -> Iterator[tuple[str, str]]:
-    """(question in `language`, English question) of `translated_questions`' rows, each question on one line."""
+    """Pairs (question in `language`, English question) of rows of `translated_questions`, each on one line."""
     english = ""
     for row in rows:
         if row["lang"] == "English":
@@ -270,7 +269,7 @@ def question_pairs(rows: Iterable[Row], language: Language) -> Iterator[tuple[st
 
 
 class _LettersOnly(dict[int, int | None]):
-    """For `str.translate`: letters, marks and digits stay."""
+    """Table for `str.translate` that keeps letters, marks and digits."""
 
     def __missing__(self, code: int) -> int | None:
         self[code] = code if unicodedata.category(chr(code))[0] in "LMN" else None
@@ -281,12 +280,12 @@ _LETTERS_ONLY = _LettersOnly()
 
 
 def sentence_key(text: str) -> str:
-    """What two spellings of one sentence share: letters, marks and digits, in one case and one Unicode form."""
+    """Key shared by spellings of a sentence: its letters, marks and digits, in one case and one Unicode form."""
     return unicodedata.normalize("NFKC", text).casefold().translate(_LETTERS_ONLY)
 
 
 def evaluation_keys(folder: Path, task: Task, problems: dict[Language, list[Example]]) -> set[str]:
-    """The keys of a task's questions in `folder`; of XNLI each sentence, and premise and hypothesis together."""
+    """Keys of a task's questions in `folder`; for XNLI, of each sentence, and of premise and hypothesis together."""
     if task.name == "xnli":
         rows = [(sentence_key(r["sentence1"]), sentence_key(r["sentence2"])) for r in read_json(folder / _XNLI_TEST)]
         return {key for one, two in rows for key in (one, two, one + two)}
@@ -294,7 +293,7 @@ def evaluation_keys(folder: Path, task: Task, problems: dict[Language, list[Exam
 
 
 def clean(rows: Iterable[Row], key: Callable[[Row], str], questions: set[str]) -> tuple[list[Row], Counter[str]]:
-    """The rows that are no evaluation question and came only once, and how many were left out for which reason."""
+    """Remove evaluation questions and duplicates from rows; count the rows left out for each reason."""
     kept, seen, dropped = [], set(), Counter()
     for row in rows:
         text = key(row)
@@ -311,7 +310,7 @@ def clean(rows: Iterable[Row], key: Callable[[Row], str], questions: set[str]) -
 def clean_pairs(
     pairs: Iterable[tuple[str, str]], questions: set[str], limit: int
 ) -> tuple[list[tuple[str, str]], Counter[str]]:
-    """The first `limit` pairs of sensible length, neither side an evaluation question or seen before."""
+    """Select the first `limit` pairs of sensible length, without evaluation questions and duplicates on either side."""
     kept, dropped = [], Counter()
     seen: tuple[set[str], set[str]] = set(), set()
     for pair in pairs:
@@ -339,7 +338,7 @@ def _lines(rows: Iterable[str | Row]) -> str:
 
 
 def _json_list(rows: list[Row]) -> str:
-    # A row a line, so that a person can look at them.
+    # One row on each line, for readability.
     return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
 
 

@@ -1,4 +1,4 @@
-"""Where the data is published: one table, how its files are read, and how their rows become the layout's rows."""
+"""Table of the published data sets, readers of their files, and conversions of their rows to the layout."""
 
 import fnmatch
 import functools
@@ -18,14 +18,14 @@ class Source:
     """One published data set.
 
     Attributes:
-        dataset: its id on the Hugging Face Hub.
-        files: patterns of file names, of which the first that matches anything counts; `{code}`, `{name}`, `{pair}`
-            and `{nllb}` stand for a language.
-        licence: as the data set's card names it, or its authors do.
-        convert: from a row and its language to the layout's row.
-        rows: how many each language's files hold, as published; None where only some are read.
-        url: of the folder that has the files, where the Hub has none of them.
-        revision: commit, or branch whose commit at the time is recorded, of the Hub's repository.
+        dataset: id on the Hugging Face Hub.
+        files: patterns of file names, of which the first with a match is used; `{code}`, `{name}`, `{pair}` and
+            `{nllb}` stand for a language.
+        licence: licence by the data set's card or its authors.
+        convert: function from a row and its language to a row of the layout.
+        rows: published number of rows of each language; None if only some are read.
+        url: URL of the folder of the files, if the Hub does not have them.
+        revision: commit of the Hub's repository, or branch, whose current commit is recorded.
     """
 
     dataset: str
@@ -42,16 +42,16 @@ _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".tsv": "
 
 
 class Reading:
-    """The rows of one source in one language, as the layout has them, read as they are iterated over.
+    """Rows of one source in one language, converted to the layout and read lazily.
 
     Args:
-        source: from the table.
-        language: of the rows, where the source has a file for each.
-        source_dir: holds `{dataset id}/{files}`, to be read in place of the Hub.
-        check_count: whether another number of rows than the published one is an error.
+        source: source from the table.
+        language: language of the rows, if the source has a file for each.
+        source_dir: folder of `{dataset id}/{files}` to read instead of the Hub.
+        check_count: True to raise an error if the number of rows is not the published one.
 
     Raises:
-        InputError: here, no such files, or no hub; while iterating, a broken connection or file, or the count.
+        InputError: there are no such files, or no Hub; during iteration, a file or the number of rows is wrong.
     """
 
     def __init__(self, source: Source, language: Language, source_dir: Path | None, check_count: bool = True):
@@ -68,7 +68,7 @@ class Reading:
         self._paths = [f"{root}/{name}" for name in self.files]
 
     def __iter__(self) -> Iterator[Any]:
-        # Seconds to import.
+        # Imported here, since it takes seconds.
         from datasets import disable_progress_bars, load_dataset
 
         disable_progress_bars()
@@ -80,13 +80,13 @@ class Reading:
                 yield self._converted(row)
         except InputError:
             raise
-        # A connection, a disk or a file format may raise anything.
+        # Connections, disks and file formats raise errors of many types.
         except Exception as error:
             raise InputError(f"{self.location}: cannot be read: {first_line(error)}") from error
         if self.check_count and self.source.rows not in (None, self.rows):
             raise InputError(
                 f"{', '.join(self._paths)}: {self.rows} rows, but {self.source.rows} are published: the download is "
-                "not whole, or the data has changed (--check_counts False takes it as it is)"
+                "incomplete, or the data has changed (--check_counts False accepts it)"
             )
 
     def _converted(self, row: dict[str, Any]) -> Any:
@@ -94,17 +94,17 @@ class Reading:
             return self.source.convert(row, self._language)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
-                f"{self.location}: not the schema that {self.source.dataset} was published in: "
+                f"{self.location}: not the published schema of {self.source.dataset}: "
                 f"{type(error).__name__}: {error}; its columns are {', '.join(row)}"
             ) from error
 
     @property
     def location(self) -> str:
-        """File and number of the row read last."""
+        """File and number of the last row read."""
         return f"{self._paths[0]}, row {self.rows}"
 
     def record(self) -> dict[str, Any]:
-        """What the manifest says of this source."""
+        """Entry of this source in the manifest."""
         return {
             "dataset": self.source.dataset,
             "revision": self.revision,
@@ -130,7 +130,7 @@ def _words(source: Source, language: Language) -> dict[str, str]:
 def _repository(
     dataset: str, revision: str, url: str | None, source_dir: Path | None
 ) -> tuple[str, str | None, tuple[str, ...] | None]:
-    """(root of the files, commit, names of all files); no names where only a URL is known."""
+    """Root of the files, commit, and names of all files; no names for a URL."""
     if source_dir is not None:
         folder = source_dir / dataset
         if not folder.is_dir():
@@ -154,21 +154,21 @@ def _repository(
 
 
 def mgsm(row: dict[str, Any], _: Language) -> str:
-    """MGSM, as a line of the published TSV or a row of the converted set, to `question<TAB>answer`."""
+    """Convert MGSM, a line of the published TSV or a row of the Hub's copy, to `question<TAB>answer`."""
     question, answer = row["text"].split("\t") if "text" in row else (row["question"], row["answer_number"])
     return f"{one_line(question)}\t{str(answer).strip()}"
 
 
 def msvamp(row: dict[str, Any], _: Language) -> dict[str, str]:
-    """MSVAMP to `{m_query, response}`."""
+    """Convert MSVAMP to `{m_query, response}`."""
     return {"m_query": row["m_query"].strip(), "response": str(row["response"])}
 
 
 def x_csqa(row: dict[str, Any], _: Language) -> dict[str, Any]:
-    """X-CSQA to `{answerKey, question: {stem, choices: [{label, text}, ...]}}`."""
+    """Convert X-CSQA to `{answerKey, question: {stem, choices: [{label, text}, ...]}}`."""
     choices = row["question"]["choices"]
     if isinstance(choices, dict):
-        # How `datasets` gives a sequence of structs: a struct of lists.
+        # `datasets` returns a sequence of structs as a struct of lists.
         choices = [
             {"label": label, "text": text} for label, text in zip(choices["label"], choices["text"], strict=True)
         ]
@@ -177,26 +177,26 @@ def x_csqa(row: dict[str, Any], _: Language) -> dict[str, Any]:
 
 
 def xnli(row: dict[str, Any], language: Language) -> dict[str, str]:
-    """XNLI to `{sentence1, sentence2, label, language}`; labels are numbered as the Hub's copy does."""
+    """Convert XNLI to `{sentence1, sentence2, label, language}`; labels have the numbers of the Hub's copy."""
     label = EVALUATION_TASKS["xnli"].labels[row["label"]]
     texts = {"sentence1": row["premise"].strip(), "sentence2": row["hypothesis"].strip()}
     return texts | {"label": label, "language": language.name}
 
 
 def metamath(row: dict[str, Any], _: Language) -> dict[str, str]:
-    """MetaMathQA to `{query, response, lang}`."""
+    """Convert MetaMathQA to `{query, response, lang}`."""
     return {"query": row["query"].strip(), "response": row["response"].strip(), "lang": "English"}
 
 
 def gsm8k_instruct(row: dict[str, Any], _: Language) -> tuple[str, str, str]:
-    """GSM8KInstruct's `{prompt, chosen}` to (language's name, question, solution)."""
+    """Convert GSM8KInstruct's `{prompt, chosen}` to (name of the language, question, solution)."""
     language = re.search(r"(?:request|answer) in (\w+)", row["prompt"])[1]
     question = re.search(r"### Instruction:\n(.*?)\n\n### Response:", row["prompt"], flags=re.DOTALL)[1]
     return language, question.strip(), row["chosen"].strip()
 
 
 def solution(text: str) -> str | None:
-    """A GSM8K solution in MetaMath's form: no `<<...>>` marks, `The answer is: N` at the end; None without a number."""
+    """Convert a GSM8K solution to MetaMath's form, without `<<...>>` and with `The answer is: N`; None if no number."""
     answer = parse_answer(text)
     if answer is None:
         return None
@@ -205,7 +205,7 @@ def solution(text: str) -> str | None:
 
 
 def sentence_pair(row: dict[str, Any], language: Language) -> tuple[str, str]:
-    """A row of OPUS-100, or a line of NLLB (`sentence<TAB>sentence<TAB>score...`), to (sentence, English sentence)."""
+    """Convert a row of OPUS-100, or a line of NLLB (`sentence<TAB>sentence<TAB>score...`), to (sentence, English)."""
     if "translation" in row:
         source, target = row["translation"][language.code], row["translation"]["en"]
     else:
@@ -215,7 +215,7 @@ def sentence_pair(row: dict[str, Any], language: Language) -> tuple[str, str]:
 
 
 def one_line(text: str) -> str:
-    """`text` without tabs and line breaks, which separate the fields and rows of a file."""
+    """Replace tabs and line breaks, which separate the fields and rows of a file."""
     return re.sub(r"[\t\r\n]+", " ", text).strip()
 
 
@@ -238,7 +238,7 @@ SOURCES = {
 
 
 def pairs_source(language: Language, kind: str) -> str:
-    """The name of the source of sentence pairs of English and `language`; `kind` as in `--pairs`."""
+    """Name of the source of sentence pairs of English and `language`; `kind` as in `--pairs`."""
     if kind == "questions":
         return "gsm8k_instruct"
     # OPUS-100 has no Swahili.

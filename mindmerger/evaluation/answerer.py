@@ -29,9 +29,9 @@ class Output(NamedTuple):
     """The answer to one problem.
 
     Attributes:
-        problem: its index.
-        text: without special tokens.
-        stopped: whether it ended by itself, and not at a limit.
+        problem: index of the problem.
+        text: text of the answer, without special tokens.
+        stopped: True if the answer ended before the limit.
     """
 
     problem: int
@@ -43,12 +43,12 @@ class Answerer:
     """A causal LM, optionally behind an encoder and a mapping.
 
     Args:
-        llm: the language model that answers.
-        tokenizer: from examples to tokens.
-        model: the encoder and the mapping in front of `llm`; None for the LLM alone, whose input is the prompt only.
+        llm: language model that answers.
+        tokenizer: tokenizer of examples.
+        model: encoder and mapping in front of `llm`; None for the LLM alone, whose input is the prompt only.
 
     Attributes:
-        eos_token_ids: any of these ends an answer.
+        eos_token_ids: ids that end an answer.
     """
 
     def __init__(self, llm: PreTrainedModel, tokenizer: ExampleTokenizer, model: MindMergerForCausalLM | None = None):
@@ -62,7 +62,7 @@ class Answerer:
 
     @torch.inference_mode()
     def read(self, rows: list[Tokens]) -> Sequence:
-        """The LLM's input for `rows`."""
+        """Compute the LLM's input for `rows`."""
         bos_token_id = self.tokenizer.llm_tokenizer.bos_token_id
         batch = lay_out(rows, bos_token_id, self.tokenizer.source_pad_id, mapped=self.model is not None)
         batch = batch.to(self.llm.device)
@@ -77,16 +77,16 @@ class Answerer:
         slots: int,
         has_ended: Callable[[list[int]], bool] | None = None,
     ) -> Iterator[list[Output]]:
-        """Greedy answers to problems, `slots` of them at a time, as they end; see `greedy_steps`.
+        """Generate greedy answers to problems, at most `slots` at once; see `greedy_steps`.
 
         Args:
-            rows: the problems' tokens by their indices, in the order in which they begin.
-            max_new_tokens: of each answer.
-            slots: how many problems run at once.
-            has_ended: from an answer's token ids so far to whether it ends here.
+            rows: tokens of the problems by index, in the order in which they start.
+            max_new_tokens: maximum tokens of an answer.
+            slots: maximum number of problems at once.
+            has_ended: function from an answer's token ids so far to True if the answer ends there.
 
         Yields:
-            After every step the answers that it has ended, if any.
+            After every step, the answers that ended in it.
         """
 
         def prefill(problems: list[int]) -> Sequence:
@@ -96,7 +96,7 @@ class Answerer:
             yield [self.output(answer.problem, answer.ids) for answer in answers if answer.is_done]
 
     def choose(self, rows: dict[int, Tokens], labels: dict[int, tuple[str, ...]], slots: int) -> Iterator[list[Output]]:
-        """The most likely of its own `labels` as the answer to each problem, in batches of `slots`."""
+        """Answer each problem by the most likely of its `labels`, in batches of `slots` problems."""
         problems = list(rows)
         for start in range(0, len(problems), slots):
             batch = problems[start : start + slots]
@@ -109,32 +109,32 @@ class Answerer:
             ]
 
     def stream(self, sequence: Sequence, max_new_tokens: int) -> Iterator[str]:
-        """The greedy answer to the one row of `sequence`, as far as it has come, after every token."""
+        """Yield the text of the greedy answer to a one-row `sequence` after every token."""
         for [answer] in greedy_steps(self.llm, [0], lambda _: sequence, 1, max_new_tokens, self.eos_token_ids):
             yield self.text(answer.ids)
 
     def log_likelihoods(self, rows: list[Tokens], words: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of each of `words` as the answer to each row; see `label_log_likelihoods`."""
+        """Log likelihoods of each of `words` as the answer to each row; see `label_log_likelihoods`."""
         return label_log_likelihoods(self.llm, self.read(rows), [self.tokenizer.label_ids(word) for word in words])
 
     def output(self, problem: int, ids: list[int]) -> Output:
-        """The answer that new token ids are."""
+        """Build the `Output` of new token ids."""
         return Output(problem, self.text(ids), ids[-1] in self.eos_token_ids)
 
     def text(self, ids: list[int]) -> str:
-        """The text of the LLM's token ids, without special tokens."""
+        """Decode token ids of the LLM, without special tokens."""
         return self.tokenizer.llm_tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @dataclass(frozen=True)
 class AnswererParts:
-    """The parts of an answerer, read and checked, before any model loads.
+    """Checked parts of an answerer, without its models.
 
     Attributes:
-        models: LLM and encoder; no encoder for the LLM alone.
-        augmentation: whether the prompt follows the mapped states.
-        tokenizer: of both models.
-        checkpoint, config, mapping: where the mapping lies, its config and its tensors; None for the LLM alone.
+        models: names of LLM and encoder; no encoder for the LLM alone.
+        augmentation: True if the prompt follows the mapped states.
+        tokenizer: tokenizers of both models.
+        checkpoint, config, mapping: path of the mapping, its config and its tensors; None for the LLM alone.
     """
 
     models: ModelPair
@@ -145,10 +145,10 @@ class AnswererParts:
     mapping: dict[str, torch.Tensor] | None = None
 
     def load(self, dtype: torch.dtype, device: torch.device, generates: bool = True) -> Answerer:
-        """The answerer, its models on `device` in `dtype`.
+        """Load the models on `device` in `dtype` and build the answerer.
 
         Args:
-            generates: whether the LLM answers there, and no copy of it elsewhere.
+            generates: True if this copy of the LLM generates; False if vLLM does.
 
         Raises:
             InputError: weights are missing, or a model's outputs depend on the batch or on the cache.
@@ -165,7 +165,7 @@ class AnswererParts:
         return Answerer(llm, self.tokenizer, model)
 
     def settings(self) -> dict[str, Any]:
-        """What a results folder records of this answerer."""
+        """Settings of this answerer that identify its results."""
         names = ("llm_path", "llm_revision", "mt_path", "mt_revision", "encoder_layer")
         return {
             **{name: getattr(self.models, name) for name in names},
@@ -177,16 +177,16 @@ class AnswererParts:
 def prepare_answerer(
     models: ModelPair, checkpoint: Path | None, limits: Limits, augmentation: bool | None
 ) -> AnswererParts:
-    """Read and check all of an answerer but its two models.
+    """Read and check all parts of an answerer but its models.
 
     Args:
-        models: as named by the user; what is left open is filled in from the record beside the mapping.
-        checkpoint: of the mapping; None for the LLM alone.
-        limits: in tokens.
-        augmentation: whether the prompt follows the mapped states; None for as trained.
+        models: names given by the user; missing ones are filled in from the config beside the mapping.
+        checkpoint: path of the mapping; None for the LLM alone.
+        limits: maximum lengths in tokens.
+        augmentation: True if the prompt follows the mapped states; None for the value in training.
 
     Raises:
-        InputError: whatever of it is missing or does not fit together.
+        InputError: a part is missing, or the parts do not belong together.
     """
     if checkpoint is None:
         models = replace(models, mt_path=None, mt_revision=None)
@@ -194,7 +194,7 @@ def prepare_answerer(
         return AnswererParts(models, True, load_example_tokenizer(models, limits, True))
     models = trained_models(models, checkpoint)
     if augmentation is None:
-        # A published .bin has no record, and was trained to be followed by the prompt.
+        # A published .bin has no config, and was trained with the prompt after it.
         trained = read_record(checkpoint).get("augmentation")
         augmentation = True if trained is None else trained
     tokenizer = load_example_tokenizer(models, limits, augmentation)
@@ -204,10 +204,10 @@ def prepare_answerer(
 
 
 def trained_models(models: ModelPair, checkpoint: Path) -> ModelPair:
-    """`models`, filled in from the record beside the mapping in `checkpoint`.
+    """Fill in missing names of `models` from the config beside the mapping in `checkpoint`.
 
     Raises:
-        InputError: there is no such mapping, or neither `models` nor record name the models.
+        InputError: there is no such mapping, or neither `models` nor the config name the models.
     """
     record = read_record(checkpoint)
     models = with_trained_layer(models, checkpoint)
@@ -222,7 +222,7 @@ def trained_models(models: ModelPair, checkpoint: Path) -> ModelPair:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that `--dtype` names; auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Dtype of a value of `--dtype`; auto: bfloat16 on a GPU, float32 on a CPU."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)

@@ -1,4 +1,4 @@
-"""Continuations of a sequence of vectors by an LLM: greedy text, or the likelihood of given words."""
+"""Greedy decoding by an LLM from input embeddings, and likelihoods of given words."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +13,7 @@ from mindmerger.evaluation.slot_cache import SlotCache
 from mindmerger.frozen_models import cache_name
 from mindmerger.modeling import Sequence
 
-# Problems that begin together are padded to the longest, and their activations are in memory together.
+# Number of problems in a prefill, which pads them to the longest and has all their activations in memory.
 _BEGIN_AT_ONCE = 4
 
 
@@ -22,9 +22,9 @@ class Answer:
     """The LLM's answer to one problem so far.
 
     Attributes:
-        problem: its index.
-        ids: new token ids; an eos that ended it is included, so that an answer without one was stopped.
-        is_done: whether it gets no more.
+        problem: index of the problem.
+        ids: new token ids, including the eos, if any; an answer without one ended at a limit.
+        is_done: True if the answer has ended.
     """
 
     problem: int
@@ -33,7 +33,7 @@ class Answer:
 
 
 def greedy(llm: PreTrainedModel, sequence: Sequence, max_new_tokens: int, eos_token_ids: set[int]) -> list[list[int]]:
-    """The most likely continuation of every row of `sequence`, all at once; `Answer.ids` of each."""
+    """Generate the greedy continuation of every row of `sequence` in one batch; return `Answer.ids` of each."""
     rows = range(len(sequence.mask))
     outputs: list[list[int]] = [[] for _ in rows]
 
@@ -56,26 +56,26 @@ def greedy_steps(
     eos_token_ids: set[int],
     has_ended: Callable[[list[int]], bool] | None = None,
 ) -> Iterator[list[Answer]]:
-    """Greedy decoding of any number of problems, `slots` of them at a time, one token after the other.
+    """Decode answers to any number of problems greedily, at most `slots` at once, one token per step.
 
-    A problem that ends makes way for the next one that waits, so that every step runs full until none waits: the
-    iteration-level scheduling of Orca (Yu et al., OSDI 2022). Hugging Face's `generate` computes finished rows until
-    the batch's last one ends.
+    When an answer ends, the next waiting problem takes its slot, so that steps stay full: the iteration-level
+    scheduling of Orca (Yu et al., OSDI 2022). Hugging Face's `generate` computes finished rows until the last row of
+    the batch ends.
 
-    Beside an LLM that keeps anything else of a row than keys and values, as a recurrent one does, no problem can begin
-    while others run: there the next ones begin when all have ended.
+    If the LLM keeps other states than keys and values, as recurrent ones do, problems start only when all active
+    answers have ended.
 
     Args:
         llm: a causal language model.
-        problems: their indices, in the order in which they begin. Falling length needs the least memory and padding.
-        prefill: from the indices of some problems to the input of the LLM's first forward pass.
-        slots: how many run at once.
-        max_new_tokens: of each problem.
-        eos_token_ids: any of these ends an answer.
-        has_ended: from an answer's token ids so far to whether it ends here.
+        problems: indices of the problems, in the order in which they start. Falling length needs the least memory.
+        prefill: function from the indices of some problems to the input of their prefill.
+        slots: maximum number of problems at once.
+        max_new_tokens: maximum tokens of an answer.
+        eos_token_ids: ids that end an answer.
+        has_ended: function from an answer's token ids so far to True if the answer ends there.
 
     Yields:
-        The answers that have got one more token.
+        The answers that have one more token.
     """
     waiting = deque(Answer(problem) for problem in problems)
     while waiting:
@@ -92,11 +92,11 @@ def greedy_steps(
 
 
 class _Slots:
-    """The active rows: a key-value cache, and of each of its rows the answer, the last token and the length.
+    """Slots of a key-value cache, each with an answer, its last token and its length.
 
     Args:
         llm: a causal language model.
-        count: how many slots; each is free at first.
+        count: number of slots, all free at first.
     """
 
     def __init__(self, llm: PreTrainedModel, count: int):
@@ -113,10 +113,10 @@ class _Slots:
     def advance(
         self, waiting: deque[Answer], prefill: Callable[[list[int]], Sequence]
     ) -> list[tuple[Answer, int]] | None:
-        """One forward pass: of problems that begin in free slots, or else of all active ones.
+        """Run one forward pass: a prefill of waiting problems if slots are free, else a step of all active ones.
 
         Returns:
-            The answers in the pass, each with its next token; None when all have ended and none can begin.
+            The answers in the pass, each with its next token; None if all have ended and none can start.
         """
         free = [slot for slot, answer in enumerate(self._answers) if answer.is_done]
         if free and waiting and self._can_begin:
@@ -132,7 +132,7 @@ class _Slots:
         return list(zip(active, tokens.tolist(), strict=True))
 
     def _begin(self, slots: list[int], answers: list[Answer], sequence: Sequence) -> torch.Tensor:
-        """Let problems begin in free slots; the first token of each."""
+        """Start problems in free slots; return the first token of each."""
         cache = DynamicCache(config=self._llm.config)
         inputs = {"inputs_embeds": sequence.embeds}
         tokens = _next(self._llm, inputs, sequence.mask, sequence.position_ids, cache).argmax(dim=-1)
@@ -147,7 +147,7 @@ class _Slots:
         return tokens
 
     def _drop(self, slots: list[int]) -> None:
-        """Do without these slots from now on."""
+        """Remove these slots."""
         kept = [slot for slot in range(len(self._answers)) if slot not in slots]
         self._answers = [self._answers[slot] for slot in kept]
         self._tokens, self._lengths = self._tokens[kept], self._lengths[kept]
@@ -157,7 +157,7 @@ class _Slots:
             self._cache.trim(self._columns)
 
     def _continue(self) -> torch.Tensor:
-        """The next token of every slot, none of which is free."""
+        """Compute the next token of every slot; no slot is free."""
         self._columns, self._lengths = self._columns + 1, self._lengths + 1
         columns = torch.arange(self._columns, device=self._tokens.device)
         # All rows end in the last column.
@@ -171,16 +171,16 @@ class _Slots:
 def label_log_likelihoods(
     llm: PreTrainedModel, sequence: Sequence, labels: list[list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log probability of each label as the continuation of each row, and whether it is the greedy one.
+    """Compute the log probability of each label as the continuation of each row.
 
     Args:
         llm: a causal language model.
-        sequence: its input before the label.
+        sequence: input of the LLM before the label.
         labels: token ids of each label word, without eos.
 
     Returns:
-        ([rows, labels], float32, in nats: the sum over a label's tokens; [rows, labels], bool: every one of its tokens
-        is the most likely one).
+        ([rows, labels], float32, in nats: sums over the label's tokens; [rows, labels], bool: True if the label is the
+        greedy continuation).
     """
     rows, count, longest = len(sequence.mask), len(labels), max(map(len, labels))
     device = sequence.mask.device
@@ -192,7 +192,7 @@ def label_log_likelihoods(
     if longest == 1:
         return scores, are_greedy
 
-    # One copy of the cache for each label; its tokens but the last are input, all but the first are scored.
+    # One copy of the cache for each label. Inputs are all its tokens but the last; all but the first are scored.
     cache.reorder_cache(torch.arange(rows, device=device).repeat_interleave(count))
     ids = torch.tensor([label + [0] * (longest - len(label)) for label in labels], device=device).repeat(rows, 1)
     is_scored = torch.tensor([[n < len(label) for n in range(1, longest)] for label in labels], device=device)
@@ -206,16 +206,16 @@ def label_log_likelihoods(
 def read_on(
     llm: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Cache
 ) -> torch.Tensor:
-    """Logits [rows, tokens, vocabulary] of tokens behind a filled cache, which grows by them.
+    """Compute logits [rows, tokens, vocabulary] of tokens after a filled cache, and add them to the cache.
 
     Args:
         llm: a causal language model.
         ids: [rows, tokens].
-        mask, positions: of all columns, those of the cache and then those of `ids`.
-        cache: of the columns before `ids`.
+        mask, positions: values of all columns, first those of the cache, then those of `ids`.
+        cache: cache of the columns before `ids`.
     """
     count, columns = ids.shape[1], mask.shape[1]
-    # Several tokens at once start some recurrent states anew: Jamba's.
+    # Several tokens at once reset some recurrent states (Jamba).
     is_recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
     size, logits = 1 if is_recurrent else count, []
     for start in range(0, count, size):
@@ -228,7 +228,7 @@ def read_on(
 def _next(
     llm: PreTrainedModel, inputs: dict[str, torch.Tensor], mask: torch.Tensor, positions: torch.Tensor, cache: Cache
 ) -> torch.Tensor:
-    """Logits [rows, vocabulary] of the next token; the cache grows by the inputs."""
+    """Compute logits [rows, vocabulary] of the next token, and add the inputs to the cache."""
     return read(llm, inputs, mask, positions, cache, logits_to_keep=1)[:, -1]
 
 
@@ -240,10 +240,10 @@ def read(
     cache: Cache,
     **options: int,
 ) -> torch.Tensor:
-    """Logits [rows, tokens, vocabulary] of inputs, whose positions these are; the cache grows by them."""
+    """Compute logits [rows, tokens, vocabulary] of inputs at `positions`, and add them to the cache."""
     name = cache_name(type(llm))
     if name != "past_key_values":
-        # Recurrent alone: they multiply their inputs by the mask.
+        # Purely recurrent LLMs multiply their inputs by the mask.
         mask = mask[:, -positions.shape[1] :]
     arguments = {"attention_mask": mask, "position_ids": positions, name: cache, "use_cache": True}
     return llm(**inputs, **arguments, **options).logits

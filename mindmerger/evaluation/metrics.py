@@ -1,4 +1,4 @@
-"""From graded answers to scores: accuracies, their intervals, a table."""
+"""Scores of graded answers: accuracies, their intervals, and a table."""
 
 import math
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ SCORES = "scores.json"
 
 
 def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a proportion, 95% at the default z (Wilson 1927; Brown, Cai, DasGupta 2001)."""
+    """Wilson score interval of a proportion, 95% at the default z (Wilson 1927; Brown, Cai, DasGupta 2001)."""
     fraction, spread = right / count, z * z / count
     centre = (fraction + spread / 2) / (1 + spread)
     half = z * math.sqrt(fraction * (1 - fraction) / count + spread / (4 * count)) / (1 + spread)
@@ -16,16 +16,16 @@ def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, flo
 
 
 def score(task: str, records: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracies from 0 to 1, by language and on average.
+    """Compute accuracies from 0 to 1, by language and on average.
 
     Args:
-        task: its name.
+        task: name of the task.
         records: graded answers, each with `language`, `right`, `parsed`, `cut` and `stopped`.
 
     Returns:
         `languages`: for each, `accuracy`, `low` and `high` (95% Wilson interval), `count`, `unanswered` (no number
-        or label was found), `cut` (source or prompt shortened), `unfinished` (ran into --max_gen_len);
-        `average`: over languages; `average_without_english`: None where there is only English.
+        or label was found), `cut` (source or prompt shortened), `unfinished` (reached --max_gen_len);
+        `average`: mean over languages; `average_without_english`: None if English is the only language.
     """
     by_language: dict[str, list[dict[str, Any]]] = {}
     for record in records:
@@ -54,7 +54,7 @@ def score(task: str, records: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(scores: dict[str, Any]) -> str:
-    """The scores as tab-separated lines, accuracies in percent."""
+    """Format scores as tab-separated lines, with accuracies in percent."""
     columns = ("accuracy", "low", "high", "count", "unanswered", "cut", "unfinished")
     lines = ["\t".join(("language", *columns))]
     for language, entry in scores["languages"].items():

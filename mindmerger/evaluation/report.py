@@ -1,4 +1,4 @@
-"""What an evaluation leaves on disk: every answer, a table, a chart."""
+"""Files of an evaluation: answers, a table and a chart."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ PREDICTIONS = "predictions"
 
 
 def append_predictions(folder: Path, records: list[dict[str, Any]], rank: int) -> None:
-    """Append graded answers to `predictions/{code}.jsonl`, of ranks above 0 to `predictions/{code}.rank_{n}.jsonl`."""
+    """Append graded answers to `predictions/{code}.jsonl`; ranks above 0 to `predictions/{code}.rank_{n}.jsonl`."""
     for record in records:
         code = LANGUAGES[record["language"]].code
         path = folder / PREDICTIONS / (f"{code}.rank_{rank}.jsonl" if rank else f"{code}.jsonl")
@@ -26,7 +26,7 @@ def append_predictions(folder: Path, records: list[dict[str, Any]], rank: int) -
 
 
 def drop_cut_lines(folder: Path) -> None:
-    """Remove what stands behind the last line feed of each file of predictions: a line that a kill has cut short."""
+    """Remove an incomplete last line, left by a killed run, from each file of predictions."""
     for path in (folder / PREDICTIONS).glob("*.jsonl"):
         content = path.read_bytes()
         if not content.endswith(b"\n"):
@@ -35,11 +35,11 @@ def drop_cut_lines(folder: Path) -> None:
 
 
 def read_predictions(folder: Path, code: str = "*") -> list[dict[str, Any]]:
-    """The graded answers that all ranks have written, sorted by problem; lines that are none are passed over.
+    """Read the graded answers of all ranks, sorted by problem; malformed lines are skipped.
 
     Args:
-        folder: of one task's results.
-        code: of the one language to read; default: all.
+        folder: folder of one task's results.
+        code: code of the language to read; default: all languages.
     """
     records: dict[int, dict[str, Any]] = {}
     for path in (folder / PREDICTIONS).glob(f"{code}.*jsonl"):
@@ -53,7 +53,7 @@ def read_predictions(folder: Path, code: str = "*") -> list[dict[str, Any]]:
 
 
 def write_report(folder: Path, scores: dict[str, Any]) -> None:
-    """Write `scores.tsv`, `accuracy.png` and, last, `scores.json`."""
+    """Write `scores.tsv`, `accuracy.png` and finally `scores.json`."""
     write_text(folder / "scores.tsv", table(scores))
     with atomic_path(folder / "accuracy.png") as partial:
         _bar_chart(scores).savefig(partial, format="png", dpi=150)
@@ -61,7 +61,7 @@ def write_report(folder: Path, scores: dict[str, Any]) -> None:
 
 
 def _bar_chart(scores: dict[str, Any]) -> "Figure":
-    # Seconds to import.
+    # Imported here, since it takes seconds.
     from matplotlib.figure import Figure
 
     languages = list(scores["languages"])

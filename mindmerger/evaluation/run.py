@@ -1,4 +1,4 @@
-"""An evaluation: problems are answered, by generation or likelihood, answers graded, accuracies written by language."""
+"""Evaluation: answers to problems by generation or likelihood, their grades, and accuracies by language."""
 
 import contextlib
 import hashlib
@@ -39,15 +39,15 @@ from mindmerger.tokenization import ExampleTokenizer
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """The problems of one task, and how they are answered and graded. A problem is its index in both lists.
+    """Problems of one task, and settings of answers and grades.
 
     Attributes:
-        task: how an answer is graded.
-        examples, tokens: of all problems.
-        by_likelihood: whether labels are scored, and no text is generated.
-        max_gen_len: tokens of a generated answer.
-        slots: problems at once.
-        answer_parser: how a number is read from an answer; one of `PARSERS`.
+        task: task with the grader of answers.
+        examples, tokens: examples and token ids of all problems, by index.
+        by_likelihood: True if labels are scored instead of generated.
+        max_gen_len: maximum tokens of a generated answer.
+        slots: maximum number of problems at once.
+        answer_parser: name of a parser of numbers in `PARSERS`.
     """
 
     task: Task
@@ -59,7 +59,7 @@ class ProblemSet:
     answer_parser: str
 
     def longest_input(self, tokenizer: ExampleTokenizer) -> int:
-        """Tokens of the longest input that the LLM may get; the last token of an answer is no input."""
+        """Tokens of the longest possible input of the LLM, answer included, except its last token."""
         answer = self.max_gen_len
         if self.by_likelihood:
             words = {word for example in self.examples for word in example.labels}
@@ -67,7 +67,7 @@ class ProblemSet:
         return max(map(len, self.tokens)) + answer - 1
 
     def record(self, output: Output) -> dict[str, Any]:
-        """One answer, graded."""
+        """Grade an answer and build its record for `predictions/`."""
         example = self.examples[output.problem]
         parsed, right = self.task.grade(example, output.text, self.answer_parser)
         return {
@@ -84,12 +84,12 @@ class ProblemSet:
 
 
 def evaluate(flags: EvaluationFlags) -> None:
-    """Evaluate on every task of `--task`; results in `results/{save_name}/{task}/`, or `{save_name}-baseline`.
+    """Evaluate on every task of `--task` and write `results/{save_name}/{task}/`, or `{save_name}-baseline`.
 
     Raises:
-        InputError: before any model loads, whatever is wrong with flags, files, or earlier results in that folder;
-            later, too little memory for a single problem, or a full disk.
-        Stopped: by a signal; what was answered is on disk.
+        InputError: flags, files or earlier results in that folder are invalid (raised before any model loads), a
+            single problem is out of memory, or the disk is full.
+        Stopped: a signal was received; the answers so far are saved.
     """
     process = start_process(flags.device)
     quiet_libraries()
@@ -106,7 +106,7 @@ def evaluate(flags: EvaluationFlags) -> None:
     dtype = pick_dtype(flags.dtype, process.device)
     settings = {**parts.settings(), **_settings(flags.limits, flags.answer_parser, flags.classification, dtype)}
     if flags.backend != "transformers":
-        # Not where it is, for the records of runs that were finished before there was another.
+        # Not recorded for transformers, so that finished runs from before this flag still match.
         settings["backend"] = flags.backend
     root = Path("results") / (f"{flags.save_name}-baseline" if flags.baseline else flags.save_name)
 
@@ -126,12 +126,12 @@ def evaluate(flags: EvaluationFlags) -> None:
             if name in left:
                 _evaluate_task(answerer, left[name], run, process)
             say(process, f"\n{name}: {run.folder}\n{table(read_json(run.folder / SCORES)).expandtabs(14)}")
-    # Not after an error: peers that wait in a collective would keep this process, and its message, waiting too.
+    # Not after an error: other ranks may wait in a collective, and closing would wait for them.
     process.close()
 
 
 def _load(parts: AnswererParts, sets: list[ProblemSet], backend: str, dtype: torch.dtype, process: Process) -> Answerer:
-    """The answerer of `backend`, after a check that no problem is too long for its LLM."""
+    """Load the answerer of `backend`, after a check that no problem is too long for its LLM."""
     if backend == "vllm":
         longest = max(len(row) for problems in sets for row in problems.tokens)
         max_model_len = check_vllm(parts.models, longest, sets[0].max_gen_len, process)
@@ -142,7 +142,7 @@ def _load(parts: AnswererParts, sets: list[ProblemSet], backend: str, dtype: tor
 
 
 def _evaluate_task(answerer: Answerer, problems: ProblemSet, run: RunFolder, process: Process) -> None:
-    """Answer what is left of one task, and write its scores."""
+    """Answer the remaining problems of one task, and write its scores."""
     run.start()
     started, folder = time.monotonic(), run.folder
     answer_all(answerer, problems, folder, process)
@@ -150,8 +150,8 @@ def _evaluate_task(answerer: Answerer, problems: ProblemSet, run: RunFolder, pro
         records, count = read_predictions(folder), len(problems.examples)
         if len(records) < count:
             raise InputError(
-                f"{folder} shows {len(records)} of {count} answers: a shared file system may be behind with "
-                "what another machine has written; the same command goes on from what is there"
+                f"{folder} has {len(records)} of {count} answers: a shared file system may not show yet what another "
+                "machine has written; the same command continues"
             )
         scores = score(problems.task.name, records)
         write_report(folder, scores)
@@ -161,16 +161,16 @@ def _evaluate_task(answerer: Answerer, problems: ProblemSet, run: RunFolder, pro
 
 
 def answer_all(answerer: Answerer, problems: ProblemSet, folder: Path, process: Process) -> None:
-    """Answer and grade the problems that no earlier run has, this rank its part of them."""
+    """Answer and grade this rank's part of the problems that have no answer yet."""
     if process.is_main:
         drop_cut_lines(folder)
     process.barrier()
     done = {record["problem"] for record in read_predictions(folder)}
-    # Every rank has read what is done before any rank adds to it.
+    # No rank writes answers before all ranks have read the existing ones.
     process.barrier()
     name, count = problems.task.name, len(problems.examples)
     if done:
-        say(process, f"{name}: {len(done)} of {count} problems were answered before")
+        say(process, f"{name}: {len(done)} of {count} problems already have answers")
     left = [problem for problem in range(count) if problem not in done]
     lengths = [len(problems.tokens[problem]) for problem in left]
     batches = plan_once(lengths, batch_size=1, ranks=process.world_size)[process.rank]
@@ -192,9 +192,9 @@ def answer_all(answerer: Answerer, problems: ProblemSet, folder: Path, process: 
 
 
 def _answers(answerer: Answerer, problems: ProblemSet, own: list[int], process: Process) -> Iterator[list[Output]]:
-    """Answers to these problems, as they come.
+    """Answer these problems, and yield answers as they end.
 
-    Where memory is too little, what was begun is answered anew, half as many problems at once.
+    When out of memory, active problems are answered again, with half as many at once.
     """
     left, slots = {problem: problems.tokens[problem] for problem in own}, problems.slots
     while left:
@@ -215,20 +215,20 @@ def _answers(answerer: Answerer, problems: ProblemSet, own: list[int], process: 
             if tried == 1:
                 raise InputError(_too_large(problems, next(iter(left)))) from error
             slots = tried // 2
-            say(process, f"out of memory with {tried} problems at once: going on with {slots}")
+            say(process, f"out of memory with {tried} problems at once: continuing with {slots}")
 
 
 def _too_large(problems: ProblemSet, problem: int) -> str:
     tokens = problems.tokens[problem]
     return (
-        f"out of memory with the one problem of {problems.examples[problem].location}, {len(tokens)} tokens long: "
-        f"take a --max_gen_len below {problems.max_gen_len}, a --max_seq_len below {len(tokens.source)} or a "
-        f"--max_prompt_len below {len(tokens.prompt)}, or a narrower --dtype"
+        f"out of memory with a single problem, {problems.examples[problem].location}, of {len(tokens)} tokens: "
+        f"use a --max_gen_len below {problems.max_gen_len}, a --max_seq_len below {len(tokens.source)}, a "
+        f"--max_prompt_len below {len(tokens.prompt)}, or a --dtype of 16 bits"
     )
 
 
 def _settings(limits: Limits, answer_parser: str, classification: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What a results folder records of how problems are put and graded."""
+    """Settings of prompts and grades that identify results."""
     return {
         **asdict(limits),
         "answer_parser": answer_parser,

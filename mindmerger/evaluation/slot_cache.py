@@ -1,4 +1,4 @@
-"""A key-value cache of slots: a token is written in place, and a row that has ended gives its slot to the next."""
+"""A key-value cache of slots: tokens are written in place, and a finished row's slot is reused."""
 
 from typing import Any
 
@@ -6,19 +6,19 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-# Columns that a buffer has free when it is made: so many steps pass before what is in use is copied.
+# Free columns of a new buffer: the number of steps before its content is copied to a larger one.
 _ROOM = 64
 
 
 class SlotCache(Cache):
-    """Keys and values of rows that begin and end at different times.
+    """Keys and values of rows that start and end at different times.
 
-    Rows are left-padded: all end in the last column, wherever they began, so that distances between a row's columns
-    are those between its tokens, which is all that a sliding window depends on.
+    Rows are left-padded and end in the last column, so that distances between the columns of a row are those between
+    its tokens, as a sliding window needs.
 
     Args:
-        like: an empty cache of the LLM, of those that this class `can_hold`.
-        slots: how many rows.
+        like: an empty cache of the LLM for which `can_hold` is True.
+        slots: number of rows.
     """
 
     def __init__(self, like: DynamicCache, slots: int):
@@ -26,22 +26,22 @@ class SlotCache(Cache):
 
     @staticmethod
     def can_hold(cache: DynamicCache) -> bool:
-        """Whether all that the LLM keeps of a row is a key and a value for each token (no recurrent states)."""
+        """True if the LLM keeps only a key and a value for each token, and no recurrent states."""
         return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
     def fill(self, slots: list[int], prefilled: DynamicCache, columns: int) -> None:
-        """Put new rows into slots, whose old rows are forgotten.
+        """Put new rows into slots, in place of their old rows.
 
         Args:
-            slots: one for each new row.
+            slots: slot of each new row.
             prefilled: keys and values of the new rows.
-            columns: of the longest row from now on.
+            columns: columns of the longest row, new rows included.
         """
         for layer, new in zip(self.layers, prefilled.layers, strict=True):
             layer.fill(slots, new, columns)
 
     def trim(self, columns: int) -> None:
-        """Forget all columns but the last, as many as the longest row has."""
+        """Keep only the last `columns` columns, the length of the longest row."""
         for layer in self.layers:
             layer.columns = columns
 
@@ -49,18 +49,18 @@ class SlotCache(Cache):
 class SlotLayer(DynamicLayer):
     """One layer of a `SlotCache`: two buffers [rows, heads, capacity, head width], the last column in use at `end`.
 
-    `DynamicLayer` copies all of its keys and values for every token.
+    `DynamicLayer` copies all its keys and values for every token.
 
     Args:
-        like: an empty layer of the same kind.
-        slots: how many rows.
+        like: an empty layer of the LLM's cache.
+        slots: number of rows.
     """
 
     def __init__(self, like: DynamicLayer, slots: int):
         super().__init__()
         self._slots = slots
         self.is_sliding = like.is_sliding
-        # Columns that a token sees beside its own.
+        # Columns that a token attends to beside its own.
         self._window = like.sliding_window - 1 if like.is_sliding else None
         self.columns = self._end = 0
 
@@ -71,7 +71,7 @@ class SlotLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add one column, [rows, heads, 1, head width]; all that it sees."""
+        """Add one column, [rows, heads, 1, head width]; return the keys and values that it attends to."""
         if self._end == self.keys.shape[2]:
             self._move(self._kept)
         start, self._end = self._end - self._kept, self._end + 1
@@ -81,7 +81,7 @@ class SlotLayer(DynamicLayer):
         return self.keys[:, :, start : self._end], self.values[:, :, start : self._end]
 
     def fill(self, slots: list[int], prefilled: DynamicLayer, columns: int) -> None:
-        """See `SlotCache.fill`."""
+        """Put new rows into slots; see `SlotCache.fill`."""
         if not self.is_initialized:
             self.keys, self.values = (
                 new.new_zeros(self._slots, new.shape[1], 0, new.shape[3]) for new in (prefilled.keys, prefilled.values)
@@ -95,12 +95,12 @@ class SlotLayer(DynamicLayer):
             buffer[slots, :, self._end - count : self._end] = new[:, :, -count:]
 
     def _move(self, in_use: int, columns: int = 0) -> None:
-        """Move the last `in_use` columns to buffers with room behind them, and before them up to `columns`."""
+        """Move the last `in_use` columns to buffers with free ones after them, and before them up to `columns`."""
         end = max(in_use, columns)
         for name in ("keys", "values"):
             old = getattr(self, name)
             rows, heads, _, width = old.shape
-            # Zeros, since what is masked is multiplied by zero, and must be a number.
+            # Zeros, since masked values are multiplied by 0 and must be finite.
             new = old.new_zeros(rows, heads, end + _ROOM, width)
             new[:, :, end - in_use : end] = old[:, :, self._end - in_use : self._end]
             setattr(self, name, new)
@@ -111,5 +111,5 @@ class SlotLayer(DynamicLayer):
         return self.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(columns that a mask has, the first of them)."""
+        """Number of columns of a mask, and the first of them."""
         return self._kept + query_length, self.columns - self._kept

@@ -1,4 +1,4 @@
-"""Answers by vLLM: encoder, mapping and the LLM's embedding table stay here, vLLM gets their vectors."""
+"""Answers by vLLM from prompt embeddings, which encoder, mapping and the LLM's embedding table compute here."""
 
 import os
 from collections.abc import Iterator
@@ -15,51 +15,51 @@ from mindmerger.batching import Tokens
 from mindmerger.config import ModelPair
 from mindmerger.evaluation.answerer import Answerer, Output
 
-# Of the GPU memory that the encoder leaves.
+# Fraction for vLLM of the GPU memory that is free once the encoder is loaded.
 _MEMORY_FRACTION = 0.9
-# Rows of a batch of encoder and mapping: they have the memory that vLLM leaves.
+# Rows of a batch of encoder and mapping, which use the memory that vLLM leaves.
 _ROWS_AT_ONCE = 8
 
 
 def check_vllm(models: ModelPair, longest: int, max_gen_len: int, process: Process) -> int:
-    """Whether vLLM can answer problems of at most `longest` tokens, before anything loads.
+    """Check, before anything loads, that vLLM can answer problems of at most `longest` tokens.
 
     Returns:
-        The longest sequence that it is to hold, in tokens.
+        Maximum tokens of a sequence, answer included.
 
     Raises:
-        InputError: vLLM is not installed, there are several ranks, another device than vLLM's is named, or a row is
-            longer than the LLM's context.
+        InputError: vLLM is not installed, there are several ranks, --device is not vLLM's, or a row is longer than the
+            LLM's context.
     """
     require("vllm", "requirements-vllm.txt, in an environment of its own")
     if process.world_size > 1:
         raise InputError("--backend vllm batches all problems by itself: leave torchrun out")
     if process.device.index or (process.device.type == "cpu" and torch.cuda.is_available()):
         raise InputError(
-            "--backend vllm runs on the first GPU that it sees: choose it by CUDA_VISIBLE_DEVICES, leave --device out"
+            "--backend vllm runs on the first visible GPU: choose it by CUDA_VISIBLE_DEVICES, leave --device out"
         )
     config = base_config(models.llm_path, models.llm_revision, models.trust_remote_code).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or longest + max_gen_len
     if longest >= limit:
         raise InputError(
-            f"--backend vllm: a problem has {longest} tokens and {models.llm_path} a context of {limit}: lower "
+            f"--backend vllm: a problem has {longest} tokens, and {models.llm_path} has a context of {limit}: lower "
             "--max_seq_len or --max_prompt_len"
         )
     return min(limit, longest + max_gen_len)
 
 
 class VllmAnswerer(Answerer):
-    """An answerer whose LLM runs in vLLM, which gets prompt embeddings and batches them continuously.
+    """An answerer whose LLM runs in vLLM, with prompt embeddings and continuous batching.
 
     Args:
-        answerer: loaded, on the CPU; of its LLM only the embedding table is kept.
-        models: the LLM's name among them.
-        dtype: of the LLM.
-        device: for encoder, mapping and embedding table.
-        max_model_len: tokens of the longest sequence, answer included.
+        answerer: loaded answerer on the CPU; of its LLM only the embedding table is kept.
+        models: names of the models.
+        dtype: dtype of the LLM.
+        device: device of encoder, mapping and embedding table.
+        max_model_len: maximum tokens of a sequence, answer included.
 
     Raises:
-        InputError: vLLM has no such architecture, or lacks memory.
+        InputError: vLLM does not support the LLM, or is out of memory.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class VllmAnswerer(Answerer):
 
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        # On a CPU vLLM would reserve a core for its scheduler, half of two, which is idle while the model runs.
+        # On a CPU, vLLM would reserve a core for its scheduler, which is idle while the model runs.
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         from vllm import LLM, SamplingParams
 
@@ -89,7 +89,7 @@ class VllmAnswerer(Answerer):
                 trust_remote_code=models.trust_remote_code,
                 dtype=str(dtype).removeprefix("torch."),
                 enable_prompt_embeds=True,
-                # Nothing but the bos is common to two problems.
+                # Problems have no common prefix but the bos.
                 enable_prefix_caching=False,
                 skip_tokenizer_init=True,
                 max_model_len=max_model_len,
@@ -103,7 +103,7 @@ class VllmAnswerer(Answerer):
     def generate(  # type: ignore[override]
         self, rows: dict[int, Tokens], max_new_tokens: int, slots: int
     ) -> Iterator[list[Output]]:
-        """As `Answerer.generate`, but vLLM gets `slots` problems at a time and returns their answers together."""
+        """Generate greedy answers like `Answerer.generate`, but yield them in batches of `slots` problems."""
         greedily = self._sampling_params(
             temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=sorted(self.eos_token_ids), detokenize=False
         )
@@ -116,7 +116,7 @@ class VllmAnswerer(Answerer):
             yield [self.output(*answer) for answer in zip(batch, ids, strict=True)]
 
     def _prompts(self, rows: list[Tokens]) -> list[dict[str, torch.Tensor]]:
-        """vLLM's input for each row, {"prompt_embeds": [length, hidden] on the CPU}."""
+        """Compute vLLM's input for each row, {"prompt_embeds": [length, hidden] on the CPU}."""
         prompts = []
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             sequence = self.read(rows[start : start + _ROWS_AT_ONCE])
@@ -126,7 +126,7 @@ class VllmAnswerer(Answerer):
 
 
 class _EmbeddingTable(nn.Module):
-    """The embedding table of an LLM whose layers run elsewhere."""
+    """Embedding table of an LLM whose layers run in vLLM."""
 
     def __init__(self, llm: nn.Module):
         super().__init__()

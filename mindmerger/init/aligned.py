@@ -1,9 +1,8 @@
-"""A mapping that starts where the LLM's words are, from English text alone.
+"""Aligned start: a mapping fitted to the LLM's embeddings on English text, without running the LLM.
 
-Each token of an English text is one vector that the encoder gives and one, or a few, that the LLM's embedding table
-has. A ridge regression from the first to the second is a mapping that says in the LLM's own vectors what the encoder
-read, before the LLM is ever run; and since a multilingual encoder puts other languages near English, something of them,
-too. docs/aligned_start.md has the idea and what it gains.
+Each token of an English text has one state of the encoder and one or more vectors in the LLM's embedding table. The
+mapping is a ridge regression from states to vectors. A multilingual encoder has similar states for other languages, so
+that the mapping also fits them to some degree. docs/aligned_start.md has the method and its results.
 """
 
 import hashlib
@@ -39,19 +38,19 @@ from mindmerger.tokenization import ExampleTokenizer, ids_with_spans
 RECORD = "aligned_start.json"
 # On the squared weights; see `ridge`.
 PENALTY = 0.01
-# Of the English texts, how many are not fitted, to measure the fit on.
+# Fraction of the English texts that is held out to measure the fit.
 HELD_OUT = 0.1
-# Translation pairs that choose the encoder's layer, over all languages.
+# Number of translation pairs, over all languages, that choose the encoder's layer.
 MAX_PAIRS = 150
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts that an aligned start is fitted to.
+    """Texts to which an aligned start is fitted.
 
     Attributes:
-        english: sentences.
-        pairs: rows whose targets translate their sources; none where there is no layer to choose.
+        english: English sentences.
+        pairs: rows whose targets translate their sources; empty if there is no layer to choose.
     """
 
     english: list[str]
@@ -64,17 +63,17 @@ class Texts:
 
 
 def choose_texts(rows: list[Example], translations: bool, sentences: int, chooses_layer: bool, mt_path: str) -> Texts:
-    """English text among the training rows: targets of translations, or English queries.
+    """Select English text among the training rows: targets of translations, or English queries.
 
     Args:
-        rows: of training.
-        translations: whether the targets translate the sources, as in the mapping stage.
-        sentences: English sentences at most.
-        chooses_layer: whether translations are needed to choose an encoder's layer by.
-        mt_path: of the encoder, for messages.
+        rows: training rows.
+        translations: True if the targets translate the sources, as in the mapping stage.
+        sentences: maximum number of English sentences.
+        chooses_layer: True if translations are needed to choose an encoder layer.
+        mt_path: path of the encoder, for messages.
 
     Raises:
-        InputError: there is none, or too few translations to choose a layer by.
+        InputError: there is too little English text, or there are too few translations to choose a layer.
     """
     if translations:
         distinct = dict.fromkeys(row.target for row in rows)
@@ -87,29 +86,27 @@ def choose_texts(rows: list[Example], translations: bool, sentences: int, choose
             "add rows in English to the augmentation stage, or run the mapping stage first"
         )
     if chooses_layer and not translations:
-        raise InputError(
-            f"--encoder_layer is needed: without translations nothing tells which layer of {mt_path} to take"
-        )
+        raise InputError(f"--encoder_layer is needed: without translations no layer of {mt_path} can be chosen")
     pairs = rows[:MAX_PAIRS] if chooses_layer else []
     if pairs and max(Counter(row.language.code for row in pairs).values()) == 1:
         raise InputError(
-            f"--encoder_layer is needed: {len(pairs)} training rows, each of another language, tell no layer of "
-            f"{mt_path} from another"
+            f"--encoder_layer is needed: {len(pairs)} training rows, each of another language, are too few to choose "
+            f"a layer of {mt_path}"
         )
     return Texts(english, pairs)
 
 
 @dataclass(frozen=True)
 class AlignedStart:
-    """A mapping fitted to English text, for two models.
+    """Fit of a mapping between two models to English text.
 
     Attributes:
-        models: the two.
-        config: of the mapping.
-        tokenizer: of the two models.
-        dtype: in which both models run.
-        mean_boundary: whether the boundary is the LLM's mean embedding, or 0.
-        batch_size: texts that the encoder reads at once.
+        models: names of the two models.
+        config: config of the mapping.
+        tokenizer: tokenizers of the two models.
+        dtype: dtype of both models.
+        mean_boundary: True if the boundary is the LLM's mean embedding, False if it is 0.
+        batch_size: texts in a batch of the encoder.
     """
 
     models: ModelPair
@@ -122,16 +119,15 @@ class AlignedStart:
     def load_or_fit(
         self, read_texts: Callable[[bool], Texts], folder: Path, process: Process
     ) -> tuple[dict[str, torch.Tensor], int | None]:
-        """The mapping to start from, and the encoder's layer to read, fitted by the first rank and kept in `folder`.
+        """Load the mapping and the encoder layer from `folder`, or fit them on rank 0 and write them there.
 
         Args:
-            read_texts: gives the texts; told whether a layer is to be chosen.
-            folder: a mapping like any other, with the record of its fit; one of the same settings is read, not made
-                anew.
+            read_texts: function that returns the texts; its argument is True if a layer is to be chosen.
+            folder: folder of the mapping and of the record of its fit; reused if its settings are the same.
             process: this rank.
 
         Raises:
-            InputError: too little text, or a tokenizer without character offsets.
+            InputError: there is too little text, or a tokenizer has no character offsets.
         """
         if process.is_main:
             models = self.models
@@ -141,7 +137,7 @@ class AlignedStart:
             with locked(folder):
                 kept = read_json(folder / RECORD) if (folder / RECORD).exists() else None
                 if not isinstance(kept, dict) or kept.get("settings") != settings:
-                    # A record beside a mapping is that mapping's, whenever this is killed.
+                    # Removed first, so that a killed run leaves no record beside another mapping.
                     (folder / RECORD).unlink(missing_ok=True)
                     report = self.fit(texts, folder, process)
                     write_json(folder / RECORD, {"settings": settings, **report})
@@ -171,9 +167,9 @@ class AlignedStart:
         }
 
     def fit(self, texts: Texts, folder: Path, process: Process) -> dict[str, Any]:
-        """Fit the mapping, write it to `folder`, and report how well it fits."""
+        """Fit the mapping, write it to `folder`, and return figures of the fit."""
         started = time.monotonic()
-        # The tokenizers go first: what they lack shows at once.
+        # The tokenizers run first, so that their errors come before the models load.
         english = self.tokenizer.sources_with_spans(texts.english, LANGUAGES["English"])
         llm_english = ids_with_spans(self.tokenizer.llm_tokenizer, texts.english)
         embedding = self._load_embedding(process.device)
@@ -208,7 +204,7 @@ class AlignedStart:
         }
 
     def _load_embedding(self, device: torch.device) -> torch.nn.Module:
-        """The LLM's embedding table; the rest of the LLM is dropped."""
+        """Load the LLM's embedding table; the rest of the LLM is dropped."""
         models = self.models
         llm = load_llm(models.llm_path, models.llm_revision, self.dtype, models.trust_remote_code)
         return llm.get_input_embeddings().to(device)
@@ -216,7 +212,7 @@ class AlignedStart:
     def _encoder_reader(
         self, process: Process, all_layers: bool
     ) -> Callable[[list[list[int]]], list[list[torch.Tensor]]]:
-        """`read_states` of the encoder, loaded here."""
+        """Load the encoder and return `read_states` for it."""
         models = self.models
         encoder = load_encoder(
             models.mt_path, models.mt_revision, self.dtype, models.trust_remote_code, models.encoder_layer
@@ -234,14 +230,14 @@ class AlignedStart:
 def pair_vectors(
     tokenizer: ExampleTokenizer, embedding: torch.nn.Module, mean: torch.Tensor, pairs: list[Example]
 ) -> tuple[list[list[int]], torch.Tensor]:
-    """Of translation pairs the sources' ids for the encoder, and the translations' mean embeddings.
+    """Tokenize the sources of translation pairs, and compute the mean embeddings of their translations.
 
     Returns:
-        (token ids, special tokens included; float32 [pairs, llm_hidden_size]).
+        (token ids with special tokens; float32 [pairs, llm_hidden_size]).
     """
     sources = [tokenizer.sources_with_spans([row.source.text], row.language)[0][0] for row in pairs]
     translations = ids_with_spans(tokenizer.llm_tokenizer, [row.target for row in pairs])
-    # A text without a token says nothing.
+    # A text without tokens has the mean of all embeddings.
     means = [token_embeddings(embedding, ids).mean(dim=0) if ids else mean for ids, _ in translations]
     return sources, torch.stack(means)
 
@@ -252,15 +248,15 @@ def layer_scores(
     meant: torch.Tensor,
     languages: list[str],
 ) -> list[float]:
-    """How near to its translation each layer's map, fitted on English, brings a sentence of another language.
+    """Score each layer by how near its map, fitted on English, brings sentences of other languages to translations.
 
-    Not by the fit itself: on English that is best before the first layer, where a token's state still is the token.
+    The fit on English is no such score: it is best before the first layer, where states depend on their token only.
 
     Args:
-        maps: of every layer, from states to vectors in float64.
+        maps: map of every layer, from states to vectors in float64.
         foreign: by layer, the states of every sentence, [tokens, mt_hidden_size].
-        meant: the mean embedding of every translation, [sentences, llm_hidden_size].
-        languages: of every sentence; at least one language has two.
+        meant: mean embedding of every translation, [sentences, llm_hidden_size].
+        languages: language of every sentence; at least one language has two sentences.
 
     Returns:
         By layer, the correlation between means of mapped vectors and means of embeddings, averaged over languages.
@@ -272,7 +268,7 @@ def layer_scores(
         for language in dict.fromkeys(languages):
             rows = [row for row, its in enumerate(languages) if its == language]
             if len(rows) == 1:
-                continue  # one sentence has no correlation with another
+                continue  # a correlation needs two sentences
             by_language.append(correlation(mapped[rows], meant[rows].double()))
         scores.append(sum(by_language) / len(by_language))
     return scores
@@ -287,19 +283,19 @@ def read_states(
     process: Process,
     all_layers: bool,
 ) -> list[list[torch.Tensor]]:
-    """What the encoder makes of each source, [tokens, mt_hidden_size] on the CPU, by layer and source.
+    """Compute the encoder's states of each source, [tokens, mt_hidden_size] on the CPU, by layer and source.
 
     Args:
-        encoder: on the process's device.
-        sources: token ids, special tokens included.
-        source_pad_id: pads a batch.
-        batch_size: sources at a time.
-        process: whose progress bar this is.
-        all_layers: of a decoder-only encoder, the states that it would end in had it only 1, 2, ... layers; else the
-            last ones alone.
+        encoder: encoder on the device of `process`.
+        sources: token ids with special tokens.
+        source_pad_id: padding id of the sources.
+        batch_size: sources of a batch.
+        process: this rank.
+        all_layers: True for the states of a decoder-only encoder cut to 1, 2, ... layers; False for the last states
+            only.
 
     Raises:
-        InputError: the encoder's parts do not tell what it would end in.
+        InputError: the encoder has no final norm that can be applied to its layers.
     """
     (plan,) = plan_once([len(source) for source in sources], batch_size, ranks=1)
     by_source: list[list[torch.Tensor]] = [[] for _ in sources]
@@ -308,13 +304,13 @@ def read_states(
         ids, mask = pad([sources[row] for row in rows], source_pad_id)
         inputs = {"input_ids": ids.to(process.device), "attention_mask": mask.to(process.device)}
         states = _all_layers(encoder, inputs) if all_layers else [encode(encoder, *inputs.values(), masking)]
-        for place, row in enumerate(rows):
-            by_source[row] = [layer[place, : len(sources[row])].cpu() for layer in states]
+        for position, row in enumerate(rows):
+            by_source[row] = [layer[position, : len(sources[row])].cpu() for layer in states]
     return [list(of_layer) for of_layer in zip(*by_source, strict=True)]
 
 
 def _all_layers(encoder: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """By layer, the states [batch, length, mt_hidden_size] that the model would end in if that layer were its last."""
+    """Compute the final states [batch, length, mt_hidden_size] of the model cut after each of its layers."""
     lists = [module for module in encoder.modules() if isinstance(module, torch.nn.ModuleList)]
     of_layers = {module for layers in lists for module in layers.modules()}
     outputs: list[tuple[torch.nn.Module, Any]] = []
@@ -328,12 +324,12 @@ def _all_layers(encoder: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> li
     finally:
         for hook in hooks:
             hook.remove()
-    # The final norm, under whichever name: the innermost part that gives, if in another shape, what the model gives.
+    # The final norm, of any name: the innermost module whose output is that of the model, possibly in another shape.
     address = result.last_hidden_state.data_ptr()
     final = next((m for m, output in outputs if torch.is_tensor(output) and output.data_ptr() == address), None)
     if final is None:
         raise InputError(
-            f"--encoder_layer is needed: {type(encoder).__name__} has no final norm, by which to compare its layers"
+            f"--encoder_layer is needed: {type(encoder).__name__} has no final norm to apply to its layers"
         )
     return [*(final(states) for states in result.hidden_states[1:-1]), result.last_hidden_state]
 
@@ -341,9 +337,9 @@ def _all_layers(encoder: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> li
 def token_targets(
     embedding: torch.nn.Module, mean: torch.Tensor, spans: list[Span], ids: list[int], llm_spans: list[Span]
 ) -> torch.Tensor:
-    """For each of the encoder's tokens the mean embedding of the LLM's tokens that cover it, [tokens, llm_hidden_size].
+    """Mean embedding of the LLM's tokens that overlap each token of the encoder, [tokens, llm_hidden_size].
 
-    A token of no text, as that which closes a source, is to say nothing in particular: the mean of all embeddings.
+    A special token, which covers no text, gets the mean of all embeddings.
     """
     vectors = token_embeddings(embedding, ids)
     rows = [vectors[covered].mean(dim=0) if covered else mean for covered in covering(spans, llm_spans)]
@@ -352,5 +348,5 @@ def token_targets(
 
 @torch.inference_mode()
 def token_embeddings(embedding: torch.nn.Module, ids: list[int]) -> torch.Tensor:
-    """Vectors of token ids, [tokens, llm_hidden_size], float32 on the CPU."""
+    """Embeddings of token ids, [tokens, llm_hidden_size], float32 on the CPU."""
     return embedding(torch.tensor(ids, dtype=torch.int64, device=embedding.weight.device)).float().cpu()

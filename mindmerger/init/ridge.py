@@ -1,15 +1,15 @@
-"""The mathematics of the aligned start: which tokens say the same, and a regression written as a mapping."""
+"""The mathematics of the aligned start: overlapping tokens, and a ridge regression in the form of a mapping."""
 
 from dataclasses import dataclass
 
 import torch
 
-# Of a token in its text: first character and the one after its last.
+# Characters of a token in its text: the first, and the one after the last.
 Span = tuple[int, int]
 
 
 def covering(spans: list[Span], others: list[Span]) -> list[list[int]]:
-    """For each of `spans`, which of `others`, spans of the same text in their order, share a character with it."""
+    """For each of `spans`, indices of the overlapping ones of `others`, spans of the same text."""
     return [
         [number for number, (start, end) in enumerate(others) if start < last and first < end] for first, last in spans
     ]
@@ -17,10 +17,10 @@ def covering(spans: list[Span], others: list[Span]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class AffineMap:
-    """`y = weight (x - mean) / scale + bias`, all of it float64.
+    """The map `y = weight (x - mean) / scale + bias` in float64.
 
     Attributes:
-        mean, scale: of the inputs, [inputs].
+        mean, scale: mean and standard deviation of the inputs, [inputs].
         weight: [outputs, inputs].
         bias: [outputs].
     """
@@ -31,7 +31,7 @@ class AffineMap:
     bias: torch.Tensor
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """[..., inputs] of any float type to [..., outputs] in float64."""
+        """Map [..., inputs] of any float type to [..., outputs] in float64."""
         return ((inputs.double() - self.mean) / self.scale) @ self.weight.T + self.bias
 
 
@@ -41,7 +41,7 @@ def ridge(inputs: torch.Tensor, outputs: torch.Tensor, penalty: float) -> Affine
     Args:
         inputs: [n, inputs].
         outputs: [n, outputs].
-        penalty: on the squared weights, for each of the n rows; the inputs' variance is 1.
+        penalty: factor of the squared weights, for each of the n rows; the inputs' variance is 1.
 
     Returns:
         The map with the least `sum ||outputs - map(inputs)||^2 + n * penalty * ||weight||^2`.
@@ -49,7 +49,7 @@ def ridge(inputs: torch.Tensor, outputs: torch.Tensor, penalty: float) -> Affine
     inputs, outputs = inputs.double(), outputs.double()
     mean, bias = inputs.mean(dim=0), outputs.mean(dim=0)
     scale = (inputs - mean).square().mean(dim=0).sqrt()
-    # An input that never changes says nothing, whatever it is divided by.
+    # A constant input gets weight 0 for any scale.
     scale = torch.where(scale > 1e-6 * inputs.abs().max(), scale, 1.0)
     standard = (inputs - mean) / scale
     gram = standard.T @ standard
@@ -59,20 +59,20 @@ def ridge(inputs: torch.Tensor, outputs: torch.Tensor, penalty: float) -> Affine
 
 
 def relative_error(predicted: torch.Tensor, outputs: torch.Tensor) -> float:
-    """Squared error over that of the mean: 0 for a perfect prediction, 1 for one that knows the mean alone."""
+    """Squared error relative to that of the mean: 0 for a perfect prediction, 1 for the mean of the outputs."""
     return float((predicted - outputs).square().sum() / (outputs - outputs.mean(dim=0)).square().sum())
 
 
 def correlation(predicted: torch.Tensor, outputs: torch.Tensor) -> float:
-    """Pearson's correlation of two [n, width] matrices as vectors, each column centred: -1 to 1."""
+    """Pearson's correlation, from -1 to 1, of two [n, width] matrices as vectors, each column centred."""
     predicted, outputs = predicted - predicted.mean(dim=0), outputs - outputs.mean(dim=0)
     return float((predicted * outputs).sum() / (predicted.norm() * outputs.norm()))
 
 
 def as_mlp(affine: AffineMap) -> dict[str, torch.Tensor]:
-    """The same function as two linear layers with a ReLU between, as many hidden units as twice the inputs; float32.
+    """Convert an affine map to two float32 linear layers with a ReLU between them, exactly.
 
-    `z = relu(z) - relu(-z)`: one half of the hidden units holds the standardised inputs, the other their negatives.
+    `z = relu(z) - relu(-z)`: one half of the hidden units is the standardised inputs, the other their negatives.
     """
     standardise = torch.diag(1 / affine.scale)
     shift = affine.mean / affine.scale

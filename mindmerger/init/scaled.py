@@ -1,4 +1,4 @@
-"""The scaled start: a random mapping whose vectors are as long as the LLM's embeddings."""
+"""The scaled start: a random mapping whose vectors have the RMS of the LLM's embeddings."""
 
 import torch
 from torch import nn
@@ -11,12 +11,12 @@ from mindmerger.modeling import MindMergerForCausalLM
 def embedding_scale(model: MindMergerForCausalLM, batch: Batch) -> tuple[torch.Tensor, float]:
     """Mean of the LLM's embeddings, and the factor that brings the mapping's output to their RMS.
 
-    A frozen LLM has only ever read vectors of its embedding table; PyTorch's initialisation, made for hidden
-    layers, gives vectors many times as long.
+    A frozen LLM was trained on vectors of its embedding table. PyTorch's initialisation, meant for hidden layers, gives
+    vectors of many times their length.
 
     Args:
-        model: with a fresh mapping.
-        batch: some rows, on the model's device, on whose sources the encoder's scale is measured.
+        model: model with a new mapping.
+        batch: rows on the model's device, whose sources are mapped.
 
     Returns:
         ([llm_hidden_size], float32; root mean square of the embeddings over that of the mapped vectors).
@@ -28,10 +28,10 @@ def embedding_scale(model: MindMergerForCausalLM, batch: Batch) -> tuple[torch.T
 
 @torch.no_grad()
 def mean_embedding(embedding: nn.Module, device: torch.device) -> tuple[torch.Tensor, float]:
-    """(mean, [llm_hidden_size] in float32; root mean square of all values) of an LLM's embedding table."""
+    """Mean of an LLM's embedding table, [llm_hidden_size] in float32, and root mean square of all its values."""
     total, squares = 0.0, 0.0
     for ids in torch.arange(embedding.num_embeddings, device=device).split(8192):
-        # Not the table itself: some models scale what they look up, and ZeRO-3 gathers it only here.
+        # Called, not read from the table: some models scale embeddings, and ZeRO-3 gathers the table only in a call.
         vectors = embedding(ids).float()
         total = total + vectors.sum(dim=0)
         squares += float(vectors.square().sum())

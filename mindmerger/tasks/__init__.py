@@ -1,6 +1,6 @@
 """Languages, prompts and tasks. A module here that defines `TRAINING` or `EVALUATION` tasks adds them to the tables.
 
-The prompts are those of the published checkpoints, to the letter.
+The prompts are exactly those of the published checkpoints.
 """
 
 import importlib
@@ -24,10 +24,10 @@ EVALUATION_TASKS: dict[str, Task] = {t.name: t for module in _MODULES for t in g
 
 
 def find_task(name: str, tasks: dict[str, Task]) -> Task:
-    """The task of that name among `tasks`.
+    """Find the task of this name in `tasks`.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such task.
     """
     if name not in tasks:
         raise InputError(f"--task {name!r} is not one of: {', '.join(tasks)}")
@@ -35,7 +35,7 @@ def find_task(name: str, tasks: dict[str, Task]) -> Task:
 
 
 def prompt_template(task: str, stage: str) -> str:
-    """The prompt of a training stage with placeholders where an example's own words go, for the record."""
+    """Prompt of a training stage with placeholders for the texts of an example, for the config."""
     if stage == "mapping":
         return translation_prompt("{sentence}", Language("{source language}", "", ""), ENGLISH).text
     return TRAINING_TASKS[task].template

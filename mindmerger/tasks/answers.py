@@ -1,4 +1,4 @@
-"""From a model's text to the number it answers: pure functions of strings."""
+"""Parsers of the number in a model's answer: pure functions of strings."""
 
 import itertools
 import re
@@ -8,7 +8,7 @@ from fractions import Fraction
 
 _MARKER = re.compile(r"the\s+(?:final\s+)?answer\s+is|####|\\boxed\s*\{", re.IGNORECASE)
 
-# In the order in which they are tried; `'` stands for every separator that is no comma and no point.
+# Alternatives in the order of trial; `'` stands for every separator other than comma and point.
 _UNSIGNED = r"""
         (?<![\d.,])\d{1,3}(?:[ ]\d{3})+(?![.,]?\d)              # 1 234
       | (?<!\d,)\d{1,3}(?:,\d{2,3})*,\d{3}(?!,?\d)(?:\.\d+)?    # 1,234,567.8 and India's 1,23,456
@@ -37,16 +37,16 @@ _NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
-# No problem has such a number; a model's loop of digits must neither take long nor overflow a float.
+# Longer numbers occur in no problem. The limit keeps a model's loop of digits from taking long or overflowing a float.
 _LONGEST = 100
 
-# The prompt of `tasks/math.py`, which a model without an eos goes on with: the answer ends before the next problem.
+# Beginning of the prompt of `tasks/math.py`: a model without an eos continues with a next problem, which is cut off.
 _NEXT_PROBLEM = re.compile(r"#\s*Instruction\b|Below is an instruction that describes a task", re.IGNORECASE)
-# A remark behind a number, as in `18 (x = 2)`.
+# A remark after a number, as in `18 (x = 2)`.
 _REMARK = re.compile(r"(?<=[\d%])\s+\([^()]*=[^()]*\)?")
 _CLAUSE = r"(?:(?!\b(?:and|as|because|but|for|if|or|since|so|when|where|with)\b)[^,;:.!?(])*"
 _EQUALS = r"(?:=>?|≈|\\approx\b)"
-# What stands between two numbers of one equation.
+# Text between two numbers of one equation.
 _LINK = re.compile(
     rf"""
     \s*\(
@@ -61,16 +61,15 @@ _MINUS_SIGNS = "−‐‑‒–﹣－"
 
 
 def parse_answer(text: str) -> Fraction | None:
-    """The number that `text` answers, or None where it gives none.
+    """Parse the number that `text` answers; None if it has no number.
 
-    An explicit marker (`The answer is`, `####`, `\\boxed{}`) wins over position: the last marker that is followed
-    by a number on its line decides, by the first number after it; of an equation, `9 eggs * $2 = $18` or `18 = 9 * 2`,
-    by the last of the sides with the fewest numbers. Without a marker the last number of the text counts. Where a model
-    goes on with the prompt of a next problem, the text ends there.
+    The result is the first number after the last marker (`The answer is`, `####`, `\\boxed{}`) that has a number on its
+    line. Of an equation, `9 eggs * $2 = $18` or `18 = 9 * 2`, it is the last of the sides with the fewest numbers.
+    Without a marker it is the last number of the text. A text is cut where the prompt of a next problem begins.
 
-    Signs, thousands and decimal separators, fractions, exponents, powers, currency signs, the digits of any script, 万
-    and 亿 are read. `million` is not: problems ask for a number of millions, too. A lone separator followed by exactly
-    three digits is a thousands comma (`1,234`) but a decimal point (`1.234`), as English text has them.
+    Supported are signs, thousands and decimal separators, fractions, exponents, powers, currency signs, the digits of
+    any script, 万 and 亿. `million` is not, since some problems ask for a number of millions. A single separator before
+    exactly three digits is a thousands comma (`1,234`) or a decimal point (`1.234`), as in English text.
     """
     text = _normalise(_NEXT_PROBLEM.split(text, maxsplit=1)[0])
     for marker in reversed(list(_MARKER.finditer(text))):
@@ -84,9 +83,9 @@ def parse_answer(text: str) -> Fraction | None:
 
 
 def parse_answer_published(text: str) -> Fraction:
-    """The published parser, for comparing published figures: the last unsigned decimal number, 0 where there is none.
+    """Parse by the published parser, to compare with published figures: the last unsigned decimal number, or 0.
 
-    One comma between two digits is dropped as a thousands separator. An endless run of digits counts as none.
+    A comma between two digits is removed as a thousands separator. A run of too many digits gives 0.
     """
     numbers = re.findall(r"\d+(?:\.\d+)?", re.sub(r"(\d),(\d)", r"\1\2", text))
     if not numbers or len(numbers[-1]) > _LONGEST:
@@ -95,7 +94,7 @@ def parse_answer_published(text: str) -> Fraction:
 
 
 def is_same_number(number: Fraction | None, gold: Fraction) -> bool:
-    """Whether `number` is `gold`, to a relative 1e-6; None is no number."""
+    """True if `number` equals `gold` to a relative 1e-6; False for None."""
     return number is not None and abs(number - gold) <= abs(gold) / 10**6
 
 
@@ -107,7 +106,7 @@ def _ascii_digits(text: str) -> str:
 
 
 def _normalise(text: str) -> str:
-    """ASCII digits, signs and separators, so that one grammar reads every script."""
+    """Convert digits, signs and separators of all scripts to ASCII, for one grammar."""
     characters = []
     for position, character in enumerate(_ascii_digits(text)):
         if character in _MINUS_SIGNS:
@@ -117,7 +116,7 @@ def _normalise(text: str) -> str:
         elif character == "٫":
             character = "."
         elif unicodedata.category(character) == "No" and "VULGAR FRACTION" in unicodedata.name(character):
-            # `1½` and `1 ½` are the mixed number `1 1/2`; NFKC writes the fraction with U+2044.
+            # `1½` and `1 ½` become the mixed number `1 1/2`; NFKC writes the fraction with U+2044.
             plain = unicodedata.normalize("NFKC", character).replace("⁄", "/")
             character = f" {plain}" if position and text[position - 1].isdecimal() else plain
         characters.append(character)
@@ -127,7 +126,7 @@ def _normalise(text: str) -> str:
 
 
 def _claimed(claim: str) -> Fraction | None:
-    """The number that stands behind a marker, or of an equation there the side that is one."""
+    """Parse the number after a marker; of an equation, the side that is a single number."""
     claim = _REMARK.sub("", claim)
     matches = [match for match in _NUMBER.finditer(claim) if _value(match) is not None]
     sides = [matches[:1]]
@@ -142,7 +141,7 @@ def _claimed(claim: str) -> Fraction | None:
 
 
 def _braced(text: str) -> str:
-    """`text` up to the brace that closes the one just opened."""
+    """Cut `text`, which follows an opening brace, at its closing brace."""
     depth = 1
     for position, character in enumerate(text):
         depth += (character == "{") - (character == "}")
@@ -176,7 +175,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def _decimal(digits: str) -> Fraction:
-    """The value of what `_UNSIGNED` matched: its last separator is the decimal one unless it groups thousands."""
+    """Value of a match of `_UNSIGNED`: the last separator is the decimal one unless it groups thousands."""
     separators = re.findall(r"[.,' ]", digits)
     if not separators:
         return Fraction(digits)

@@ -1,4 +1,4 @@
-"""Languages under the names of data files, prompts and multilingual models."""
+"""Languages, with their names in data files, prompts and multilingual models."""
 
 import difflib
 import reprlib
@@ -9,13 +9,13 @@ from common.errors import InputError
 
 @dataclass(frozen=True)
 class Language:
-    """A language under the names that data files and multilingual models use.
+    """A language, with its names in data files and multilingual models.
 
     Attributes:
-        name: English name, as in the data and the prompts.
-        code: ISO 639-1, as in file names; M2M100's language token is `__code__`.
+        name: English name, used in the data and the prompts.
+        code: ISO 639-1 code, used in file names; M2M100's language token is `__code__`.
         nllb: FLORES-200 code, NLLB's language token.
-        mbart: mBART's language token; empty where it has none.
+        mbart: mBART's language token; empty if it has none.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Language:
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """The language's token in NLLB, M2M100, mBART, PLBart and SeamlessM4T."""
+        """Language tokens of NLLB, M2M100, mBART, PLBart and SeamlessM4T."""
         seamless = "cmn" if self.code == "zh" else self.nllb[:3]
         return self.nllb, f"__{self.code}__", self.mbart, f"__{self.mbart}__", f"__{seamless}__"
 
@@ -62,10 +62,10 @@ _BY_WORD = {word.lower(): language for language in LANGUAGES.values() for word i
 
 
 def find_language(word: str) -> Language:
-    """The language that `word` names, by English name or ISO code, whatever its case.
+    """Find a language by its English name or ISO code, in any case.
 
     Raises:
-        InputError: no task has such a language; the nearest name is suggested.
+        InputError: there is no such language; the message suggests the nearest name.
     """
     language = _BY_WORD.get(word.strip().lower())
     if language is None:
@@ -76,15 +76,15 @@ def find_language(word: str) -> Language:
 
 
 def named(names: str) -> tuple[Language, ...]:
-    """The languages of these English names, separated by spaces."""
+    """Languages of English names separated by spaces."""
     return tuple(LANGUAGES[name] for name in names.split())
 
 
 def select_languages(words: str | None) -> tuple[Language, ...] | None:
-    """The languages named in the comma-separated `--languages`; None where the flag is not given.
+    """Parse the comma-separated `--languages`; None if the flag is not given.
 
     Raises:
-        InputError: an unknown language, or one named twice.
+        InputError: a language is unknown or named twice.
     """
     if words is None:
         return None

@@ -15,7 +15,7 @@ _LANGUAGES = "Bengali Thai Swahili Japanese Chinese German French Russian Spanis
 
 
 def math_prompt(question: str) -> Prompt:
-    """MetaMath's own prompt."""
+    """Prompt of MetaMath."""
     return Prompt(
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\n",
@@ -25,7 +25,7 @@ def math_prompt(question: str) -> Prompt:
 
 
 def grade_number(example: Example, output: str, answer_parser: str) -> tuple[float | None, bool]:
-    """(the answer's number, None where it gives none; whether it is the gold one)."""
+    """Parse and grade an answer: its number or None, and True if it is the gold one."""
     number = PARSERS[answer_parser](output)
     return (None if number is None else float(number)), is_same_number(number, example.number)
 

@@ -1,4 +1,4 @@
-"""Readers of text lines, JSON lines and JSON lists; every error names file and line."""
+"""Readers of text lines, JSON lines and JSON lists, whose errors name file and line."""
 
 import json
 import reprlib
@@ -14,12 +14,12 @@ from mindmerger.tasks.task import Example, Reader
 def one_file_each(
     path: str, read: Callable[[Path, Language], Iterator[Example]], default: tuple[Language, ...] = ()
 ) -> Reader:
-    """A reader of one file for each language.
+    """Build a reader of one file for each language.
 
     Args:
-        path: in the data folder, with `{language.code}` or `{language.name}` in it.
+        path: path in the data folder, with `{language.code}` or `{language.name}` in it.
         read: reader of one such file.
-        default: the languages to read where none are named.
+        default: languages to read if none are named.
     """
 
     def read_files(data_dir: Path, languages: tuple[Language, ...] | None) -> dict[Language, Iterable[Example]]:
@@ -31,12 +31,12 @@ def one_file_each(
 
 
 def one_list(path: str, language_key: str, make_example: Callable[[dict[str, Any], Language, str], Example]) -> Reader:
-    """A reader of one JSON list of objects, in the languages that it holds.
+    """Build a reader of one JSON list of objects in several languages.
 
     Args:
-        path: in the data folder.
-        language_key: the key under which a row names its language.
-        make_example: from (row, language, location) to the example.
+        path: path in the data folder.
+        language_key: key of a row's language.
+        make_example: function from (row, language, location) to the example.
     """
 
     def read_list(data_dir: Path, _: tuple[Language, ...] | None) -> dict[Language, Iterable[Example]]:
@@ -53,13 +53,13 @@ def one_list(path: str, language_key: str, make_example: Callable[[dict[str, Any
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
+    """Read a UTF-8 file, without a byte order mark.
 
     Raises:
-        InputError: no such file, or not UTF-8.
+        InputError: there is no such file, or it is not UTF-8.
     """
     try:
-        # Not Path.read_text, which would take a lone carriage return inside a sentence for the end of a line.
+        # Not Path.read_text, which would convert a carriage return inside a sentence to a line feed.
         return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file (--data_dir names the folder in the published layout)") from error
@@ -70,8 +70,8 @@ def read_text(path: Path) -> str:
 
 
 def text_lines(path: Path) -> list[str]:
-    """The lines of a text file, none of which is empty."""
-    # Only line feeds end a row: a sentence may hold U+2028 or U+0085, at which splitlines() would split it.
+    """Read the lines of a text file and check that none is empty."""
+    # Only line feeds end a row: splitlines() would also split at U+2028 and U+0085, which occur in sentences.
     lines = read_text(path).replace("\r\n", "\n").split("\n")
     if lines[-1] == "":
         lines.pop()
@@ -84,14 +84,14 @@ def text_lines(path: Path) -> list[str]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(location, object) of every line."""
+    """Read (location, object) of every line of a JSON Lines file."""
     for number, line in enumerate(text_lines(path), start=1):
         location = f"{path}, line {number}"
         yield location, _object(_parse(line, location), location)
 
 
 def json_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(location, object) of every row of a JSON list."""
+    """Read (location, object) of every row of a JSON list."""
     rows = _parse(read_text(path), str(path))
     if not isinstance(rows, list):
         raise InputError(f"{path}: expected a JSON list of objects")
@@ -101,12 +101,12 @@ def json_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def string(row: dict[str, Any], key: str, location: str) -> str:
-    """The text under `key`, which must be there and not blank."""
+    """Text under `key`, which must exist and not be blank."""
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{location}: {key!r} must be a text, found {reprlib.repr(value)}")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise InputError(f"{location}: {key!r} holds half of a surrogate pair, which is no character")
+        raise InputError(f"{location}: {key!r} has half of a surrogate pair, which is not a character")
     return value
 
 

@@ -1,4 +1,4 @@
-"""What a task is made of: prompts, rows, and how an answer is graded."""
+"""Prompts, examples and the definition of a task."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from mindmerger.tasks.languages import Language
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text of which only the middle may be cut: template, query, template."""
+    """A text of template, query, template, of which only the query may be cut."""
 
     before: str
     query: str
@@ -28,16 +28,16 @@ NO_PROMPT = Prompt("", "", "")
 
 @dataclass(frozen=True)
 class Example:
-    """One row.
+    """One row of a data file.
 
     Attributes:
-        source: text for the multilingual encoder.
-        prompt: text for the LLM after the boundary vector, where augmentation is on.
-        target: text that the LLM is to generate; at evaluation, the gold answer.
-        language: the source's.
-        labels: the words that a classification decides between; empty where an answer is generated.
+        source: input text of the multilingual encoder.
+        prompt: input text of the LLM after the boundary vector, with augmentation.
+        target: text that the LLM should generate; at evaluation, the gold answer.
+        language: language of the source.
+        labels: label words of a classification; empty if an answer is generated.
         location: file and line.
-        number: the gold answer's number, of an evaluation problem that asks for one.
+        number: number of the gold answer, for an evaluation problem with a numeric answer.
     """
 
     source: Prompt
@@ -49,30 +49,30 @@ class Example:
     number: Fraction | None = None
 
 
-# From the data folder and the chosen languages (None: the reader's default) to the rows of each language. Rows may
-# be read while they are iterated over.
+# Function from the data folder and the languages (None: the reader's default) to the rows of each language, which may
+# be read lazily.
 Reader = Callable[[Path, tuple[Language, ...] | None], dict[Language, Iterable[Example]]]
-# From a problem, an answer and the name of an answer parser to (the answer's number or label, whether it is right).
+# Function from a problem, an answer and the name of a parser to (number or label of the answer, True if it is right).
 Grader = Callable[[Example, str, str], tuple[Any, bool]]
 
 
 def grade_label(example: Example, output: str, _: str) -> tuple[str | None, bool]:
-    """(the label that the answer is, None for any other text; whether it is the gold one)."""
+    """Grade an answer that should be a label: the label or None, and True if it is the gold one."""
     label = output.strip()
     return (label if label in example.labels else None), label == example.target
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one value of `--task` stands for, in training or in evaluation.
+    """A task of training or evaluation, one value of `--task`.
 
     Attributes:
-        name: as on the command line.
-        languages: those the task comes in, in the published order; a training task's mapping stage translates from
-            them.
+        name: name on the command line.
+        languages: languages of the task, in the published order; the mapping stage of a training task translates
+            from them.
         read: reader of its files.
-        labels: the words between which a classification decides; empty where an answer is generated.
-        template: of a training task, its prompt with placeholders where an example's own words go.
+        labels: label words of a classification; empty if an answer is generated.
+        template: prompt of a training task with placeholders for the texts of an example.
         grade: grader of an answer.
     """
 

@@ -1,4 +1,4 @@
-"""The mapping stage, the same for every task: sentences and their English translations."""
+"""The mapping stage, common to all tasks: sentences and their English translations."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from mindmerger.tasks.task import NO_PROMPT, Example, Prompt
 
 
 def translation_prompt(sentence: str, source: Language, target: Language) -> Prompt:
-    """The mapping stage's prompt, used where `--augmentation True` is given."""
+    """Prompt of the mapping stage, for `--augmentation True`."""
     return Prompt(
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n### Instruction:\n"
@@ -21,10 +21,10 @@ def translation_prompt(sentence: str, source: Language, target: Language) -> Pro
 
 
 def read_pairs(data_dir: Path, language: Language, with_prompts: bool) -> Iterator[Example]:
-    """Each sentence of `language` with its English translation as target; `NO_PROMPT` without prompts.
+    """Read each sentence of `language` with its English translation as target; `NO_PROMPT` without prompts.
 
     Raises:
-        InputError: a missing file, an empty line, or two files of different length.
+        InputError: a file is missing, a line is empty, or the two files have different lengths.
     """
     folder = data_dir / "bilingual_pairs" / f"en-{language.code}"
     source_path, target_path = folder / f"train_100k.{language.code}", folder / "train_100k.en"

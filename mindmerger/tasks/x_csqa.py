@@ -17,7 +17,7 @@ _LETTERS = tuple("ABCDE")
 
 
 def x_csqa_prompt(stem: str, choices: list[str]) -> Prompt:
-    """The options are part of the template, so that none is ever cut off."""
+    """Prompt with the options in the template, so that none is ever cut."""
     options = "\t".join(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices))
     return Prompt("", stem, f"\nOptions:{options}\nAnswer:")
 
@@ -37,7 +37,7 @@ def _questions(path: Path, language: Language) -> Iterator[Example]:
         prompt = x_csqa_prompt(stem, [string(choice, "text", location) for choice in choices])
         key = string(row, "answerKey", location)
         if key not in labels:
-            raise InputError(f"{location}: answerKey {reprlib.repr(key)} is none of the {len(choices)} choices")
+            raise InputError(f"{location}: answerKey {reprlib.repr(key)} is not one of the {len(choices)} choices")
         yield Example(prompt, prompt, key, language, labels, location)
 
 

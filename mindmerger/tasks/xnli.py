@@ -1,4 +1,4 @@
-"""XNLI (Conneau et al., EMNLP 2018): whether a premise entails a hypothesis."""
+"""XNLI (Conneau et al., EMNLP 2018): entailment between a premise and a hypothesis."""
 
 import reprlib
 from typing import Any
@@ -15,14 +15,14 @@ _LABELS = ("entailment", "neutral", "contradiction")
 
 
 def xnli_prompt(premise: str, hypothesis: str) -> Prompt:
-    """The premise, the longer of the two, is what may be cut."""
+    """Prompt with the premise, the longer of the two texts, as the query, which may be cut."""
     return Prompt("Premise: ", premise, f"\nHypothesis: {hypothesis}\nLabel:")
 
 
 def _pair(row: dict[str, Any], language: Language, location: str) -> Example:
     prompt = xnli_prompt(string(row, "sentence1", location), string(row, "sentence2", location))
     label = string(row, "label", location)
-    # The words are scored as the file spells them: a model was trained on Entailment or on entailment.
+    # The words are scored in the spelling of the file, since a model was trained on Entailment or on entailment.
     spelled = tuple(word.capitalize() for word in _LABELS) if label[:1].isupper() else _LABELS
     if label not in spelled:
         raise InputError(f"{location}: label {reprlib.repr(label)} is not one of {', '.join(spelled)}")

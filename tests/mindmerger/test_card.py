@@ -74,7 +74,7 @@ def test_the_card_tells_models_languages_data_and_the_scores_of_this_very_mappin
     with pytest.raises(InputError, match="no such file"):
         write_card(tmp_path)
     write_json(tmp_path / "config.json", {"model_type": "llama"})
-    with pytest.raises(InputError, match="no mapping's config"):
+    with pytest.raises(InputError, match="not the config of a mapping"):
         write_card(tmp_path)
 
 

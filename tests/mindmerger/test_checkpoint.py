@@ -49,7 +49,7 @@ def test_every_form_is_read_back(state: dict[str, torch.Tensor], tmp_path: Path)
             lambda s: s.update({"mlp.linear2.bias": torch.ones(5)}),
             r"mlp.linear2.bias is \[5\], these models need \[4\]",
         ),
-        (lambda s: s["mlp.linear1.bias"].fill_(float("nan")), "mlp.linear1.bias holds values that are not finite"),
+        (lambda s: s["mlp.linear1.bias"].fill_(float("nan")), "mlp.linear1.bias has values that are not finite"),
     ],
 )
 def test_a_wrong_mapping_is_refused_by_tensor(
@@ -113,8 +113,8 @@ def test_a_mapping_for_gemma_of_another_major_version_is_warned_of(
     warn_of_scale(ModelPair(llm_path=str(tmp_path)), tmp_path / "checkpoint", Process(0, 1, torch.device("cpu")))
     printed = capsys.readouterr().out
     if version == "4.57.3" and config.model_type != "gemma3_text":
-        assert "checkpoint was trained under transformers 4.57.3, which scales what a mapping" in printed
-        assert f"{config.model_type} otherwise than {transformers.__version__} does: train the mapping anew" in printed
+        assert "checkpoint was trained under transformers 4.57.3, which scales the input" in printed
+        assert f"{config.model_type} differently from {transformers.__version__}: train the mapping again" in printed
     else:
         assert printed == ""
 

@@ -152,7 +152,7 @@ MSVAMP, XNLI = "evaluation/msvamp/test_German.jsonl", "evaluation/xnli/test.json
         (CSQA, "{}\nnot json\n", "line 1: expected"),
         (CSQA, "not json\n", "line 1: not JSON"),
         (CSQA, '{"answerKey": "F", "question": {"stem": "s", "choices": [{"label": "A", "text": "t"}]}}\n',
-         "line 1: answerKey 'F' is none of the 1 choices"),
+         "line 1: answerKey 'F' is not one of the 1 choices"),
         (CSQA, '{"answerKey": "A", "question": {"stem": "s", "choices": [{"label": "B", "text": "t"}]}}\n',
          "line 1: the choices' labels must be A, B, C, D, E, in this order"),
         (MGSM, "question without answer\n", "line 1: expected question<TAB>answer, found 1 field(s)"),

@@ -106,13 +106,13 @@ BART = BartConfig(d_model=32, decoder_layers=2, decoder_attention_heads=4, decod
 def test_an_llm_whose_logits_depend_on_batch_or_cache_is_refused(dtype: torch.dtype) -> None:
     """LLMs that attend to later tokens or count learned positions over padding; rounding to 16 bits is accepted."""
     bert = random_llm(BertConfig(**SIZES, num_attention_heads=4, intermediate_size=64)).to(dtype)
-    with pytest.raises(InputError, match=r"BertLMHeadModel\) gives other logits with a cache than to a row alone"):
+    with pytest.raises(InputError, match=r"BertLMHeadModel\) gives logits with a cache that differ by"):
         check_answers(bert)
     bart = random_llm(BART).to(dtype)
     torch.nn.init.normal_(bart.model.decoder.embed_positions.weight)
-    with pytest.raises(InputError, match="other logits with a cache, in a padded batch"):
+    with pytest.raises(InputError, match="logits with a cache, in a padded batch that differ"):
         check_answers(bart)
-    with pytest.raises(InputError, match="other logits in a padded batch"):
+    with pytest.raises(InputError, match="logits in a padded batch that differ"):
         check_padding(bart)
     llama = random_llm(LlamaConfig(**SIZES, **HEADS)).to(dtype)
     check_answers(llama)
@@ -122,12 +122,12 @@ def test_an_llm_whose_logits_depend_on_batch_or_cache_is_refused(dtype: torch.dt
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (RwkvConfig(), "does not keep its states in a cache of transformers"),
+        (RwkvConfig(), "does not keep its states in a cache class of transformers"),
         (XLNetConfig(), "does not keep its states"),
         (MiniMaxConfig(), "does not keep its states"),
         (RecurrentGemmaConfig(), "does not keep its states"),
-        (CpmAntConfig(), "reads token ids alone"),
-        (Gemma4TextConfig(), "embeds token ids anew in each layer"),
+        (CpmAntConfig(), "takes token ids only"),
+        (Gemma4TextConfig(), "embeds token ids in each layer"),
     ],
     ids=lambda it: getattr(it, "model_type", ""),
 )
@@ -170,7 +170,7 @@ def test_rows_beyond_switching_positions_are_refused(rope_type: str, tmp_path: P
         LlamaConfig(**sizes, max_position_embeddings=200).save_pretrained(tmp_path)
     models = ModelPair(llm_path=str(tmp_path))
     check_context(models, 200)
-    with pytest.raises(InputError, match="reads all rows of a batch otherwise where one has more than 200"):
+    with pytest.raises(InputError, match="computes other positions for all rows of a batch if one has more than 200"):
         check_context(models, 201)
 
 

@@ -253,7 +253,7 @@ def test_too_little_memory_for_dev_rows_names_their_flag(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(MindMergerForCausalLM, "forward", too_large)
-    message = r"evaluation before step 1, with \d+ dev rows at once; .* Take an --eval_batch_size below \d+"
+    message = r"evaluation before step 1, with a batch of \d+ dev rows; .* Use an --eval_batch_size below \d+"
     with pytest.raises(InputError, match=message):
         train_here(work, *words, "--save_name", "large_dev")
 

@@ -187,7 +187,7 @@ def test_a_language_without_a_token_is_refused(tokenizer_of: Callable, name: str
 def test_an_encoder_told_the_language_beside_its_tokens_is_refused(build: Callable, config: PretrainedConfig) -> None:
     _, pair = build()
     limits = {"augmentation": True, "max_seq_len": 50, "max_prompt_len": 300, "max_gen_len": 9}
-    with pytest.raises(InputError, match="is told a source's language by ids beside its tokens"):
+    with pytest.raises(InputError, match="takes a source's language as an id beside its tokens"):
         ExampleTokenizer(pair.mt_tokenizer, config, pair.llm_tokenizer, **limits)
 
 

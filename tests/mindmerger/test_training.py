@@ -224,7 +224,7 @@ def test_what_a_run_reads_is_part_of_what_it_is(
     trained_before_5(start, monkeypatch)
     train_here(work, *augment, "--mapping_init", "aligned")
     said = capsys.readouterr().out
-    assert "finished: nothing to do" in said and "--mapping_init aligned does nothing" in said
+    assert "finished: nothing to do" in said and "--mapping_init aligned has no effect" in said
     assert "outputs/follows/mapping was trained under transformers 4.57.3" in said
     state = load_file(start / "model.safetensors")
     save_file({name: tensor * 2 for name, tensor in state.items()}, start / "model.safetensors")
@@ -329,7 +329,7 @@ def test_ranks_that_do_not_divide_a_parameter_stop_and_continue(
         (("--llm_path", "nowhere"), "no tokenizer could be loaded from nowhere"),
         (("--deepspeed_config", "nowhere.json"), "nowhere.json: no such file"),
         (("--deepspeed_config", "no_zero.json"), 'no_zero.json: set "zero_optimization"'),
-        (("--deepspeed_config", "offends.json"), "offends.json: DeepSpeed refuses it"),
+        (("--deepspeed_config", "offends.json"), "offends.json: invalid for DeepSpeed"),
         (("--lr", "nan"), "--lr nan must be above 0"),
         (("--boundary_lr", 0), "--boundary_lr 0.0 must be above 0"),
         (("--save_name", "a/b"), "must be a plain folder name"),

@@ -102,7 +102,7 @@ def test_the_markdown_table(results: list[Path], tmp_path: Path) -> None:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     assert "| German | 20.0 (5.7-51.0) | 90.0 (59.6-98.2) | +70.0 | 0.039 | 75.0 (30.1-95.4) | +25.0 | 1.000 |" in lines
-    assert any("C<i> and A have 4 problems in common of 4 and 12" in line for line in lines)
+    assert any("C<i> and A have 4 common problems of 4 and 12" in line for line in lines)
 
 
 class Page(HTMLParser):

@@ -163,7 +163,7 @@ def test_the_encoder_reads_the_bare_question_and_stop_strings_end_an_answer(
     assert lengths.index(1, 1) < 24
 
     write_task(work / "tasks", rows, **task, generation_kwargs={"until": [stop], "do_sample": True})
-    with pytest.raises(InputError, match="tiny_direct_de asks for sampling"):
+    with pytest.raises(InputError, match="tiny_direct_de needs sampling"):
         call(*words, "max_gen_toks=24")
 
 
@@ -171,7 +171,7 @@ def test_what_it_cannot_do_is_refused(call: Callable, work: Path, models: dict[s
     here = ("--include_path", "tasks", "--tasks")
     text = {"output_type": "loglikelihood_rolling", "doc_to_target": "{{text}}", "doc_to_text": ""}
     write_task(work / "tasks", [{"text": "So it is."}], task="tiny_text", **text)
-    with pytest.raises(InputError, match="tiny_text asks for the likelihood of a whole text"):
+    with pytest.raises(InputError, match="tiny_text needs the likelihood of a whole text"):
         call(*here, "tiny_text")
     generate = {"output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "text"}
     write_task(work / "tasks", [{"text": "So?"}], task="tiny_field", **generate)

@@ -192,7 +192,7 @@ def test_questions_and_their_translations_are_pairs_too(local_copies: Path, tmp_
     ]
     # The additional row in Swahili is an evaluation question.
     assert sum(row.language.code == "sw" for row in pairs) == 20
-    with pytest.raises(InputError, match="--pairs questions are GSM8K's: take --task math, not xnli"):
+    with pytest.raises(InputError, match="--pairs questions are GSM8K's: use --task math, not xnli"):
         run("--output_dir", tmp_path / "other", "--task", "xnli", *words)
 
 
@@ -270,7 +270,7 @@ def test_what_is_done_stays_and_other_folders_are_refused(
         run("--output_dir", folder, *words, "--train_num", 3)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").touch()
-    with pytest.raises(InputError, match="not from here"):
+    with pytest.raises(InputError, match="not from this command"):
         run("--output_dir", tmp_path / "mine", *words)
 
 
@@ -289,7 +289,7 @@ def test_a_source_is_as_published_or_refused(local_copies: Path, tmp_path: Path)
         run(*words, spoilt)
     write_lines(spoilt / "juletxara/mgsm/mgsm_de.tsv", ["Wie viele?\t18", "Und jetzt?"])
     sources._repository.cache_clear()
-    with pytest.raises(InputError, match=r"mgsm_de.tsv, row 2: not the schema that juletxara/mgsm was published in"):
+    with pytest.raises(InputError, match=r"mgsm_de.tsv, row 2: not the published schema of juletxara/mgsm"):
         run(*words, spoilt)
     (spoilt / "juletxara/mgsm/mgsm_de.tsv").write_bytes(b"Wie viele\xff?\t18\n")
     with pytest.raises(InputError, match=r"mgsm_de.tsv, row 0: cannot be read"):

@@ -103,13 +103,13 @@ def test_a_second_run_continues_where_the_first_stopped(
     (folder / "run.json").write_text(json.dumps({"settings": settings}))
     capsys.readouterr()
     evaluate_words(*words, "--save_name", "stopped")
-    assert "9 of 22 problems were answered before" in capsys.readouterr().out
+    assert "9 of 22 problems already have answers" in capsys.readouterr().out
     assert predictions(folder) == before
 
     trained_before_5(Path("checkpoint"), monkeypatch)
     evaluate_words(*words, "--save_name", "stopped")
     printed = capsys.readouterr().out
-    assert "answered before" not in printed and "checkpoint was trained under transformers 4.57.3" in printed
+    assert "already have answers" not in printed and "checkpoint was trained under transformers 4.57.3" in printed
     with pytest.raises(InputError, match="max_gen_len was 12, now 13.*--overwrite"):
         evaluate_words(*words, "--save_name", "stopped", "--max_gen_len", 13)
     evaluate_words(*words, "--save_name", "stopped", "--max_gen_len", 13, "--overwrite")
@@ -130,19 +130,19 @@ def test_out_of_memory_halves_the_slots_and_goes_on(
 
         return step
 
-    one_step = decoding._step
+    one_step = decoding._next
     evaluate_words(*words, "--save_name", "room", "--eval_batch_size", 8)
     capsys.readouterr()
     # There is memory for eight at first, until the cache grows.
-    monkeypatch.setattr(decoding, "_step", short_of_memory(3, after=15))
+    monkeypatch.setattr(decoding, "_next", short_of_memory(3, after=15))
     evaluate_words(*words, "--save_name", "short", "--eval_batch_size", 8)
     assert 8 in sizes[:15] and sizes[15:17] == [8, 4] and max(sizes[17:]) == 2
     printed = capsys.readouterr().out
-    assert "out of memory with 8 problems at once: going on with 4" in printed
-    assert "out of memory with 4 problems at once: going on with 2" in printed
+    assert "out of memory with 8 problems at once: continuing with 4" in printed
+    assert "out of memory with 4 problems at once: continuing with 2" in printed
     assert predictions(Path("results/short/mgsm")) == predictions(Path("results/room/mgsm"))
-    monkeypatch.setattr(decoding, "_step", short_of_memory(0, after=0))
-    with pytest.raises(InputError, match=r"one problem of .*mgsm_\w+\.tsv, line \d.*--max_gen_len below 12"):
+    monkeypatch.setattr(decoding, "_next", short_of_memory(0, after=0))
+    with pytest.raises(InputError, match=r"single problem, .*mgsm_\w+\.tsv, line \d.*--max_gen_len below 12"):
         evaluate_words(*words, "--save_name", "none")
 
 
@@ -166,7 +166,7 @@ def test_labels_scored_out_of_memory_are_halved_too(words: Words, monkeypatch: p
 def test_a_signal_stops_between_two_steps_and_the_answers_so_far_stay(
     words: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one_step, steps = decoding._step, []
+    one_step, steps = decoding._next, []
 
     def step(*arguments: object) -> torch.Tensor:
         steps.append(1)
@@ -175,7 +175,7 @@ def test_a_signal_stops_between_two_steps_and_the_answers_so_far_stay(
         return one_step(*arguments)
 
     evaluate_words(*words, "--save_name", "calm", "--eval_batch_size", 4)
-    monkeypatch.setattr(decoding, "_step", step)
+    monkeypatch.setattr(decoding, "_next", step)
     with pytest.raises(Stopped, match="SIGUSR1: the answers so far are in results/signalled/mgsm/predictions;"):
         evaluate_words(*words, "--save_name", "signalled", "--eval_batch_size", 4)
     assert len(steps) == 20
@@ -195,7 +195,7 @@ def test_answers_that_have_not_arrived_are_not_left_out_of_the_score(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "read_predictions", lambda folder: read_predictions(folder)[:-1])
-        with pytest.raises(InputError, match="results/late/mgsm shows 21 of 22 answers: .* the same command goes on"):
+        with pytest.raises(InputError, match="results/late/mgsm has 21 of 22 answers: .* the same command continues"):
             evaluate_words(*words, "--save_name", "late")
     assert not Path("results/late/mgsm/scores.json").exists()
     evaluate_words(*words, "--save_name", "late")

@@ -53,7 +53,7 @@ def test_what_vllm_does_not_do_is_refused(
             evaluate_words(*words)
     monkeypatch.setattr(vllm_backend, "require", lambda *_: None)
     monkeypatch.setattr(vllm_backend, "base_config", lambda *_: _Config())
-    with pytest.raises(InputError, match=r"a problem has \d+ tokens and .* a context of 90: lower"):
+    with pytest.raises(InputError, match=r"a problem has \d+ tokens, and .* a context of 90: lower"):
         evaluate_words(*words)
     assert not any(Path("results").rglob("predictions"))
 
