@@ -5,6 +5,7 @@ Conversions join, split and reorder tensors by rows: all but the last dimension,
 on row numbers instead of weights, which shows where each row of a parameter is stored.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -20,6 +21,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -40,33 +42,34 @@ from common.models import base_config
 from regmean.model_folder import Checkpoint
 from regmean.tensor_file import JoinedTensor, TensorInfo
 
-# Auto classes of encoders, by the end of the name of the class that wrote the folder.
+# Auto classes of encoders, by the end of the name of the class that wrote the folder. Others are built without a head.
 ENCODERS = {
     "ForMaskedLM": AutoModelForMaskedLM,
     "ForSequenceClassification": AutoModelForSequenceClassification,
     "ForTokenClassification": AutoModelForTokenClassification,
     "ForQuestionAnswering": AutoModelForQuestionAnswering,
-    "Model": AutoModel,
+    "ForPreTraining": AutoModelForPreTraining,
 }
 
 
-def auto_class(name: str, config: PretrainedConfig) -> Any:
-    """The auto class that builds the model `name`: a causal language model, or an encoder with or without a head.
+def auto_class(checkpoint: Checkpoint, config: PretrainedConfig) -> Any:
+    """The auto class that builds a model: a causal language model, or an encoder with or without a head.
 
     Raises:
         InputError: the model is neither.
     """
-    kind = f"--model {name}: a {config.model_type} model"
+    kind = f"--model {checkpoint.name}: a {config.model_type} model"
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{kind} has an encoder and a decoder; causal language models and text encoders have Grams")
     written_by = next(iter(config.architectures or ()), "")
     is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__ if is_causal else ""
-        found = [of_end for end, of_end in ENCODERS.items() if written_by.endswith(end) and written_by != causal]
-        if found:
-            return found[0]
-    if not is_causal and type(config).__module__.startswith("transformers."):
+        # Some configs name no class; the tensors then show a language model's head.
+        has_head = any(re.search(r"\bpredictions\.|lm_head|pred_layer", name) for name in checkpoint.tensors)
+        if not causal or (written_by != causal and (written_by or not has_head)):
+            return next((of_end for end, of_end in ENCODERS.items() if written_by.endswith(end)), AutoModel)
+    elif not is_causal and type(config).__module__.startswith("transformers."):
         raise InputError(f"{kind} is no causal language model and no text encoder, and has no Grams of texts")
     return AutoModelForCausalLM
 
@@ -76,7 +79,7 @@ def build_on_meta(checkpoint: Checkpoint) -> PreTrainedModel | None:
     try:
         config = base_config(str(checkpoint.folder))
         with torch.device("meta"), no_init_weights():
-            return auto_class(checkpoint.name, config).from_config(config)
+            return auto_class(checkpoint, config).from_config(config)
     except Exception:  # model code may raise anything on an unknown config
         return None
 

@@ -92,6 +92,18 @@ def check_tokens(calibration: Calibration, table: nn.Module) -> None:
             )
 
 
+def check_length(calibration: Calibration, positions: int | None) -> None:
+    """Check that a model with this number of positions takes the longest text; None is no limit.
+
+    Raises:
+        InputError: it does not.
+    """
+    row, longest = max(zip(calibration.rows, calibration.examples, strict=True), key=lambda example: len(example[1]))
+    if positions is not None and 0 < positions < len(longest):
+        text = f"row {row} of the data set (from 0) has {len(longest)} tokens"
+        raise InputError(f"{text}, and the model has positions for {positions}: --max_length {positions} cuts it")
+
+
 def make_batches(lengths: list[int], tokens_per_batch: int, padding: bool) -> list[list[int]]:
     """Indices of examples, longest first, in batches of at most `tokens_per_batch` tokens, padding included.
 

@@ -29,17 +29,17 @@ from common.runs import open_run
 from common.signals import StopSignals
 from regmean.architectures import auto_class, layer_tensors
 from regmean.batch_runner import BatchRunner, TooLargeError
-from regmean.calibration import Calibration, check_tokens, collate, load_calibration, make_batches
+from regmean.calibration import Calibration, check_length, check_tokens, collate, load_calibration, make_batches
 from regmean.config import GramFlags, TextSource
 from regmean.gram import GramSums, product_bytes
 from regmean.gram_file import FILE_NAME, GramFile, join_files
 from regmean.hooks import (
-    BeyondTableError,
-    IndexCheck,
     LinearInputs,
     input_width,
     linear_layers,
+    nominal_positions,
     share_modules,
+    table_positions,
     untied_head,
 )
 from regmean.merge_plan import compact
@@ -80,7 +80,7 @@ def compute_grams(
     checkpoint = open_checkpoint(flags.model, flags.revision)
     quiet_libraries()
     path, trusted = str(checkpoint.folder), {"trust_remote_code": flags.trust_remote_code}
-    model_class = auto_class(checkpoint.name, base_config(path, **trusted))
+    model_class = auto_class(checkpoint, base_config(path, **trusted))
     tokenizer = load_tokenizer(path, **trusted)
     calibration = load_calibration(flags.texts(), tokenizer)
     say(process, calibration.summary(flags.max_length))
@@ -88,6 +88,7 @@ def compute_grams(
     options = trusted | {"dtype": flags.dtype, "adapter_kwargs": {"subfolder": "no adapter"}}
     model = model or load_model(model_class, path, needs_head=False, **options)
     check_tokens(calibration, model.get_input_embeddings())
+    check_length(calibration, table_positions(model))
     identity = _identity(checkpoint, calibration, model, process)
     provenance = _provenance(identity, checkpoint, flags.texts(), tokenizer, calibration)
     with open_run(target.with_suffix(".partial"), identity, flags.overwrite, process) as run:
@@ -171,8 +172,7 @@ def probe(model: PreTrainedModel, layers: dict[str, nn.Module], ids: list[int], 
     example, mask = (tensor.to(device) for tensor in collate([ids]))
     head = model.get_output_embeddings()
     with LinearInputs(layers, head, lambda name, rows: GramSums().add(name, rows)) as inputs:
-        with IndexCheck():
-            inputs.run(model, example, mask)  # the first pass also warms up; the second is timed
+        inputs.run(model, example, mask)  # the first pass also warms up; the second is timed
         inputs.part()
         synchronize(device)
         started = time.monotonic()
@@ -281,19 +281,13 @@ class _Passes:
         known = Plan(**read_json(path)) if self.process.is_main and path.exists() else None
         if plan := self.process.gather(known)[0]:
             return plan
-        row, longest = max(
-            zip(self.calibration.rows, self.calibration.examples, strict=True), key=lambda example: len(example[1])
-        )
+        longest = max(self.calibration.examples, key=len)
         try:
             inputs, padding, alone, seconds, nbytes = probe(self.model, self.layers, longest, device)
-        except BeyondTableError as error:
-            fits = len(longest) - error.excess
-            raise InputError(
-                f"row {row} of the data set (from 0) has {len(longest)} tokens, and the model has learned positions "
-                f"for {fits}: --max_length {fits} cuts it"
-            ) from error
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             if not is_out_of_memory(error):
+                # Also the cause where a number of positions is computed, as in MPT.
+                check_length(self.calibration, nominal_positions(self.model))
                 raise
             raise InputError(f"out of memory with the model and one example; {MORE_MEMORY}") from error
         widths = self._widths(inputs)

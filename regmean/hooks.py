@@ -1,20 +1,23 @@
 """Inputs of a model's linear layers, collected during a forward pass by hooks that one object owns."""
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from common.errors import InputError
+
+# Names of tables with one row for each position of a text.
+POSITIONS = re.compile(r"(^|\.)(position_embeddings|positions_embed|embed_positions|pos_encoding|wpe)(\.weight)?$")
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -49,6 +52,23 @@ def untied_head(model: PreTrainedModel) -> nn.Module | None:
 def input_width(layer: nn.Module) -> int:
     """Input features of a linear layer; Conv1D stores its weight as (in, out), nn.Linear as (out, in)."""
     return layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
+
+
+def nominal_positions(model: PreTrainedModel) -> int | None:
+    """Number of positions in the config, which is no limit of models with rotary positions."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+
+
+def table_positions(model: PreTrainedModel) -> int | None:
+    """Number of tokens that fit into the model's table of positions; None if it has no such table."""
+    for name, table in (*model.named_parameters(), *model.named_buffers()):
+        limit = nominal_positions(model) or len(table)
+        # A few rows may come before those that the config counts. Tables of images and sounds have other sizes.
+        if POSITIONS.search(name) and limit <= len(table) <= limit + 4:
+            padding = getattr(model.get_submodule(name.rpartition(".")[0]), "padding_idx", None)
+            return min(limit, len(table) - (0 if padding is None else padding + 1))
+    return None
 
 
 @dataclass(eq=False)
@@ -158,23 +178,6 @@ class LinearInputs:
                 raise InputError(f"layer {name} reads {tuple(x.shape)}, where padding rows cannot be identified")
             rows = rows.index_select(0, self._real)
         self.receive(name, rows)
-
-
-class BeyondTableError(Exception):
-    """Raised for a position beyond the last row of a table; the text is too long by `excess` tokens."""
-
-    def __init__(self, excess: int):
-        super().__init__(f"{excess} tokens too many")
-        self.excess = excess
-
-
-class IndexCheck(TorchFunctionMode):
-    """Raises BeyondTableError before a row beyond a table is read, which would make CUDA unusable in this process."""
-
-    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is nn.functional.embedding and (excess := int(args[0].max()) + 1 - len(args[1])) > 0:
-            raise BeyondTableError(excess)
-        return func(*args, **(kwargs or {}))
 
 
 class _AllRead(Exception):

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     CLIPConfig,
     T5Config,
@@ -25,7 +28,7 @@ from common.models import load_model
 from regmean.merge_plan import compact
 from regmean.report import Provenance, model_card
 from tests.regmean.conftest import make_gpt2
-from tests.regmean.folders import assert_merged, build, grams, run, save
+from tests.regmean.folders import TEXT, assert_merged, build, grams, run, save
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 SPECIALISTS = Path(__file__).parents[2] / "quickstart" / "models" / "regmean"
@@ -269,3 +272,64 @@ def test_texts_that_a_model_has_no_rows_for_are_named(tmp_path: Path) -> None:
 def test_names_that_differ_in_numbers_are_listed_as_one() -> None:
     names = [f"model.layers.{layer}.mlp.experts.{expert}.up.weight" for layer in range(3) for expert in range(4)]
     assert compact([*names, "norm"]) == ["model.layers.*.mlp.experts.*.up.weight (12)", "norm"]
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "settings", "positions"),
+    [
+        ("BertConfig", "BertForMaskedLM", {}, 16),
+        ("RobertaConfig", "RobertaForMaskedLM", {"pad_token_id": 3}, 12),
+        ("GPTJConfig", "GPTJForCausalLM", {"rotary_dim": 4}, 16),
+        ("GPT2Config", "GPT2LMHeadModel", {}, 16),
+        ("MptConfig", "MptForCausalLM", {"max_seq_len": 16}, 16),
+        ("LlamaConfig", "LlamaForCausalLM", {}, None),
+    ],
+)
+def test_a_text_of_more_tokens_than_positions_is_named(
+    config: str, model: str, settings: dict, positions: int | None, tmp_path: Path
+) -> None:
+    """Llama's positions are rotary, and MPT's are computed: the error of its first pass is translated."""
+    options = {key: value for key, value in TEXT.items() if key != "head_dim"} | {"max_position_embeddings": 16}
+    built = getattr(transformers, model)(getattr(transformers, config)(**options | settings))
+    folder, texts = save(built, tmp_path / "model"), ["w1", " ".join(["w2"] * 22)]
+    if positions is None:
+        assert grams(folder, texts).exists()
+        return
+    message = rf"row 1 of the data set .* has 23 tokens, .* {positions}: --max_length {positions} cuts it"
+    with pytest.raises(InputError, match=message):
+        grams(folder, texts)
+    assert folder.with_suffix(".gram").exists() == (model == "MptForCausalLM")
+    assert grams(folder, texts, max_length=positions, overwrite=True).exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "is_named", "auto"),
+    [
+        ("DistilBertConfig", "DistilBertForMultipleChoice", True, AutoModel),
+        ("BertConfig", "BertForNextSentencePrediction", True, AutoModel),
+        ("BertConfig", "BertModel", False, AutoModel),
+        ("BertConfig", "BertForMaskedLM", False, AutoModelForMaskedLM),
+    ],
+)
+def test_encoders_with_heads_of_any_class_are_solved(
+    config: str, model: str, is_named: bool, auto: Any, tmp_path: Path
+) -> None:
+    folders = [tmp_path / name for name in "AB"]
+    for folder in folders:
+        save(getattr(transformers, model)(getattr(transformers, config)(**TEXT, hidden_dim=24)), folder)
+        if not is_named:
+            edit_config(folder, architectures=None)
+        grams(folder)
+    assert_merged(run(folders, tmp_path / "out"), folders, auto)
+
+
+def test_a_tie_in_the_text_config_alone_is_read_and_removed(siblings: Callable, tmp_path: Path) -> None:
+    folders = siblings()
+    for folder in folders:
+        edit_config(folder, tie_word_embeddings=None, text_config={"tie_word_embeddings": True})
+        edit(folder, copied_head)
+    assert HEAD not in tensors(run(folders, tmp_path / "tied", "avg"))
+    for folder in folders:
+        edit(folder, noisy_head)
+    config = read_json(run(folders, tmp_path / "own", "avg") / "config.json")
+    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
