@@ -14,8 +14,10 @@ from regmean.model_folder import Checkpoint
 from regmean.tensor_file import FLOATS, TensorInfo, decode
 
 # Patterns of the names of heads and of embedding tables.
-HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|decoder|pred_layer\.proj)\.weight$")
-TABLE = re.compile("emb|wte")
+HEAD = re.compile(
+    r"(^|\.)(lm_head|embed_out|output_projection|decoder|pred_layer\.proj|vocab_projector|generator_lm_head|lm_loss)\.weight$"
+)
+TABLE = re.compile(r"emb|wte|transformer\.w\.")
 CHUNK_ELEMENTS = 1 << 22  # elements of two tensors compared at a time
 OWN, TIED, LACKING = "own", "tied", "lacking"
 
@@ -37,10 +39,6 @@ def settle_heads(
                 _differ(models[0], model, explicit[0], tied, problems)
         return set(), False
     states = [_state(model, tied) for model, tied in zip(models, explicit, strict=True)]
-    if set(states) == {OWN}:
-        if explicit[0]:
-            notes.append(f"{models[0].name} has an output head of its own: tie_word_embeddings becomes false")
-        return set(), explicit[0] is not False
     first, own = models[0], next((model for model, state in zip(models, states, strict=True) if state == OWN), None)
     for model, state, tied in zip(models, states, explicit, strict=True):
         if own is not None and state == TIED and any(map(selects, heads)):
@@ -48,10 +46,16 @@ def settle_heads(
                 f"{own.name} has an output head of its own ({', '.join(sorted(heads & set(own.tensors)))}), and the "
                 f"head of {model.name} is its embedding table: merge models that were trained alike"
             )
-        elif own is None and {state, states[0]} == {TIED, LACKING}:
+            return heads, False
+        if own is None and {state, states[0]} == {TIED, LACKING}:
             _differ(first, model, explicit[0], tied, problems)
     if states[0] == OWN:
-        return set(), explicit[0] is not False
+        # BERT's config ties the biases of two modules, too; transformers uses the stored head in any case.
+        untied = explicit[0] is not False and not any(name.endswith("decoder.weight") for name in heads)
+        if explicit[0]:
+            change = ": tie_word_embeddings becomes false" if untied else ""
+            notes.append(f"{first.name} has an output head of its own{change}")
+        return set(), untied
     return (heads if TIED in states else set()), False
 
 

@@ -16,6 +16,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
     CLIPConfig,
     T5Config,
     ViTConfig,
@@ -92,8 +94,32 @@ def test_a_head_of_its_own_under_a_tied_config_is_solved(
     assert torch.equal(mean, (a + b) / 2)
     assert not torch.allclose(tensors(out)[HEAD], mean)
     edit(folders[1], no_head)
-    with pytest.raises(InputError, match=rf"{folders[0]} has an output head of its own \(lm_head\.weight\), and the"):
+    with pytest.raises(
+        InputError, match=rf"{folders[0]} has an output head of its own \(lm_head\.weight\), and"
+    ) as error:
         run(folders, tmp_path / "mixed", "avg")
+    # Without the head the table of one model would be merged beside the head of the other.
+    assert "--exclude" not in str(error.value)
+
+
+def test_a_head_of_its_own_of_bert_keeps_its_bias(tmp_path: Path) -> None:
+    """With the tie the config would lose the name under which BERT's files hold the head's bias."""
+    head = "cls.predictions.decoder.weight"
+    folders = []
+    for seed, name in enumerate("AB"):
+        torch.manual_seed(seed)
+        config = BertConfig(
+            vocab_size=600, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+        )
+        model = BertForMaskedLM(config)
+        torch.nn.init.normal_(model.cls.predictions.bias)
+        folders.append(save(model, tmp_path / name))
+        edit(folders[-1], lambda values: values.update({head: torch.randn(600, 16)}))
+    out = run(folders, tmp_path / "out", "avg")
+    a, b, merged = (BertForMaskedLM.from_pretrained(folder).state_dict() for folder in (*folders, out))
+    for name in (head, "cls.predictions.decoder.bias"):
+        assert a[name].norm() > 0
+        torch.testing.assert_close(merged[name], (a[name] + b[name]) / 2)
 
 
 @pytest.mark.parametrize("key", [True, None])
