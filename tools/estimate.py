@@ -27,7 +27,7 @@ from common.ranks import available_memory
 
 ATTENTION = "shapes_only"
 # Families that take no such function, but compute attention by classes of their own.
-_OWN_ATTENTION = ("falcon", "gptj", "gpt_neo", "mpt")
+OWN_ATTENTION = ("falcon", "gptj", "gpt_neo", "mpt")
 # Of a model's layers, so many are run: they are alike, and each adds the same.
 FEW, MORE = 2, 4
 # Backward through attention: the scores once more, and the products for dq, dk, dv and dp.
@@ -174,7 +174,7 @@ def on_meta(
     Raises:
         InputError: the config is not of such a model.
     """
-    if config.model_type not in _OWN_ATTENTION:
+    if config.model_type not in OWN_ATTENTION:
         options["attn_implementation"] = ATTENTION
     model = model_on_meta(auto_class, path, config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     # Without initialisation nothing has tied them.
