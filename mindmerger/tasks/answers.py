@@ -17,7 +17,7 @@ _UNSIGNED = r"""
       | \d{1,3}(?:'\d{3})+(?:[.,]\d+)?                          # 1'234
       | (?<!\d,)\d+,\d+(?![,\d])                                # 1,5
       | \d+(?:\.\d+)?
-      | (?<!\d)\.\d+                                            # $.50
+      | (?<!\d)(?<!Rs)\.\d+                                     # $.50, but Rs.50 is 50
 """
 _NUMBER = re.compile(
     rf"""
@@ -42,22 +42,26 @@ _LONGEST = 100
 
 # The prompt of `tasks/math.py`, which a model without an eos goes on with: the answer ends before the next problem.
 _NEXT_PROBLEM = re.compile(r"#\s*Instruction\b|Below is an instruction that describes a task", re.IGNORECASE)
+# The prompt's end, which a model may repeat before its answer or after it.
+_RESPONSE = re.compile(r"#\s*Response\b", re.IGNORECASE)
 # A remark behind a number, as in `18 (x = 2)`.
 _REMARK = re.compile(r"(?<=[\d%])\s+\([^()]*=[^()]*\)?")
 _CLAUSE = r"(?:(?!\b(?:and|as|because|but|for|if|or|since|so|when|where|with)\b)[^,;:.!?(])*"
-_EQUALS = r"(?:=>?|≈|\\approx\b)"
+_EQUALS = r"(?:[-=]>|[=≈≅→⇒]|\\(?:approx|[rR]ightarrow)\b|\bequals?\b)"
 # What stands between two numbers of one equation.
 _LINK = re.compile(
     rf"""
     \s*\(
   | {_CLAUSE}(?:[-*×·÷+/^]|\\(?:times|cdot|div)\b|\b(?:x|of|times|plus|minus|by|at)\b)[\s({{\\$*]*
-  | {_CLAUSE}{_EQUALS}[\s({{\\$*]*(?:[a-z]+\s)?
+  | {_CLAUSE}{_EQUALS}[\s({{\\$*]*(?:[a-z]+\s|[A-Z][A-Za-z]*\.?\s?)?  # about 18, USD 18, Rs. 18
     """,
     re.VERBOSE,
 )
 _MYRIADS = {"万": 4, "萬": 4, "亿": 8, "億": 8}
 _GROUP_SEPARATORS = {"\u00a0", "\u2009", "\u202f", "'", "’", "٬"}
 _MINUS_SIGNS = "−‐‑‒–﹣－"
+# Not the comma, which separates clauses, nor parentheses.
+_FULLWIDTH = str.maketrans("＝＋＊／＄", "=+*/$")
 
 
 def parse_answer(text: str) -> Fraction | None:
@@ -66,19 +70,21 @@ def parse_answer(text: str) -> Fraction | None:
     An explicit marker (`The answer is`, `####`, `\\boxed{}`) wins over position: the last marker that is followed
     by a number on its line decides, by the first number after it; of an equation, `9 eggs * $2 = $18` or `18 = 9 * 2`,
     by the last of the sides with the fewest numbers. Without a marker the last number of the text counts. Where a model
-    goes on with the prompt of a next problem, the text ends there.
+    goes on with the prompt of a next problem, the text ends there; at a bare `### Response:` it ends behind an answer
+    with a marker.
 
     Signs, thousands and decimal separators, fractions, exponents, powers, currency signs, the digits of any script, 万
     and 亿 are read. `million` is not: problems ask for a number of millions, too. A lone separator followed by exactly
     three digits is a thousands comma (`1,234`) but a decimal point (`1.234`), as English text has them.
     """
     text = _normalise(_NEXT_PROBLEM.split(text, maxsplit=1)[0])
-    for marker in reversed(list(_MARKER.finditer(text))):
-        claim = text[marker.end() :].lstrip(" :\t\n").split("\n", 1)[0]
-        if marker.group().startswith("\\"):
-            claim = _braced(text[marker.end() :])
-        if (number := _claimed(claim)) is not None:
-            return number
+    for response in _RESPONSE.split(text):
+        for marker in reversed(list(_MARKER.finditer(response))):
+            claim = response[marker.end() :].lstrip(" :\t\n").split("\n", 1)[0]
+            if marker.group().startswith("\\"):
+                claim = _braced(response[marker.end() :])
+            if (number := _claimed(claim)) is not None:
+                return number
     numbers = [value for match in _NUMBER.finditer(text) if (value := _value(match)) is not None]
     return numbers[-1] if numbers else None
 
@@ -109,7 +115,7 @@ def _ascii_digits(text: str) -> str:
 def _normalise(text: str) -> str:
     """ASCII digits, signs and separators, so that one grammar reads every script."""
     characters = []
-    for position, character in enumerate(_ascii_digits(text)):
+    for position, character in enumerate(_ascii_digits(text).translate(_FULLWIDTH)):
         if character in _MINUS_SIGNS:
             character = "-"
         elif character in _GROUP_SEPARATORS:
