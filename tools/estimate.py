@@ -27,7 +27,7 @@ from common.ranks import available_memory
 
 ATTENTION = "shapes_only"
 # Families that compute attention by classes of their own, without such a function.
-_OWN_ATTENTION = ("falcon", "gptj", "gpt_neo", "mpt")
+OWN_ATTENTION = ("falcon", "gptj", "gpt_neo", "mpt")
 # Number of layers that are run: further layers add the same cost each.
 FEW, MORE = 2, 4
 # Products in the backward pass of attention: the scores again, and those for dq, dk, dv and dp.
@@ -174,7 +174,7 @@ def on_meta(
     Raises:
         InputError: the config is not of such a model.
     """
-    if config.model_type not in _OWN_ATTENTION:
+    if config.model_type not in OWN_ATTENTION:
         options["attn_implementation"] = ATTENTION
     model = model_on_meta(auto_class, path, config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     # Weights are tied in the initialisation, which is skipped here.

@@ -23,6 +23,7 @@ from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, find_task, select_languages
 from tools.estimate import (
     LAUNCH_SECONDS,
+    OWN_ATTENTION,
     Cost,
     Device,
     Estimate,
@@ -285,7 +286,11 @@ def step_cost(model: MindMergerForCausalLM, rows: int, row: Row, backward: bool 
         vectors, boundary = model.mapping(states)
         words = torch.empty(rows, 1 + row.prompt + row.target, h, dtype=dtype, device="meta")
         embeds = torch.cat([vectors, boundary.expand(rows, 1, -1), words], dim=1)
-        logits = model.llm(inputs_embeds=embeds, use_cache=False, logits_to_keep=row.target).logits.float()
+        # As in training, rows that cannot be packed have a mask; without one these models look for packed rows.
+        has_mask = model.llm.config.model_type in OWN_ATTENTION
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device="meta") if has_mask else None
+        options = {"attention_mask": mask, "use_cache": False, "logits_to_keep": row.target}
+        logits = model.llm(inputs_embeds=embeds, **options).logits.float()
         labels = torch.zeros(rows * row.target, dtype=torch.long, device="meta")
         loss = F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
         if backward:

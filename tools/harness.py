@@ -20,6 +20,7 @@ from mindmerger.checkpoint import warn_of_scale
 from mindmerger.config import EvaluationFlags
 from mindmerger.data import Example
 from mindmerger.evaluation.answerer import Answerer, pick_dtype, prepare_answerer
+from mindmerger.frozen_models import check_context
 from mindmerger.tasks import LANGUAGES, Language, Prompt, find_language
 
 # The flags of run_evaluation.py on models and limits.
@@ -86,13 +87,14 @@ class MindMergerLM(LM):
         dtype = pick_dtype(given.dtype, self._process.device)
         parts = prepare_answerer(given.models, Path(checkpoint), given.limits, given.augmentation)
         warn_of_scale(parts.models, Path(checkpoint), self._process)
+        self._models = parts.models
         self._answerer: Answerer = parts.load(dtype, self._process.device)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate greedy answers, each up to the first of its stop strings.
 
         Raises:
-            InputError: a task needs sampling, or has no field for the encoder.
+            InputError: a task needs sampling, has no field for the encoder, or has rows too long for the LLM.
         """
 
         def answer(rows: list[Tokens], settings: str) -> Iterator[list[tuple[int, str]]]:
@@ -108,7 +110,8 @@ class MindMergerLM(LM):
                 raise InputError(f"task {request.task_name} needs sampling, and MindMerger decodes greedily")
             settings.append(json.dumps([[stop for stop in kwargs["until"] if stop], kwargs["max_gen_toks"]]))
         texts = [""] * len(requests)
-        for number, text in self._answers(requests, settings, answer, disable_tqdm):
+        lengths = [json.loads(setting)[1] for setting in settings]
+        for number, text in self._answers(requests, settings, lengths, answer, disable_tqdm):
             texts[number] = text
             self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return texts
@@ -117,14 +120,16 @@ class MindMergerLM(LM):
         """Compute (log probability in nats, True if it is the greedy answer) of each continuation.
 
         Raises:
-            InputError: a task has no field for the encoder.
+            InputError: a task has no field for the encoder, or rows too long for the LLM.
         """
         # The continuations of one context are scored together, and contexts with the same ones in one batch.
         groups: dict[tuple[str | None, int | None, str], list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault((request.task_name, request.doc_id, request.args[0]), []).append(number)
         members = list(groups.values())
-        words = [json.dumps([requests[number].args[1] for number in group]) for group in members]
+        continuations = [[requests[number].args[1] for number in group] for group in members]
+        words, label_ids = list(map(json.dumps, continuations)), self._answerer.tokenizer.label_ids
+        lengths = [max(len(label_ids(word)) for word in group) for group in continuations]
 
         def score(rows: list[Tokens], words: str) -> Iterator[list[tuple[int, list[tuple[float, bool]]]]]:
             size = self._flags.eval_batch_size
@@ -135,7 +140,7 @@ class MindMergerLM(LM):
 
         results = [(0.0, False)] * len(requests)
         firsts = [requests[group[0]] for group in members]
-        for index, scored in self._answers(firsts, words, score, disable_tqdm):
+        for index, scored in self._answers(firsts, words, lengths, score, disable_tqdm):
             for number, result in zip(members[index], scored, strict=True):
                 results[number] = result
                 self.cache_hook.add_partial("loglikelihood", requests[number].args, result)
@@ -170,11 +175,17 @@ class MindMergerLM(LM):
         self,
         requests: list[Instance],
         settings: list[str],
+        lengths: list[int],
         answer: Callable[[list[Tokens], str], Iterator[list[tuple[int, Any]]]],
         disable_tqdm: bool,
     ) -> Iterator[tuple[int, Any]]:
-        """Yield (number of a request, result of `answer`), grouped by equal settings, longest first."""
+        """Yield (number of a request, result of `answer`), grouped by equal settings, longest first.
+
+        `lengths` are tokens of the longest answer to each request. The last token of an answer is no input.
+        """
         tokens = self._answerer.tokenizer([self._example(request) for request in requests], with_targets=False)
+        longest = max((len(row) + length for row, length in zip(tokens, lengths, strict=True)), default=1)
+        check_context(self._models, longest - 1)
         with progress(self._process, total=len(requests), unit="request", leave=not disable_tqdm) as bar:
             for setting in dict.fromkeys(settings):
                 numbers = [number for number, other in enumerate(settings) if other == setting]

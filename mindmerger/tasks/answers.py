@@ -17,7 +17,7 @@ _UNSIGNED = r"""
       | \d{1,3}(?:'\d{3})+(?:[.,]\d+)?                          # 1'234
       | (?<!\d,)\d+,\d+(?![,\d])                                # 1,5
       | \d+(?:\.\d+)?
-      | (?<!\d)\.\d+                                            # $.50
+      | (?<!\d)(?<!Rs)\.\d+                                     # $.50, but Rs.50 is 50
 """
 _NUMBER = re.compile(
     rf"""
@@ -42,22 +42,26 @@ _LONGEST = 100
 
 # Beginning of the prompt of `tasks/math.py`: a model without an eos continues with a next problem, which is cut off.
 _NEXT_PROBLEM = re.compile(r"#\s*Instruction\b|Below is an instruction that describes a task", re.IGNORECASE)
+# End of the prompt, which a model may repeat before or after its answer.
+_RESPONSE = re.compile(r"#\s*Response\b", re.IGNORECASE)
 # A remark after a number, as in `18 (x = 2)`.
 _REMARK = re.compile(r"(?<=[\d%])\s+\([^()]*=[^()]*\)?")
 _CLAUSE = r"(?:(?!\b(?:and|as|because|but|for|if|or|since|so|when|where|with)\b)[^,;:.!?(])*"
-_EQUALS = r"(?:=>?|≈|\\approx\b)"
+_EQUALS = r"(?:[-=]>|[=≈≅→⇒]|\\(?:approx|[rR]ightarrow)\b|\bequals?\b)"
 # Text between two numbers of one equation.
 _LINK = re.compile(
     rf"""
     \s*\(
   | {_CLAUSE}(?:[-*×·÷+/^]|\\(?:times|cdot|div)\b|\b(?:x|of|times|plus|minus|by|at)\b)[\s({{\\$*]*
-  | {_CLAUSE}{_EQUALS}[\s({{\\$*]*(?:[a-z]+\s)?
+  | {_CLAUSE}{_EQUALS}[\s({{\\$*]*(?:[a-z]+\s|[A-Z][A-Za-z]*\.?\s?)?  # about 18, USD 18, Rs. 18
     """,
     re.VERBOSE,
 )
 _MYRIADS = {"万": 4, "萬": 4, "亿": 8, "億": 8}
 _GROUP_SEPARATORS = {"\u00a0", "\u2009", "\u202f", "'", "’", "٬"}
 _MINUS_SIGNS = "−‐‑‒–﹣－"
+# Not the comma, which separates clauses, nor parentheses.
+_FULLWIDTH = str.maketrans("＝＋＊／＄", "=+*/$")
 
 
 def parse_answer(text: str) -> Fraction | None:
@@ -65,19 +69,21 @@ def parse_answer(text: str) -> Fraction | None:
 
     The result is the first number after the last marker (`The answer is`, `####`, `\\boxed{}`) that has a number on its
     line. Of an equation, `9 eggs * $2 = $18` or `18 = 9 * 2`, it is the last of the sides with the fewest numbers.
-    Without a marker it is the last number of the text. A text is cut where the prompt of a next problem begins.
+    Without a marker it is the last number of the text. A text is cut where the prompt of
+    a next problem begins, and after an answer with a marker at a bare `### Response:`.
 
     Supported are signs, thousands and decimal separators, fractions, exponents, powers, currency signs, the digits of
     any script, 万 and 亿. `million` is not, since some problems ask for a number of millions. A single separator before
     exactly three digits is a thousands comma (`1,234`) or a decimal point (`1.234`), as in English text.
     """
     text = _normalise(_NEXT_PROBLEM.split(text, maxsplit=1)[0])
-    for marker in reversed(list(_MARKER.finditer(text))):
-        claim = text[marker.end() :].lstrip(" :\t\n").split("\n", 1)[0]
-        if marker.group().startswith("\\"):
-            claim = _braced(text[marker.end() :])
-        if (number := _claimed(claim)) is not None:
-            return number
+    for response in _RESPONSE.split(text):
+        for marker in reversed(list(_MARKER.finditer(response))):
+            claim = response[marker.end() :].lstrip(" :\t\n").split("\n", 1)[0]
+            if marker.group().startswith("\\"):
+                claim = _braced(response[marker.end() :])
+            if (number := _claimed(claim)) is not None:
+                return number
     numbers = [value for match in _NUMBER.finditer(text) if (value := _value(match)) is not None]
     return numbers[-1] if numbers else None
 
@@ -108,7 +114,7 @@ def _ascii_digits(text: str) -> str:
 def _normalise(text: str) -> str:
     """Convert digits, signs and separators of all scripts to ASCII, for one grammar."""
     characters = []
-    for position, character in enumerate(_ascii_digits(text)):
+    for position, character in enumerate(_ascii_digits(text).translate(_FULLWIDTH)):
         if character in _MINUS_SIGNS:
             character = "-"
         elif character in _GROUP_SEPARATORS:

@@ -1,10 +1,12 @@
 """Tiny random models of every kind, made once per session, and one small set of rows."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from common.logging import quiet_libraries
 from common.models import base_config, load_tokenizer
@@ -67,6 +69,22 @@ def examples() -> list[Example]:
         Example(Prompt("", query, ""), math_prompt(query), target, LANGUAGES[language])
         for language, query, target in texts
     ]
+
+
+@pytest.fixture
+def ignore(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Function that makes every Llama ignore some arguments of its forward pass."""
+
+    def ignore_arguments(*names: str) -> None:
+        forward = LlamaForCausalLM.forward
+
+        @functools.wraps(forward)
+        def partly(self: LlamaForCausalLM, **given: object) -> object:
+            return forward(self, **{name: value for name, value in given.items() if name not in names})
+
+        monkeypatch.setattr(LlamaForCausalLM, "forward", partly)
+
+    return ignore_arguments
 
 
 @pytest.fixture

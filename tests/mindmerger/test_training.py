@@ -179,6 +179,17 @@ def test_the_gpus_bf16_files_run_on_a_cpu_too(
     assert before - after == pytest.approx(theirs[0] - theirs[-1], rel=0.05)
 
 
+def test_an_llm_that_neither_packs_nor_pads_trains_nothing(
+    work: Path, small: Words, monkeypatch: pytest.MonkeyPatch, ignore: Callable
+) -> None:
+    trainers = keep_trainers(monkeypatch)
+    monkeypatch.setattr("mindmerger.modeling.pack_attention", lambda llm: False)
+    ignore("attention_mask", "position_ids")
+    with pytest.raises(InputError, match="gives other logits in a padded batch than to a row alone"):
+        train_here(work, *small, "--save_name", "wrong_padding")
+    assert not trainers
+
+
 @pytest.mark.parametrize(("mt", "config"), [("nllb", "zero3.json"), ("llama_without_padding", None)])
 def test_other_encoders_train(
     work: Path,

@@ -13,8 +13,17 @@ from mindmerger.frozen_models import load_encoder
 from mindmerger.modeling import MindMergerForCausalLM, mapping_config
 from tests.commands import run
 from tests.conftest import REPOSITORY
+from tests.mindmerger.test_probe import PLANNED
 from tests.tiny_models import tiny_llama, tiny_mt5, tiny_nllb, tiny_qwen, tiny_xlm_roberta
-from tools.estimate import LAUNCH_SECONDS, causal_lm_on_meta, cost_of, known_device, parameters, weight_bytes
+from tools.estimate import (
+    LAUNCH_SECONDS,
+    OWN_ATTENTION,
+    causal_lm_on_meta,
+    cost_of,
+    known_device,
+    parameters,
+    weight_bytes,
+)
 from tools.estimate_mindmerger import (
     Row,
     _frozen_weights,
@@ -70,6 +79,19 @@ def test_a_step_takes_what_its_plan_says(tmp_path: Path, write) -> None:
     everything = (source, torch.ones_like(source), prompt, torch.ones_like(prompt), target)
     measured = cost_of(lambda: model(*everything).loss.backward(), model).peak_bytes
     assert expected == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("family", OWN_ATTENTION)
+def test_a_plan_of_training_through_an_llm_with_attention_of_its_own(
+    family: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Two products forward and two backward for each weight and token; some for attention, encoder and mapping."""
+    PLANNED[family].save_pretrained(tmp_path)
+    planned = plan("h100", llm_path=str(tmp_path), mt_path=str(models["mt5"]), dev_size=0)
+    modules = causal_lm_on_meta(str(tmp_path)).base_model.modules()
+    layers = [module for module in modules if not isinstance(module, torch.nn.Embedding)]
+    weights = sum(p.numel() for module in layers for p in module.parameters(recurse=False) if p.ndim == 2)
+    assert 1 < planned.flops / (4 * weights * planned.counts["LLM tokens"]) < 3
 
 
 def test_the_published_training_fits_one_gpu() -> None:

@@ -1,6 +1,8 @@
 """lm-evaluation-harness and `run_evaluation.py` on the same tiny models and local data: the same answers."""
 
 import json
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partialmethod
@@ -111,6 +113,23 @@ def test_two_ranks_answer_as_one(work: Path, call: Callable) -> None:
     assert len(one) == 2
     for task, rows in logged().items():
         assert [row["filtered_resps"] for row in rows] == [row["filtered_resps"] for row in one[task]]
+
+
+@pytest.mark.parametrize("task", ["msvamp", "x-csqa"])
+def test_rows_beyond_the_llms_positions_are_refused_as_in_run_evaluation(
+    call: Callable, work: Path, models: dict[str, Path], task: str
+) -> None:
+    llm = work / f"switching-{task}"
+    shutil.copytree(models["llama"], llm)
+    config = json.loads((llm / "config.json").read_text())
+    config |= {"max_position_embeddings": 50, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}
+    (llm / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="the longest row takes .* more than 50: lower") as refusal:
+        ours(task, "--max_gen_len", 12, "--llm_path", llm)
+    words = ("--tasks", task.replace("-", "_"), "--gen_kwargs", "max_gen_toks=12")
+    with pytest.raises(InputError, match=f"^{re.escape(str(refusal.value))}$"):
+        call(*words, model_args=f",llm_path={llm}")
+    assert not logged()
 
 
 def write_task(folder: Path, rows: list[dict], **task: object) -> None:

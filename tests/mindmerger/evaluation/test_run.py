@@ -307,6 +307,13 @@ def test_a_mapping_of_another_encoder_is_refused(words: Words, models: dict[str,
     assert not Path("results/refused").exists()
 
 
+def test_an_llm_with_a_wrong_cache_answers_nothing(words: Words, ignore: Callable) -> None:
+    ignore("past_key_values", "attention_mask")
+    with pytest.raises(InputError, match="gives other logits with a cache than to a row alone"):
+        evaluate_words(*words, "--save_name", "wrong_cache")
+    assert not list(Path("results/wrong_cache").rglob("*.jsonl"))
+
+
 def test_answers_of_a_broken_file_are_those_that_are_whole(tmp_path: Path) -> None:
     (tmp_path / "predictions").mkdir()
     (tmp_path / "predictions/de.jsonl").write_bytes(b'{"problem": 3}\n[1]\n\xff\xfe\n{"problem": 4}\n{"prob')
