@@ -149,7 +149,7 @@ def _aligned(models: list[Checkpoint], selects: Callable[[str], bool]) -> tuple[
     """
     first, *others = models
     selected = [{(name, info.shape) for name, info in model.tensors.items() if selects(name)} for model in models]
-    if all(theirs == selected[0] for theirs in selected):
+    if not first.tensors or all(theirs == selected[0] for theirs in selected):
         return models, set()
     from regmean.architectures import build_on_meta, in_layout_of  # imports transformers, which takes seconds
 
