@@ -63,9 +63,11 @@ def nominal_positions(model: PreTrainedModel) -> int | None:
 def table_positions(model: PreTrainedModel) -> int | None:
     """Number of tokens that fit into the model's table of positions; None if it has no such table."""
     for name, table in (*model.named_parameters(), *model.named_buffers()):
+        if not POSITIONS.search(name):
+            continue
         limit = nominal_positions(model) or len(table)
         # A few rows may come before those that the config counts. Tables of images and sounds have other sizes.
-        if POSITIONS.search(name) and limit <= len(table) <= limit + 4:
+        if limit <= len(table) <= limit + 4:
             padding = getattr(model.get_submodule(name.rpartition(".")[0]), "padding_idx", None)
             return min(limit, len(table) - (0 if padding is None else padding + 1))
     return None
@@ -157,7 +159,8 @@ class LinearInputs:
 
     def _hand_over(self, name: str, x: torch.Tensor) -> None:
         # A weak reference keeps the storage's identity from being used again, without keeping its data: another
-        # tensor that the allocator puts at the same address is never taken for this one.
+        # tensor that the allocator puts at the same address is never taken for this one. The count of changes in place
+        # has no public name.
         storage = StorageWeakRef(x.untyped_storage())
         key = (storage, x.storage_offset(), x.shape, x.stride(), x._version, name if name in self.alone else None)
         names = self._received.setdefault(key, [])

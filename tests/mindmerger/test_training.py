@@ -185,7 +185,7 @@ def test_an_llm_that_neither_packs_nor_pads_trains_nothing(
     trainers = keep_trainers(monkeypatch)
     monkeypatch.setattr("mindmerger.modeling.pack_attention", lambda llm: False)
     ignore("attention_mask", "position_ids")
-    with pytest.raises(InputError, match="gives other logits in a padded batch than to a row alone"):
+    with pytest.raises(InputError, match="gives logits in a padded batch that differ by .* from those of a row alone"):
         train_here(work, *small, "--save_name", "wrong_padding")
     assert not trainers
 

@@ -248,7 +248,7 @@ def test_lstsq_on_nearly_singular_grams_is_refused(tmp_path: Path, monkeypatch: 
 
 
 def distance(out: Path, folders: list[Path]) -> float:
-    """Of a merge from the mean, in differences of the models: that of the farthest matrix."""
+    """Largest distance of a merged matrix from the mean, in differences of the models."""
     merged, *of_models = (tensors(folder) for folder in (out, *folders))
     pairs = {name: [theirs[name].double() for theirs in of_models] for name in merged if merged[name].ndim > 1}
     return max(((merged[name] - (a + b) / 2).norm() / (a - b).norm()).item() for name, (a, b) in pairs.items())

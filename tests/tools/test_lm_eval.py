@@ -124,7 +124,7 @@ def test_rows_beyond_the_llms_positions_are_refused_as_in_run_evaluation(
     config = json.loads((llm / "config.json").read_text())
     config |= {"max_position_embeddings": 50, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}
     (llm / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="the longest row takes .* more than 50: lower") as refusal:
+    with pytest.raises(InputError, match="the longest row has .* more than 50: lower") as refusal:
         ours(task, "--max_gen_len", 12, "--llm_path", llm)
     words = ("--tasks", task.replace("-", "_"), "--gen_kwargs", "max_gen_toks=12")
     with pytest.raises(InputError, match=f"^{re.escape(str(refusal.value))}$"):
