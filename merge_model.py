@@ -2,6 +2,7 @@
 
 python merge_model.py avg                        presets of configs/regmean
 python merge_model.py regmean
+python merge_model.py regmean++                  layer by layer, without Grams; also regmean_asym, and under torchrun
 python merge_model.py --method regmean --models A B --grams GA GB --alpha 0.1 0.5
 """
 
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from common.cli import parse_flags
 from common.errors import exit_with_message
-from regmean.config import MergeFlags
+from regmean.config import SEQUENTIAL, MergeFlags
 from regmean.merge import merge
 
 PRESETS = Path(__file__).parent / "configs" / "regmean"
@@ -24,7 +25,16 @@ def main() -> None:
 
         plan_merging(flags)
         return
-    merge(flags, command=shlex.join(["python", "merge_model.py", *sys.argv[1:]]))
+    command = shlex.join(["python", "merge_model.py", *sys.argv[1:]])
+    if flags.method not in SEQUENTIAL:
+        merge(flags, command)
+        return
+    from common.ranks import start_process  # imported late: bad flags are reported before torch loads
+    from regmean.layerwise_merge import merge_layer_by_layer
+
+    process = start_process(flags.device)
+    merge_layer_by_layer(flags, process, command)
+    process.close()
 
 
 if __name__ == "__main__":

@@ -149,6 +149,18 @@ def layer_tensors(
     return {stored: theirs for stored, theirs in owners.items() if not left[stored]}, set(missing.values())
 
 
+def parameter_tensors(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The stored tensor of each parameter of `model`, by name, joined from the parts of tensors that it consists of."""
+    infos, starts, shapes = list(tensors.values()), _row_starts(tensors.values()), model.state_dict()
+    found: dict[str, TensorInfo] = {}
+    for name, rows in parameter_rows(model, tensors):
+        shape = tuple(shapes[name].shape)
+        info = _joined(TensorInfo(infos[0].path, name, "", shape, 0), rows, infos, starts) if rows.size else None
+        if info is not None:
+            found[name] = info
+    return found
+
+
 def in_layout_of(first: Checkpoint, other: Checkpoint, model: PreTrainedModel) -> tuple[Checkpoint, set[str]]:
     """Rename and reshape the tensors of `other` as in `first`, where both store the same parameters of `model`; also
     return the names in either that are not parameters of `model`.

@@ -5,10 +5,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import flag
+from common.cli import flag, parse_flags
 from common.devices import HERE, PLAN_HELP, parse_devices
 from common.errors import InputError
 
+PRESETS = Path(__file__).parents[1] / "configs" / "regmean"
+METHODS = ("avg", "regmean", "regmean++", "regmean_asym")
+SEQUENTIAL = METHODS[2:]  # methods that run the models layer by layer
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -52,9 +55,11 @@ class GramFlags:
     overwrite: bool = flag(False, "replace another Gram, or another unfinished run, in the output folder")
     plan: str | None = flag(None, PLAN_HELP, nargs="?", const=HERE)
 
+    required = ("model", "dataset", "output_dir")
+
     def __post_init__(self) -> None:
         # --plan needs no texts and no output folder.
-        for name in ("model",) if self.plan else ("model", "dataset", "output_dir"):
+        for name in ("model",) if self.plan else self.required:
             if not getattr(self, name):
                 raise InputError(f"--{name} is missing")
         for name in ("num_examples", "max_length", "tokens_per_batch"):
@@ -68,7 +73,7 @@ class GramFlags:
 
     def batch_tokens(self, device_type: str) -> int:
         """Tokens of a batch, padding included, on a device of this type."""
-        return self.tokens_per_batch or (8192 if device_type == "cuda" else 1024)
+        return self.tokens_per_batch or default_batch_tokens(device_type)
 
     def roles(self) -> dict[str, str]:
         """Column of each role that has one, in the order of a conversation."""
@@ -79,6 +84,13 @@ class GramFlags:
         """The texts that the flags name."""
         columns = {"text": self.text_column} if self.text_column else self.roles()
         return TextSource(self.dataset, self.dataset_revision, self.split, columns, self.num_examples, self.max_length)
+
+
+@dataclass(frozen=True)
+class CalibrationFlags(GramFlags):
+    """Texts of a layer-sequential merge: flags of compute_gram.py, of which those that concern the texts are read."""
+
+    required = ("dataset",)
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,7 @@ class ConvertFlags:
 class MergeFlags:
     """Merge models of one architecture into one, by averaging or by RegMean."""
 
-    method: str = flag(None, "avg or regmean")
+    method: str = flag(None, f"one of {', '.join(METHODS)}; the last two run the models layer by layer")
     models: list[str] = flag([], "hub ids or local folders; the first provides config and tokenizer")
     revisions: list[str] = flag([], "branch, tag or commit of each hub model")
     grams: list[str] = flag([], "each model's Gram file, or the folder that holds it, in the models' order")
@@ -107,22 +119,33 @@ class MergeFlags:
     exclude: list[str] = flag([], "regexes: tensors whose name contains a match are the first model's, unmerged")
     solver: str = flag("cholesky", "cholesky, lstsq (as published) or inverse (as in the paper)")
     dtype: str = flag("auto", f"of the merged model: {', '.join(DTYPES)}; auto is the first model's")
-    device: str = flag("auto", "device of RegMean's solver: auto (GPU if there is one), cpu, cuda")
+    device: str = flag("auto", "device of the solver, and of the layers: auto (GPU if there is one), cpu, cuda")
+    calibration: list[str] = flag(
+        [],
+        "each model's texts for regmean++ and regmean_asym: a preset of configs/regmean, or a YAML file of "
+        "compute_gram.py's flags",
+    )
+    ridge: float = flag(1e-6, "of regmean_asym: added to the diagonal, as a fraction of its mean")
+    tokens_per_batch: int | None = flag(
+        None, "tokens of a batch of texts, padding included; default: 8192 on a GPU, 1024 on a CPU"
+    )
+    offload_dir: str | None = flag(None, "folder for the texts' hidden states; default: they stay in host memory")
     max_shard_size: str = flag("5GB", "largest weight file")
     output_dir: str | None = flag(None, "default runs/merges/avg, runs/merges/regmean_ALPHA; several get _ALPHA added")
     plan: str | None = flag(None, PLAN_HELP, nargs="?", const=HERE)
 
     def __post_init__(self) -> None:
-        if self.method not in ("avg", "regmean"):
-            raise InputError("--method is avg or regmean")
+        if self.method not in METHODS:
+            raise InputError(f"--method is one of {', '.join(METHODS)}")
         if len(self.models) < 2:
             raise InputError("--models takes two or more")
         if self.plan is not None:
             parse_devices(self.plan)
         elif self.method == "regmean" and len(self.grams) != len(self.models):
             raise InputError(f"--grams takes one per model: {len(self.models)}, not {len(self.grams)}")
-        if self.method == "avg" and self.grams:
+        if self.method != "regmean" and self.grams:
             raise InputError("--grams belongs to --method regmean")
+        self._check_sequential()
         if self.solver not in ("cholesky", "lstsq", "inverse"):
             raise InputError("--solver is cholesky, lstsq or inverse")
         if not self.alpha or not all(0 <= alpha <= 1 for alpha in self.alpha):
@@ -143,6 +166,41 @@ class MergeFlags:
                     raise InputError(f"--{name} {pattern!r}: not a regular expression: {error}") from error
         _check_dtype(self.dtype)
 
+    def _check_sequential(self) -> None:
+        if self.method not in SEQUENTIAL:
+            for name in ("calibration", "offload_dir", "tokens_per_batch"):
+                if getattr(self, name):
+                    raise InputError(f"--{name} belongs to --method {' and '.join(SEQUENTIAL)}")
+        elif self.plan is None and len(self.calibration) != len(self.models):
+            raise InputError(f"--calibration takes one per model: {len(self.models)}, not {len(self.calibration)}")
+        if self.method == "regmean_asym" and self.solver != "cholesky":
+            raise InputError("--method regmean_asym has one solver: cholesky")
+        if not (self.ridge >= 0 and math.isfinite(self.ridge)):
+            raise InputError("--ridge must be at least 0")
+        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
+            raise InputError("--tokens_per_batch must be at least 1")
+
+    def texts(self) -> list[TextSource]:
+        """The calibration texts of each model.
+
+        Raises:
+            InputError: a preset or file that cannot be read, or that names another model.
+        """
+        sources = []
+        for name, model in zip(self.calibration, self.models, strict=True):
+            path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
+            if not path.is_file():
+                names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
+                raise InputError(f"--calibration {name}: no such file, and no preset of that name; presets: {names}")
+            flags = parse_flags(CalibrationFlags, ["--config", str(path)])
+            if flags.model and flags.model != model:
+                raise InputError(
+                    f"--calibration {name}: {path} is for the model {flags.model}, not {model}; --calibration goes in "
+                    "the order of --models"
+                )
+            sources.append(flags.texts())
+        return sources
+
     def weights(self) -> list[float]:
         """Each model's weight; they sum to 1."""
         given = self.model_weights or [1.0] * len(self.models)
@@ -153,13 +211,22 @@ class MergeFlags:
         included = not self.include or any(re.search(pattern, tensor) for pattern in self.include)
         return included and not any(re.search(pattern, tensor) for pattern in self.exclude)
 
+    def batch_tokens(self, device_type: str) -> int:
+        """Tokens of a batch of texts, padding included, on a device of this type."""
+        return self.tokens_per_batch or default_batch_tokens(device_type)
+
     def output_dirs(self) -> list[Path]:
         """The folder of each merge: one per alpha, or a single one for `avg`."""
         if self.method == "avg":
             return [Path(self.output_dir or "runs/merges/avg")]
         if self.output_dir and len(self.alpha) == 1:
             return [Path(self.output_dir)]
-        return [Path(f"{self.output_dir or 'runs/merges/regmean'}_{alpha:g}") for alpha in self.alpha]
+        return [Path(f"{self.output_dir or f'runs/merges/{self.method}'}_{alpha:g}") for alpha in self.alpha]
+
+
+def default_batch_tokens(device_type: str) -> int:
+    """Tokens of a batch on a device of this type; on a CPU they stay in its caches."""
+    return 8192 if device_type == "cuda" else 1024
 
 
 def _check_dtype(dtype: str) -> None:

@@ -42,6 +42,23 @@ def add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
         pass
 
 
+def add_cross_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left^T right; `total` is float32 (width, width), the others are float (tokens, width) of one dtype."""
+    if _is_widened(left):
+        left, right = left.float(), right.float()
+    _add_product(total, left.T, right)
+
+
+def symmetrise_(total: torch.Tensor) -> torch.Tensor:
+    """Copy the entries below the diagonal to those above it, in place."""
+    for first in range(0, len(total), PANEL):
+        last = min(first + PANEL, len(total))
+        total[:first, first:last] = total[first:last, :first].T
+        corner = total[first:last, first:last]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+    return total
+
+
 def added_panels(total: torch.Tensor, rows: torch.Tensor, start: int = 0) -> Iterator[int]:
     """Run `add_products` panel by panel, from row `start` of `total` on; yield the end row of each panel."""
     if _is_widened(rows):

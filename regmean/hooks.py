@@ -26,8 +26,16 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module.weight is not getattr(embeddings, "weight", None)
+        if is_linear(module) and module.weight is not getattr(embeddings, "weight", None)
     }
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for linear layers, among them a mixture's router that keeps its weight (experts, inputs) itself."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    weight = getattr(module, "weight", None)
+    return type(module).__name__.endswith("Router") and isinstance(weight, nn.Parameter) and weight.ndim == 2
 
 
 def share_modules(model: PreTrainedModel) -> None:
@@ -47,6 +55,11 @@ def untied_head(model: PreTrainedModel) -> nn.Module | None:
     """The output head if it has a weight of its own, else None."""
     head = model.get_output_embeddings()
     return None if head is None or head.weight is model.get_input_embeddings().weight else head
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """True for layers that store their weight as (in, out), as GPT-2's."""
+    return isinstance(layer, Conv1D)
 
 
 def input_width(layer: nn.Module) -> int:
@@ -88,7 +101,8 @@ class LinearInputs:
             end at the last of these calls, and nothing after it is computed.
         shared_name: the name of the input of each layer that a token has reached.
         alone: layers whose inputs are never shared.
-        aligned: True if the rows of every input so far were the batch's tokens in order.
+        called: the layers that the last forward pass called, in order.
+        unaligned: the layers with other rows.
     """
 
     layers: dict[str, nn.Module]
@@ -97,7 +111,13 @@ class LinearInputs:
     same_calls: bool = False
     shared_name: dict[str, str] = field(default_factory=dict)
     alone: set[str] = field(default_factory=set)
-    aligned: bool = True
+    called: list[str] = field(default_factory=list)
+    unaligned: set[str] = field(default_factory=set)
+
+    @property
+    def aligned(self) -> bool:
+        """True if the rows of every input so far were the batch's tokens in order."""
+        return not self.unaligned
 
     def __enter__(self) -> Self:
         self._order: list[str] = []
@@ -122,7 +142,7 @@ class LinearInputs:
 
     def part(self) -> None:
         """Stop sharing inputs between layers that the last forward pass called a different number of times."""
-        calls = Counter(self._called)
+        calls = Counter(self.called)
         self.alone = {name for name, shared in self.shared_name.items() if calls[name] != calls[shared]}
         self.shared_name.clear()
 
@@ -137,13 +157,13 @@ class LinearInputs:
             InputError: a layer's rows are not the batch's tokens, so that padding rows cannot be identified.
         """
         self._received: dict[tuple, list[str]] = {}
-        self._called: list[str] = []
+        self.called = []
         self._shapes, self._real = (mask.shape, (mask.numel(),)), real
         with suppress(_AllRead):
             model(input_ids=ids, attention_mask=mask, use_cache=False)
         self._received.clear()
         if self.same_calls:
-            self._order = self._order or self._called
+            self._order = self._order or self.called
 
     def _hook(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -151,8 +171,8 @@ class LinearInputs:
             if x.numel() == 0:
                 return
             self._hand_over(name, x)
-            self._called.append(name)
-            if self._called == self._order:
+            self.called.append(name)
+            if self.called == self._order:
                 raise _AllRead
 
         return hook
@@ -162,6 +182,9 @@ class LinearInputs:
         # tensor that the allocator puts at the same address is never taken for this one. The count of changes in place
         # has no public name.
         storage = StorageWeakRef(x.untyped_storage())
+        aligned = x.shape[:-1] in self._shapes
+        if not aligned:
+            self.unaligned.add(name)
         key = (storage, x.storage_offset(), x.shape, x.stride(), x._version, name if name in self.alone else None)
         names = self._received.setdefault(key, [])
         shared = self.shared_name.setdefault(name, names[0] if names else name)
@@ -173,8 +196,6 @@ class LinearInputs:
                 "models that rewire their layers from input to input are not supported"
             )
         names.append(name)
-        aligned = x.shape[:-1] in self._shapes
-        self.aligned &= aligned
         rows = x.reshape(-1, x.shape[-1])
         if self._real is not None:
             if not aligned:

@@ -8,16 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
 
-from common.io import write_json, write_text
+from common.io import atomic_path, write_json, write_text
 from regmean.gram_file import Grams
 from regmean.merge_plan import MergePlan
 from regmean.model_folder import Checkpoint
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from regmean.solve import Objective
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-TITLES = {"avg": "weighted average", "regmean": "RegMean"}
+TITLES = {
+    "avg": "weighted average",
+    "regmean": "RegMean",
+    "regmean++": "RegMean++",
+    "regmean_asym": "asymmetric RegMean",
+}
+DISTANCES = "distances.png"
 
 
 @dataclass(frozen=True)
@@ -67,15 +75,46 @@ class Provenance:
         return cls(method, alpha, solver if grams else None, command, described, files, versions, solved_fraction)
 
 
-def write_report(folder: Path, provenance: Provenance, plan: MergePlan, layers: list[LayerReport]) -> None:
-    """Write `merge_report.json` and the model card `README.md` into a model's folder."""
+def write_report(
+    folder: Path,
+    provenance: Provenance,
+    plan: MergePlan,
+    layers: list[LayerReport],
+    distances: list[list[float]] | None = None,
+) -> None:
+    """Write `merge_report.json`, the model card `README.md` and a plot of `distances` into a model's folder.
+
+    `distances` are those of a layer-sequential merge: for the embeddings and each layer, |H - X| / |X| of the states
+    after it, of every model.
+    """
     of_tensors = {"averaged": plan.averaged, "copied_from_first": plan.copied, "notes": plan.notes}
     report = asdict(provenance) | {"layers": [asdict(layer) for layer in layers]} | of_tensors
+    if distances is not None:
+        report["distances"] = distances
+        names = [model["model"] for model in provenance.models]
+        with atomic_path(folder / DISTANCES) as partial:
+            _plot(names, distances).savefig(partial, format="png", dpi=150)
     write_json(folder / "merge_report.json", report)
-    write_text(folder / "README.md", model_card(provenance))
+    write_text(folder / "README.md", model_card(provenance, distances is not None))
 
 
-def model_card(provenance: Provenance) -> str:
+def _plot(names: list[str], distances: list[list[float]]) -> "Figure":
+    # Imported here, since it takes seconds.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.0, 3.0), layout="constrained")
+    axes = figure.add_subplot()
+    for name, values in zip(names, zip(*distances, strict=True), strict=True):
+        axes.plot(range(len(values)), values, marker=".", label=Path(name).name[:24])
+    axes.set_xlabel("layers merged (0: embeddings)")
+    axes.set_ylabel("|H - X| / |X|")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def model_card(provenance: Provenance, has_plot: bool = False) -> str:
     """The model card of a merged model."""
     title, names = TITLES[provenance.method], [model["model"] for model in provenance.models]
     # The hub looks these up; a local folder may have a name of the same form.
@@ -91,6 +130,11 @@ def model_card(provenance: Provenance) -> str:
         if provenance.solved_fraction is not None:
             lines += [f"RegMean solved {provenance.solved_fraction:.1%} of the parameters; the rest is averaged."]
         lines += [f"Layer by layer, `merge_report.json` gives the solver ({provenance.solver}) and the objective."]
+    if has_plot:
+        lines += [
+            "Relative distance of the merged model's hidden states H from each model's own X, on its calibration "
+            f"texts, after each layer:\n\n![distances]({DISTANCES})"
+        ]
     lines += [f"The command:\n\n```\n{provenance.command}\n```"]
     return f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"
 

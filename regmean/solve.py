@@ -187,7 +187,7 @@ class System:
         for_each: the `map` that calls `read`, possibly for several models at once.
     """
 
-    read: Callable[[int], np.ndarray]
+    read: Callable[[int], np.ndarray | torch.Tensor]
     tokens: list[int]
     model_weights: list[float]
     solver: str
@@ -231,8 +231,8 @@ class System:
             self.solvers[alpha] = SOLVERS[self.solver](self.total, alpha)
         return self.solvers[alpha]
 
-    def _per_token(self, gram: np.ndarray, index: int, device: torch.device) -> torch.Tensor:
-        return torch.from_numpy(gram).to(device).div_(self.tokens[index])
+    def _per_token(self, gram: np.ndarray | torch.Tensor, index: int, device: torch.device) -> torch.Tensor:
+        return torch.as_tensor(gram, device=device).div_(self.tokens[index])
 
 
 def block_elements(models: int, side_by_side: bool) -> int:
@@ -284,7 +284,7 @@ class Regression:
         """Add a Gram per token: G_1 - G_2 for two models (with index 0), else the Gram of model `index`."""
         delta, weight = self._deltas[index], self._model_weights[index]
         product, diagonal_product = delta @ matrix.T, delta * matrix.diagonal()
-        self._own.append((_inner(delta, product), _inner(delta, diagonal_product)))
+        self._own.append((inner(delta, product), inner(delta, diagonal_product)))
         if self._rhs is None:
             self._rhs, self._diagonal_rhs = product.mul_(weight), diagonal_product.mul_(weight)
         else:
@@ -301,11 +301,7 @@ class Regression:
         rhs = torch.lerp(self._diagonal_rhs, self._rhs, alpha)
         delta = solver.solve(rhs)
         self._check_distance(delta, solver)
-        residual_norm, against_delta = _probed_residual(rhs, delta, total, alpha)
-        if residual_norm <= PROBE_MARGIN * REFINED_RESIDUAL * rhs.norm().item():
-            gain = _inner(delta, rhs) + against_delta
-        else:
-            delta, gain = self._refined(rhs, delta, total, solver, alpha)
+        delta, gain = refined(rhs, delta, total, solver, alpha)
         if gain < 0:
             # Only if the models agree up to rounding: the mean cannot be improved.
             delta.zero_()
@@ -327,25 +323,6 @@ class Regression:
                 "difference, as happens on nearly singular Grams; use --solver cholesky, or a smaller --alpha"
             )
 
-    def _refined(
-        self, rhs: torch.Tensor, delta: torch.Tensor, total: torch.Tensor, solver: Any, alpha: float
-    ) -> tuple[torch.Tensor, float]:
-        """Refine the solution against the whole residual if the solver supports it; also return its gain."""
-        rhs_norm = rhs.norm().item()
-        product = _times(delta, total, alpha)
-        for _ in range(solver.refinements):
-            residual = rhs - product
-            if not residual.norm() > REFINED_RESIDUAL * rhs_norm:
-                break
-            delta += solver.solve(residual)
-            product = _times(delta, total, alpha)
-        residual_norm = (rhs - product).norm().item()
-        # `not <=` also catches NaN.
-        if not residual_norm <= ACCEPTED_RESIDUAL * rhs_norm:
-            left = f"{solver.label} left a residual of {residual_norm / (rhs_norm or 1.0):.1g} of the right-hand side"
-            raise SolveError(f"{left}, as happens on singular Grams; use --solver cholesky, or a smaller --alpha")
-        return delta, 2 * _inner(delta, rhs) - _inner(delta, product)
-
     def _at_mean_and_inputs(self, rhs: torch.Tensor, total: torch.Tensor, alpha: float) -> tuple[float, list[float]]:
         """The objective at the mean and at each model's weights."""
         if not self._under_total:
@@ -363,8 +340,40 @@ class Regression:
             return at_mean, [under_second / second, first * under_first / second**2]
         at_mean = sum(weight * value for weight, value in zip(self._model_weights, own, strict=True))
         return at_mean, [
-            value - 2 * _inner(delta, rhs) + at_mean for delta, value in zip(self._deltas, under_total, strict=True)
+            value - 2 * inner(delta, rhs) + at_mean for delta, value in zip(self._deltas, under_total, strict=True)
         ]
+
+
+def refined(
+    rhs: torch.Tensor, delta: torch.Tensor, total: torch.Tensor, solver: Any, alpha: float
+) -> tuple[torch.Tensor, float]:
+    """Refine a solution D of D G = R if its residual is not small; also return its gain 2 <D, R> - <D, D G>.
+
+    Args:
+        rhs, delta: R and D, (outputs, inputs).
+        total: G, whose off-diagonals are scaled by `alpha`.
+        solver: one of `SOLVERS`, made from G.
+
+    Raises:
+        SolveError: the residual stays large.
+    """
+    residual_norm, against_delta = _probed_residual(rhs, delta, total, alpha)
+    rhs_norm = rhs.norm().item()
+    if residual_norm <= PROBE_MARGIN * REFINED_RESIDUAL * rhs_norm:
+        return delta, inner(delta, rhs) + against_delta
+    product = _times(delta, total, alpha)
+    for _ in range(solver.refinements):
+        residual = rhs - product
+        if not residual.norm() > REFINED_RESIDUAL * rhs_norm:
+            break
+        delta += solver.solve(residual)
+        product = _times(delta, total, alpha)
+    residual_norm = (rhs - product).norm().item()
+    # `not <=` also catches NaN.
+    if not residual_norm <= ACCEPTED_RESIDUAL * rhs_norm:
+        left = f"{solver.label} left a residual of {residual_norm / (rhs_norm or 1.0):.1g} of the right-hand side"
+        raise SolveError(f"{left}, as happens on singular Grams; use --solver cholesky, or a smaller --alpha")
+    return delta, 2 * inner(delta, rhs) - inner(delta, product)
 
 
 def _times(delta: torch.Tensor, total: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -382,7 +391,7 @@ def _probed_residual(rhs: torch.Tensor, delta: torch.Tensor, total: torch.Tensor
     signs = torch.randint(2, (PROBES, len(rhs)), generator=generator).mul_(2).sub_(1).to(rhs) / PROBES**0.5
     probe = signs @ delta
     residual = signs @ rhs - _times(probe, total, alpha)
-    return residual.norm().item(), _inner(probe, residual)
+    return residual.norm().item(), inner(probe, residual)
 
 
 def _quadratic_form(delta: torch.Tensor, matrix: torch.Tensor) -> tuple[float, float]:
@@ -397,16 +406,16 @@ def _quadratic_form(delta: torch.Tensor, matrix: torch.Tensor) -> tuple[float, f
             # A tile left of the diagonal also counts for its mirror image.
             times = 1 if left == start else 2
             whole += times * _inner_sum(columns[down] @ columns[across].T, matrix[down, across])
-    return whole.item(), _inner(delta.square().sum(0), matrix.diagonal())
+    return whole.item(), inner(delta.square().sum(0), matrix.diagonal())
 
 
-def _inner(a: torch.Tensor, b: torch.Tensor) -> float:
+def inner(a: torch.Tensor, b: torch.Tensor) -> float:
     """<a, b>, by rows in their own precision, over these in float64."""
     return _inner_sum(a, b).item()
 
 
 def _inner_sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`_inner` as a tensor, on the device."""
+    """`inner` as a tensor, on the device."""
     return torch.linalg.vecdot(a, b).sum(dtype=torch.float64)
 
 

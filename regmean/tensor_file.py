@@ -185,6 +185,8 @@ class TensorWriter:
         self._missing = {name: info.size for name, info in self._infos.items()}
         self._lock = threading.Lock()
         self._file = path.open("wb", buffering=0)
+        # Readers compare sizes: a file that is being filled can be read, too.
+        self._file.truncate(8 + len(text) + end)
         self._write_at(0, struct.pack("<Q", len(text)) + text)
 
     def write(self, name: str, values: np.ndarray, start: int = 0) -> None:

@@ -1,0 +1,209 @@
+"""A layer-sequential merge from flags to model folders: checks, texts, models without weights, the passes, reports."""
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import InputError
+from common.io import atomic_folder
+from common.logging import quiet_libraries, say
+from common.models import base_config, load_tokenizer
+from common.ranks import Process
+from common.runs import open_run
+from regmean.architectures import auto_class, layer_tensors
+from regmean.average import CHUNK_ELEMENTS
+from regmean.calibration import Calibration, check_length, check_tokens, load_calibration, make_batches
+from regmean.config import MergeFlags, TextSource
+from regmean.gram_file import Gram
+from regmean.hooks import input_width, is_conv1d, linear_layers, table_positions
+from regmean.layer_survey import Survey, survey
+from regmean.layerwise import BEFORE, Batch, LayerwiseModel, States, build_without_weights, open_layerwise
+from regmean.merge_plan import STORED_AS, MergePlan, plan_merge
+from regmean.model_folder import Checkpoint, CheckpointWriter, open_checkpoint
+from regmean.report import Provenance, print_table, write_report
+from regmean.sequential import SAMPLED, Course, SequentialMerge, StepGrams, StepReport
+from regmean.tensor_file import FLOATS, TensorInfo
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def merge_layer_by_layer(flags: MergeFlags, process: Process, command: str) -> None:
+    """Merge `flags.models` by `regmean++` or `regmean_asym` and write one model folder per alpha, each whole or not at
+    all. A run that was cut short leaves a folder `OUTPUT.steps`; the same command continues from there.
+
+    Raises:
+        InputError: models or texts that do not fit together, a model type that cannot be run layer by layer, states or
+            weights that are not finite.
+    """
+    started = time.monotonic()
+    sources = flags.texts()
+    revisions = flags.revisions or [None] * len(flags.models)
+    checkpoints = [open_checkpoint(name, revision) for name, revision in zip(flags.models, revisions, strict=True)]
+    quiet_libraries()
+    configs = [base_config(str(checkpoint.folder)) for checkpoint in checkpoints]
+    classes = [auto_class(*pair) for pair in zip(checkpoints, configs, strict=True)]
+    surveys = [survey(*of, c.name) for *of, c in zip(classes, configs, checkpoints, strict=True)]
+    texts = [_texts(checkpoint, source) for checkpoint, source in zip(checkpoints, sources, strict=True)]
+    dtype = _run_dtype(checkpoints[0], flags.dtype, process.device)
+
+    def build(index: int) -> LayerwiseModel:
+        model = build_without_weights(classes[index], configs[index], dtype, process.device)
+        check_tokens(texts[index], model.get_input_embeddings())
+        check_length(texts[index], table_positions(model))
+        return open_layerwise(checkpoints[index], model, process.device, surveys[0].tuple_length)
+
+    models = [build(index) for index in range(len(checkpoints))]
+    grams = [
+        _gram_entries(*of) for of in zip(checkpoints, models, surveys, texts, sources, flags.calibration, strict=True)
+    ]
+    plan = plan_merge(checkpoints, flags.weights(), grams, flags.selects, flags.dtype)
+    for alpha, path in zip(flags.alpha, flags.output_dirs(), strict=True):
+        _merge_one(flags, alpha, path, plan, models, build(0), surveys[0], texts, process, command)
+    say(process, f"merged in {time.monotonic() - started:.1f} s")
+
+
+def _texts(checkpoint: Checkpoint, source: TextSource) -> Calibration:
+    return load_calibration(source, load_tokenizer(str(checkpoint.folder)))
+
+
+def _run_dtype(first: Checkpoint, dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype that layers run in: the merge's; float32 on a CPU for float16, which CPUs multiply slowly."""
+    stored = (
+        STORED_AS.get(dtype)
+        or max((info for info in first.tensors.values() if info.dtype in FLOATS), key=lambda info: info.size).dtype
+    )
+    chosen = DTYPES.get(stored, torch.float32)
+    return torch.float32 if chosen == torch.float16 and device.type == "cpu" else chosen
+
+
+def _gram_entries(
+    checkpoint: Checkpoint,
+    model: LayerwiseModel,
+    found: Survey,
+    texts: Calibration,
+    source: TextSource,
+    name: str,
+) -> StepGrams:
+    """Entries of all groups of linear layers whose inputs are summed."""
+    layers = linear_layers(model.model)
+    regular = {
+        name: layers[name]
+        for step in range(BEFORE, len(model.layers) + 1)
+        for group in found.groups_of(step)
+        for name in group
+        if name in layers and not found.is_irregular(name)
+    }
+    tensors, _ = layer_tensors(checkpoint.name, model.model, regular, set(), checkpoint.tensors)
+    grams: dict[str, Gram] = {}
+    for step in range(BEFORE, len(model.layers) + 1):
+        for group in found.groups_of(step):
+            if group := [name for name in group if name in regular]:
+                stored = tuple(tensor for tensor, owners in tensors.items() if owners.issubset(group))
+                width, conv1d = input_width(layers[group[0]]), is_conv1d(layers[group[0]])
+                grams[group[0]] = Gram(group[0], tuple(group), texts.tokens, width, conv1d, stored)
+    provenance = {"dataset": source.dataset, "split": source.split, "examples": len(texts.examples)}
+    return StepGrams(name, grams, provenance | {"tokens": texts.tokens, "max_length": source.max_length})
+
+
+def _merge_one(
+    flags: MergeFlags,
+    alpha: float,
+    path: Path,
+    plan: MergePlan,
+    models: list[LayerwiseModel],
+    merged: LayerwiseModel,
+    found: Survey,
+    texts: list[Calibration],
+    process: Process,
+    command: str,
+) -> None:
+    if path.exists():
+        raise InputError(f"{path} exists already: remove it, or choose another output folder")
+    steps = path.with_name(f"{path.name}.steps")
+    identity = _identity(flags, alpha, plan, texts, process)
+    with open_run(steps, identity, False, process) as run:
+        run.start()
+        offload = Path(flags.offload_dir) if flags.offload_dir else None
+        size = flags.batch_tokens(process.device.type)
+        courses, own = [], []
+        for model, of in zip(models, texts, strict=True):
+            batches = make_batches([len(example) for example in of.examples], size, padding=True)
+            batches = batches[process.rank :: process.world_size]
+            step = 1 if flags.method == "regmean_asym" else SAMPLED
+            numbers = range(0, len(batches), step)
+            courses.append(_course(merged, of, batches, range(len(batches)), offload))
+            own.append(_course(model, of, batches, numbers, offload))
+        method = SequentialMerge(
+            flags.method, alpha, flags.ridge, flags.solver, plan, found, models, merged, courses, own, steps, process
+        )
+        reports = method.run()
+        if process.is_main:
+            with atomic_folder(path) as folder:
+                _assemble(flags, plan, method.tensors(), folder)
+                _report(flags, alpha, plan, models, reports, folder, command)
+            shutil.rmtree(steps)
+            print(f"{path}: written")
+        process.barrier()
+
+
+def _course(
+    model: LayerwiseModel, texts: Calibration, batches: list[list[int]], numbers: Any, offload: Path | None
+) -> Course:
+    chosen = [Batch.of(batches[number], texts) for number in numbers]
+    width = model.model.config.get_text_config().hidden_size
+    dtype = model.model.dtype
+    states = States([tuple(batch.ids.shape) for batch in chosen], width, dtype, offload)
+    return Course(model, chosen, list(numbers), states)
+
+
+def _identity(
+    flags: MergeFlags, alpha: float, plan: MergePlan, texts: list[Calibration], process: Process
+) -> dict[str, Any]:
+    """Settings and inputs that must be equal for a run to continue another."""
+    of_texts = hashlib.sha256(json.dumps([of.examples for of in texts]).encode()).hexdigest()
+    return {
+        "method": flags.method,
+        "alpha": alpha,
+        "ridge": flags.ridge,
+        "solver": flags.solver,
+        "models": [model.fingerprint() for model in plan.models],
+        "model_weights": plan.model_weights,
+        "texts": of_texts,
+        "tensors": hashlib.sha256(repr((plan.layout, plan.groups, plan.copied)).encode()).hexdigest(),
+        "tokens_per_batch": flags.batch_tokens(process.device.type),
+        "world_size": process.world_size,
+        "device": process.device.type,
+    }
+
+
+def _assemble(flags: MergeFlags, plan: MergePlan, tensors: dict[str, TensorInfo], folder: Path) -> None:
+    """Copy the steps' tensors to a model folder."""
+    dtype = None if flags.dtype == "auto" else flags.dtype
+    writer = CheckpointWriter(folder, plan.layout, plan.models[0], dtype, flags.max_shard_size, plan.untied)
+    for name in plan.layout:
+        info = tensors[name]
+        for start in range(0, info.size, CHUNK_ELEMENTS):
+            writer.write(name, info.read(start, min(start + CHUNK_ELEMENTS, info.size)), start)
+    writer.close()
+
+
+def _report(
+    flags: MergeFlags,
+    alpha: float,
+    plan: MergePlan,
+    models: list[LayerwiseModel],
+    reports: list[StepReport],
+    folder: Path,
+    command: str,
+) -> None:
+    layers = [report for step in reports for report in step.layers]
+    solved = plan.solved_fraction()
+    origin = (plan.models, plan.model_weights, plan.grams, solved)
+    provenance = Provenance.of(flags.method, alpha, flags.solver, command, *origin)
+    write_report(folder, provenance, plan, layers, [step.distances for step in reports[:-1]])
+    print_table(alpha, flags.models, layers, solved)

@@ -1,0 +1,383 @@
+"""Layer-sequential merges: `regmean++` and `regmean_asym`. Each layer is solved from the states that the layers merged
+before it produce, one decoder layer of each model in memory at a time.
+
+Every step of the pass (see layerwise.py) is merged as follows: tensors without a solution are averaged; the inputs of
+the linear layers are summed; the layers are solved and written to the step's file; the hidden states of all calibration
+texts go through the written layer. A run that was stopped continues after the last whole step.
+
+`regmean++`: Nguyen et al., "RegMean++: Enhancing Effectiveness and Generalization of Regression Mean for Model Merging"
+(2025), arXiv 2508.03121. `regmean_asym`: see asymmetric.py.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.errors import InputError
+from common.io import read_json, write_json
+from common.logging import progress
+from common.ranks import Process
+from regmean.asymmetric import AsymmetricSystem, Moments
+from regmean.average import weighted_mean, write_averages
+from regmean.gram import GramSums, add_cross_products, add_products, symmetrise_, zeros
+from regmean.gram_file import Gram, Grams
+from regmean.hooks import LinearInputs
+from regmean.layer_survey import Survey
+from regmean.layerwise import BEFORE, Batch, LayerwiseModel, States
+from regmean.merge_plan import LayerGroup, MergePlan
+from regmean.regmean import RegMean, _read_rows
+from regmean.report import LayerReport
+from regmean.solve import BLOCK_ELEMENTS, Objective, SolveError
+from regmean.tensor_file import JoinedTensor, TensorFile, TensorInfo, TensorWriter
+
+# For `regmean++`, one batch of this number carries the models' own states, to measure how far the merge is from them.
+SAMPLED = 16
+
+
+class StepGrams(Grams):
+    """Gram entries of all linear layers that one model's calibration texts reach; the sums of one step at a time.
+
+    Attributes:
+        sums: float32 (inputs, inputs) by name, symmetric.
+    """
+
+    def __init__(self, name: str, grams: dict[str, Gram], provenance: dict[str, Any]):
+        self.path, self.grams, self.provenance = Path(name), grams, provenance
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def read(self, name: str) -> torch.Tensor:
+        """A copy of the sum of a Gram."""
+        return self.sums[name].clone()
+
+
+@dataclass
+class Course:
+    """Calibration texts on their way through a model.
+
+    Attributes:
+        batches, numbers: the batches, and the number of each among all of this rank.
+        states: hidden states of each batch before the next step.
+    """
+
+    model: LayerwiseModel
+    batches: list[Batch]
+    numbers: list[int]
+    states: States
+
+    def forward(self, step: int, weights: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+        """The states of a batch after a step."""
+        hidden = None if step == BEFORE else self.states[index].to(self.model.device)
+        return self.model.forward(step, weights, self.batches[index], hidden)
+
+    def advance(self, step: int, weights: dict[str, torch.Tensor], index: int) -> None:
+        """Move a batch through a step.
+
+        Raises:
+            InputError: a state is NaN or infinite.
+        """
+        states = self.forward(step, weights, index)
+        if step == len(self.model.layers):
+            return
+        if not states.isfinite().all():
+            examples = ", ".join(map(str, self.batches[index].examples[:8]))
+            raise InputError(
+                f"states after step {step + 1} are NaN or infinite in calibration text(s) {examples} (from 0): take a "
+                "wider --dtype (bfloat16 or float32)"
+            )
+        self.states[index] = states
+
+
+@dataclass
+class StepReport:
+    """Results of one step: reports of its groups, and for each model |H - X| / |X| of its hidden states after it."""
+
+    layers: list[LayerReport]
+    distances: list[float]
+
+
+@dataclass(eq=False)
+class SequentialMerge:
+    """One merge.
+
+    Attributes:
+        method: `regmean++` or `regmean_asym`.
+        plan: what happens to each tensor; `plan.grams` are `StepGrams`.
+        models: the models, and `merged` the merge, which reads its weights from the files of the steps.
+        courses: each model's texts in the merge; `own`: each model's texts in itself, a sample for `regmean++`.
+        folder: of the steps' files.
+    """
+
+    method: str
+    alpha: float
+    ridge: float
+    solver: str
+    plan: MergePlan
+    survey: Survey
+    models: list[LayerwiseModel]
+    merged: LayerwiseModel
+    courses: list[Course]
+    own: list[Course]
+    folder: Path
+    process: Process
+    _sources: dict[str, TensorInfo] = field(init=False)
+    _written: dict[str, TensorInfo] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._sources, self.merged.tensors = self.merged.tensors, {}
+
+    def run(self) -> list[StepReport]:
+        """Merge all steps; return their reports."""
+        count, reports = len(self.merged.layers) + 2, []
+        names = self._names_of_steps()
+        for step in progress(self.process, range(BEFORE, count - 1), desc=f"alpha {self.alpha:g}", unit="step"):
+            known = self._known(step)
+            layers = known.layers if known else self._merge_step(step, names[step])
+            self._take(self._file(step))
+            distances = self._advance(step)
+            reports.append(StepReport(layers, distances))
+            if known is None and self.process.is_main:
+                write_json(self._file(step).with_suffix(".json"), asdict(reports[-1]))
+            self.process.barrier()
+        return reports
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All merged tensors, in the files of the steps."""
+        return self._written
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"step{step + 1}.safetensors"
+
+    def _known(self, step: int) -> StepReport | None:
+        path = self._file(step).with_suffix(".json")
+        if not self.process.gather(path.exists())[0]:
+            return None
+        content = read_json(path)
+        layers = [LayerReport(**entry | {"objective": Objective(**entry["objective"])}) for entry in content["layers"]]
+        return StepReport(layers, content["distances"])
+
+    def _take(self, path: Path) -> None:
+        """Let the merge read the tensors of a file."""
+        if path.exists():
+            self._use(TensorFile(path).tensors)
+
+    def _use(self, tensors: dict[str, TensorInfo]) -> None:
+        self._written |= tensors
+        for name, info in self._sources.items():
+            if (moved := _moved(info, self._written)) is not None:
+                self.merged.tensors[name] = moved
+
+    def _names_of_steps(self) -> dict[int, list[str]]:
+        """Stored names of the tensors that each step writes."""
+        count = len(self.merged.layers)
+        steps: dict[str, int] = {}
+        for name, info in self._sources.items():
+            inside = name.removeprefix(f"{self.merged.prefix}.")
+            number = inside.partition(".")[0]
+            for source in _stored(info):
+                if inside != name and number.isdigit():
+                    steps[source] = int(number)
+        solved_after = {name for names in self.survey.groups_of(count) for name in names}
+        for group in self.plan.groups:
+            if set(self.plan.grams[0].grams[group.grams[0]].modules) <= solved_after:
+                steps |= dict.fromkeys(group.tensors, count)
+        names: dict[int, list[str]] = {step: [] for step in range(BEFORE, count + 1)}
+        for name in self.plan.layout:
+            names[steps.get(name, BEFORE)].append(name)
+        return names
+
+    def _merge_step(self, step: int, names: list[str]) -> list[LayerReport]:
+        part = self._part(names)
+        if not names:
+            return []
+        partial = self._file(step).with_suffix(".partial")
+        writer = TensorWriter(partial, part.layout, {"format": "pt"}) if self.process.is_main else None
+        if writer is not None:
+            write_averages(part, [writer], lambda count: None)
+        solve = self._solve_asymmetric if self.method == "regmean_asym" else self._solve_symmetric
+        reports = solve(step, part, writer)
+        if writer is not None:
+            writer.close()
+            partial.replace(self._file(step))
+        self.process.barrier()
+        return reports
+
+    def _part(self, names: list[str]) -> MergePlan:
+        """The plan of these tensors alone."""
+        chosen = set(names)
+        return replace(
+            self.plan,
+            layout={name: self.plan.layout[name] for name in names},
+            groups=[group for group in self.plan.groups if chosen.issuperset(group.tensors)],
+            averaged=[name for name in self.plan.averaged if name in chosen],
+            copied=[name for name in self.plan.copied if name in chosen],
+        )
+
+    def _solve_symmetric(self, step: int, part: MergePlan, writer: TensorWriter | None) -> list[LayerReport]:
+        """RegMean with the inputs of each model's own layer on the merged states."""
+        if not part.groups:
+            return []
+        for index, (model, course) in enumerate(zip(self.models, self.courses, strict=True)):
+            wanted = {group.grams[index] for group in part.groups}
+            self._sum_inputs(step, model, course, self.plan.grams[index], wanted)
+        if writer is None:
+            for grams in self.plan.grams:
+                grams.sums.clear()
+            return []
+        method = RegMean(part, {self.alpha: writer}, self.solver, self.process.device, lambda count: None)
+        reports = method.write()[self.alpha]
+        for grams in self.plan.grams:
+            grams.sums.clear()
+        return reports
+
+    def _sum_inputs(self, step: int, model: LayerwiseModel, course: Course, grams: StepGrams, wanted: set[str]) -> None:
+        layers = {name: model.model.get_submodule(name) for name in sorted(wanted)}
+        weights, sums = model.weights(step), GramSums()
+        with LinearInputs(layers, None, sums.add, same_calls=True, alone=set(layers)) as inputs:
+            for index, batch in enumerate(course.batches):
+                hidden = None if step == BEFORE else course.states[index].to(model.device)
+                real = None if batch.real is None else batch.real.to(model.device)
+                sums.begin({})
+
+                def run(hidden: torch.Tensor | None = hidden, batch: Batch = batch, **arguments: Any) -> None:
+                    model.forward(step, weights, batch, hidden)
+
+                inputs.run(run, batch.ids, batch.mask, real)
+        for name in sorted(wanted):
+            total = sums.totals.get(name)
+            if total is None:
+                total = zeros(grams.grams[name].width, model.device)
+            self.process.sum_(total)
+            grams.sums[name] = symmetrise_(total)
+
+    def _solve_asymmetric(self, step: int, part: MergePlan, writer: TensorWriter | None) -> list[LayerReport]:
+        """One group after the other, each with the inputs that the merged groups before it lead to."""
+        order = [names[0] for names in self.survey.groups_of(step)]
+        groups = sorted(part.groups, key=lambda group: order.index(self._module(group, 0)))
+        reports = []
+        for group in groups:
+            self._share_unfinished(step, part)
+            system = AsymmetricSystem(self.alpha, self.ridge, lambda group=group: self._blocks(group))
+            for index, weight in enumerate(self.plan.model_weights):
+                moments = self._moments(step, index, group, part)
+                if writer is not None:
+                    system.add(index, weight, moments)
+                del moments
+            if writer is not None:
+                reports.append(self._write_solution(system, group, writer))
+        return reports
+
+    def _module(self, group: LayerGroup, index: int) -> str:
+        """First linear layer of a group that is called in model `index`."""
+        return group.grams[index]
+
+    def _share_unfinished(self, step: int, part: MergePlan) -> None:
+        """Let the merge read the step's unfinished file; what is not solved yet is not run."""
+        self.process.barrier()
+        self._use(TensorFile(self._file(step).with_suffix(".partial")).tensors)
+
+    def _moments(self, step: int, index: int, group: LayerGroup, part: MergePlan) -> Moments:
+        course, own = self.courses[index], self.own[index]
+        merged_weights, weights = self.merged.weights(step), own.model.weights(step)
+        layers = [model.model.get_submodule(self._module(group, index)) for model in (self.merged, own.model)]
+        device, width = self.process.device, group.width
+        sums = [zeros(width, device) for _ in range(3)]
+        for number, batch in enumerate(course.batches):
+            h = batch.rows(_input_of(layers[0], partial(course.forward, step, merged_weights, number)))
+            x = batch.rows(_input_of(layers[1], partial(own.forward, step, weights, number)))
+            add_products(sums[0], h)
+            add_cross_products(sums[1], h, x)
+            add_products(sums[2], x)
+        for total in sums:
+            self.process.sum_(total)
+        tokens = self.plan.grams[index].grams[group.grams[index]].tokens
+        return Moments(symmetrise_(sums[0]), sums[1], symmetrise_(sums[2]), tokens)
+
+    def _blocks(self, group: LayerGroup) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
+        """Blocks of a group's outputs: the models' rows and their mean."""
+        method = RegMean(self.plan, {}, self.solver, self.process.device, lambda count: None)
+        for block in method._blocks(group, BLOCK_ELEMENTS):
+            rows = [_read_rows(model, block, group) for model in self.plan.models]
+            flat = weighted_mean([values.reshape(-1) for values in rows], self.plan.model_weights)
+            *own, mean = (torch.from_numpy(a).to(self.process.device) for a in (*rows, flat.reshape(rows[0].shape)))
+            yield own, mean
+
+    def _write_solution(self, system: AsymmetricSystem, group: LayerGroup, writer: TensorWriter) -> LayerReport:
+        method = RegMean(self.plan, {}, self.solver, self.process.device, lambda count: None)
+        try:
+            merged, objective, solver = system.solve(self.solver)
+        except SolveError as error:
+            raise InputError(f"alpha {self.alpha:g}, layers {', '.join(group.tensors)}: {error}") from error
+        for block, rows in zip(method._blocks(group, BLOCK_ELEMENTS), merged, strict=True):
+            method._write_rows(writer, block, group, rows.cpu().numpy())
+        tokens = [grams.grams[name].tokens for grams, name in zip(self.plan.grams, group.grams, strict=True)]
+        return LayerReport(group.tensors, tokens, solver.label, solver.condition, objective)
+
+    def _advance(self, step: int) -> list[float]:
+        """Move all texts through the step; return the relative distances of the merge's states from the models'."""
+        weights = self.merged.weights(step)
+        for course in self.courses:
+            for index in range(len(course.batches)):
+                course.advance(step, weights, index)
+        del weights
+        for own in self.own:
+            weights = own.model.weights(step)
+            for index in range(len(own.batches)):
+                own.advance(step, weights, index)
+        return [self._distance(*pair) for pair in zip(self.courses, self.own, strict=True)]
+
+    def _distance(self, course: Course, own: Course) -> float:
+        apart = size = 0.0
+        for index, (batch, number) in enumerate(zip(own.batches, own.numbers, strict=True)):
+            h, x = (batch.rows(states).double() for states in (course.states[number], own.states[index]))
+            apart, size = apart + (h - x).square().sum().item(), size + x.square().sum().item()
+        apart, size = self.process.sum(apart, size)
+        return math.sqrt(apart / size) if size else 0.0
+
+
+def _input_of(layer: nn.Module, run: Callable[[], Any]) -> torch.Tensor:
+    """The input of a layer in a forward pass, which ends there."""
+
+    def end(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        raise _Reached(args[0] if args else next(iter(kwargs.values())))
+
+    with contextlib.closing(_Hook(layer, end)):
+        try:
+            run()
+        except _Reached as reached:
+            return reached.states
+    raise RuntimeError("the forward pass did not reach the layer")
+
+
+class _Hook:
+    def __init__(self, layer: nn.Module, hook: Callable):
+        self._handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def close(self) -> None:
+        self._handle.remove()
+
+
+class _Reached(Exception):
+    def __init__(self, states: torch.Tensor):
+        self.states = states
+
+
+def _stored(info: TensorInfo) -> list[str]:
+    """Names of the stored tensors that a tensor consists of."""
+    return [part.name for part, _, _ in info.parts] if isinstance(info, JoinedTensor) else [info.name]
+
+
+def _moved(info: TensorInfo, tensors: dict[str, TensorInfo]) -> TensorInfo | None:
+    """`info` made of other tensors of the same names; None if one is missing."""
+    if not all(name in tensors for name in _stored(info)):
+        return None
+    if not isinstance(info, JoinedTensor):
+        return tensors[info.name]
+    parts = tuple((tensors[part.name], first, last) for part, first, last in info.parts)
+    return replace(info, dtype=parts[0][0].dtype, parts=parts)
