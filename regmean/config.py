@@ -105,6 +105,9 @@ class MergeFlags:
     model_weights: list[float] = flag([], "weight of each model; default: equal weights")
     include: list[str] = flag([], "regexes: only tensors whose name contains a match are merged")
     exclude: list[str] = flag([], "regexes: tensors whose name contains a match are the first model's, unmerged")
+    embeddings: str | None = flag(
+        None, "embedding tables: counts (by the Gram files' token counts, RegMean's default) or average"
+    )
     solver: str = flag("cholesky", "cholesky, lstsq (as published) or inverse (as in the paper)")
     dtype: str = flag("auto", f"of the merged model: {', '.join(DTYPES)}; auto is the first model's")
     device: str = flag("auto", "device of RegMean's solver: auto (GPU if there is one), cpu, cuda")
@@ -123,6 +126,10 @@ class MergeFlags:
             raise InputError(f"--grams takes one per model: {len(self.models)}, not {len(self.grams)}")
         if self.method == "avg" and self.grams:
             raise InputError("--grams belongs to --method regmean")
+        if self.embeddings not in (None, "counts", "average"):
+            raise InputError("--embeddings is counts or average")
+        if self.method == "avg" and self.embeddings == "counts":
+            raise InputError("--embeddings counts belongs to --method regmean")
         if self.solver not in ("cholesky", "lstsq", "inverse"):
             raise InputError("--solver is cholesky, lstsq or inverse")
         if not self.alpha or not all(0 <= alpha <= 1 for alpha in self.alpha):
@@ -142,6 +149,11 @@ class MergeFlags:
                 except (re.error, OverflowError, RecursionError) as error:
                     raise InputError(f"--{name} {pattern!r}: not a regular expression: {error}") from error
         _check_dtype(self.dtype)
+
+    @property
+    def counts_embeddings(self) -> bool:
+        """True if embedding tables are merged by token counts."""
+        return self.method != "avg" and self.embeddings != "average"
 
     def weights(self) -> list[float]:
         """Each model's weight; they sum to 1."""
