@@ -32,7 +32,7 @@ from regmean.batch_runner import BatchRunner, TooLargeError
 from regmean.calibration import Calibration, check_length, check_tokens, collate, load_calibration, make_batches
 from regmean.config import GramFlags, TextSource
 from regmean.gram import GramSums, product_bytes
-from regmean.gram_file import FILE_NAME, GramFile, join_files
+from regmean.gram_file import FILE_NAME, Counts, GramFile, join_files
 from regmean.hooks import (
     LinearInputs,
     input_width,
@@ -44,6 +44,7 @@ from regmean.hooks import (
 )
 from regmean.merge_plan import compact
 from regmean.model_folder import Checkpoint, open_checkpoint
+from regmean.token_counts import find_tables
 
 SNAPSHOT_SECONDS = 600.0
 SUMS_NAME = "sums.safetensors"
@@ -93,9 +94,9 @@ def compute_grams(
     provenance = _provenance(identity, checkpoint, flags.texts(), tokenizer, calibration)
     with open_run(target.with_suffix(".partial"), identity, flags.overwrite, process) as run:
         run.start()
-        layers, tensors = _prepare(model, checkpoint, process.device)
+        layers, tensors, counts = _prepare(model, checkpoint, calibration, process.device)
         size = flags.batch_tokens(process.device.type)
-        passes = _Passes(model, layers, tensors, calibration, size, run.folder, process, snapshot_seconds)
+        passes = _Passes(model, layers, tensors, counts, calibration, size, run.folder, process, snapshot_seconds)
         passes.run(target, provenance)
 
 
@@ -113,25 +114,30 @@ def _identity(
 
 
 def _prepare(
-    model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device
-) -> tuple[dict[str, nn.Module], dict[str, set[str]]]:
+    model: PreTrainedModel, checkpoint: Checkpoint, calibration: Calibration, device: torch.device
+) -> tuple[dict[str, nn.Module], dict[str, set[str]], list[Counts]]:
     """Put the model on `device`, without an output head of its own.
 
     Returns:
-        The layers that have a Gram, by name; and the names of the tensors that hold their weights, as `layer_tensors`.
+        The layers that have a Gram, by name; the names of the tensors that hold their weights, as `layer_tensors`; and
+        the token counts of embedding tables.
     """
     share_modules(model)
     head, layers = untied_head(model), linear_layers(model)
-    optional = {name for name, layer in layers.items() if layer is head}
-    tensors, missing = layer_tensors(checkpoint.name, model, layers, optional, checkpoint.tensors)
-    for name in missing:
-        # A base model's checkpoint has no head: this one is random, and no merge uses its Gram.
-        del layers[name]
     model.to(device).eval()
+    tables = find_tables(model, calibration)
+    optional = {name for name, layer in layers.items() if layer is model.get_output_embeddings()}
+    optional |= {table.module for table in tables}
+    names = [*layers, *(table.module for table in tables)]
+    tensors, missing = layer_tensors(checkpoint.name, model, names, optional, checkpoint.tensors)
+    counts = [table.counts(calibration, tensors) for table in tables]
     if head is not None:
+        for name in missing:
+            # A base model's checkpoint has no head: this one is random, and no merge uses its Gram.
+            layers.pop(name, None)
         # Forward passes end before the head, and that of Llama-3-8B is as large as a layer's sums.
         head.to("meta")
-    return layers, tensors
+    return layers, tensors, counts
 
 
 @dataclass(frozen=True)
@@ -239,6 +245,7 @@ class _Passes:
     model: PreTrainedModel
     layers: dict[str, nn.Module]
     tensors: dict[str, set[str]]
+    counts: list[Counts]
     calibration: Calibration
     tokens_per_batch: int
     folder: Path
@@ -259,7 +266,7 @@ class _Passes:
                     continue
                 sums.add_ranks(process)
                 if process.is_main:
-                    sums.write(part, self.layers, self.tensors, provenance)
+                    sums.write(part, self.layers, self.tensors, provenance, self.counts)
                 # The next pass is planned to fill the memory.
                 del sums
                 process.barrier()

@@ -117,6 +117,9 @@ class MergeFlags:
     model_weights: list[float] = flag([], "weight of each model; default: equal weights")
     include: list[str] = flag([], "regexes: only tensors whose name contains a match are merged")
     exclude: list[str] = flag([], "regexes: tensors whose name contains a match are the first model's, unmerged")
+    embeddings: str | None = flag(
+        None, "embedding tables: counts (by the Gram files' token counts, RegMean's default) or average"
+    )
     solver: str = flag("cholesky", "cholesky, lstsq (as published) or inverse (as in the paper)")
     dtype: str = flag("auto", f"of the merged model: {', '.join(DTYPES)}; auto is the first model's")
     device: str = flag("auto", "device of the solver, and of the layers: auto (GPU if there is one), cpu, cuda")
@@ -145,6 +148,10 @@ class MergeFlags:
             raise InputError(f"--grams takes one per model: {len(self.models)}, not {len(self.grams)}")
         if self.method != "regmean" and self.grams:
             raise InputError("--grams belongs to --method regmean")
+        if self.embeddings not in (None, "counts", "average"):
+            raise InputError("--embeddings is counts or average")
+        if self.method == "avg" and self.embeddings == "counts":
+            raise InputError("--embeddings counts belongs to --method regmean")
         self._check_sequential()
         if self.solver not in ("cholesky", "lstsq", "inverse"):
             raise InputError("--solver is cholesky, lstsq or inverse")
@@ -165,6 +172,11 @@ class MergeFlags:
                 except (re.error, OverflowError, RecursionError) as error:
                     raise InputError(f"--{name} {pattern!r}: not a regular expression: {error}") from error
         _check_dtype(self.dtype)
+
+    @property
+    def counts_embeddings(self) -> bool:
+        """True if embedding tables are merged by token counts."""
+        return self.method != "avg" and self.embeddings != "average"
 
     def _check_sequential(self) -> None:
         if self.method not in SEQUENTIAL:

@@ -4,7 +4,7 @@ import functools
 import math
 import mmap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from common.errors import InputError
 from common.ranks import Process
-from regmean.gram_file import Gram, GramFile, write_grams
+from regmean.gram_file import Counts, Gram, GramFile, write_grams
 
 PANEL = 512  # rows of a sum that a batch is added to at a time, at most on a CPU and at least on a GPU
 TILE = (128, 256)  # rows and columns of a large product that one multiprocessor of a GPU computes at a time
@@ -174,7 +174,12 @@ class GramSums:
         self.tokens = {name: int(count) for name, count in zip(widths, counts, strict=True)}
 
     def write(
-        self, path: Path, layers: dict[str, nn.Module], tensors: dict[str, set[str]], provenance: dict[str, Any]
+        self,
+        path: Path,
+        layers: dict[str, nn.Module],
+        tensors: dict[str, set[str]],
+        provenance: dict[str, Any],
+        counts: Iterable[Counts] = (),
     ) -> None:
         """Write the sums as a Gram file; `layers` are the model's by name, `tensors` as from `layer_tensors`."""
         grams = []
@@ -183,7 +188,7 @@ class GramSums:
             stored = tuple(tensor for tensor, owners in tensors.items() if owners.issubset(modules))
             conv1d = isinstance(layers[name], Conv1D)
             grams.append(Gram(name, modules, self.tokens[name], len(total), conv1d, stored))
-        write_grams(path, grams, lambda name: self.totals[name].cpu().numpy(), provenance)
+        write_grams(path, grams, lambda name: self.totals[name].cpu().numpy(), provenance, counts)
 
     @classmethod
     def read(cls, path: Path, device: torch.device) -> Self:

@@ -2,7 +2,8 @@
 
 `gram.safetensors` holds one float32 tensor per distinct layer input: the lower triangle, row by row, of the *sum* of
 x x^T over tokens. Sums add: the Grams of two data sets are the sum of their files' tensors and of their token counts.
-The header's metadata says which modules share each Gram, how many tokens it sums, and where it came from.
+The header's metadata says which modules share each Gram, how many tokens it sums, and where it came from. Since version
+2 there is also one int64 tensor per embedding table, with the number of tokens that read each row; version 1 is read.
 
 The published form, `gram.pkl`, is a pickled dict of module name to mean Gram. It is read too, by an unpickler that
 builds tensors and containers and nothing else.
@@ -24,7 +25,8 @@ from common.io import atomic_path
 from regmean.tensor_file import TensorWriter, open_tensors
 
 FORMAT = "regmean-gram"
-VERSION = "1"
+VERSION = "2"
+READABLE = ("1", VERSION)
 FILE_NAME = "gram.safetensors"
 PUBLISHED_NAME = "gram.pkl"
 BLOCK_ROWS = 128  # of a Gram, packed or unpacked at a time
@@ -48,11 +50,26 @@ class Gram:
     tensors: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """Number of tokens that read each row of an embedding table: `values`, int64; `name` is that in the file.
+
+    `tensors` are the names under which the table is stored. If `tied`, the table is the output head's weight as well,
+    and that layer's Gram is in the file.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    tied: bool
+    values: np.ndarray
+
+
 class Grams:
-    """A model's Grams by name, in either file form; `provenance` records the model and the data."""
+    """A model's Grams and counts by name, in either file form; `provenance` records the model and the data."""
 
     path: Path
     grams: dict[str, Gram]
+    counts: dict[str, Counts]
     provenance: dict[str, Any]
 
     def read(self, name: str) -> np.ndarray:
@@ -100,8 +117,9 @@ class GramFile(Grams):
         self._file = open_tensors(path)
         metadata = self._file.metadata() or {}
         form = (metadata.get("format"), metadata.get("version"))
-        if form != (FORMAT, VERSION):
-            raise InputError(f"{path}: format {form[0]!r}, version {form[1]!r}; this reads {FORMAT!r}, {VERSION!r}")
+        if form[0] != FORMAT or form[1] not in READABLE:
+            known = " and ".join(READABLE)
+            raise InputError(f"{path}: format {form[0]!r}, version {form[1]!r}; this reads {FORMAT!r}, {known}")
         try:
             entries = json.loads(metadata["grams"])
             self.provenance = dict(json.loads(metadata["provenance"]).items())
@@ -118,8 +136,22 @@ class GramFile(Grams):
                 packed = self._file.get_slice(gram.name)
                 if (packed.get_dtype(), packed.get_shape()) != ("F32", [packed_size(gram.width)]):
                     raise ValueError(f"tensor {gram.name} is {packed.get_dtype()} of shape {packed.get_shape()}")
+            tables = json.loads(metadata.get("counts", "{}"))
+            self.counts = {name: self._read_counts(name, **entry) for name, entry in tables.items()}
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
             raise InputError(f"{path}: the Gram file's header is damaged: {error!r}") from error
+
+    def _read_counts(self, name: str, tensors: list[str], tied: bool) -> Counts:
+        values = self._file.get_tensor(name)
+        right = (values.dtype, values.ndim, type(tied), *map(type, tensors)) == (
+            np.int64,
+            1,
+            bool,
+            *(str for _ in tensors),
+        )
+        if not right or values.min() < 0 or values.sum() < 1:
+            raise ValueError(f"{name} is not a table's token counts")
+        return Counts(name, tuple(tensors), tied, values)
 
     def read_packed(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements `start` to `stop` of a Gram as it is stored."""
@@ -155,6 +187,7 @@ class PublishedGrams(Grams):
     def __init__(self, path: Path):
         self.path = path
         self.provenance = {"published_file": path.name, "token_counts": "unknown"}
+        self.counts = {}
         self._means: dict[str, np.ndarray] = {}
         sharing: dict[str, list[str]] = {}
         names: dict[bytes, str] = {}
@@ -169,7 +202,11 @@ class PublishedGrams(Grams):
 
 
 def write_grams(
-    path: Path, grams: Iterable[Gram], read: Callable[[str], np.ndarray], provenance: dict[str, Any]
+    path: Path,
+    grams: Iterable[Gram],
+    read: Callable[[str], np.ndarray],
+    provenance: dict[str, Any],
+    counts: Iterable[Counts] = (),
 ) -> None:
     """Write a Gram file, whole or not at all, holding one Gram at a time.
 
@@ -180,7 +217,7 @@ def write_grams(
         InputError: a Gram holds NaN or infinite values, or the file cannot be written.
     """
     grams = list(grams)
-    with _writer(path, grams, provenance) as writer:
+    with _writer(path, grams, provenance, counts) as writer:
         for gram in grams:
             square = read(gram.name)
             for first, last in _row_blocks(gram.width):
@@ -196,10 +233,13 @@ def write_grams(
 def join_files(path: Path, files: list[GramFile], provenance: dict[str, Any]) -> None:
     """Write the Grams of all `files`, which have none in common, as one file, whole or not at all, packed as they are.
 
+    Counts are those of the first file.
+
     Raises:
         InputError: a file cannot be read, or `path` cannot be written.
     """
-    with _writer(path, [gram for file in files for gram in file.grams.values()], provenance) as writer:
+    grams = [gram for file in files for gram in file.grams.values()]
+    with _writer(path, grams, provenance, files[0].counts.values()) as writer:
         for file in files:
             for gram in file.grams.values():
                 for start in range(0, packed_size(gram.width), BLOCK_ELEMENTS):
@@ -208,14 +248,21 @@ def join_files(path: Path, files: list[GramFile], provenance: dict[str, Any]) ->
 
 
 @contextlib.contextmanager
-def _writer(path: Path, grams: list[Gram], provenance: dict[str, Any]) -> Iterator[TensorWriter]:
+def _writer(
+    path: Path, grams: list[Gram], provenance: dict[str, Any], counts: Iterable[Counts]
+) -> Iterator[TensorWriter]:
+    counts = list(counts)
     entries = {gram.name: asdict(gram) for gram in grams}
     for entry in entries.values():
         del entry["name"]
-    texts = {"grams": json.dumps(entries), "provenance": json.dumps(provenance)}
+    tables = {table.name: {"tensors": table.tensors, "tied": table.tied} for table in counts}
+    texts = {"grams": json.dumps(entries), "counts": json.dumps(tables), "provenance": json.dumps(provenance)}
     metadata = {"format": FORMAT, "version": VERSION} | texts
     layout = {gram.name: ("F32", (packed_size(gram.width),)) for gram in grams}
+    layout |= {table.name: ("I64", table.values.shape) for table in counts}
     with atomic_path(path) as partial, TensorWriter(partial, layout, metadata) as writer:
+        for table in counts:
+            writer.write(table.name, table.values)
         yield writer
 
 

@@ -21,12 +21,12 @@ POSITIONS = re.compile(r"(^|\.)(position_embeddings|positions_embed|embed_positi
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """All linear layers by name, except an output head tied to the input embeddings, which RegMean does not solve."""
-    embeddings = model.get_input_embeddings()
+    """All linear layers by name. Of those whose weight is the embedding table, only the output head is included."""
+    table, head = getattr(model.get_input_embeddings(), "weight", None), model.get_output_embeddings()
     return {
         name: module
         for name, module in model.named_modules()
-        if is_linear(module) and module.weight is not getattr(embeddings, "weight", None)
+        if is_linear(module) and (module.weight is not table or module is head)
     }
 
 

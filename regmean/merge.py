@@ -14,7 +14,7 @@ from regmean.config import MergeFlags
 from regmean.gram_file import open_grams
 from regmean.merge_plan import MergePlan, compact, plan_merge
 from regmean.model_folder import CheckpointWriter, open_checkpoint
-from regmean.report import LayerReport, Provenance, print_table, write_report
+from regmean.report import LayerReport, Provenance, TableReport, print_table, write_report
 from regmean.tensor_file import STORAGE
 
 
@@ -31,7 +31,7 @@ def merge(flags: MergeFlags, command: str) -> None:
     models = [open_checkpoint(name, revision) for name, revision in zip(flags.models, revisions, strict=True)]
     grams = [open_grams(Path(path)) for path in flags.grams]
     outputs, model_weights = flags.output_dirs(), flags.weights()
-    plan = plan_merge(models, model_weights, grams, flags.selects, flags.dtype)
+    plan = plan_merge(models, model_weights, grams, flags.selects, flags.dtype, flags.counts_embeddings)
     _print_plan(flags, plan, len(outputs))
 
     alphas = flags.alpha if grams else [None]
@@ -50,10 +50,10 @@ def merge(flags: MergeFlags, command: str) -> None:
             solved = plan.solved_fraction() if grams else None
             origin = (models, model_weights, grams, solved)
             provenance = Provenance.of(flags.method, alpha, flags.solver, command, *origin)
-            write_report(folder, provenance, plan, reports[alpha])
+            write_report(folder, provenance, plan, *reports[alpha])
     for alpha, path in zip(alphas, outputs, strict=True):
         if alpha is not None:
-            print_table(alpha, flags.models, reports[alpha], plan.solved_fraction())
+            print_table(alpha, flags.models, *reports[alpha], plan.solved_fraction())
         print(f"{path}: written")
     print(f"merged in {time.monotonic() - started:.1f} s")
 
@@ -74,8 +74,8 @@ def array_bytes(models: int, systems: list[tuple[int, int]], alphas: int, device
 
 def _write(
     plan: MergePlan, writers: dict[float | None, CheckpointWriter], solver: str, device: str
-) -> dict[float | None, list[LayerReport]]:
-    """Write every tensor of the plan; return the reports of RegMean's layers by alpha."""
+) -> dict[float | None, tuple[list[LayerReport], list[TableReport]]]:
+    """Write every tensor of the plan; return the reports of RegMean's layers and of embedding tables by alpha."""
     elements = sum(math.prod(shape) for _, shape in plan.layout.values())
     with tqdm(total=elements, unit="el", unit_scale=True, desc="merging", dynamic_ncols=True) as bar:
 
@@ -83,16 +83,19 @@ def _write(
             with bar.get_lock():
                 bar.update(elements)
 
-        if not plan.groups:
+        if not plan.groups and not plan.tables:
             write_averages(plan, writers.values(), advance)
-            return {alpha: [] for alpha in writers}
+            return {alpha: ([], []) for alpha in writers}
         # Imported late: an average needs neither torch nor the seconds that it takes to import.
         from common.ranks import start_process
         from regmean.regmean import RegMean
+        from regmean.tables import Tables
 
-        method = RegMean(plan, writers, solver, start_process(device).device, advance)
+        at = start_process(device).device
         write_averages(plan, writers.values(), advance)
-        return method.write()
+        tables = Tables(plan, writers, at, advance).write()
+        layers = RegMean(plan, writers, solver, at, advance).write()
+        return {alpha: (layers[alpha], tables[alpha]) for alpha in writers}
 
 
 def _print_plan(flags: MergeFlags, plan: MergePlan, outputs: int) -> None:
@@ -100,12 +103,17 @@ def _print_plan(flags: MergeFlags, plan: MergePlan, outputs: int) -> None:
     read = sum(model.tensors[name].nbytes for model in models for name in plan.layout if name in model.tensors)
     written = sum(math.prod(shape) * STORAGE[dtype].itemsize for dtype, shape in plan.layout.values())
     peak = array_bytes(len(models), plan.systems(), outputs, flags.device)
+    if plan.tables:
+        from regmean.tables import table_bytes  # imports torch, as RegMean does
+
+        peak = max(peak, table_bytes(plan, outputs))
     size = f"{read / 1e9:.2f} GB to read, {written / 1e9:.2f} GB to write for each of {outputs}"
     print(
         f"plan: {flags.method} of {len(models)} models, {size}, at most about {peak / 1e9:.2f} GB of arrays in memory"
     )
     layers = sum(len(group.tensors) for group in plan.groups)
-    rest = f"{len(plan.averaged)} tensors averaged, {len(plan.copied)} copied from {models[0].name}"
+    tables = f"{len(plan.tables)} embedding tables by token counts, " if plan.tables else ""
+    rest = f"{tables}{len(plan.averaged)} tensors averaged, {len(plan.copied)} copied from {models[0].name}"
     solved = f"{plan.solved_fraction():.1%} of the parameters by RegMean: " if plan.grams else ""
     print(f"plan: {solved}{layers} weights by RegMean in {len(plan.groups)} systems, {rest}")
     for note in plan.notes:

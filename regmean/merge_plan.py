@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError
-from regmean.gram_file import Gram, Grams
+from regmean.gram_file import Counts, Gram, Grams
 from regmean.heads import settle_heads
 from regmean.model_folder import Checkpoint, base_vocabulary, same_tokenizer_file
 from regmean.tensor_file import FLOATS, JoinedTensor, TensorInfo, encode
@@ -44,6 +44,23 @@ class LayerGroup:
     conv1d: bool
 
 
+@dataclass(frozen=True, eq=False)
+class CountedTable:
+    """An embedding table that is merged by the token counts of each model's texts.
+
+    `grams` has the name of the Gram in each file if the table is also the output head; else it is empty.
+    """
+
+    tensor: str
+    counts: list[np.ndarray]
+    grams: tuple[str, ...]
+
+    @property
+    def unread(self) -> int:
+        """Number of rows that no text of any model reads."""
+        return int((sum(self.counts) == 0).sum())
+
+
 @dataclass(frozen=True)
 class MergePlan:
     """Models and Grams of a merge, and the plan for every tensor.
@@ -54,6 +71,7 @@ class MergePlan:
         grams: the Grams of each model, for RegMean; empty for an average.
         layout: dtype and shape of each tensor written, in the first model's order.
         groups: tensors that RegMean solves.
+        tables: embedding tables merged by token counts.
         averaged: tensors averaged over all models.
         copied: tensors that are not selected, copied from the first model.
         untied: True if the output head is no embedding table and the config must untie them.
@@ -65,6 +83,7 @@ class MergePlan:
     grams: list[Grams]
     layout: dict[str, tuple[str, tuple[int, ...]]]
     groups: list[LayerGroup]
+    tables: list[CountedTable]
     averaged: list[str]
     copied: list[str]
     untied: bool
@@ -75,9 +94,14 @@ class MergePlan:
         return [(g.width, sum(math.prod(self.layout[name][1]) for name in g.tensors) // g.width) for g in self.groups]
 
     def solved_fraction(self) -> float:
-        """Fraction of the floating-point parameters that RegMean solves."""
+        """Fraction of the floating-point parameters that RegMean solves, without rows that stay at the mean."""
         sizes = {name: math.prod(shape) for name, (dtype, shape) in self.layout.items() if dtype in FLOATS}
-        return sum(sizes[name] for group in self.groups for name in group.tensors) / (sum(sizes.values()) or 1)
+        solved = sum(sizes[name] for group in self.groups for name in group.tensors)
+        for table in self.tables:
+            # A tied table's unread rows are solved as those of a head.
+            unread = 0 if table.grams else table.unread
+            solved += sizes[table.tensor] * (1 - unread / len(table.counts[0]))
+        return solved / (sum(sizes.values()) or 1)
 
     def encode(self, name: str, values: np.ndarray) -> np.ndarray:
         """Convert values of the tensor `name` to the dtype that it is written in.
@@ -92,11 +116,17 @@ class MergePlan:
 
 
 def plan_merge(
-    models: list[Checkpoint], model_weights: list[float], grams: list[Grams], selects: Callable[[str], bool], dtype: str
+    models: list[Checkpoint],
+    model_weights: list[float],
+    grams: list[Grams],
+    selects: Callable[[str], bool],
+    dtype: str,
+    by_counts: bool = False,
 ) -> MergePlan:
     """Check that the models, and the Grams where there are any, fit together, and plan every tensor.
 
-    `selects` is True for names of tensors to merge; `dtype` is that of the merged floats, "auto" the first model's.
+    `selects` is True for names of tensors to merge; `dtype` is that of the merged floats, "auto" the first model's. If
+    `by_counts`, embedding tables are merged by the token counts of the Gram files, else they are averaged.
 
     Raises:
         InputError: they do not fit together; the message lists every difference.
@@ -121,18 +151,23 @@ def plan_merge(
 
     infos = {name: info for name, info in first.tensors.items() if name in names[0]}
     merged = [name for name in infos if name in selected]
-    groups = _group_layers(stored, models, grams, merged, copies, problems)
-    if grams and not groups and not problems:
+    of_tensors = [
+        _grams_by_tensor(model, file, copies, problems) for model, file in zip(stored, grams, strict=bool(grams))
+    ]
+    counted = _counts_by_table(models, grams, merged)
+    groups = _group_layers(models, of_tensors, [name for name in merged if name not in counted])
+    tables = _plan_tables(models, grams, of_tensors, counted, problems, notes) if by_counts else []
+    if grams and not groups and not tables and not problems:
         problems.append("none of the selected tensors has a Gram in every file")
     _refuse(problems)
-    solved = {name for group in groups for name in group.tensors}
+    solved = {name for group in groups for name in group.tensors} | {table.tensor for table in tables}
     averaged = [name for name in merged if name not in solved]
     copied = [name for name in infos if name not in selected]
     layout = {
         name: (STORED_AS.get(dtype, info.dtype) if info.dtype in FLOATS else info.dtype, info.shape)
         for name, info in infos.items()
     }
-    return MergePlan(models, model_weights, grams, layout, groups, averaged, copied, untied, notes)
+    return MergePlan(models, model_weights, grams, layout, groups, tables, averaged, copied, untied, notes)
 
 
 def compact(names: Iterable[str]) -> list[str]:
@@ -275,18 +310,10 @@ def _compare_tensors(models: list[Checkpoint], names: list[set[str]], selected: 
         problems.extend(f"tensor {name} of {holder} is missing in {lacking}{advice}" for name in compact(found))
 
 
-def _group_layers(
-    stored: list[Checkpoint],
-    models: list[Checkpoint],
-    grams: list[Grams],
-    selected: list[str],
-    copies: set[str],
-    problems: list[str],
-) -> list[LayerGroup]:
-    """Group the selected tensors that have a Gram in every file; Grams are matched with the tensors of `stored`."""
-    if not grams:
+def _group_layers(models: list[Checkpoint], found: list[dict[str, Gram]], selected: list[str]) -> list[LayerGroup]:
+    """Group the selected tensors that have a Gram in every file."""
+    if not found:
         return []
-    found = [_grams_by_tensor(model, file, copies, problems) for model, file in zip(stored, grams, strict=True)]
     groups: dict[tuple[str, ...], LayerGroup] = {}
     for name in selected:
         theirs = [_gram_of(model.tensors[name], of) for model, of in zip(models, found, strict=True)]
@@ -295,6 +322,50 @@ def _group_layers(
             conv1d = any(gram.conv1d for gram in theirs)
             groups.setdefault(key, LayerGroup(key, [], theirs[0].width, conv1d)).tensors.append(name)
     return list(groups.values())
+
+
+def _counts_by_table(
+    models: list[Checkpoint], grams: list[Grams], selected: list[str]
+) -> dict[str, list[Counts | None]]:
+    """The counts of each of the selected tensors that has some, in the models' order; None where a file has none."""
+    of_files = [{name: counts for counts in file.counts.values() for name in counts.tensors} for file in grams]
+    found: dict[str, list[Counts | None]] = {}
+    for name in selected if grams else ():
+        infos = [model.tensors[name] for model in models]
+        # A table that is joined from parts is averaged.
+        own = [None if isinstance(i, JoinedTensor) else of.get(i.name) for i, of in zip(infos, of_files, strict=True)]
+        if any(own):
+            found[name] = own
+    return found
+
+
+def _plan_tables(
+    models: list[Checkpoint],
+    grams: list[Grams],
+    of_tensors: list[dict[str, Gram]],
+    counted: dict[str, list[Counts | None]],
+    problems: list[str],
+    notes: list[str],
+) -> list[CountedTable]:
+    """Plan the tables that have counts in every file, and a Gram if they are tied; others are averaged, with a note."""
+    tables, without = [], {str(file.path) for file in grams if not file.counts}
+    if without:
+        listed = ", ".join(sorted(without))
+        notes.append(f"no token counts in {listed}, embedding tables are averaged: compute_gram.py adds them")
+    for name, own in counted.items():
+        infos = [model.tensors[name] for model in models]
+        theirs = [_gram_of(info, of) for info, of in zip(infos, of_tensors, strict=True)]
+        if None in own or (any(counts.tied for counts in own) and None in theirs):
+            if not without:
+                notes.append(f"{name} is averaged: some Gram file lacks its token counts or its Gram")
+            continue
+        for counts, info, file in zip(own, infos, grams, strict=True):
+            if len(info.shape) != 2 or len(counts.values) != info.shape[0]:
+                rows = f"{len(counts.values)} rows, its tensor in {info.path} is {list(info.shape)}"
+                problems.append(f"{file.path}: the token counts of {name} have {rows}")
+        names = tuple(gram.name for gram in theirs) if any(counts.tied for counts in own) else ()
+        tables.append(CountedTable(name, [counts.values for counts in own], names))
+    return tables
 
 
 def _gram_of(info: TensorInfo, grams: dict[str, Gram]) -> Gram | None:

@@ -43,6 +43,28 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class TableReport:
+    """Results for an embedding table merged by token counts: the number of tokens of each model's texts; the numbers of
+    all rows and of rows that no text reads; the factor `beta` on the embedding's objective if the table is the output
+    head as well; the objective at the mean, at each model's table and at the merge.
+    """
+
+    tensor: str
+    tokens: list[int]
+    rows: int
+    unread: int
+    beta: float | None
+    objective: "Objective"
+
+    def __str__(self) -> str:
+        kind = "by token counts" if self.beta is None else "embedding and head at once"
+        tokens, at_mean = " and ".join(f"{n:,}" for n in self.tokens), self.objective.mean
+        fraction = self.objective.merged / (at_mean or 1.0)
+        read = f"no text reads {self.unread:,} of {self.rows:,} rows"
+        return f"{self.tensor}: {kind}, {tokens} tokens, {read}; objective {fraction:.4f} of that at the mean"
+
+
+@dataclass(frozen=True)
 class Provenance:
     """The origin of a merged model."""
 
@@ -80,6 +102,7 @@ def write_report(
     provenance: Provenance,
     plan: MergePlan,
     layers: list[LayerReport],
+    tables: list[TableReport],
     distances: list[list[float]] | None = None,
 ) -> None:
     """Write `merge_report.json`, the model card `README.md` and a plot of `distances` into a model's folder.
@@ -89,13 +112,14 @@ def write_report(
     """
     of_tensors = {"averaged": plan.averaged, "copied_from_first": plan.copied, "notes": plan.notes}
     report = asdict(provenance) | {"layers": [asdict(layer) for layer in layers]} | of_tensors
+    report["tables"] = [asdict(table) for table in tables]
     if distances is not None:
         report["distances"] = distances
         names = [model["model"] for model in provenance.models]
         with atomic_path(folder / DISTANCES) as partial:
             _plot(names, distances).savefig(partial, format="png", dpi=150)
     write_json(folder / "merge_report.json", report)
-    write_text(folder / "README.md", model_card(provenance, distances is not None))
+    write_text(folder / "README.md", model_card(provenance, tables, distances is not None))
 
 
 def _plot(names: list[str], distances: list[list[float]]) -> "Figure":
@@ -114,8 +138,10 @@ def _plot(names: list[str], distances: list[list[float]]) -> "Figure":
     return figure
 
 
-def model_card(provenance: Provenance, has_plot: bool = False) -> str:
-    """The model card of a merged model."""
+def model_card(
+    provenance: Provenance, tables: list[TableReport] | None = None, has_plot: bool = False
+) -> str:
+    """The model card of a merged model; `tables` are the embedding tables merged by token counts."""
     title, names = TITLES[provenance.method], [model["model"] for model in provenance.models]
     # The hub looks these up; a local folder may have a name of the same form.
     hub_ids = [name for name in names if HUB_ID.fullmatch(name) and not Path(name).exists()]
@@ -129,6 +155,8 @@ def model_card(provenance: Provenance, has_plot: bool = False) -> str:
         lines += ["\n".join(f"- {_code(_describe(gram))}" for gram in provenance.grams)]
         if provenance.solved_fraction is not None:
             lines += [f"RegMean solved {provenance.solved_fraction:.1%} of the parameters; the rest is averaged."]
+        if tables:
+            lines += ["Embedding tables:", "\n".join(f"- {_code(str(table))}" for table in tables)]
         lines += [f"Layer by layer, `merge_report.json` gives the solver ({provenance.solver}) and the objective."]
     if has_plot:
         lines += [
@@ -139,8 +167,10 @@ def model_card(provenance: Provenance, has_plot: bool = False) -> str:
     return f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"
 
 
-def print_table(alpha: float, models: list[str], layers: list[LayerReport], solved_fraction: float) -> None:
-    """Print one line per system: solver, condition, and the objective relative to the mean's."""
+def print_table(
+    alpha: float, models: list[str], layers: list[LayerReport], tables: list[TableReport], solved_fraction: float
+) -> None:
+    """Print one line per system (solver, condition, and the objective relative to the mean's) and embedding table."""
     measured = "RegMean's objective at the mean, and as a fraction of that at each model and at the merge"
     print(f"\nalpha {alpha:g}, {solved_fraction:.1%} of the parameters; {measured}")
     names = [Path(model).name[:14] for model in models]
@@ -153,6 +183,8 @@ def print_table(alpha: float, models: list[str], layers: list[LayerReport], solv
         *inputs, merged = (value / (at_mean or 1.0) for value in (*layer.objective.inputs, layer.objective.merged))
         fractions = " ".join(f"{value:>14.3f}" for value in inputs) + f" {merged:>7.4f}"
         print(f"{title[-58:]:<58} {layer.solver:<26} {condition:>9} {at_mean:>10.3g} {fractions}")
+    for table in tables:
+        print(table)
 
 
 def _describe(gram: dict[str, Any]) -> str:

@@ -101,7 +101,8 @@ def estimate_grams(flags: GramFlags, model: PreTrainedModel, device: Device) -> 
     for names in map(set, passes):
         sums = max(sums, sum(each.sum_bytes for each in inputs if not names.isdisjoint(each.layers)))
     tokens = flags.num_examples * flags.max_length
-    forwards = _forward_passes(inputs, passes, linear_layers(model), head) if passes else 1.0
+    layers = linear_layers(model)
+    forwards = _forward_passes(inputs, passes, layers, model.get_output_embeddings()) if passes else 1.0
     # Only one half of a symmetric product is computed.
     token_flops = batch.flops / (batch_tokens // length * length) * forwards + sum(width**2 for width in widths)
     all_sums, file = (sum(getattr(each, name) for each in inputs) for name in ("sum_bytes", "file_bytes"))
@@ -199,7 +200,7 @@ def estimate_merge(flags: MergeFlags, device: Device) -> Estimate:
         listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
         raise InputError(f"models of different sizes do not merge; parameters: {listed}")
     total, count, alphas = parameters(models[0]), len(models), len(flags.alpha)
-    inputs = layer_inputs(models[0]) if flags.method == "regmean" else []
+    inputs = _solved_inputs(models[0], flags.counts_embeddings) if flags.method == "regmean" else []
     weights_read, flops = float(sum(model.dtype.itemsize * total for model in models)), 0.0
     read = weights_read
     for each in inputs:
@@ -225,6 +226,14 @@ def estimate_merge(flags: MergeFlags, device: Device) -> Estimate:
         transfers={"read": read, "written": written},
         notes={"work": "in float32", "memory": "models are never loaded whole", "time": time},
     )
+
+
+def _solved_inputs(model: PreTrainedModel, by_counts: bool) -> list[LayerInput]:
+    """Inputs of the systems of a merge; that of a tied head only if embeddings are merged by counts."""
+    inputs, layers = layer_inputs(model), linear_layers(model)
+    if by_counts or untied_head(model) is not None:
+        return inputs
+    return [each for each in inputs if layers[each.layers[0]] is not model.get_output_embeddings()]
 
 
 def _host_seconds(flags: MergeFlags, elements: int, gram_bytes: float) -> float:
