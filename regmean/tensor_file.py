@@ -148,13 +148,15 @@ def open_tensors(path: Path) -> safe_open:
 
 
 class TensorFile:
-    """A safetensors file's header: `tensors` by name. InputError as of `open_tensors`, or for an unknown dtype."""
+    """A safetensors file's header: `metadata`, and `tensors` by name. InputError as of `open_tensors`, or for an
+    unknown dtype.
+    """
 
     def __init__(self, path: Path):
         with open_tensors(path), path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self.tensors: dict[str, TensorInfo] = {}
         for name, entry in header.items():
             if entry["dtype"] not in STORAGE:
