@@ -30,8 +30,10 @@ FILE_NAME = "gram.safetensors"
 PUBLISHED_NAME = "gram.pkl"
 BLOCK_ROWS = 128  # of a Gram, packed or unpacked at a time by each thread
 THREADS = min(8, os.cpu_count() or 1)  # that pack or unpack a Gram; more have to wait for the memory
+THREADED_BLOCKS = 16  # of a Gram: with fewer, starting threads takes longer than they save
 PAD = 16  # columns beside a tile: without them its rows are whole powers of two apart, which share lines of a cache
 BLOCK_ELEMENTS = 1 << 22  # of a packed Gram, copied at a time
+Empty = Callable[[tuple[int, int], type], np.ndarray]  # of a shape and a dtype
 ABOVE = np.triu(np.ones((BLOCK_ROWS, BLOCK_ROWS), bool), 1)  # the diagonal of such a block
 
 
@@ -58,18 +60,20 @@ class Grams:
     grams: dict[str, Gram]
     provenance: dict[str, Any]
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, empty: Empty = np.empty) -> np.ndarray:
         """The sum of x x^T of Gram `name`: float32 of shape (width, width), symmetric, the caller's own.
+
+        `empty` allocates its memory, if it is read from a `gram.safetensors`.
 
         Raises:
             InputError: it cannot be read, is not finite, or has a negative diagonal.
         """
-        square = self._read_square(name)
+        square = self._read_square(name, empty)
         if square.diagonal().min() < 0:
             raise InputError(f"{self.path}: the Gram of {name} is damaged: a negative diagonal, as no sum of x x^T has")
         return square
 
-    def _read_square(self, name: str) -> np.ndarray:
+    def _read_square(self, name: str, empty: Empty) -> np.ndarray:
         raise NotImplementedError
 
     def _check_finite(self, name: str, values: np.ndarray) -> None:
@@ -130,9 +134,9 @@ class GramFile(Grams):
         """Elements `start` to `stop` of a Gram as it is stored."""
         return self._tensors[name].read(start, stop)
 
-    def _read_square(self, name: str) -> np.ndarray:
+    def _read_square(self, name: str, empty: Empty) -> np.ndarray:
         width = self.grams[name].width
-        square = np.empty((width, width), np.float32)
+        square = empty((width, width), np.float32)
 
         def unpack(first: int, last: int) -> None:
             packed = self.read_packed(name, packed_size(first), packed_size(last))
@@ -168,7 +172,7 @@ class PublishedGrams(Grams):
             sharing.setdefault(name, []).append(module)
         self.grams = {name: Gram(name, tuple(sharing[name]), 1, len(mean)) for name, mean in self._means.items()}
 
-    def _read_square(self, name: str) -> np.ndarray:
+    def _read_square(self, name: str, empty: Empty) -> np.ndarray:
         self._check_finite(name, self._means[name])
         return self._means[name].copy()
 
@@ -251,7 +255,7 @@ def packed_size(width: int) -> int:
 def _for_row_blocks(width: int, work: Callable[[int, int], None]) -> None:
     """Call `work` with the first and the last row of each block of rows of a Gram, in threads if there are many."""
     blocks = [(first, min(first + BLOCK_ROWS, width)) for first in range(0, width, BLOCK_ROWS)]
-    if len(blocks) < 2 * THREADS:
+    if len(blocks) < THREADED_BLOCKS:
         for block in blocks:
             work(*block)
         return

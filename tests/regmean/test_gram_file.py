@@ -31,7 +31,7 @@ def write(path: Path, sums: dict[str, np.ndarray], tokens: int = 50) -> Path:
 @pytest.mark.parametrize("block", [1, 5, 128])
 def test_a_gram_comes_back_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(gram_file, "BLOCK_ROWS", block)
-    monkeypatch.setattr(gram_file, "THREADS", 2)
+    monkeypatch.setattr(gram_file, "THREADED_BLOCKS", 2)
     sums = {"a": random_gram(13), "b": random_gram(1)}
     file = GramFile(write(tmp_path / "gram.safetensors", sums))
     assert file.provenance == {"model": "m"}
@@ -83,7 +83,7 @@ def test_a_damaged_gram_is_refused_when_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, value: float, message: str
 ) -> None:
     monkeypatch.setattr(gram_file, "BLOCK_ROWS", 4)
-    monkeypatch.setattr(gram_file, "THREADS", 2)
+    monkeypatch.setattr(gram_file, "THREADED_BLOCKS", 2)
     path = write(tmp_path / "gram.safetensors", {"a": random_gram(width)})
     content = bytearray(path.read_bytes())
     content[-4:] = np.float32(value).tobytes()
