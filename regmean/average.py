@@ -12,11 +12,11 @@ import numpy as np
 from common.errors import InputError
 from regmean.merge_plan import MergePlan
 from regmean.model_folder import CheckpointWriter
-from regmean.tensor_file import FLOATS, TensorInfo, decode, is_finite
+from regmean.tensor_file import FLOATS, TensorInfo, decode, decode_into, is_finite
 
 CHUNK_ELEMENTS = 1 << 17  # of a tensor read at a time
 AVERAGERS = 2  # threads
-CACHED_ELEMENTS = 1 << 16  # of a chunk averaged at a time: their float64 sums stay in the processor's cache
+CACHED_ELEMENTS = 1 << 15  # of a chunk averaged at a time: their float64 sums stay in the processor's cache
 
 
 def write_averages(plan: MergePlan, writers: Iterable[CheckpointWriter], advance: Callable[[int], None]) -> None:
@@ -53,22 +53,55 @@ def write_averages(plan: MergePlan, writers: Iterable[CheckpointWriter], advance
         worker.result()
 
 
-def weighted_mean(arrays: list[np.ndarray], weights: list[float]) -> np.ndarray:
+def weighted_mean(
+    arrays: list[np.ndarray], weights: list[float], stored: Iterable[str] = (), out: np.ndarray | None = None
+) -> np.ndarray:
     """sum_i weights_i arrays_i over flat arrays of one size, added up in float64 and returned in the first's dtype.
 
     In float64, the mean of identical float32 models equals these models for any weights.
+
+    Args:
+        stored: the dtypes in which the arrays are stored, if known.
+        out: memory for the mean.
     """
-    mean = np.empty_like(arrays[0])
+    mean = np.empty_like(arrays[0]) if out is None else out
+    if weights == [0.5, 0.5] and {"BF16", "F16"}.issuperset(stored) and stored:
+        # Of two numbers of 11 bits, the sum rounded to float32 is that of the sum rounded to float64, unless it is
+        # beyond float32's range.
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.add(*arrays, out=mean)
+        mean *= 0.5
+        if is_finite(mean):
+            return mean
     room = min(CACHED_ELEMENTS, mean.size)
     sums, terms = np.empty(room), np.empty(room)
     for start in range(0, mean.size, CACHED_ELEMENTS):
         chunk = slice(start, start + CACHED_ELEMENTS)
         total, term = sums[: mean[chunk].size], terms[: mean[chunk].size]
-        np.multiply(arrays[0][chunk], weights[0], out=total, dtype=np.float64)
+        total[...] = arrays[0][chunk]
+        total *= weights[0]
         for array, weight in zip(arrays[1:], weights[1:], strict=True):
-            total += np.multiply(array[chunk], weight, out=term, dtype=np.float64)
+            term[...] = array[chunk]
+            term *= weight
+            total += term
         mean[chunk] = total
     return mean
+
+
+def read_mean(
+    infos: list[TensorInfo], weights: list[float], start: int, stop: int, rows: list[np.ndarray], mean: np.ndarray
+) -> None:
+    """Read elements of each model's tensor into `rows`, and their weighted mean into `mean`, all flat float32.
+
+    Raises:
+        InputError: a value is NaN or infinite.
+    """
+    for info, row in zip(infos, rows, strict=True):
+        decode_into(row, info.read(start, stop), info.dtype)
+    weighted_mean(rows, weights, [info.dtype for info in infos], mean)
+    if not is_finite(mean):
+        for info in infos:
+            info.read_floats(start, stop)
 
 
 def _chunks(plan: MergePlan) -> Iterator[tuple[list[TensorInfo], list[float], int, int]]:
@@ -87,7 +120,7 @@ def _mean_of(infos: list[TensorInfo], weights: list[float], start: int, stop: in
     dtype = plan.layout[first.name][0]
     if dtype in FLOATS and (others or first.dtype != dtype):
         arrays = [decode(info.read(start, stop), info.dtype) for info in infos]
-        mean = weighted_mean(arrays, weights)
+        mean = weighted_mean(arrays, weights, [info.dtype for info in infos])
         if others and not is_finite(mean):
             # An infinity that all models have, as in some buffers, is kept.
             alike = np.logical_and.reduce([array == arrays[0] for array in arrays])

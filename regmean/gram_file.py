@@ -12,25 +12,30 @@ builds tensors and containers and nothing else.
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 
 from common.errors import InputError
 from common.io import atomic_path
-from regmean.tensor_file import TensorWriter, open_tensors
+from regmean.tensor_file import TensorFile, TensorWriter
 
 FORMAT = "regmean-gram"
 VERSION = "2"
 READABLE = ("1", VERSION)
 FILE_NAME = "gram.safetensors"
 PUBLISHED_NAME = "gram.pkl"
-BLOCK_ROWS = 128  # of a Gram, packed or unpacked at a time
+BLOCK_ROWS = 128  # of a Gram, packed or unpacked at a time by each thread
+THREADS = min(8, os.cpu_count() or 1)  # that pack or unpack a Gram; more have to wait for the memory
+THREADED_BLOCKS = 16  # of a Gram: with fewer, starting threads takes longer than they save
+PAD = 16  # columns beside a tile: without them its rows are whole powers of two apart, which share lines of a cache
 BLOCK_ELEMENTS = 1 << 22  # of a packed Gram, copied at a time
+Empty = Callable[[tuple[int, int], type], np.ndarray]  # of a shape and a dtype
 ABOVE = np.triu(np.ones((BLOCK_ROWS, BLOCK_ROWS), bool), 1)  # the diagonal of such a block
 
 
@@ -72,21 +77,25 @@ class Grams:
     counts: dict[str, Counts]
     provenance: dict[str, Any]
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, empty: Empty = np.empty) -> np.ndarray:
         """The sum of x x^T of Gram `name`: float32 of shape (width, width), symmetric, the caller's own.
+
+        `empty` allocates its memory, if it is read from a `gram.safetensors`.
 
         Raises:
             InputError: it cannot be read, is not finite, or has a negative diagonal.
         """
-        square = self._read_square(name)
-        if not np.isfinite(square).all():
-            raise InputError(f"{self.path}: the Gram of {name} holds NaN or infinite values; compute it again")
+        square = self._read_square(name, empty)
         if square.diagonal().min() < 0:
             raise InputError(f"{self.path}: the Gram of {name} is damaged: a negative diagonal, as no sum of x x^T has")
         return square
 
-    def _read_square(self, name: str) -> np.ndarray:
+    def _read_square(self, name: str, empty: Empty) -> np.ndarray:
         raise NotImplementedError
+
+    def _check_finite(self, name: str, values: np.ndarray) -> None:
+        if not np.isfinite(values).all():
+            raise InputError(f"{self.path}: the Gram of {name} holds NaN or infinite values; compute it again")
 
 
 def open_grams(path: Path) -> Grams:
@@ -114,8 +123,8 @@ class GramFile(Grams):
 
     def __init__(self, path: Path):
         self.path = path
-        self._file = open_tensors(path)
-        metadata = self._file.metadata() or {}
+        file = TensorFile(path)
+        metadata, self._tensors = file.metadata, file.tensors
         form = (metadata.get("format"), metadata.get("version"))
         if form[0] != FORMAT or form[1] not in READABLE:
             known = " and ".join(READABLE)
@@ -133,45 +142,40 @@ class GramFile(Grams):
                 types = (type(gram.tokens), type(gram.width), type(gram.conv1d), *map(type, texts))
                 if types != (int, int, bool, *(str for _ in texts)) or min(gram.tokens, gram.width) < 1:
                     raise ValueError(f"{gram} is not a Gram")
-                packed = self._file.get_slice(gram.name)
-                if (packed.get_dtype(), packed.get_shape()) != ("F32", [packed_size(gram.width)]):
-                    raise ValueError(f"tensor {gram.name} is {packed.get_dtype()} of shape {packed.get_shape()}")
+                packed = self._tensors[gram.name]
+                if (packed.dtype, packed.shape) != ("F32", (packed_size(gram.width),)):
+                    raise ValueError(f"tensor {gram.name} is {packed.dtype} of shape {packed.shape}")
             tables = json.loads(metadata.get("counts", "{}"))
             self.counts = {name: self._read_counts(name, **entry) for name, entry in tables.items()}
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: the Gram file's header is damaged: {error!r}") from error
 
     def _read_counts(self, name: str, tensors: list[str], tied: bool) -> Counts:
-        values = self._file.get_tensor(name)
-        right = (values.dtype, values.ndim, type(tied), *map(type, tensors)) == (
-            np.int64,
-            1,
-            bool,
-            *(str for _ in tensors),
-        )
-        if not right or values.min() < 0 or values.sum() < 1:
+        info = self._tensors[name]
+        values = info.read()
+        form = (info.dtype, len(info.shape), type(tied), *map(type, tensors))
+        if form != ("I64", 1, bool, *(str for _ in tensors)) or values.min() < 0 or values.sum() < 1:
             raise ValueError(f"{name} is not a table's token counts")
         return Counts(name, tuple(tensors), tied, values)
 
     def read_packed(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements `start` to `stop` of a Gram as it is stored."""
-        try:
-            return self._file.get_slice(name)[start:stop]
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{self.path}: cannot read the Gram of {name}: {error}") from error
+        return self._tensors[name].read(start, stop)
 
-    def _read_square(self, name: str) -> np.ndarray:
+    def _read_square(self, name: str, empty: Empty) -> np.ndarray:
         width = self.grams[name].width
-        square = np.empty((width, width), np.float32)
-        for first, last in _row_blocks(width):
+        square = empty((width, width), np.float32)
+
+        def unpack(first: int, last: int) -> None:
             packed = self.read_packed(name, packed_size(first), packed_size(last))
+            self._check_finite(name, packed)
             start = 0
             for length in range(first + 1, last + 1):
                 square[length - 1, :length] = packed[start : start + length]
                 start += length
-            square[:first, first:last] = square[first:last, :first].T
-            corner = square[first:last, first:last]
-            np.copyto(corner, corner.T.copy(), where=ABOVE[: len(corner), : len(corner)])
+            _mirror(square, first, last)
+
+        _for_row_blocks(width, unpack)
         return square
 
 
@@ -197,7 +201,8 @@ class PublishedGrams(Grams):
             sharing.setdefault(name, []).append(module)
         self.grams = {name: Gram(name, tuple(sharing[name]), 1, len(mean)) for name, mean in self._means.items()}
 
-    def _read_square(self, name: str) -> np.ndarray:
+    def _read_square(self, name: str, empty: Empty) -> np.ndarray:
+        self._check_finite(name, self._means[name])
         return self._means[name].copy()
 
 
@@ -219,15 +224,20 @@ def write_grams(
     grams = list(grams)
     with _writer(path, grams, provenance, counts) as writer:
         for gram in grams:
-            square = read(gram.name)
-            for first, last in _row_blocks(gram.width):
-                packed = np.concatenate([square[row, : row + 1] for row in range(first, last)])
-                if not np.isfinite(packed).all():
-                    raise InputError(
-                        f"the input of {', '.join(gram.modules)} is NaN or infinite for some token; "
-                        "a wider --dtype (bfloat16 or float32) may hold it"
-                    )
-                writer.write(gram.name, packed, start=packed_size(first))
+            _write_packed(writer, gram, read(gram.name))
+
+
+def _write_packed(writer: TensorWriter, gram: Gram, square: np.ndarray) -> None:
+    def pack(first: int, last: int) -> None:
+        packed = np.concatenate([square[row, : row + 1] for row in range(first, last)])
+        if not np.isfinite(packed).all():
+            raise InputError(
+                f"the input of {', '.join(gram.modules)} is NaN or infinite for some token; "
+                "a wider --dtype (bfloat16 or float32) may hold it"
+            )
+        writer.write(gram.name, packed, start=packed_size(first))
+
+    _for_row_blocks(gram.width, pack)
 
 
 def join_files(path: Path, files: list[GramFile], provenance: dict[str, Any]) -> None:
@@ -285,9 +295,32 @@ def packed_size(width: int) -> int:
     return width * (width + 1) // 2
 
 
-def _row_blocks(width: int) -> Iterator[tuple[int, int]]:
-    for first in range(0, width, BLOCK_ROWS):
-        yield first, min(first + BLOCK_ROWS, width)
+def _for_row_blocks(width: int, work: Callable[[int, int], None]) -> None:
+    """Call `work` with the first and the last row of each block of rows of a Gram, in threads if there are many."""
+    blocks = [(first, min(first + BLOCK_ROWS, width)) for first in range(0, width, BLOCK_ROWS)]
+    if len(blocks) < THREADED_BLOCKS:
+        for block in blocks:
+            work(*block)
+        return
+    with ThreadPoolExecutor(THREADS) as threads:
+        started = [threads.submit(work, *block) for block in blocks]
+        try:
+            for block in started:
+                block.result()
+        finally:
+            # After an error or a signal, no thread begins another block.
+            threads.shutdown(cancel_futures=True)
+
+
+def _mirror(square: np.ndarray, first: int, last: int) -> None:
+    """Copy rows `first` to `last` left of the diagonal to the columns above it, tile by tile."""
+    padded = np.empty((BLOCK_ROWS, BLOCK_ROWS + PAD), np.float32)
+    for left in range(0, first, BLOCK_ROWS):
+        tile = padded[: last - first, :BLOCK_ROWS]
+        tile[...] = square[first:last, left : left + BLOCK_ROWS]
+        square[left : left + BLOCK_ROWS, first:last] = tile.T
+    corner = square[first:last, first:last]
+    np.copyto(corner, corner.T.copy(), where=ABOVE[: len(corner), : len(corner)])
 
 
 def _read_means(path: Path) -> dict[str, np.ndarray]:

@@ -100,17 +100,32 @@ class JoinedTensor(TensorInfo):
 
 def is_finite(values: np.ndarray) -> bool:
     """True if no value is NaN or infinite."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = values.sum()
-    # A finite sum has finite terms only, and takes a fraction of the time to check.
-    return bool(np.isfinite(total) or np.isfinite(values).all())
+    return bool(np.isfinite(values).all())
+
+
+def is_finite_stored(values: np.ndarray, dtype: str) -> bool:
+    """True if no value, as stored in `dtype`, is NaN or infinite."""
+    if dtype == "BF16":
+        # The largest magnitudes, as bits, are infinity and NaN.
+        return values.size == 0 or bool((values & 0x7FFF).max() < 0x7F80)
+    return is_finite(values)
 
 
 def decode(values: np.ndarray, dtype: str) -> np.ndarray:
     """Convert stored floats to float64 for F64, else to float32. Exact."""
     if dtype == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
+        bits = values.astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
     return values.astype(np.float64 if dtype == "F64" else np.float32, copy=False)
+
+
+def decode_into(out: np.ndarray, values: np.ndarray, dtype: str) -> None:
+    """Convert stored floats to float32, in the memory of `out`."""
+    if dtype == "BF16":
+        np.left_shift(values, 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        np.copyto(out, values, casting="same_kind")
 
 
 def encode(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -121,12 +136,18 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
     """
     if dtype == "BF16":
         bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-        stored = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
+        # In place: new memory costs as much as all the rest.
+        rounded = bits >> 16
+        rounded &= 1
+        rounded += 0x7FFF
+        rounded += bits
+        rounded >>= 16
+        stored = rounded.astype(np.uint16)
     else:
         with np.errstate(over="ignore"):
             stored = values.astype(STORAGE[dtype], copy=False)
-    if dtype in ("BF16", "F16") and not (lost := np.isfinite(decode(stored, dtype))).all():
-        lost = ~lost & np.isfinite(values)
+    if dtype in ("BF16", "F16") and not is_finite_stored(stored, dtype):
+        lost = ~np.isfinite(decode(stored, dtype)) & np.isfinite(values)
         if lost.any():
             raise OverflowError(f"a value of magnitude {np.abs(values[lost]).max():.3g} does not fit {dtype}")
     return stored
@@ -148,13 +169,15 @@ def open_tensors(path: Path) -> safe_open:
 
 
 class TensorFile:
-    """A safetensors file's header: `tensors` by name. InputError as of `open_tensors`, or for an unknown dtype."""
+    """A safetensors file's header: `metadata`, and `tensors` by name. InputError as of `open_tensors`, or for an
+    unknown dtype.
+    """
 
     def __init__(self, path: Path):
         with open_tensors(path), path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self.tensors: dict[str, TensorInfo] = {}
         for name, entry in header.items():
             if entry["dtype"] not in STORAGE:

@@ -21,7 +21,7 @@ from regmean.gram import PANEL
 from regmean.gram_file import packed_size
 from regmean.hooks import LinearInputs, input_width, linear_layers, untied_head
 from regmean.merge import array_bytes
-from regmean.regmean import READERS
+from regmean.read_ahead import READERS
 from regmean.solve import BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS
 from tools.estimate import (
     Cost,

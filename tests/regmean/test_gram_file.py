@@ -14,6 +14,8 @@ from common.errors import InputError
 from regmean import gram_file
 from regmean.gram_file import Gram, GramFile, PublishedGrams, convert, join_files, open_grams, write_grams
 
+IO_COUNTS = Path("/proc/self/io")
+
 
 def random_gram(width: int, seed: int = 0) -> np.ndarray:
     x = np.random.default_rng(seed).normal(size=(50, width)).astype(np.float32)
@@ -29,10 +31,14 @@ def write(path: Path, sums: dict[str, np.ndarray], tokens: int = 50) -> Path:
 @pytest.mark.parametrize("block", [1, 5, 128])
 def test_a_gram_comes_back_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(gram_file, "BLOCK_ROWS", block)
+    monkeypatch.setattr(gram_file, "THREADED_BLOCKS", 2)
     sums = {"a": random_gram(13), "b": random_gram(1)}
     file = GramFile(write(tmp_path / "gram.safetensors", sums))
     assert file.provenance == {"model": "m"}
     assert file.grams["a"] == Gram("a", ("a", "a.twin"), 50, 13)
+    written = (tmp_path / "gram.safetensors").read_bytes()
+    assert GramFile(write(tmp_path / "again.safetensors", sums)).grams == file.grams
+    assert (tmp_path / "again.safetensors").read_bytes() == written
     for name, total in sums.items():
         np.testing.assert_array_equal(file.read(name), total)
     # The contract: the lower triangle, row by row, in float32.
@@ -59,9 +65,26 @@ def test_a_gram_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not IO_COUNTS.exists(), reason="Linux")
+def test_a_gram_is_read_once_whatever_its_number_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bytes_read() -> int:
+        return int(IO_COUNTS.read_text().split()[1])
+
+    monkeypatch.setattr(gram_file, "BLOCK_ROWS", 4)
+    path = write(tmp_path / "gram.safetensors", {"a": random_gram(300)})
+    file, before = GramFile(path), bytes_read()
+    file.read("a")
+    assert bytes_read() - before < 2 * path.stat().st_size
+
+
+@pytest.mark.parametrize("width", [2, 30])
 @pytest.mark.parametrize(("value", "message"), [(np.nan, "NaN"), (-1.0, "negative diagonal")])
-def test_a_damaged_gram_is_refused_when_read(tmp_path: Path, value: float, message: str) -> None:
-    path = write(tmp_path / "gram.safetensors", {"a": random_gram(2)})
+def test_a_damaged_gram_is_refused_when_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, value: float, message: str
+) -> None:
+    monkeypatch.setattr(gram_file, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(gram_file, "THREADED_BLOCKS", 2)
+    path = write(tmp_path / "gram.safetensors", {"a": random_gram(width)})
     content = bytearray(path.read_bytes())
     content[-4:] = np.float32(value).tobytes()
     path.write_bytes(content)

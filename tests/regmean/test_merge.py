@@ -28,6 +28,7 @@ from regmean.config import GramFlags, MergeFlags
 from regmean.gram_file import FILE_NAME, GramFile, write_grams
 from regmean.merge import array_bytes, merge
 from regmean.model_folder import Checkpoint, CheckpointWriter, open_checkpoint
+from regmean.tensor_file import STORAGE, decode
 from tests.regmean.conftest import make_gpt2, make_llama, make_tokenizer
 
 MODELS = {"llama": make_llama, "tied": lambda seed: make_llama(seed, tied=True), "gpt2": make_gpt2}
@@ -143,19 +144,38 @@ def test_blocks_follow_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
         return method._elements(side_by_side=False)
 
     assert elements("cpu") == 2 * [solve.BLOCK_ELEMENTS]
-    expected = [solve.gpu_block_elements(2, width, 2, free["cuda"], free["cpu"]) for width in (4096, 14336)]
+    expected = [solve.gpu_block_elements(5, width, 2, free["cuda"], free["cpu"]) for width in (4096, 14336)]
     assert elements("cuda:0") == expected and solve.BLOCK_ELEMENTS < expected[1] < expected[0]
 
 
 def test_the_memory_of_a_merge_on_a_gpu_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     systems = [(14336, 4096), (4096, 128256)]
     on_cpu, on_gpu = (array_bytes(2, systems, 1, device) for device in ("cpu", "cuda:1"))
-    # The head in two blocks; seven squares of the widest layer with its whole weight.
-    assert on_gpu == max(4 * (7 * 4096**2 + 10 * (1 << 28)), 4 * (7 * 14336**2 + 10 * 14336 * 4096)) > on_cpu
+    # The head in two blocks; seven squares of the widest layer with its whole weight; and the next block.
+    assert on_gpu == max(4 * (7 * 4096**2 + 13 * (1 << 28)), 4 * (7 * 14336**2 + 13 * 14336 * 4096)) > on_cpu
     assert array_bytes(2, systems, 1) == on_cpu
     for available, expected in ((False, on_cpu), (True, on_gpu)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         assert array_bytes(2, systems, 1, "auto") == expected
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_the_mean_of_two_has_the_bits_of_a_sum_in_float64(dtype: str) -> None:
+    bits = np.random.default_rng(0).integers(0, 1 << 16, (2, 40_000)).astype(np.uint16).view(STORAGE[dtype])
+    edges = np.array([0x7F7F, 0x0001, 0x8000, 0xFF7F, 0x0080, 0x3F80], np.uint16).view(STORAGE[dtype])
+    first, second = (
+        np.concatenate([random, corners])
+        for random, corners in zip(bits, (np.repeat(edges, 6), np.tile(edges, 6)), strict=True)
+    )
+    a, b = decode(first, dtype), decode(second, dtype)
+    finite = np.isfinite(a) & np.isfinite(b)
+    a, b = a[finite], b[finite]
+    expected = (0.5 * a.astype(np.float64) + 0.5 * b.astype(np.float64)).astype(np.float32)
+    for start in range(0, len(a), 1000):  # sums beyond the range in some of the chunks only
+        chunk = slice(start, start + 1000)
+        mean = average.weighted_mean([a[chunk], b[chunk]], [0.5, 0.5], [dtype, dtype])
+        np.testing.assert_array_equal(mean.view(np.uint32), expected[chunk].view(np.uint32))
+        np.testing.assert_array_equal(average.weighted_mean([a[chunk]] * 2, [0.5, 0.5], [dtype] * 2), a[chunk])
 
 
 def test_an_average_ends_soon_after_an_error(
@@ -164,12 +184,12 @@ def test_an_average_ends_soon_after_an_error(
     monkeypatch.setattr(average, "CHUNK_ELEMENTS", 4)
     folders, mean, read = library("llama"), average.weighted_mean, []
 
-    def spoilt(arrays: list[np.ndarray], weights: list[float]) -> np.ndarray:
+    def spoilt(arrays: list[np.ndarray], *settings: list) -> np.ndarray:
         read.append(arrays)
         if len(read) == 1:
             raise InputError("a tensor of nonsense")
         time.sleep(0.01)
-        return mean(arrays, weights)
+        return mean(arrays, *settings)
 
     monkeypatch.setattr(average, "weighted_mean", spoilt)
     with pytest.raises(InputError, match="a tensor of nonsense"):

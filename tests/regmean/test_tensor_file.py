@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from common.errors import InputError
-from regmean.tensor_file import TensorFile, TensorWriter, decode, encode
+from regmean.tensor_file import TensorFile, TensorWriter, decode, decode_into, encode
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -79,6 +79,9 @@ def test_rounding_is_torchs(dtype: str) -> None:
     values = torch.cat([torch.randn(10_000), torch.randn(1000) * 1e-6, torch.tensor([0.0, -0.0, 1.00390625, 6e-8])])
     expected = values.to(DTYPES[dtype]).float()
     assert torch.equal(torch.from_numpy(decode(encode(values.numpy(), dtype), dtype)), expected)
+    into = np.empty(len(values), np.float32)
+    decode_into(into, encode(values.numpy(), dtype), dtype)
+    assert torch.equal(torch.from_numpy(into), expected)
 
 
 def test_a_value_beyond_the_range_is_an_error() -> None:
