@@ -29,6 +29,7 @@ from regmean.layerwise import (
     describe,
     ending_at,
 )
+from regmean.token_counts import Table, find_tables
 
 CPU = torch.device("cpu")
 TEXTS = [[5, 3, 7, 4, 6, 3, 5], [4, 6, 3, 5, 7, 4, 6], [3, 5, 4, 7]]  # with padding; the first two alone have none
@@ -50,6 +51,7 @@ class Survey:
         irregular: names, within a layer or full, of linear layers whose inputs are not the tokens in order, or that
             are called more than once.
         prefix: name of the list of layers.
+        tables: embedding tables that tokens read, with the number of rows of the small model.
     """
 
     tuple_length: int | None
@@ -59,6 +61,7 @@ class Survey:
     after: list[list[str]]
     irregular: set[str]
     prefix: str
+    tables: list[Table]
 
     def groups_of(self, step: int) -> list[list[str]]:
         """Full names of the linear layers of a step, in groups that share an input, in the order of calls."""
@@ -138,14 +141,17 @@ def _survey(auto_class: Any, config: PretrainedConfig) -> Survey:
             del layers[index]
     weights = _random_weights(model)
     batches = [Batch.of(examples, Calibration(TEXTS, [0, 1, 2], 0, 0)) for examples in ([0, 1, 2], [0, 1])]
-    found = Survey(_tuple_length(model, layers, weights, batches[0]), kinds, [], [], [], set(), prefix)
+    found = Survey(_tuple_length(model, layers, weights, batches[0]), kinds, [], [], [], set(), prefix, [])
     stepwise = LayerwiseModel(model, CPU, found.tuple_length)
     for batch in batches:
         whole = _whole(model, weights, batch)
         difference = (_stepwise(stepwise, weights, batch) - whole).norm() / whole.norm()
         if not difference <= TOLERANCE:
             raise InputError(f"the layers of a {config.model_type} model exchange more than their hidden states")
-    return _with_groups(found, model, weights, batches[0], first)
+    found = _with_groups(found, model, weights, batches[0], first)
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    return replace(found, tables=find_tables(model, Calibration(TEXTS, [0, 1, 2], 0, 0)))
 
 
 def _kinds(layers: nn.ModuleList) -> list[int]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def merge_layer_by_layer(flags: MergeFlags, process: Process, command: str) -> N
     grams = [
         _gram_entries(*of) for of in zip(checkpoints, models, surveys, texts, sources, flags.calibration, strict=True)
     ]
-    plan = plan_merge(checkpoints, flags.weights(), grams, flags.selects, flags.dtype)
+    plan = plan_merge(checkpoints, flags.weights(), grams, flags.selects, flags.dtype, flags.counts_embeddings)
     for alpha, path in zip(flags.alpha, flags.output_dirs(), strict=True):
         _merge_one(flags, alpha, path, plan, models, build(0), surveys[0], texts, process, command)
     say(process, f"merged in {time.monotonic() - started:.1f} s")
@@ -89,25 +90,27 @@ def _gram_entries(
     source: TextSource,
     name: str,
 ) -> StepGrams:
-    """Entries of all groups of linear layers whose inputs are summed."""
+    """Entries of all groups of linear layers whose inputs are summed, and of the embedding tables."""
     layers = linear_layers(model.model)
-    regular = {
-        name: layers[name]
-        for step in range(BEFORE, len(model.layers) + 1)
-        for group in found.groups_of(step)
-        for name in group
-        if name in layers and not found.is_irregular(name)
-    }
-    tensors, _ = layer_tensors(checkpoint.name, model.model, regular, set(), checkpoint.tensors)
+    groups = [group for step in range(BEFORE, len(model.layers) + 1) for group in found.groups_of(step)]
+    regular = [name for group in groups for name in group if name in layers and not found.is_irregular(name)]
+    rows = {name: len(parameter) for name, parameter in model.model.named_parameters()}
+    tables = [replace(table, rows=rows[f"{table.module}.weight"]) for table in found.tables]
+    heads = {layer for layer in regular if layers[layer] is model.head}
+    optional = heads | {table.module for table in tables}
+    names = [*regular, *(table.module for table in tables)]
+    tensors, missing = layer_tensors(checkpoint.name, model.model, names, optional, checkpoint.tensors)
+    counts = [table.counts(texts, tensors) for table in tables]
+    tied = {table.head for table in tables}
     grams: dict[str, Gram] = {}
-    for step in range(BEFORE, len(model.layers) + 1):
-        for group in found.groups_of(step):
-            if group := [name for name in group if name in regular]:
-                stored = tuple(tensor for tensor, owners in tensors.items() if owners.issubset(group))
-                width, conv1d = input_width(layers[group[0]]), is_conv1d(layers[group[0]])
-                grams[group[0]] = Gram(group[0], tuple(group), texts.tokens, width, conv1d, stored)
-    provenance = {"dataset": source.dataset, "split": source.split, "examples": len(texts.examples)}
-    return StepGrams(name, grams, provenance | {"tokens": texts.tokens, "max_length": source.max_length})
+    for group in groups:
+        if group := [layer for layer in group if layer in regular and (layer not in missing or layer in tied)]:
+            stored = tuple(tensor for tensor, owners in tensors.items() if owners.issubset(group))
+            first = layers[group[0]]
+            grams[group[0]] = Gram(group[0], tuple(group), texts.tokens, input_width(first), is_conv1d(first), stored)
+    origin = {"dataset": source.dataset, "split": source.split, "examples": len(texts.examples)}
+    origin |= {"tokens": texts.tokens, "max_length": source.max_length}
+    return StepGrams(name, grams, {each.name: each for each in counts}, origin)
 
 
 def _merge_one(
@@ -174,7 +177,9 @@ def _identity(
         "models": [model.fingerprint() for model in plan.models],
         "model_weights": plan.model_weights,
         "texts": of_texts,
-        "tensors": hashlib.sha256(repr((plan.layout, plan.groups, plan.copied)).encode()).hexdigest(),
+        "tensors": hashlib.sha256(
+            repr((plan.layout, plan.groups, plan.copied, [t.tensor for t in plan.tables])).encode()
+        ).hexdigest(),
         "tokens_per_batch": flags.batch_tokens(process.device.type),
         "world_size": process.world_size,
         "device": process.device.type,
@@ -205,5 +210,6 @@ def _report(
     solved = plan.solved_fraction()
     origin = (plan.models, plan.model_weights, plan.grams, solved)
     provenance = Provenance.of(flags.method, alpha, flags.solver, command, *origin)
-    write_report(folder, provenance, plan, layers, [step.distances for step in reports[:-1]])
-    print_table(alpha, flags.models, layers, solved)
+    tables = [report for step in reports for report in step.tables]
+    write_report(folder, provenance, plan, layers, tables, [step.distances for step in reports[:-1]])
+    print_table(alpha, flags.models, layers, tables, solved)

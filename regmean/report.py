@@ -138,9 +138,7 @@ def _plot(names: list[str], distances: list[list[float]]) -> "Figure":
     return figure
 
 
-def model_card(
-    provenance: Provenance, tables: list[TableReport] | None = None, has_plot: bool = False
-) -> str:
+def model_card(provenance: Provenance, tables: list[TableReport] | None = None, has_plot: bool = False) -> str:
     """The model card of a merged model; `tables` are the embedding tables merged by token counts."""
     title, names = TITLES[provenance.method], [model["model"] for model in provenance.models]
     # The hub looks these up; a local folder may have a name of the same form.

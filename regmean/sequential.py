@@ -25,16 +25,18 @@ from common.io import read_json, write_json
 from common.logging import progress
 from common.ranks import Process
 from regmean.asymmetric import AsymmetricSystem, Moments
-from regmean.average import weighted_mean, write_averages
+from regmean.average import write_averages
 from regmean.gram import GramSums, add_cross_products, add_products, symmetrise_, zeros
-from regmean.gram_file import Gram, Grams
+from regmean.gram_file import Counts, Gram, Grams
 from regmean.hooks import LinearInputs
 from regmean.layer_survey import Survey
 from regmean.layerwise import BEFORE, Batch, LayerwiseModel, States
 from regmean.merge_plan import LayerGroup, MergePlan
-from regmean.regmean import RegMean, _read_rows
-from regmean.report import LayerReport
+from regmean.read_ahead import Reader
+from regmean.regmean import RegMean, _write_pieces
+from regmean.report import LayerReport, TableReport
 from regmean.solve import BLOCK_ELEMENTS, Objective, SolveError
+from regmean.tables import Tables
 from regmean.tensor_file import JoinedTensor, TensorFile, TensorInfo, TensorWriter
 
 # For `regmean++`, one batch of this number carries the models' own states, to measure how far the merge is from them.
@@ -48,11 +50,11 @@ class StepGrams(Grams):
         sums: float32 (inputs, inputs) by name, symmetric.
     """
 
-    def __init__(self, name: str, grams: dict[str, Gram], provenance: dict[str, Any]):
-        self.path, self.grams, self.provenance = Path(name), grams, provenance
+    def __init__(self, name: str, grams: dict[str, Gram], counts: dict[str, Counts], provenance: dict[str, Any]):
+        self.path, self.grams, self.counts, self.provenance = Path(name), grams, counts, provenance
         self.sums: dict[str, torch.Tensor] = {}
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, empty: Any = None) -> torch.Tensor:
         """A copy of the sum of a Gram."""
         return self.sums[name].clone()
 
@@ -96,9 +98,12 @@ class Course:
 
 @dataclass
 class StepReport:
-    """Results of one step: reports of its groups, and for each model |H - X| / |X| of its hidden states after it."""
+    """Results of one step: reports of its groups and embedding tables, and for each model |H - X| / |X| of its hidden
+    states after it.
+    """
 
     layers: list[LayerReport]
+    tables: list[TableReport]
     distances: list[float]
 
 
@@ -138,10 +143,9 @@ class SequentialMerge:
         names = self._names_of_steps()
         for step in progress(self.process, range(BEFORE, count - 1), desc=f"alpha {self.alpha:g}", unit="step"):
             known = self._known(step)
-            layers = known.layers if known else self._merge_step(step, names[step])
+            layers, tables = (known.layers, known.tables) if known else self._merge_step(step, names[step])
             self._take(self._file(step))
-            distances = self._advance(step)
-            reports.append(StepReport(layers, distances))
+            reports.append(StepReport(layers, tables, self._advance(step)))
             if known is None and self.process.is_main:
                 write_json(self._file(step).with_suffix(".json"), asdict(reports[-1]))
             self.process.barrier()
@@ -192,21 +196,40 @@ class SequentialMerge:
             names[steps.get(name, BEFORE)].append(name)
         return names
 
-    def _merge_step(self, step: int, names: list[str]) -> list[LayerReport]:
-        part = self._part(names)
+    def _merge_step(self, step: int, names: list[str]) -> tuple[list[LayerReport], list[TableReport]]:
         if not names:
-            return []
-        partial = self._file(step).with_suffix(".partial")
-        writer = TensorWriter(partial, part.layout, {"format": "pt"}) if self.process.is_main else None
-        if writer is not None:
-            write_averages(part, [writer], lambda count: None)
+            return [], []
+        part, partial_file = self._part(names), self._file(step).with_suffix(".partial")
+        if any(table.grams for table in part.tables):
+            self._sum_head_inputs()
+        writer, tables = None, []
+        if self.process.is_main:
+            writer = TensorWriter(partial_file, part.layout, {"format": "pt"})
+            write_averages(part, [writer], _ignore)
+            tables = Tables(part, {self.alpha: writer}, self.process.device, _ignore).write()[self.alpha]
+        self._drop_sums()
         solve = self._solve_asymmetric if self.method == "regmean_asym" else self._solve_symmetric
-        reports = solve(step, part, writer)
+        layers = solve(step, part, writer)
         if writer is not None:
             writer.close()
-            partial.replace(self._file(step))
+            partial_file.replace(self._file(step))
         self.process.barrier()
-        return reports
+        return layers, tables
+
+    def _drop_sums(self) -> None:
+        for grams in self.plan.grams:
+            grams.sums.clear()
+
+    def _sum_head_inputs(self) -> None:
+        """Sum the inputs of a head that is the embedding table: each model runs its own texts once, layer by layer."""
+        for index, (model, course) in enumerate(zip(self.models, self.courses, strict=True)):
+            alone = Course(model, course.batches, course.numbers, course.states)
+            for step in range(BEFORE, len(model.layers)):
+                weights = model.weights(step)
+                for number in range(len(course.batches)):
+                    alone.advance(step, weights, number)
+            names = {table.grams[index] for table in self.plan.tables if table.grams}
+            self._sum_inputs(len(model.layers), model, course, self.plan.grams[index], names)
 
     def _part(self, names: list[str]) -> MergePlan:
         """The plan of these tensors alone."""
@@ -215,6 +238,7 @@ class SequentialMerge:
             self.plan,
             layout={name: self.plan.layout[name] for name in names},
             groups=[group for group in self.plan.groups if chosen.issuperset(group.tensors)],
+            tables=[table for table in self.plan.tables if table.tensor in chosen],
             averaged=[name for name in self.plan.averaged if name in chosen],
             copied=[name for name in self.plan.copied if name in chosen],
         )
@@ -226,14 +250,10 @@ class SequentialMerge:
         for index, (model, course) in enumerate(zip(self.models, self.courses, strict=True)):
             wanted = {group.grams[index] for group in part.groups}
             self._sum_inputs(step, model, course, self.plan.grams[index], wanted)
-        if writer is None:
-            for grams in self.plan.grams:
-                grams.sums.clear()
-            return []
-        method = RegMean(part, {self.alpha: writer}, self.solver, self.process.device, lambda count: None)
-        reports = method.write()[self.alpha]
-        for grams in self.plan.grams:
-            grams.sums.clear()
+        reports = []
+        if writer is not None:
+            reports = RegMean(part, {self.alpha: writer}, self.solver, self.process.device, _ignore).write()[self.alpha]
+        self._drop_sums()
         return reports
 
     def _sum_inputs(self, step: int, model: LayerwiseModel, course: Course, grams: StepGrams, wanted: set[str]) -> None:
@@ -301,21 +321,19 @@ class SequentialMerge:
 
     def _blocks(self, group: LayerGroup) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
         """Blocks of a group's outputs: the models' rows and their mean."""
-        method = RegMean(self.plan, {}, self.solver, self.process.device, lambda count: None)
+        method = RegMean(self.plan, {}, self.solver, self.process.device, _ignore)
         for block in method._blocks(group, BLOCK_ELEMENTS):
-            rows = [_read_rows(model, block, group) for model in self.plan.models]
-            flat = weighted_mean([values.reshape(-1) for values in rows], self.plan.model_weights)
-            *own, mean = (torch.from_numpy(a).to(self.process.device) for a in (*rows, flat.reshape(rows[0].shape)))
-            yield own, mean
+            *rows, mean = (values.to(self.process.device) for values in Reader(self.plan).rows(group, block))
+            yield rows, mean
 
     def _write_solution(self, system: AsymmetricSystem, group: LayerGroup, writer: TensorWriter) -> LayerReport:
-        method = RegMean(self.plan, {}, self.solver, self.process.device, lambda count: None)
+        method = RegMean(self.plan, {}, self.solver, self.process.device, _ignore)
         try:
             merged, objective, solver = system.solve(self.solver)
         except SolveError as error:
             raise InputError(f"alpha {self.alpha:g}, layers {', '.join(group.tensors)}: {error}") from error
         for block, rows in zip(method._blocks(group, BLOCK_ELEMENTS), merged, strict=True):
-            method._write_rows(writer, block, group, rows.cpu().numpy())
+            _write_pieces(writer, method._encoded(block, group, rows))
         tokens = [grams.grams[name].tokens for grams, name in zip(self.plan.grams, group.grams, strict=True)]
         return LayerReport(group.tensors, tokens, solver.label, solver.condition, objective)
 
@@ -339,6 +357,10 @@ class SequentialMerge:
             apart, size = apart + (h - x).square().sum().item(), size + x.square().sum().item()
         apart, size = self.process.sum(apart, size)
         return math.sqrt(apart / size) if size else 0.0
+
+
+def _ignore(elements: int) -> None:
+    """Progress of elements, which a pass of steps does not show."""
 
 
 def _input_of(layer: nn.Module, run: Callable[[], Any]) -> torch.Tensor:

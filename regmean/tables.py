@@ -71,7 +71,7 @@ class Tables:
         """Write a table that is the output head as well."""
         grams = []
         for file, name in zip(self.plan.grams, table.grams, strict=True):
-            grams.append(torch.from_numpy(file.read(name)).to(self.device).div_(file.grams[name].tokens))
+            grams.append(torch.as_tensor(file.read(name), device=self.device).div_(file.grams[name].tokens))
         tied, alphas = TiedTable(grams, self.plan.model_weights), list(self.writers)
         for block in self._blocks(table, self.device):
             tied.measure(block.rows, block.frequencies)
