@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from common import snapshots
 from common.errors import InputError, Stopped
@@ -42,6 +42,9 @@ from regmean.hooks import (
     table_positions,
     untied_head,
 )
+from regmean.layer_survey import Survey, survey
+from regmean.layerwise import BEFORE, build_without_weights, open_layerwise, stored_dtype
+from regmean.layerwise_grams import LayerwiseGrams, measured
 from regmean.merge_plan import compact
 from regmean.model_folder import Checkpoint, open_checkpoint
 from regmean.token_counts import find_tables
@@ -81,16 +84,21 @@ def compute_grams(
     checkpoint = open_checkpoint(flags.model, flags.revision)
     quiet_libraries()
     path, trusted = str(checkpoint.folder), {"trust_remote_code": flags.trust_remote_code}
-    model_class = auto_class(checkpoint, base_config(path, **trusted))
+    config = base_config(path, **trusted)
+    model_class = auto_class(checkpoint, config)
     tokenizer = load_tokenizer(path, **trusted)
     calibration = load_calibration(flags.texts(), tokenizer)
     say(process, calibration.summary(flags.max_length))
+    found = None if model else survey_if_large(flags, checkpoint, model_class, config, process)
+    if found is not None:
+        _compute_layerwise(flags, process, checkpoint, model_class, config, found, tokenizer, calibration)
+        return
     # An adapter stored beside the weights is not part of the model; this folder has none.
     options = trusted | {"dtype": flags.dtype, "adapter_kwargs": {"subfolder": "no adapter"}}
     model = model or load_model(model_class, path, needs_head=False, **options)
     check_tokens(calibration, model.get_input_embeddings())
     check_length(calibration, table_positions(model))
-    identity = _identity(checkpoint, calibration, model, process)
+    identity = _identity(checkpoint, calibration, model.dtype, process)
     provenance = _provenance(identity, checkpoint, flags.texts(), tokenizer, calibration)
     with open_run(target.with_suffix(".partial"), identity, flags.overwrite, process) as run:
         run.start()
@@ -100,15 +108,73 @@ def compute_grams(
         passes.run(target, provenance)
 
 
-def _identity(
-    checkpoint: Checkpoint, calibration: Calibration, model: PreTrainedModel, process: Process
-) -> dict[str, Any]:
+def _compute_layerwise(
+    flags: GramFlags,
+    process: Process,
+    checkpoint: Checkpoint,
+    model_class: Any,
+    config: PretrainedConfig,
+    found: Survey,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Calibration,
+) -> None:
+    """Compute the Grams with one layer of the model in memory."""
+    dtype = stored_dtype(checkpoint, config, flags.dtype)
+    built = build_without_weights(model_class, config, dtype, process.device)
+    check_tokens(calibration, built.get_input_embeddings())
+    check_length(calibration, table_positions(built))
+    model = open_layerwise(checkpoint, built, process.device, found.tuple_length)
+    identity = _identity(checkpoint, calibration, dtype, process) | {"layerwise": True}
+    provenance = _provenance(identity, checkpoint, flags.texts(), tokenizer, calibration)
+    target = Path(flags.output_dir) / FILE_NAME
+    with open_run(target.with_suffix(".partial"), identity, flags.overwrite, process) as run:
+        run.start()
+        parts, size = measured(checkpoint, model, found, calibration), flags.batch_tokens(process.device.type)
+        grams = LayerwiseGrams(model, found, parts, calibration, size, flags.offload_dir, run.folder, process)
+        grams.run(target, provenance)
+
+
+def survey_if_large(
+    flags: GramFlags, checkpoint: Checkpoint, model_class: Any, config: PretrainedConfig, process: Process
+) -> Survey | None:
+    """The survey of a model that is to be run layer by layer; None if it is run as a whole.
+
+    Raises:
+        InputError: `--layerwise on`, and the model cannot be run so.
+    """
+    if flags.layerwise == "off" or (flags.layerwise == "auto" and flags.trust_remote_code):
+        return None
+    if flags.layerwise == "on":
+        return survey(model_class, config, checkpoint.name)
+    built = build_without_weights(
+        model_class, config, stored_dtype(checkpoint, config, flags.dtype), torch.device("cpu")
+    )
+    weights = sum(parameter.nbytes for parameter in built.parameters())
+    layers = linear_layers(built)
+    free = memory_for_sums(available_memory(process.device) - weights, 0, process.device.type)
+
+    def is_large(names: Iterable[str]) -> bool:
+        return any(process.gather(sum(4 * input_width(layers[name]) ** 2 for name in names) > free))
+
+    # Layers that share an input have one sum: the first bound is too high.
+    if not is_large(layers):
+        return None
+    try:
+        found = survey(model_class, config, checkpoint.name)
+    except InputError as error:
+        say(process, f"note: {error}")
+        return None
+    steps = range(BEFORE, len(found.kinds) + 1)
+    return found if is_large(group[0] for step in steps for group in found.groups_of(step)) else None
+
+
+def _identity(checkpoint: Checkpoint, calibration: Calibration, dtype: torch.dtype, process: Process) -> dict[str, Any]:
     """Settings and inputs that must be equal for a run to continue another."""
     return {
         "model": checkpoint.name,
         "fingerprint": checkpoint.fingerprint(),
         "examples": hashlib.sha256(json.dumps(calibration.examples).encode()).hexdigest(),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "world_size": process.world_size,
     }
 

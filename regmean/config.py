@@ -51,6 +51,8 @@ class GramFlags:
     output_dir: str = flag(None, "folder for gram.safetensors")
     dtype: str = flag("auto", f"the model's: {', '.join(DTYPES)}; auto is the one it was saved in")
     device: str = flag("auto", "auto (GPU if there is one), cpu, cuda")
+    layerwise: str = flag("auto", "run one decoder layer at a time: on, off, or auto, where the model is too large")
+    offload_dir: str | None = flag(None, "layer by layer: folder for hidden states; default: they stay in host memory")
     trust_remote_code: bool = flag(False, "run Python code that comes with the model")
     overwrite: bool = flag(False, "replace another Gram, or another unfinished run, in the output folder")
     plan: str | None = flag(None, PLAN_HELP, nargs="?", const=HERE)
@@ -69,6 +71,8 @@ class GramFlags:
             parse_devices(self.plan)
         elif bool(self.text_column) == bool(self.roles()):
             raise InputError("give either --text_column or chat columns (--user_column, --assistant_column, ...)")
+        if self.layerwise not in ("auto", "on", "off"):
+            raise InputError("--layerwise is auto, on or off")
         _check_dtype(self.dtype)
 
     def batch_tokens(self, device_type: str) -> int:

@@ -51,6 +51,14 @@ def build_without_weights(
         handle.remove()
 
 
+def stored_dtype(checkpoint: Checkpoint, config: PretrainedConfig, dtype: str) -> torch.dtype:
+    """The torch dtype of this name; for "auto" the one that the config names, else that of the largest tensor."""
+    if dtype == "auto":
+        largest = max(checkpoint.tensors.values(), key=lambda info: info.size)
+        dtype = getattr(config, "dtype", None) or {"BF16": "bfloat16", "F16": "float16"}.get(largest.dtype, "float32")
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The model's list of layers, and its name: the largest list with as many modules as the config has layers.
 
@@ -150,7 +158,7 @@ class LayerwiseModel:
         return {name: self._read(name, shapes[name]) for name in self.names(step) if self.stored(name)}
 
     def stored(self, name: str) -> TensorInfo | None:
-        """The stored tensor of a parameter, which may have the name of one that is tied to it; None if there is none."""
+        """The stored tensor of a parameter, perhaps by the name of one that is tied to it; None if there is none."""
         return next((self.tensors[other] for other in self._names[name] if other in self.tensors), None)
 
     def _read(self, name: str, like: torch.Tensor) -> torch.Tensor:
@@ -306,6 +314,43 @@ class States:
 
     def __setitem__(self, index: int, states: torch.Tensor) -> None:
         self._parts[index].copy_(states)
+
+
+@dataclass
+class Course:
+    """Calibration texts on their way through a model.
+
+    Attributes:
+        batches, numbers: the batches, and the number of each among all of this rank.
+        states: hidden states of each batch before the next step.
+    """
+
+    model: LayerwiseModel
+    batches: list[Batch]
+    numbers: list[int]
+    states: States
+
+    def forward(self, step: int, weights: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+        """The states of a batch after a step."""
+        hidden = None if step == BEFORE else self.states[index].to(self.model.device)
+        return self.model.forward(step, weights, self.batches[index], hidden)
+
+    def advance(self, step: int, weights: dict[str, torch.Tensor], index: int) -> None:
+        """Move a batch through a step.
+
+        Raises:
+            InputError: a state is NaN or infinite.
+        """
+        states = self.forward(step, weights, index)
+        if step == len(self.model.layers):
+            return
+        if not states.isfinite().all():
+            examples = ", ".join(map(str, self.batches[index].examples[:8]))
+            raise InputError(
+                f"states after step {step + 1} are NaN or infinite in calibration text(s) {examples} (from 0): take a "
+                "wider --dtype (bfloat16 or float32)"
+            )
+        self.states[index] = states
 
 
 def open_layerwise(

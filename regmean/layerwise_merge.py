@@ -4,11 +4,11 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from common.errors import InputError
 from common.io import atomic_folder
@@ -16,21 +16,20 @@ from common.logging import quiet_libraries, say
 from common.models import base_config, load_tokenizer
 from common.ranks import Process
 from common.runs import open_run
-from regmean.architectures import auto_class, layer_tensors
+from regmean.architectures import auto_class
 from regmean.average import CHUNK_ELEMENTS
 from regmean.calibration import Calibration, check_length, check_tokens, load_calibration, make_batches
 from regmean.config import MergeFlags, TextSource
 from regmean.gram_file import Gram
-from regmean.hooks import input_width, is_conv1d, linear_layers, table_positions
+from regmean.hooks import input_width, is_conv1d, table_positions
 from regmean.layer_survey import Survey, survey
-from regmean.layerwise import BEFORE, Batch, LayerwiseModel, States, build_without_weights, open_layerwise
-from regmean.merge_plan import STORED_AS, MergePlan, plan_merge
+from regmean.layerwise import BEFORE, LayerwiseModel, build_without_weights, open_layerwise, stored_dtype
+from regmean.layerwise_grams import course_of, measured
+from regmean.merge_plan import MergePlan, plan_merge
 from regmean.model_folder import Checkpoint, CheckpointWriter, open_checkpoint
 from regmean.report import Provenance, print_table, write_report
-from regmean.sequential import SAMPLED, Course, SequentialMerge, StepGrams, StepReport
-from regmean.tensor_file import FLOATS, TensorInfo
-
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+from regmean.sequential import SAMPLED, SequentialMerge, StepGrams, StepReport
+from regmean.tensor_file import TensorInfo
 
 
 def merge_layer_by_layer(flags: MergeFlags, process: Process, command: str) -> None:
@@ -50,7 +49,7 @@ def merge_layer_by_layer(flags: MergeFlags, process: Process, command: str) -> N
     classes = [auto_class(*pair) for pair in zip(checkpoints, configs, strict=True)]
     surveys = [survey(*of, c.name) for *of, c in zip(classes, configs, checkpoints, strict=True)]
     texts = [_texts(checkpoint, source) for checkpoint, source in zip(checkpoints, sources, strict=True)]
-    dtype = _run_dtype(checkpoints[0], flags.dtype, process.device)
+    dtype = _run_dtype(checkpoints[0], configs[0], flags.dtype, process.device)
 
     def build(index: int) -> LayerwiseModel:
         model = build_without_weights(classes[index], configs[index], dtype, process.device)
@@ -72,13 +71,9 @@ def _texts(checkpoint: Checkpoint, source: TextSource) -> Calibration:
     return load_calibration(source, load_tokenizer(str(checkpoint.folder)))
 
 
-def _run_dtype(first: Checkpoint, dtype: str, device: torch.device) -> torch.dtype:
+def _run_dtype(first: Checkpoint, config: PretrainedConfig, dtype: str, device: torch.device) -> torch.dtype:
     """The dtype that layers run in: the merge's; float32 on a CPU for float16, which CPUs multiply slowly."""
-    stored = (
-        STORED_AS.get(dtype)
-        or max((info for info in first.tensors.values() if info.dtype in FLOATS), key=lambda info: info.size).dtype
-    )
-    chosen = DTYPES.get(stored, torch.float32)
+    chosen = stored_dtype(first, config, dtype)
     return torch.float32 if chosen == torch.float16 and device.type == "cpu" else chosen
 
 
@@ -91,26 +86,18 @@ def _gram_entries(
     name: str,
 ) -> StepGrams:
     """Entries of all groups of linear layers whose inputs are summed, and of the embedding tables."""
-    layers = linear_layers(model.model)
-    groups = [group for step in range(BEFORE, len(model.layers) + 1) for group in found.groups_of(step)]
-    regular = [name for group in groups for name in group if name in layers and not found.is_irregular(name)]
-    rows = {name: len(parameter) for name, parameter in model.model.named_parameters()}
-    tables = [replace(table, rows=rows[f"{table.module}.weight"]) for table in found.tables]
-    heads = {layer for layer in regular if layers[layer] is model.head}
-    optional = heads | {table.module for table in tables}
-    names = [*regular, *(table.module for table in tables)]
-    tensors, missing = layer_tensors(checkpoint.name, model.model, names, optional, checkpoint.tensors)
-    counts = [table.counts(texts, tensors) for table in tables]
-    tied = {table.head for table in tables}
-    grams: dict[str, Gram] = {}
-    for group in groups:
-        if group := [layer for layer in group if layer in regular and (layer not in missing or layer in tied)]:
-            stored = tuple(tensor for tensor, owners in tensors.items() if owners.issubset(group))
-            first = layers[group[0]]
-            grams[group[0]] = Gram(group[0], tuple(group), texts.tokens, input_width(first), is_conv1d(first), stored)
+    parts, grams = measured(checkpoint, model, found, texts), {}
+    for step in range(BEFORE, len(model.layers) + 1):
+        for group in found.groups_of(step):
+            # Layers that read other rows than the tokens are averaged.
+            if group := [layer for layer in group if layer in parts.layers and not found.is_irregular(layer)]:
+                stored = tuple(tensor for tensor, owners in parts.tensors.items() if owners.issubset(group))
+                first = parts.layers[group[0]]
+                entry = (texts.tokens, input_width(first), is_conv1d(first), stored)
+                grams[group[0]] = Gram(group[0], tuple(group), *entry)
     origin = {"dataset": source.dataset, "split": source.split, "examples": len(texts.examples)}
     origin |= {"tokens": texts.tokens, "max_length": source.max_length}
-    return StepGrams(name, grams, {each.name: each for each in counts}, origin)
+    return StepGrams(name, grams, {counts.name: counts for counts in parts.counts}, origin)
 
 
 def _merge_one(
@@ -131,7 +118,6 @@ def _merge_one(
     identity = _identity(flags, alpha, plan, texts, process)
     with open_run(steps, identity, False, process) as run:
         run.start()
-        offload = Path(flags.offload_dir) if flags.offload_dir else None
         size = flags.batch_tokens(process.device.type)
         courses, own = [], []
         for model, of in zip(models, texts, strict=True):
@@ -139,8 +125,8 @@ def _merge_one(
             batches = batches[process.rank :: process.world_size]
             step = 1 if flags.method == "regmean_asym" else SAMPLED
             numbers = range(0, len(batches), step)
-            courses.append(_course(merged, of, batches, range(len(batches)), offload))
-            own.append(_course(model, of, batches, numbers, offload))
+            courses.append(course_of(merged, of, batches, range(len(batches)), flags.offload_dir))
+            own.append(course_of(model, of, batches, numbers, flags.offload_dir))
         method = SequentialMerge(
             flags.method, alpha, flags.ridge, flags.solver, plan, found, models, merged, courses, own, steps, process
         )
@@ -152,16 +138,6 @@ def _merge_one(
             shutil.rmtree(steps)
             print(f"{path}: written")
         process.barrier()
-
-
-def _course(
-    model: LayerwiseModel, texts: Calibration, batches: list[list[int]], numbers: Any, offload: Path | None
-) -> Course:
-    chosen = [Batch.of(batches[number], texts) for number in numbers]
-    width = model.model.config.get_text_config().hidden_size
-    dtype = model.model.dtype
-    states = States([tuple(batch.ids.shape) for batch in chosen], width, dtype, offload)
-    return Course(model, chosen, list(numbers), states)
 
 
 def _identity(

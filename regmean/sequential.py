@@ -30,7 +30,7 @@ from regmean.gram import GramSums, add_cross_products, add_products, symmetrise_
 from regmean.gram_file import Counts, Gram, Grams
 from regmean.hooks import LinearInputs
 from regmean.layer_survey import Survey
-from regmean.layerwise import BEFORE, Batch, LayerwiseModel, States
+from regmean.layerwise import BEFORE, Batch, Course, LayerwiseModel
 from regmean.merge_plan import LayerGroup, MergePlan
 from regmean.read_ahead import Reader
 from regmean.regmean import RegMean, _write_pieces
@@ -57,43 +57,6 @@ class StepGrams(Grams):
     def read(self, name: str, empty: Any = None) -> torch.Tensor:
         """A copy of the sum of a Gram."""
         return self.sums[name].clone()
-
-
-@dataclass
-class Course:
-    """Calibration texts on their way through a model.
-
-    Attributes:
-        batches, numbers: the batches, and the number of each among all of this rank.
-        states: hidden states of each batch before the next step.
-    """
-
-    model: LayerwiseModel
-    batches: list[Batch]
-    numbers: list[int]
-    states: States
-
-    def forward(self, step: int, weights: dict[str, torch.Tensor], index: int) -> torch.Tensor:
-        """The states of a batch after a step."""
-        hidden = None if step == BEFORE else self.states[index].to(self.model.device)
-        return self.model.forward(step, weights, self.batches[index], hidden)
-
-    def advance(self, step: int, weights: dict[str, torch.Tensor], index: int) -> None:
-        """Move a batch through a step.
-
-        Raises:
-            InputError: a state is NaN or infinite.
-        """
-        states = self.forward(step, weights, index)
-        if step == len(self.model.layers):
-            return
-        if not states.isfinite().all():
-            examples = ", ".join(map(str, self.batches[index].examples[:8]))
-            raise InputError(
-                f"states after step {step + 1} are NaN or infinite in calibration text(s) {examples} (from 0): take a "
-                "wider --dtype (bfloat16 or float32)"
-            )
-        self.states[index] = states
 
 
 @dataclass

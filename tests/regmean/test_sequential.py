@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,6 +18,7 @@ from common.cli import parse_flags
 from common.ranks import start_process
 from regmean.compute import compute_grams
 from regmean.config import GramFlags, MergeFlags
+from regmean.gram_file import GramFile
 from regmean.layerwise_merge import merge_layer_by_layer
 from regmean.merge import merge
 from tests.regmean.conftest import make_tokenizer
@@ -45,7 +47,7 @@ USUAL = [
 ]
 TABLE = re.compile(r"embed_tokens|wte|wpe")
 TEXTS = [
-    [" ".join(f"w{(3 * i + j * j + i * j + seed) % 20}" for j in range(1 + i % (9 - 3 * seed))) for i in range(20)]
+    [" ".join(f"w{(3 * i + j * j + i * j + seed) % 20}" for j in range(1 + i % (9 - 3 * seed))) for i in range(40)]
     for seed in (0, 1)
 ]
 
@@ -220,3 +222,24 @@ def test_merge_equals_models_merged_group_by_group(kind: str, method: str, pair:
         apart = (a[name] - b[name]).norm()
         assert (found[name] - (a[name] + b[name]) / 2).norm() > 0.05 * apart, name
         assert (found[name] - by_grams[name]).norm() <= 1e-5 * apart, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_grams_layer_by_layer_equal_those_of_the_whole_model(kind: str, pair: Callable, tmp_path: Path) -> None:
+    folder = pair(kind)[0]
+    files = []
+    for layerwise in ("off", "on"):
+        words = ["--config", f"{folder}.yaml", "--device", "cpu", "--dtype", "float32", "--tokens_per_batch", "24"]
+        out = tmp_path / layerwise
+        words += ["--layerwise", layerwise, "--output_dir", str(out), "--offload_dir", str(tmp_path / "states")]
+        compute_grams(parse_flags(GramFlags, words), start_process("cpu"))
+        files.append(GramFile(out / "gram.safetensors"))
+    whole, layers = files
+    assert whole.grams == layers.grams
+    for name in whole.grams:
+        expected = whole.read(name)
+        assert np.linalg.norm(layers.read(name) - expected) <= 1e-6 * np.linalg.norm(expected), name
+    assert {n: (c.tensors, c.tied, c.values.tolist()) for n, c in whole.counts.items()} == {
+        n: (c.tensors, c.tied, c.values.tolist()) for n, c in layers.counts.items()
+    }
+    assert not list((tmp_path / "states").iterdir())
