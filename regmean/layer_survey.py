@@ -94,7 +94,7 @@ def survey(auto_class: Any, config: PretrainedConfig, name: str) -> Survey:
                 torch.manual_seed(0)
                 return _survey(auto_class, small)
         except InputError as error:
-            raise InputError(f"model {name} cannot be merged layer by layer: {error}") from error
+            raise InputError(f"model {name} cannot be run layer by layer: {error}") from error
         except Exception as error:  # model code may raise anything on sizes that do not fit together
             reason = describe(error)
     raise InputError(f"model {name} ({config.model_type}) cannot be run layer by layer: {reason}")
@@ -147,7 +147,7 @@ def _survey(auto_class: Any, config: PretrainedConfig) -> Survey:
         whole = _whole(model, weights, batch)
         difference = (_stepwise(stepwise, weights, batch) - whole).norm() / whole.norm()
         if not difference <= TOLERANCE:
-            raise InputError(f"the layers of a {config.model_type} model exchange more than their hidden states")
+            raise InputError(f"layers of a {config.model_type} model exchange more than their hidden states")
     found = _with_groups(found, model, weights, batches[0], first)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
@@ -213,6 +213,8 @@ def _stepwise(model: LayerwiseModel, weights: dict, batch: Batch) -> torch.Tenso
     for step in range(BEFORE, len(model.layers) + 1):
         names = {*model.names(step)}
         hidden = model.forward(step, {k: v for k, v in weights.items() if k in names}, batch, hidden)
+        if step < len(model.layers) and (hidden.ndim != 3 or hidden.shape[:2] != batch.ids.shape):
+            raise InputError(f"its layers exchange states of shape {list(hidden.shape)}, not (texts, tokens, features)")
     return _real(hidden, batch)
 
 

@@ -25,7 +25,7 @@ from regmean.hooks import input_width, is_conv1d, table_positions
 from regmean.layer_survey import Survey, survey
 from regmean.layerwise import BEFORE, LayerwiseModel, build_without_weights, open_layerwise, stored_dtype
 from regmean.layerwise_grams import course_of, measured
-from regmean.merge_plan import MergePlan, plan_merge
+from regmean.merge_plan import MergePlan, check_vocabularies, plan_merge
 from regmean.model_folder import Checkpoint, CheckpointWriter, open_checkpoint
 from regmean.report import Provenance, print_table, write_report
 from regmean.sequential import SAMPLED, SequentialMerge, StepGrams, StepReport
@@ -44,6 +44,8 @@ def merge_layer_by_layer(flags: MergeFlags, process: Process, command: str) -> N
     sources = flags.texts()
     revisions = flags.revisions or [None] * len(flags.models)
     checkpoints = [open_checkpoint(name, revision) for name, revision in zip(flags.models, revisions, strict=True)]
+    # The merge reads the texts of all models.
+    check_vocabularies(checkpoints)
     quiet_libraries()
     configs = [base_config(str(checkpoint.folder)) for checkpoint in checkpoints]
     classes = [auto_class(*pair) for pair in zip(checkpoints, configs, strict=True)]

@@ -264,6 +264,18 @@ def _as_transformers_has_it(model: Checkpoint) -> dict[str, Any] | None:
     return known
 
 
+def check_vocabularies(models: list[Checkpoint]) -> None:
+    """Check that all models give the same ids to the same texts.
+
+    Raises:
+        InputError: they do not.
+    """
+    problems: list[str] = []
+    for model in models[1:]:
+        _compare_vocabularies(models[0], model, problems, [])
+    _refuse(problems)
+
+
 def _compare_vocabularies(first: Checkpoint, other: Checkpoint, unlike: list[str], notes: list[str]) -> None:
     if same_tokenizer_file(first, other):
         return

@@ -126,8 +126,11 @@ class SequentialMerge:
         if not self.process.gather(path.exists())[0]:
             return None
         content = read_json(path)
-        layers = [LayerReport(**entry | {"objective": Objective(**entry["objective"])}) for entry in content["layers"]]
-        return StepReport(layers, content["distances"])
+        layers, tables = (
+            [kind(**entry | {"objective": Objective(**entry["objective"])}) for entry in content[key]]
+            for kind, key in ((LayerReport, "layers"), (TableReport, "tables"))
+        )
+        return StepReport(layers, tables, content["distances"])
 
     def _take(self, path: Path) -> None:
         """Let the merge read the tensors of a file."""

@@ -1,8 +1,13 @@
 """Layer-sequential merges, compared with float64 models that are merged group by group."""
 
+import errno
 import json
+import os
+import random
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +15,25 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from common.cli import parse_flags
+from common.errors import InputError
 from common.ranks import start_process
 from regmean.compute import compute_grams
-from regmean.config import GramFlags, MergeFlags
+from regmean.config import SEQUENTIAL, GramFlags, MergeFlags
 from regmean.gram_file import GramFile
+from regmean.layer_survey import survey
+from regmean.layerwise import LayerwiseModel
 from regmean.layerwise_merge import merge_layer_by_layer
 from regmean.merge import merge
+from regmean.sequential import SequentialMerge
+from tests.mindmerger.scripts import rank_processes, run_ranks
 from tests.regmean.conftest import make_tokenizer
-from tests.regmean.folders import EXPERTS, TEXT
+from tests.regmean.folders import EXPERTS, MODELS, TEXT, build, save
 
 ALPHA, RIDGE = 0.9, 1e-6
 GEMMA = TEXT | {"num_hidden_layers": 3, "sliding_window": 4, "query_pre_attn_scalar": 4,
@@ -243,3 +254,212 @@ def test_grams_layer_by_layer_equal_those_of_the_whole_model(kind: str, pair: Ca
         n: (c.tensors, c.tied, c.values.tolist()) for n, c in layers.counts.items()
     }
     assert not list((tmp_path / "states").iterdir())
+
+
+def as_words(flags: MergeFlags) -> list[str]:
+    words = [
+        "--method",
+        flags.method,
+        "--models",
+        *flags.models,
+        "--calibration",
+        *flags.calibration,
+        "--device",
+        "cpu",
+    ]
+    words += ["--tokens_per_batch", str(flags.tokens_per_batch), "--alpha", str(ALPHA), "--dtype", flags.dtype]
+    return [*words, "--output_dir", str(flags.output_dir)]
+
+
+@pytest.mark.parametrize("method", SEQUENTIAL)
+def test_two_ranks_merge_as_one_does(method: str, pair: Callable, tmp_path: Path) -> None:
+    folders = pair("llama")
+    run_ranks(2, tmp_path, "merge_model.py", *as_words(merge_flags(folders, tmp_path / "two", method)))
+    one = load_file(merged(folders, tmp_path / "one", method) / "model.safetensors")
+    a, b = (load_file(folder / "model.safetensors") for folder in folders)
+    for name, found in load_file(tmp_path / "two/model.safetensors").items():
+        assert (found - one[name]).norm() <= 1e-5 * (a[name] - b[name]).norm(), name
+
+
+KILLED = """
+import os, signal, sys
+from common.ranks import start_process
+from common.cli import parse_flags
+from common.errors import InputError
+from regmean.config import MergeFlags
+from regmean.layerwise import LayerwiseModel
+from regmean.layer_survey import survey
+from regmean.layerwise import LayerwiseModel
+from regmean.layerwise_merge import merge_layer_by_layer
+
+left, forward = int(sys.argv[1]), LayerwiseModel.forward
+
+def forward_or_die(self, *args):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward(self, *args)
+
+LayerwiseModel.forward = forward_or_die
+merge_layer_by_layer(parse_flags(MergeFlags, sys.argv[2:]), start_process("cpu"), "command")
+"""
+
+
+@pytest.mark.parametrize("method", SEQUENTIAL)
+def test_a_merge_that_is_killed_twice_continues_to_the_same_bytes(
+    method: str, pair: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = pair("gemma3")
+    counted = count_forwards(monkeypatch)
+    whole = merged(folders, tmp_path / "whole", method, dtype="bfloat16")
+    monkeypatch.undo()
+    script, flags = tmp_path / "killed.py", merge_flags(folders, tmp_path / "out", method, dtype="bfloat16")
+    script.write_text(KILLED)
+    seed = random.randrange(1000)
+    moments = random.Random(seed)
+    # A run that continues makes fewer forward passes, but at least a sixth.
+    for passes in (counted[0], counted[0] // 6):
+        moment = moments.randrange(1, passes)
+        killed = rank_processes(1, tmp_path, str(script), str(moment), *as_words(flags))
+        killed[0].join(timeout=120)
+        assert killed[0].exitcode == -9, (seed, (tmp_path / "output.txt").read_text())
+        assert not (tmp_path / "out").exists()
+    merge_layer_by_layer(flags, start_process("cpu"), "command")
+    assert not (tmp_path / "out.steps").exists()
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes(), seed
+    reports = [json.loads((folder / "merge_report.json").read_text()) for folder in (whole, tmp_path / "out")]
+    assert reports[0]["layers"] == reports[1]["layers"]
+    assert reports[0]["distances"] == reports[1]["distances"]
+
+
+def count_forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    count, forward = [0], LayerwiseModel.forward
+
+    def counting(self: LayerwiseModel, *args: Any) -> Any:
+        count[0] += 1
+        return forward(self, *args)
+
+    monkeypatch.setattr(LayerwiseModel, "forward", counting)
+    return count
+
+
+def test_distances_are_those_of_the_merged_and_the_own_states(pair: Callable, tmp_path: Path) -> None:
+    folders = pair("llama")
+    out = merged(folders, tmp_path / "out", "regmean_asym")
+    distances = json.loads((out / "merge_report.json").read_text())["distances"]
+    tokenizer = make_tokenizer()
+    states = []
+    for folder, texts in ((out, 0), (folders[0], 0), (out, 1), (folders[1], 1)):
+        model = load64(folder)
+        with torch.no_grad():
+            ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in TEXTS[texts]]
+            outputs = [model.model(each, output_hidden_states=True).hidden_states for each in ids]
+        # The last of these is after the norm.
+        states.append([torch.cat([each[layer][0] for each in outputs]) for layer in range(2)])
+    for layer in range(2):
+        for index, (h, x) in enumerate((states[:2], states[2:])):
+            expected = (h[layer] - x[layer]).norm() / x[layer].norm()
+            assert distances[layer][index] == pytest.approx(expected.item(), rel=1e-4)
+    assert len(distances) == 3
+    assert "![distances](distances.png)" in (out / "README.md").read_text()
+    assert (out / "distances.png").stat().st_size > 1000
+
+
+def test_bad_input_is_refused_before_the_first_layer(
+    pair: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = pair("llama")
+    monkeypatch.setattr(SequentialMerge, "run", None)
+
+    def refused(match: str, change: Callable[[MergeFlags], MergeFlags]) -> None:
+        with pytest.raises(InputError, match=match) as caught:
+            merge_layer_by_layer(
+                change(merge_flags(folders, tmp_path / "out", "regmean++")), start_process("cpu"), "command"
+            )
+        assert "\n" not in str(caught.value) or "these do not merge" in str(caught.value)
+        assert not (tmp_path / "out").exists()
+
+    with pytest.raises(InputError, match="--calibration takes one per model: 2, not 1"):
+        MergeFlags(method="regmean++", models=["A", "B"], calibration=["math"])
+    with pytest.raises(InputError, match="--calibration belongs to --method"):
+        MergeFlags(method="avg", models=["A", "B"], calibration=["math", "code"])
+    swapped = [f"{folder}.yaml" for folder in reversed(folders)]
+    refused("is for the model .*B, not .*A", lambda flags: replace(flags, calibration=swapped))
+    refused("no such file, and no preset", lambda flags: replace(flags, calibration=["maths", "code"]))
+
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text(json.dumps({"question": None}) + "\n")
+    (tmp_path / "empty.yaml").write_text(f"dataset: {empty}\nuser_column: question\n")
+    refused("no row has any text", lambda flags: replace(flags, calibration=[str(tmp_path / "empty.yaml")] * 2))
+
+    other = tmp_path / "other"
+    shutil.copytree(folders[1], other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "other.yaml").write_text(Path(f"{folders[1]}.yaml").read_text().replace(f"model: {folders[1]}\n", ""))
+    refused(
+        "the same ids to different text",
+        lambda flags: replace(
+            flags,
+            models=[str(folders[0]), str(other)],
+            calibration=[f"{folders[0]}.yaml", str(tmp_path / "other.yaml")],
+        ),
+    )
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    refused("--offload_dir .*No space left", lambda flags: replace(flags, offload_dir=str(tmp_path / "states")))
+
+
+def test_models_whose_layers_exchange_more_are_refused() -> None:
+    config = transformers.Gemma3nTextConfig(
+        vocab_size=96, vocab_size_per_layer_input=96, hidden_size=16, hidden_size_per_layer_input=8,
+        intermediate_size=24, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=4,
+        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2, laurel_rank=4, activation_sparsity_pattern=None,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="layer by layer") as caught:
+        survey(AutoModelForCausalLM, config, "M")
+    assert "\n" not in str(caught.value)
+
+
+def test_compute_gram_takes_layers_one_by_one_where_the_model_does_not_fit(
+    pair: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = pair("llama")[0]
+    size = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    for name, free in (("fits", 10 * size), ("large", size + 1000)):
+        monkeypatch.setattr("regmean.compute.available_memory", lambda device, free=free: free)
+        words = ["--config", f"{folder}.yaml", "--device", "cpu", "--output_dir", str(tmp_path / name)]
+        compute_grams(parse_flags(GramFlags, words), start_process("cpu"))
+    # Only the pass over the whole model prints a plan of its passes.
+    assert capsys.readouterr().out.count("plan:") == 1
+    assert (tmp_path / "large/gram.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_kind_is_surveyed_or_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+    """Grams layer by layer are those of the whole model, wherever a model can be run layer by layer."""
+    folder = save(build(kind, 1), tmp_path / "A")
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[0]))
+    files = []
+    for layerwise in ("on", "off"):
+        words = ["--model", str(folder), "--dataset", str(data), "--text_column", "text", "--device", "cpu"]
+        words += ["--layerwise", layerwise, "--output_dir", str(tmp_path / layerwise), "--dtype", "float32"]
+        try:
+            compute_grams(parse_flags(GramFlags, words), start_process("cpu"))
+        except InputError as error:
+            assert layerwise == "on" and "layer by layer" in str(error) and "\n" not in str(error)
+            pytest.skip(str(error))
+        files.append(GramFile(tmp_path / layerwise / "gram.safetensors"))
+    layers, whole = files
+    assert layers.grams == whole.grams
+    for name in whole.grams:
+        expected = whole.read(name)
+        assert np.linalg.norm(layers.read(name) - expected) <= 1e-5 * np.linalg.norm(expected), name
