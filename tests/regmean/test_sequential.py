@@ -322,7 +322,7 @@ def test_a_merge_that_is_killed_twice_continues_to_the_same_bytes(
     for passes in (counted[0], counted[0] // 6):
         moment = moments.randrange(1, passes)
         killed = rank_processes(1, tmp_path, str(script), str(moment), *as_words(flags))
-        killed[0].join(timeout=120)
+        killed[0].join(timeout=300)
         assert killed[0].exitcode == -9, (seed, (tmp_path / "output.txt").read_text())
         assert not (tmp_path / "out").exists()
     merge_layer_by_layer(flags, start_process("cpu"), "command")
@@ -420,7 +420,8 @@ def test_models_whose_layers_exchange_more_are_refused() -> None:
     config = transformers.Gemma3nTextConfig(
         vocab_size=96, vocab_size_per_layer_input=96, hidden_size=16, hidden_size_per_layer_input=8,
         intermediate_size=24, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=4,
-        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2, laurel_rank=4, activation_sparsity_pattern=None,
+        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2, laurel_rank=4,
+        activation_sparsity_pattern=None,
     )  # fmt: skip
     with pytest.raises(InputError, match="layer by layer") as caught:
         survey(AutoModelForCausalLM, config, "M")
