@@ -141,8 +141,8 @@ def grams(folder: Path, texts: list[str] = TEXTS, **options: Any) -> Path:
 
 def run(folders: list[Path], output: Path, method: str = "regmean", **options: Any) -> Path:
     files = [str(folder.with_suffix(".gram")) for folder in folders] if method == "regmean" else []
-    settings = {"grams": files, "alpha": [ALPHA], "device": "cpu", "output_dir": str(output)} | options
-    merge(MergeFlags(method=method, models=[str(folder) for folder in folders], **settings), "the command")
+    settings = {"grams": files, "alpha": [ALPHA], "embeddings": "average", "device": "cpu", "output_dir": str(output)}
+    merge(MergeFlags(method=method, models=[str(folder) for folder in folders], **(settings | options)), "the command")
     return output
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -16,9 +17,10 @@ from transformers import (
 )
 
 from common.io import read_json
+from regmean import compute
 from regmean.average import weighted_mean
 from regmean.embeddings import EVEN, TiedTable, merge_by_counts
-from regmean.gram_file import FILE_NAME, GramFile
+from regmean.gram_file import FILE_NAME, GramFile, write_grams
 from regmean.solve import SolveError
 from tests.regmean.conftest import make_gpt2, make_llama
 from tests.regmean.folders import ALPHA, TEXT, TEXTS, grams, load, run, save
@@ -245,3 +247,45 @@ def test_merged_tables_equal_dense_solutions(case: str, tmp_path: Path, capfd: p
     averaged, plain = load(averaged).state_dict(), load(plain).state_dict()
     assert all(torch.equal(averaged[name], plain[name]) for name in expected)
     assert set(read_json(tmp_path / "averaged" / "merge_report.json")["averaged"]) >= set(expected)
+
+
+def test_counts_are_the_same_in_several_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(make_gpt2(), tmp_path / "model")
+    whole = GramFile(grams(folder) / FILE_NAME)
+    monkeypatch.setattr(compute, "memory_for_sums", lambda *sizes: 4 * 64**2)
+    parts = GramFile(grams(folder, overwrite=True) / FILE_NAME)
+    assert [*whole.counts] == [*parts.counts] == ["counts.transformer.wte", "counts.transformer.wpe"]
+    for name, counts in whole.counts.items():
+        assert counts.tensors == parts.counts[name].tensors == (f"{name.removeprefix('counts.')}.weight",)
+        np.testing.assert_array_equal(counts.values, parts.counts[name].values)
+    # The sum of the head's input is in both.
+    np.testing.assert_array_equal(whole.read("lm_head"), parts.read("lm_head"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_file_without_counts_averages_with_a_note(tied: bool, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    folders = specialists(lambda: make_llama(tied=tied), 2, tmp_path)
+    older = folders[1].with_suffix(".gram") / FILE_NAME
+    file, name = GramFile(older), "model.embed_tokens.weight"
+    older_grams = [gram for gram in file.grams.values() if not tied or gram.name != "lm_head"]
+    write_grams(older, older_grams, file.read, file.provenance)
+    out = run(folders, tmp_path / "out", embeddings="counts")
+    printed = capfd.readouterr().out
+    assert f"no token counts in {older}, embedding tables are averaged" in printed
+    report = read_json(out / "merge_report.json")
+    assert (report["tables"], name in report["averaged"]) == ([], True)
+    plain = run(folders, tmp_path / "plain", "avg")
+    assert torch.equal(load(out).state_dict()[name], load(plain).state_dict()[name])
+
+
+def test_only_selected_tables_are_merged_by_counts(tmp_path: Path) -> None:
+    folders = specialists(make_gpt2, 2, tmp_path)
+    out = run(folders, tmp_path / "out", embeddings="counts", include=["wpe"])
+    report = read_json(out / "merge_report.json")
+    assert [entry["tensor"] for entry in report["tables"]] == ["transformer.wpe.weight"]
+    merged, first = (load(folder).state_dict() for folder in (out, folders[0]))
+    changed = {name for name, value in first.items() if not torch.equal(merged[name], value)}
+    assert changed == {"transformer.wpe.weight"}
+    assert report["solved_fraction"] == pytest.approx(
+        (64 - report["tables"][0]["unread"]) * 16 / sum(value.numel() for value in load(out).parameters()), rel=1e-6
+    )

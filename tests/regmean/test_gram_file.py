@@ -1,5 +1,6 @@
 """Gram files of both forms: written values are read back, and anything else is refused."""
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -8,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from common.errors import InputError
 from regmean import gram_file
-from regmean.gram_file import Gram, GramFile, PublishedGrams, convert, join_files, open_grams, write_grams
+from regmean.gram_file import Counts, Gram, GramFile, PublishedGrams, convert, join_files, open_grams, write_grams
 
 IO_COUNTS = Path("/proc/self/io")
 
@@ -24,7 +25,8 @@ def random_gram(width: int, seed: int = 0) -> np.ndarray:
 
 def write(path: Path, sums: dict[str, np.ndarray], tokens: int = 50) -> Path:
     grams = [Gram(name, (name, f"{name}.twin"), tokens, len(total)) for name, total in sums.items()]
-    write_grams(path, grams, sums.__getitem__, {"model": "m"})
+    counts = [Counts("counts.table", ("table.weight",), False, np.array([3, 0, 47]))]
+    write_grams(path, grams, sums.__getitem__, {"model": "m"}, counts)
     return path
 
 
@@ -41,7 +43,10 @@ def test_a_gram_comes_back_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "again.safetensors").read_bytes() == written
     for name, total in sums.items():
         np.testing.assert_array_equal(file.read(name), total)
-    # The contract: the lower triangle, row by row, in float32.
+    counts = file.counts["counts.table"]
+    assert (counts.tensors, counts.tied, counts.values.tolist()) == (("table.weight",), False, [3, 0, 47])
+    # The contract: the lower triangle, row by row, in float32; counts in int64.
+    assert load_file(tmp_path / "gram.safetensors")["counts.table"].dtype == np.int64
     packed = load_file(tmp_path / "gram.safetensors")["a"]
     np.testing.assert_array_equal(packed, sums["a"][np.tril_indices(13)])
 
@@ -55,6 +60,17 @@ def test_joined_files_hold_the_same_bytes_as_one(tmp_path: Path, monkeypatch: py
     files = [GramFile(write(tmp_path / f"{number}.safetensors", part)) for number, part in enumerate(parts)]
     join_files(tmp_path / "joined.safetensors", files, {"model": "m"})
     assert (tmp_path / "joined.safetensors").read_bytes() == whole.read_bytes()
+
+
+def test_files_of_version_1_are_read(tmp_path: Path) -> None:
+    """They have no counts."""
+    path = tmp_path / "gram.safetensors"
+    grams = {"a": {"modules": ["a"], "tokens": 50, "width": 2, "conv1d": False, "tensors": ["a.weight"]}}
+    metadata = {"format": "regmean-gram", "version": "1", "grams": json.dumps(grams), "provenance": "{}"}
+    save_file({"a": np.array([1, 2, 5], np.float32)}, path, metadata)
+    file = open_grams(tmp_path)
+    assert file.read("a").tolist() == [[1, 2], [2, 5]]
+    assert (file.counts, file.grams["a"].tensors) == ({}, ("a.weight",))
 
 
 def test_a_gram_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
@@ -99,7 +115,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="download it again"):
         open_grams(tmp_path)
     for old, new, message in (
-        (b'"version": "1"', b'"version": "9"', "version '9'"),
+        (b'"version": "2"', b'"version": "9"', "version '9'"),
+        (b'\\"tied\\": false', b'\\"tied\\": 12345', "header is damaged"),
+        (b'[\\"table.weight\\"]', b"[1234567890.12345]", "header is damaged"),
+        (np.array([3, 0, 47]).tobytes(), np.array([3, -1, 47]).tobytes(), "header is damaged"),
         (b'\\"width\\": 2', b'\\"width\\": 3', "header is damaged"),
         (b'\\"tokens\\": 50', b'\\"tokens\\": -1', "header is damaged"),
         (b'\\"modules\\"', b'\\"nodules\\"', "header is damaged"),
