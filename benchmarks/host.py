@@ -58,7 +58,7 @@ def mean_rows(folder: Path, elements: int) -> list[Row]:
         models.append(Checkpoint(str(seed), folder, {}, TensorFile(folder / f"{seed}.safetensors").tensors))
     layout = {"a": ("BF16", (elements,))}
     plan = MergePlan(models, [0.5, 0.5], [], layout, [], ["a"], [], False, [])
-    sink = SimpleNamespace(write=lambda *values: None)
+    sink = SimpleNamespace(write=lambda *values: None, holds=lambda name: True)
     return [("mean", seconds_of(lambda: average.write_averages(plan, [sink], lambda count: None)), 6e-9 * elements)]
 
 
@@ -67,17 +67,19 @@ def merge_rows(folder: Path, *_: int) -> list[Row]:
     from regmean import regmean
     from regmean.config import MergeFlags
     from regmean.merge import merge
+    from regmean.solve import Objective
 
     solver = SimpleNamespace(label="copy", condition=None)
 
     class Copy:
         def __init__(self, read: Callable, tokens: list, weights: list, name: str, for_each: Callable = map):
             self.read, self.for_each, self.seen = read, for_each, False
-            self.solvers, self.objectives = {ALPHA: solver}, {ALPHA: None}
+            self.solvers, self.objectives = {ALPHA: solver}, {}
 
         def regress(self, values: list, mean: Any) -> SimpleNamespace:
             if not self.seen:
                 self.seen = [gram.shape for gram in self.for_each(self.read, range(2))]
+            self.objectives[ALPHA] = Objective()
             return SimpleNamespace(solve=lambda alpha: mean.clone())
 
     regmean.System = Copy

@@ -33,6 +33,23 @@ class LayerReport:
     condition: float | None
     objective: "Objective"
 
+    @classmethod
+    def of_blocks(
+        cls,
+        tensors: list[str],
+        tokens: list[int],
+        solver: str,
+        condition: float | None,
+        objectives: dict[str, dict[str, Any]],
+    ) -> "LayerReport":
+        """Add up the objectives of blocks of outputs, which are given by number, in their order."""
+        from regmean.solve import Objective
+
+        total = Objective()
+        for number in sorted(objectives, key=int):
+            total.add(Objective(**objectives[number]))
+        return cls(tensors, tokens, solver, condition, total)
+
 
 @dataclass(frozen=True)
 class Provenance:

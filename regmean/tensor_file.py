@@ -219,6 +219,12 @@ class TensorWriter:
         with self._lock:
             self._missing[name] -= values.size
 
+    @property
+    def is_whole(self) -> bool:
+        """True if all elements have been written."""
+        with self._lock:
+            return not any(self._missing.values())
+
     def close(self) -> None:
         """Finish the file.
 
