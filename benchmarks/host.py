@@ -8,6 +8,7 @@ of one bfloat16 layer of Llama-3-8B's shape, from files to files, with a copy in
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -16,13 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-ALPHA = 0.1
 Row = tuple[str, float, float]  # name, seconds, GB
 
 
@@ -42,7 +43,7 @@ def gram_rows(folder: Path, width: int) -> list[Row]:
 
 
 def mean_rows(folder: Path, elements: int) -> list[Row]:
-    """merge_model.py's average of two models of one bfloat16 tensor, and the mean alone, by one thread."""
+    """Average two models of one bfloat16 tensor as merge_model.py does, without writing."""
     import numpy as np
 
     from regmean import average
@@ -58,40 +59,52 @@ def mean_rows(folder: Path, elements: int) -> list[Row]:
         models.append(Checkpoint(str(seed), folder, {}, TensorFile(folder / f"{seed}.safetensors").tensors))
     layout = {"a": ("BF16", (elements,))}
     plan = MergePlan(models, [0.5, 0.5], [], layout, [], ["a"], [], False, [])
-    sink = SimpleNamespace(write=lambda *values: None)
+    sink = SimpleNamespace(write=lambda *values: None, holds=lambda name: True)
     return [("mean", seconds_of(lambda: average.write_averages(plan, [sink], lambda count: None)), 6e-9 * elements)]
 
 
-def merge_rows(folder: Path, *_: int) -> list[Row]:
-    """RegMean's merge of the models in `folder`, with a copy of the mean in place of every solution."""
+@contextlib.contextmanager
+def copied_means() -> Iterator[None]:
+    """Let RegMean read all Grams, and take a copy of the mean for every solution."""
     from regmean import regmean
-    from regmean.config import MergeFlags
-    from regmean.merge import merge
-
-    solver = SimpleNamespace(label="copy", condition=None)
+    from regmean.solve import Objective
 
     class Copy:
         def __init__(self, read: Callable, tokens: list, weights: list, name: str, for_each: Callable = map):
-            self.read, self.for_each, self.seen = read, for_each, False
-            self.solvers, self.objectives = {ALPHA: solver}, {ALPHA: None}
+            self._grams = for_each(read, range(len(tokens)))
+            self.solvers: dict[float, Any] = defaultdict(lambda: SimpleNamespace(label="copy", condition=None))
+            self.objectives: dict[float, Objective] = {}
 
         def regress(self, values: list, mean: Any) -> SimpleNamespace:
-            if not self.seen:
-                self.seen = [gram.shape for gram in self.for_each(self.read, range(2))]
-            return SimpleNamespace(solve=lambda alpha: mean.clone())
+            for gram in self._grams:  # at the first block; the iterator is then empty
+                assert gram.shape[0] == mean.shape[1]
+            return SimpleNamespace(solve=lambda alpha: self._copy(alpha, mean))
 
-    regmean.System = Copy
-    from regmean import merge as module
+        def _copy(self, alpha: float, mean: Any) -> Any:
+            self.objectives[alpha], self.solvers[alpha] = Objective(), self.solvers[alpha]
+            return mean.clone()
 
-    module.write_report = module.print_table = lambda *values: None
+    kept, regmean.System = regmean.System, Copy
+    try:
+        yield
+    finally:
+        regmean.System = kept
+
+
+def merge_rows(folder: Path, *_: int, device: str = "cpu") -> list[Row]:
+    """Merge the models in `folder`, without solving."""
+    from regmean.config import MergeFlags
+    from regmean.merge import merge
+
     models = [str(folder / name) for name in "AB"]
-    output = folder / f"out{os.getpid()}"
-    flags = MergeFlags("regmean", models, grams=models, alpha=[ALPHA], device="cpu", output_dir=str(output))
+    output = str(folder / f"out{os.getpid()}")
+    flags = MergeFlags("regmean", models, grams=models, alpha=[0.1], device=device, output_dir=output)
     started = time.perf_counter()
-    merge(flags, "benchmarks.host")
+    with copied_means(), contextlib.redirect_stdout(sys.stderr):
+        merge(flags, "benchmarks.host")
     seconds = time.perf_counter() - started
     read = sum(file.stat().st_size for model in models for file in Path(model).glob("*.safetensors"))
-    return [("merge", seconds, read / 1e9)]
+    return [("merge, not solved", seconds, read / 1e9)]
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
@@ -167,20 +180,25 @@ def main() -> None:
         rows = [{"row": name, "s": seconds, "GB": size} for name, seconds, size in rows]
         print(json.dumps([row | {"peak_GB": peak / 1e9, "cpu_s": cpu} for row in rows]))
         return
+    for row in args.only or ROWS:
+        measure(row, args.baseline, args.rounds, args.quick)
+
+
+def measure(row: str, baseline: Path | None, rounds: int, quick: bool) -> None:
+    """Print the lines of a row, here and in another checkout."""
     sizes = {"gram": [4096, 14336], "mean": [1 << 26], "merge": [14336]}
-    if args.quick:
+    if quick:
         sizes = {"gram": [512, 700], "mean": [1 << 20], "merge": [700]}
-    repositories = {"here": REPOSITORY} | ({"baseline": args.baseline} if args.baseline else {})
-    for side in args.only or ROWS:
-        for size in sizes[side]:
-            with tempfile.TemporaryDirectory() as folder:
-                if side == "merge":
-                    run_side(REPOSITORY, "write", Path(folder), size)
-                found: dict[str, list] = {name: [] for name in repositories}
-                for _ in range(args.rounds):
-                    for name, repository in repositories.items():
-                        found[name].append(run_side(repository, side, Path(folder), size))
-            report(found)
+    repositories = {"here": REPOSITORY} | ({"baseline": baseline} if baseline else {})
+    for size in sizes[row]:
+        with tempfile.TemporaryDirectory() as folder:
+            if row == "merge":
+                run_side(REPOSITORY, "write", Path(folder), size)
+            found: dict[str, list] = {name: [] for name in repositories}
+            for _ in range(rounds):
+                for name, repository in repositories.items():
+                    found[name].append(run_side(repository, row, Path(folder), size))
+        report(found)
 
 
 def report(found: dict[str, list[list[dict[str, Any]]]]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks import regmean_inputs, side_by_side
+from benchmarks import host, regmean_inputs, side_by_side
 from regmean.gram_file import FILE_NAME, PUBLISHED_NAME, GramFile
 from regmean.model_folder import locate_model, open_checkpoint
 
@@ -119,7 +119,12 @@ ROWS = {"merge": merge, "merge_layer": merge_layer}
 
 
 def main() -> None:
-    args = regmean_inputs.parser(__doc__, ROWS).parse_args()
+    parser = regmean_inputs.parser(__doc__, ROWS)
+    parser.add_argument("--host_only", action="store_true", help="one layer without solving, as in benchmarks.host")
+    args = parser.parse_args()
+    if args.host_only:
+        host.measure("merge", None, args.rounds, args.quick)
+        return
     if args.side:
         compare_side(args.work)
         return

@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,40 +33,48 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the file cannot be written; an earlier file of that name is unchanged.
     """
-    partial = _partial(path)
+    partial = partial_path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
-            _sync(partial)
+            sync(partial)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, keeps: Callable[[Path], bool] = lambda partial: False) -> Iterator[Path]:
     """A folder beside `path` to fill; it takes the name `path` when the block ends well.
+
+    `keeps` tells if the folder of a run that was killed, or lost a rank, is to be continued; else it is removed.
 
     Raises:
         InputError: `path` exists already, or something in it cannot be written.
     """
-    if path.exists():
-        raise InputError(f"{path} exists already: remove it, or choose another output folder")
-    partial = _partial(path)
+    refuse_existing(path)
+    partial = partial_path(path)
     with writing(path):
-        # Left by a killed run.
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if not keeps(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
             for file in (*partial.rglob("*"), partial):
-                _sync(file)
+                sync(file)
             partial.rename(path)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        _sync(path.parent)
+            if isinstance(sys.exception(), InputError | OSError) or not keeps(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+        sync(path.parent)
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise an `InputError` if an output folder exists."""
+    if path.exists():
+        raise InputError(f"{path} exists already: remove it, or choose another output folder")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -142,12 +151,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _partial(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
     """Fixed name for an unfinished `path`, so that a later run overwrites the remains of a killed one."""
     return path.with_name(f".{path.name}.partial")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

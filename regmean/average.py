@@ -19,15 +19,22 @@ AVERAGERS = 2  # threads
 CACHED_ELEMENTS = 1 << 15  # of a chunk averaged at a time: their float64 sums stay in the processor's cache
 
 
-def write_averages(plan: MergePlan, writers: Iterable[CheckpointWriter], advance: Callable[[int], None]) -> None:
-    """Write all tensors that the plan averages, or copies from the first model, with every writer.
+def write_averages(
+    plan: MergePlan,
+    writers: Iterable[CheckpointWriter],
+    advance: Callable[[int], None],
+    finished: Callable[[], None] = lambda: None,
+) -> None:
+    """Write all tensors that the plan averages, or copies from the first model, with every writer; the writers all
+    hold the same tensors.
 
-    Calls `advance`, from any thread, with the number of elements written.
+    Calls `advance`, from any thread, with the number of elements written, and `finished` at the end of each tensor.
 
     Raises:
         InputError: a value that is not finite or does not fit its dtype; integers that differ between models.
     """
-    chunks, lock = _chunks(plan), threading.Lock()
+    writers = list(writers)
+    chunks, lock = _chunks(plan, writers[0].holds), threading.Lock()
 
     def work() -> None:
         while True:
@@ -40,6 +47,8 @@ def write_averages(plan: MergePlan, writers: Iterable[CheckpointWriter], advance
             for writer in writers:
                 writer.write(infos[0].name, values, start)
             advance(stop - start)
+            if stop == infos[0].size:
+                finished()
 
     with ThreadPoolExecutor(AVERAGERS) as threads:
         workers = [threads.submit(work) for _ in range(AVERAGERS)]
@@ -104,11 +113,11 @@ def read_mean(
             info.read_floats(start, stop)
 
 
-def _chunks(plan: MergePlan) -> Iterator[tuple[list[TensorInfo], list[float], int, int]]:
-    """Yield chunks of all tensors: the models' tensors, their weights, and the first and last element."""
+def _chunks(plan: MergePlan, holds: Callable[[str], bool]) -> Iterator[tuple[list[TensorInfo], list[float], int, int]]:
+    """Yield chunks of all tensors held: the models' tensors, their weights, and the first and last element."""
     tensors = [(name, plan.models[:1], [1.0]) for name in plan.copied]
     tensors += [(name, plan.models, plan.model_weights) for name in plan.averaged]
-    for name, models, model_weights in tensors:
+    for name, models, model_weights in (each for each in tensors if holds(each[0])):
         infos = [model.tensors[name] for model in models]
         for start in range(0, infos[0].size, CHUNK_ELEMENTS):
             yield infos, model_weights, start, min(start + CHUNK_ELEMENTS, infos[0].size)

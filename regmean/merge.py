@@ -1,26 +1,59 @@
-"""Merging of models into a new model folder, tensor by tensor; memory depends on the largest layer."""
+"""Merging of models into a new model folder, tensor by tensor; memory depends on the largest layer.
+
+Several ranks (`torchrun merge_model.py ...`) share the weight files of the output.
+"""
 
 import contextlib
 import math
 import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from common.io import atomic_folder
+from common.devices import launched_world_size
 from common.locks import locked
+from common.logging import progress
+from regmean import shards
 from regmean.average import AVERAGERS, CHUNK_ELEMENTS, write_averages
 from regmean.config import MergeFlags
-from regmean.gram_file import open_grams
+from regmean.gram_file import Grams, open_grams
 from regmean.merge_plan import MergePlan, compact, plan_merge
-from regmean.model_folder import CheckpointWriter, open_checkpoint
+from regmean.model_folder import Checkpoint, CheckpointWriter, open_checkpoint, split_layout
 from regmean.report import LayerReport, Provenance, TableReport, print_table, write_report
 from regmean.tensor_file import STORAGE
+
+if TYPE_CHECKING:
+    from common.ranks import Process
+
+# A rank waits for the others' files; one that has died is found by other means.
+TIMEOUT = timedelta(days=30)
+
+
+@dataclass(frozen=True)
+class OneProcess:
+    """In place of a `Process` where there is one rank, and torch is not needed."""
+
+    rank = 0
+    world_size = 1
+    is_main = True
+
+    def barrier(self) -> None:
+        """Nothing to wait for."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of the only rank."""
+        return [value]
+
+    def close(self) -> None:
+        """Nothing to leave."""
 
 
 def merge(flags: MergeFlags, command: str) -> None:
     """Merge `flags.models` and write one model folder per alpha (a single one for `avg`), each whole or not at all.
 
+    A merge that was killed is continued by the same command: the weight files that it had completed are kept.
     `command` is the command line, for the model card and the report.
 
     Raises:
@@ -32,21 +65,27 @@ def merge(flags: MergeFlags, command: str) -> None:
     grams = [open_grams(Path(path)) for path in flags.grams]
     outputs, model_weights = flags.output_dirs(), flags.weights()
     plan = plan_merge(models, model_weights, grams, flags.selects, flags.dtype, flags.counts_embeddings)
-    _print_plan(flags, plan, len(outputs))
+    files = split_layout(plan.layout, flags.max_shard_size).filename_to_tensors
+    process = _start_process(flags)
+    if process.is_main:
+        _print_plan(flags, plan, len(outputs))
 
     alphas = flags.alpha if grams else [None]
-    with contextlib.ExitStack() as folders:
-        for path in outputs:
-            folders.enter_context(locked(path))
-        partial = [folders.enter_context(atomic_folder(path)) for path in outputs]
-        dtype = None if flags.dtype == "auto" else flags.dtype
-        writers = {
-            alpha: CheckpointWriter(folder, plan.layout, models[0], dtype, flags.max_shard_size, plan.untied)
-            for alpha, folder in zip(alphas, partial, strict=True)
-        }
-        reports = _write(plan, writers, flags.solver, flags.device)
-        for alpha, folder in zip(alphas, partial, strict=True):
-            writers[alpha].close()
+    with contextlib.ExitStack() as stack:
+        folders = {}
+        for alpha, path in zip(alphas, outputs, strict=True):
+            if process.is_main:
+                stack.enter_context(locked(path))
+            settings = _settings(flags, alpha, models, grams)
+            folders[alpha] = stack.enter_context(shards.unfinished_folder(path, settings, process.is_main))
+        _write(flags, plan, files, folders, models[0], process)
+        # The other ranks leave: all files are whole.
+        process.barrier()
+        process.close()
+        if not process.is_main:
+            return
+        reports = {alpha: _reports(plan, grams, folder, files) for alpha, folder in folders.items()}
+        for alpha, folder in folders.items():
             solved = plan.solved_fraction() if grams else None
             origin = (models, model_weights, grams, solved)
             provenance = Provenance.of(flags.method, alpha, flags.solver, command, *origin)
@@ -72,30 +111,105 @@ def array_bytes(models: int, systems: list[tuple[int, int]], alphas: int, device
     return max(averaging, solving_bytes(models, systems, alphas, device))
 
 
+def _start_process(flags: MergeFlags) -> "Process | OneProcess":
+    """Join the launcher's ranks. Imported late: an average needs neither torch nor the seconds that it takes."""
+    if not flags.grams and launched_world_size() == 1:
+        return OneProcess()
+    from common.ranks import start_process
+
+    return start_process(flags.device if flags.grams else "cpu", TIMEOUT)
+
+
+def _settings(flags: MergeFlags, alpha: float | None, models: list[Checkpoint], grams: list[Grams]) -> dict[str, Any]:
+    """All that the bytes of a weight file depend on: flags, versions, and the files read by size and time of change."""
+    names = (
+        "method",
+        "models",
+        "grams",
+        "model_weights",
+        "include",
+        "exclude",
+        "solver",
+        "dtype",
+        "max_shard_size",
+        "embeddings",
+    )
+    paths = [{info.path for info in model.tensors.values()} for model in models] + [{file.path} for file in grams]
+    read = [sorted(map(str, (path.resolve() for path in some))) for some in paths]
+    stats = [[(path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in some] for some in read]
+    return {
+        **{name: getattr(flags, name) for name in names},
+        "alpha": alpha,
+        "files": [[list(stat) for stat in some] for some in stats],
+        "versions": {name: version(name) for name in ("torch", "numpy")},
+    }
+
+
 def _write(
-    plan: MergePlan, writers: dict[float | None, CheckpointWriter], solver: str, device: str
-) -> dict[float | None, tuple[list[LayerReport], list[TableReport]]]:
-    """Write every tensor of the plan; return the reports of RegMean's layers and of embedding tables by alpha."""
-    elements = sum(math.prod(shape) for _, shape in plan.layout.values())
-    with tqdm(total=elements, unit="el", unit_scale=True, desc="merging", dynamic_ncols=True) as bar:
+    flags: MergeFlags,
+    plan: MergePlan,
+    files: dict[str, list[str]],
+    folders: dict[float | None, Path],
+    source: Checkpoint,
+    process: "Process | OneProcess",
+) -> None:
+    """Write this rank's weight files, except those that an earlier run has left whole; and the first rank, the rest."""
+    done = process.gather(shards.whole_files(folders.values(), files) if process.is_main else None)[0]
+    if done and process.is_main:
+        print(f"continuing: {len(done)} of {len(files)} weight files are whole")
+    own = [file for file in shards.divide(plan, files, process.world_size)[process.rank] if file not in done]
+    dtype = None if flags.dtype == "auto" else flags.dtype
+    options = (source, dtype, flags.max_shard_size, plan.untied, own, process.is_main)
+    writers = {alpha: CheckpointWriter(folder, plan.layout, *options) for alpha, folder in folders.items()}
+    elements = sum(plan.size(name) for file in own for name in files[file])
+    with progress(process, total=elements, unit="el", unit_scale=True, desc="merging") as bar:
 
         def advance(elements: int) -> None:
             with bar.get_lock():
                 bar.update(elements)
 
-        if not plan.groups and not plan.tables:
-            write_averages(plan, writers.values(), advance)
-            return {alpha: ([], []) for alpha in writers}
-        # Imported late: an average needs neither torch nor the seconds that it takes to import.
-        from common.ranks import start_process
-        from regmean.regmean import RegMean
-        from regmean.tables import Tables
+        tables: dict[float | None, dict[str, TableReport]] = {alpha: {} for alpha in writers}
 
-        at = start_process(device).device
-        write_averages(plan, writers.values(), advance)
-        tables = Tables(plan, writers, at, advance).write()
-        layers = RegMean(plan, writers, solver, at, advance).write()
-        return {alpha: (layers[alpha], tables[alpha]) for alpha in writers}
+        def close_whole(layers: dict[float | None, shards.Layers]) -> None:
+            for alpha, writer in writers.items():
+                for file, names in writer.close_whole():
+                    of_tables = {name: asdict(tables[alpha][name]) for name in names if name in tables[alpha]}
+                    shards.record(folders[alpha], file, _layers_of(plan, names, layers.get(alpha, {})), of_tables)
+
+        write_averages(plan, writers.values(), advance, lambda: close_whole({}))
+        # Threads may have ended their last tensors in another order.
+        close_whole({})
+        if plan.groups or plan.tables:
+            from regmean.regmean import RegMean
+            from regmean.tables import Tables
+
+            tables |= Tables(plan, writers, process.device, advance).write()
+            close_whole({})
+            RegMean(plan, writers, flags.solver, process.device, advance, close_whole).write()
+    for writer in writers.values():
+        writer.close()
+
+
+def _layers_of(plan: MergePlan, names: list[str], layers: shards.Layers) -> shards.Layers:
+    """The reports of the groups that have one of these tensors."""
+    chosen = {str(number) for number, group in enumerate(plan.groups) if not set(names).isdisjoint(group.tensors)}
+    return {number: layers[number] for number in chosen & layers.keys()}
+
+
+def _reports(
+    plan: MergePlan, grams: list[Grams], folder: Path, files: dict[str, list[str]]
+) -> tuple[list[LayerReport], list[TableReport]]:
+    """Reports of RegMean's layers and of embedding tables, from those of all ranks."""
+    layers, tables = shards.recorded(folder, files)
+    of_layers = [
+        LayerReport.of_blocks(
+            group.tensors,
+            [file.grams[name].tokens for file, name in zip(grams, group.grams, strict=True)],
+            **layers[str(number)],
+        )
+        for number, group in enumerate(plan.groups)
+    ]
+    return of_layers, [TableReport.of_json(tables[table.tensor]) for table in plan.tables]
 
 
 def _print_plan(flags: MergeFlags, plan: MergePlan, outputs: int) -> None:

@@ -93,6 +93,10 @@ class MergePlan:
         """(inputs, outputs) of each group."""
         return [(g.width, sum(math.prod(self.layout[name][1]) for name in g.tensors) // g.width) for g in self.groups]
 
+    def size(self, name: str) -> int:
+        """Number of elements of a tensor."""
+        return math.prod(self.layout[name][1])
+
     def solved_fraction(self) -> float:
         """Fraction of the floating-point parameters that RegMean solves, without rows that stay at the mean."""
         sizes = {name: math.prod(shape) for name, (dtype, shape) in self.layout.items() if dtype in FLOATS}

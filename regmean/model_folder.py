@@ -4,16 +4,20 @@ import filecmp
 import hashlib
 import math
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common.errors import InputError, first_line
 from common.io import inside, read_json, read_shard_index, write_json
 from regmean.tensor_file import FLOATS, STORAGE, TensorFile, TensorInfo, TensorWriter, decode, encode
+
+if TYPE_CHECKING:
+    from huggingface_hub import StateDictSplit
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -111,13 +115,28 @@ def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     return Checkpoint(name, folder, config, tensors)
 
 
+def split_layout(layout: dict[str, tuple[str, tuple[int, ...]]], max_shard_size: str) -> "StateDictSplit":
+    """Split the tensors of a layout into weight files, as the hub's library does.
+
+    Raises:
+        InputError: `max_shard_size` ("5GB") cannot be read.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    sizes = {name: math.prod(shape) * STORAGE[dtype].itemsize for name, (dtype, shape) in layout.items()}
+    options = {"get_storage_size": lambda size: size, "filename_pattern": "model{suffix}.safetensors"}
+    try:
+        return split_state_dict_into_shards_factory(sizes, **options, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise InputError(f"--max_shard_size {max_shard_size}: {error}; as in 5GB or 500MB") from error
+
+
 class CheckpointWriter:
     """Fills an empty folder with a model: sharded safetensors of `layout` (dtype and shape of every tensor), and the
     config, the tokenizer and the templates of `source`. Its config gets another `dtype` if one is given, and
     `tie_word_embeddings` false if it is `untied`.
 
-    Raises:
-        InputError: `max_shard_size` ("5GB") cannot be read.
+    Several writers of one folder have some of the weight files each, `files`; the first, `is_main`, has all the rest.
     """
 
     def __init__(
@@ -128,20 +147,24 @@ class CheckpointWriter:
         dtype: str | None,
         max_shard_size: str,
         untied: bool = False,
+        files: Collection[str] | None = None,
+        is_main: bool = True,
     ):
-        from huggingface_hub import split_state_dict_into_shards_factory
-
-        self._folder = folder
-        sizes = {name: math.prod(shape) * STORAGE[dtype].itemsize for name, (dtype, shape) in layout.items()}
-        options = {"get_storage_size": lambda size: size, "filename_pattern": "model{suffix}.safetensors"}
-        try:
-            self._split = split_state_dict_into_shards_factory(sizes, **options, max_shard_size=max_shard_size)
-        except ValueError as error:
-            raise InputError(f"--max_shard_size {max_shard_size}: {error}; as in 5GB or 500MB") from error
+        self._folder, self._is_main = folder, is_main
+        self._split = split_layout(layout, max_shard_size)
+        self._lock = threading.Lock()
         self._writers = {
             file: TensorWriter(folder / file, {name: layout[name] for name in names}, {"format": "pt"})
             for file, names in self._split.filename_to_tensors.items()
+            if files is None or file in files
         }
+        self._files = set(self._writers)
+        if is_main:
+            self._copy_rest(source, dtype, untied)
+
+    def _copy_rest(self, source: Checkpoint, dtype: str | None, untied: bool) -> None:
+        """Write the config, and copy all that is not weights."""
+        folder = self._folder
         config = dict(source.config)
         if dtype is not None:
             config.pop("torch_dtype", None)
@@ -157,15 +180,27 @@ class CheckpointWriter:
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
 
+    def holds(self, name: str) -> bool:
+        """True if this writer has the tensor's file."""
+        return self._split.tensor_to_filename[name] in self._files
+
     def write(self, name: str, values: np.ndarray, start: int = 0) -> None:
         """Write a part of a tensor, see `TensorWriter.write`."""
         self._writers[self._split.tensor_to_filename[name]].write(name, values, start)
+
+    def close_whole(self) -> list[tuple[str, list[str]]]:
+        """Close the files that have become whole; return their names, and those of their tensors."""
+        with self._lock:
+            whole = [file for file, writer in self._writers.items() if writer.is_whole]
+            for file in whole:
+                self._writers.pop(file).close()
+        return [(file, self._split.filename_to_tensors[file]) for file in whole]
 
     def close(self) -> None:
         """Finish every file."""
         for writer in self._writers.values():
             writer.close()
-        if self._split.is_sharded:
+        if self._is_main and self._split.is_sharded:
             index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
             write_json(self._folder / INDEX_NAME, index)
 

@@ -1,9 +1,10 @@
 """RegMean: each group of layers that share a Gram is read, solved and written, block by block of its rows."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate
 
@@ -15,7 +16,7 @@ from common.ranks import available_memory
 from regmean.merge_plan import LayerGroup, MergePlan
 from regmean.model_folder import CheckpointWriter
 from regmean.read_ahead import AheadReader, Piece, Reader
-from regmean.report import LayerReport
+from regmean.shards import Layers
 from regmean.solve import (
     GPU_BLOCK_ELEMENTS,
     GPU_SQUARES,
@@ -56,7 +57,8 @@ def solving_bytes(models: int, systems: list[tuple[int, int]], alphas: int, devi
 class RegMean:
     """The method: all groups of a plan, solved by a solver of `solve.SOLVERS` on a device; `writers` are by alpha.
 
-    `advance` is called, from any thread, with the number of elements written.
+    `advance` is called, from any thread, with the number of elements written; `finished` after each group, with the
+    reports of all groups so far by alpha.
     """
 
     plan: MergePlan
@@ -64,12 +66,12 @@ class RegMean:
     solver: str
     device: torch.device
     advance: Callable[[int], None]
+    finished: Callable[[dict[float, Layers]], None] = lambda layers: None
+    layers: dict[float, Layers] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def write(self) -> dict[float, list[LayerReport]]:
-        """Write all weights that have a Gram.
-
-        Returns:
-            Reports of all groups by alpha.
+    def write(self) -> None:
+        """Write all weights that have a Gram, and that the writers hold.
 
         Raises:
             InputError: a Gram or weight that is damaged or not finite, or a system that the solver cannot solve.
@@ -79,22 +81,36 @@ class RegMean:
         # A block of a Conv1D is the whole weight.
         if self.device.type == "cuda" or any(group.conv1d for group in self.plan.groups):
             at_once = 1
-        work = [
-            (group, list(self._blocks(group, elements)))
-            for group, elements in zip(self.plan.groups, self._elements(at_once > 1), strict=True)
-        ]
+        work = self._work(self._elements(at_once > 1))
         if at_once == 1:
-            with AheadReader(self.plan, self.device, work, self._fits_ahead) as reader:
-                solved = [self._write_group(group, blocks, reader) for group, blocks in work]
+            blocks = [(group, list(blocks.values())) for group, blocks in work]
+            with AheadReader(self.plan, self.device, blocks, self._fits_ahead) as reader:
+                for group, blocks in work:
+                    self._write_group(group, blocks, reader)
         else:
             reader = Reader(self.plan)
             try:
                 # PyTorch's number of threads is set for each thread.
                 with ThreadPoolExecutor(at_once, "solver", torch.set_num_threads, (threads // at_once,)) as solvers:
-                    solved = list(solvers.map(lambda each: self._write_group(*each, reader), work))
+                    list(solvers.map(lambda each: self._write_group(*each, reader), work))
             finally:
                 torch.set_num_threads(threads)
-        return {alpha: [reports[alpha] for reports in solved] for alpha in self.writers}
+
+    def _work(self, elements: list[int]) -> list[tuple[LayerGroup, dict[int, list[Piece]]]]:
+        """The groups that the writers hold a tensor of, with their blocks of outputs by number.
+
+        A block may have rows of two files. Each file's writer solves it, so that no result depends on the files.
+        """
+        holds, work = next(iter(self.writers.values())).holds, []
+        for group, size in zip(self.plan.groups, elements, strict=True):
+            blocks = {
+                number: block
+                for number, block in enumerate(self._blocks(group, size))
+                if any(holds(piece.name) for piece in block)
+            }
+            if blocks:
+                work.append((group, blocks))
+        return work
 
     def _elements(self, side_by_side: bool) -> list[int]:
         """Number of elements of a block of each group."""
@@ -115,12 +131,12 @@ class RegMean:
         block = block_elements(models, side_by_side=False)
         return grams + system_bytes(models, own, alphas, block) <= system_bytes(models, systems, alphas, block)
 
-    def _write_group(self, group: LayerGroup, blocks: list[list[Piece]], reader: Reader) -> dict[float, LayerReport]:
-        """Write the weights of one group, block by block."""
-        model_weights, grams = self.plan.model_weights, self.plan.grams
+    def _write_group(self, group: LayerGroup, blocks: dict[int, list[Piece]], reader: Reader) -> None:
+        """Write the weights of one group, block by block, and keep its report."""
+        grams, number = self.plan.grams, str(next(n for n, each in enumerate(self.plan.groups) if each is group))
         tokens = [file.grams[name].tokens for file, name in zip(grams, group.grams, strict=True)]
-        system = System(lambda index: reader.gram(group, index), tokens, model_weights, self.solver)
-        for block in blocks:
+        system = System(lambda index: reader.gram(group, index), tokens, self.plan.model_weights, self.solver)
+        for place, block in blocks.items():
             *values, mean = reader.rows(group, block)
             regression = system.regress(values, mean)
             for alpha, writer in self.writers.items():
@@ -129,12 +145,22 @@ class RegMean:
                 except SolveError as error:
                     paths, layers = ", ".join(str(file.path) for file in grams), ", ".join(group.tensors)
                     raise InputError(f"alpha {alpha:g}, layers {layers}, Grams {paths}: {error}") from error
-                reader.write(partial(_write_pieces, writer, self._encoded(block, group, merged)))
-            self.advance(sum(piece.last - piece.first for piece in block) * group.width)
-        return {
-            alpha: LayerReport(group.tensors, tokens, solver.label, solver.condition, system.objectives[alpha])
-            for alpha, solver in system.solvers.items()
-        }
+                self._report(alpha, number, place, system)
+                reader.write(partial(_write_pieces, writer, self._encoded(block, group, merged, writer)))
+            self.advance(sum(piece.last - piece.first for piece in block if writer.holds(piece.name)) * group.width)
+        reader.write(self._finish)
+
+    def _report(self, alpha: float, number: str, place: int, system: System) -> None:
+        """Keep the report of a block that was just solved, before it is written."""
+        solver, objective = system.solvers[alpha], asdict(system.objectives.pop(alpha))
+        with self.lock:
+            layers = self.layers.setdefault(alpha, {})
+            known = layers.setdefault(number, {"solver": solver.label, "condition": solver.condition, "objectives": {}})
+            known["objectives"][str(place)] = objective
+
+    def _finish(self) -> None:
+        with self.lock:
+            self.finished(self.layers)
 
     def _blocks(self, group: LayerGroup, elements: int) -> Iterator[list[Piece]]:
         """Yield the group's outputs in blocks of `elements`. A Conv1D weight, with outputs as columns, stays whole."""
@@ -147,13 +173,15 @@ class RegMean:
             yield [piece for piece in pieces if piece.first < piece.last]
 
     def _encoded(
-        self, block: list[Piece], group: LayerGroup, merged: torch.Tensor
+        self, block: list[Piece], group: LayerGroup, merged: torch.Tensor, writer: CheckpointWriter
     ) -> list[tuple[str, np.ndarray, int]]:
-        """Name, stored values and first element of each piece of a block."""
+        """Name, stored values and first element of each piece of a block that the writer holds."""
         pieces, row = [], 0
         for piece in block:
             rows = merged[row : row + piece.last - piece.first]
             row += len(rows)
+            if not writer.holds(piece.name):
+                continue
             dtype, values = self.plan.layout[piece.name][0], rows.T if group.conv1d else rows
             stored = values.to(TORCH_DTYPES[dtype]).cpu()
             stored = (stored.view(torch.uint16) if dtype == "BF16" else stored).numpy()

@@ -4,7 +4,7 @@ import re
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from huggingface_hub import ModelCardData
 
@@ -28,8 +28,19 @@ TITLES = {
 DISTANCES = "distances.png"
 
 
+class _Report:
+    """A report with an objective, which can be read from JSON."""
+
+    @classmethod
+    def of_json(cls, entry: dict[str, Any]) -> Self:
+        """The report that `asdict` wrote."""
+        from regmean.solve import Objective  # imports torch, which an average does not need
+
+        return cls(**entry | {"objective": Objective(**entry["objective"])})
+
+
 @dataclass(frozen=True)
-class LayerReport:
+class LayerReport(_Report):
     """Results for the layers of one shared Gram: names of their weights, and the token count of each model's Gram;
     the solver, with dtype and jitter; the system's condition number, estimated, where the solver gives one; RegMean's
     objective at the mean, at each model's weights and at the merge.
@@ -41,9 +52,26 @@ class LayerReport:
     condition: float | None
     objective: "Objective"
 
+    @classmethod
+    def of_blocks(
+        cls,
+        tensors: list[str],
+        tokens: list[int],
+        solver: str,
+        condition: float | None,
+        objectives: dict[str, dict[str, Any]],
+    ) -> "LayerReport":
+        """Add up the objectives of blocks of outputs, which are given by number, in their order."""
+        from regmean.solve import Objective
+
+        total = Objective()
+        for number in sorted(objectives, key=int):
+            total.add(Objective(**objectives[number]))
+        return cls(tensors, tokens, solver, condition, total)
+
 
 @dataclass(frozen=True)
-class TableReport:
+class TableReport(_Report):
     """Results for an embedding table merged by token counts: the number of tokens of each model's texts; the numbers of
     all rows and of rows that no text reads; the factor `beta` on the embedding's objective if the table is the output
     head as well; the objective at the mean, at each model's table and at the merge.

@@ -35,7 +35,7 @@ from regmean.merge_plan import LayerGroup, MergePlan
 from regmean.read_ahead import Reader
 from regmean.regmean import RegMean, _write_pieces
 from regmean.report import LayerReport, TableReport
-from regmean.solve import BLOCK_ELEMENTS, Objective, SolveError
+from regmean.solve import BLOCK_ELEMENTS, SolveError
 from regmean.tables import Tables
 from regmean.tensor_file import JoinedTensor, TensorFile, TensorInfo, TensorWriter
 
@@ -127,7 +127,7 @@ class SequentialMerge:
             return None
         content = read_json(path)
         layers, tables = (
-            [kind(**entry | {"objective": Objective(**entry["objective"])}) for entry in content[key]]
+            [kind.of_json(entry) for entry in content[key]]
             for kind, key in ((LayerReport, "layers"), (TableReport, "tables"))
         )
         return StepReport(layers, tables, content["distances"])
@@ -172,7 +172,7 @@ class SequentialMerge:
         if self.process.is_main:
             writer = TensorWriter(partial_file, part.layout, {"format": "pt"})
             write_averages(part, [writer], _ignore)
-            tables = Tables(part, {self.alpha: writer}, self.process.device, _ignore).write()[self.alpha]
+            tables = list(Tables(part, {self.alpha: writer}, self.process.device, _ignore).write()[self.alpha].values())
         self._drop_sums()
         solve = self._solve_asymmetric if self.method == "regmean_asym" else self._solve_symmetric
         layers = solve(step, part, writer)
@@ -218,9 +218,16 @@ class SequentialMerge:
             self._sum_inputs(step, model, course, self.plan.grams[index], wanted)
         reports = []
         if writer is not None:
-            reports = RegMean(part, {self.alpha: writer}, self.solver, self.process.device, _ignore).write()[self.alpha]
+            method = RegMean(part, {self.alpha: writer}, self.solver, self.process.device, _ignore)
+            method.write()
+            for number, group in enumerate(part.groups):
+                solved = method.layers[self.alpha][str(number)]
+                reports.append(LayerReport.of_blocks(group.tensors, self._tokens(group), **solved))
         self._drop_sums()
         return reports
+
+    def _tokens(self, group: LayerGroup) -> list[int]:
+        return [grams.grams[name].tokens for grams, name in zip(self.plan.grams, group.grams, strict=True)]
 
     def _sum_inputs(self, step: int, model: LayerwiseModel, course: Course, grams: StepGrams, wanted: set[str]) -> None:
         layers = {name: model.model.get_submodule(name) for name in sorted(wanted)}
@@ -299,9 +306,8 @@ class SequentialMerge:
         except SolveError as error:
             raise InputError(f"alpha {self.alpha:g}, layers {', '.join(group.tensors)}: {error}") from error
         for block, rows in zip(method._blocks(group, BLOCK_ELEMENTS), merged, strict=True):
-            _write_pieces(writer, method._encoded(block, group, rows))
-        tokens = [grams.grams[name].tokens for grams, name in zip(self.plan.grams, group.grams, strict=True)]
-        return LayerReport(group.tensors, tokens, solver.label, solver.condition, objective)
+            _write_pieces(writer, method._encoded(block, group, rows, writer))
+        return LayerReport(group.tensors, self._tokens(group), solver.label, solver.condition, objective)
 
     def _advance(self, step: int) -> list[float]:
         """Move all texts through the step; return the relative distances of the merge's states from the models'."""

@@ -47,14 +47,16 @@ class Tables:
     device: torch.device
     advance: Callable[[int], None]
 
-    def write(self) -> dict[float, list[TableReport]]:
-        """Write all tables; return their reports by alpha.
+    def write(self) -> dict[float, dict[str, TableReport]]:
+        """Write all tables that the writers hold; return their reports by alpha and tensor.
 
         Raises:
             InputError: a Gram or table that is damaged or not finite.
         """
-        written = [(self._write_tied if table.grams else self._write)(table) for table in self.plan.tables]
-        return {alpha: [reports[alpha] for reports in written] for alpha in self.writers}
+        holds = next(iter(self.writers.values())).holds
+        tables = [table for table in self.plan.tables if holds(table.tensor)]
+        written = {table.tensor: (self._write_tied if table.grams else self._write)(table) for table in tables}
+        return {alpha: {name: reports[alpha] for name, reports in written.items()} for alpha in self.writers}
 
     def _write(self, table: CountedTable) -> dict[float, TableReport]:
         """Write a table that is not the output head; it is the same for each alpha."""

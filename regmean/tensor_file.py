@@ -212,6 +212,10 @@ class TensorWriter:
         self._file.truncate(8 + len(text) + end)
         self._write_at(0, struct.pack("<Q", len(text)) + text)
 
+    def holds(self, name: str) -> bool:
+        """True if the file has a tensor of this name."""
+        return name in self._infos
+
     def write(self, name: str, values: np.ndarray, start: int = 0) -> None:
         """Write `values`, in the tensor's storage dtype, as its elements from `start` on in row-major order."""
         info = self._infos[name]
@@ -220,6 +224,12 @@ class TensorWriter:
         self._write_at(info.offset + start * values.itemsize, np.ascontiguousarray(values).reshape(-1).view(np.uint8))
         with self._lock:
             self._missing[name] -= values.size
+
+    @property
+    def is_whole(self) -> bool:
+        """True if all elements have been written."""
+        with self._lock:
+            return not any(self._missing.values())
 
     def close(self) -> None:
         """Finish the file.

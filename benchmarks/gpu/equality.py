@@ -1,5 +1,6 @@
 """Equality of results on the device and on the CPU, at small shapes; checks return differences and their limits."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -11,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForTextEncoding, LlamaConfig, MT5Config, PreTrainedModel
 
 from benchmarks.gpu.measure import HALF, REPOSITORY, Bench, LeftOut, random_model, random_texts, relative
+from benchmarks.gpu.speed import write_pair
 from mindmerger.batching import Tokens, lay_out
 from mindmerger.evaluation.decoding import greedy_steps, label_log_likelihoods
 from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM, Sequence
 from mindmerger.packing import packed_attention
 from regmean.calibration import collate, make_batches
+from regmean.config import MergeFlags
 from regmean.gram import GramSums, add_products, zeros
 from regmean.hooks import LinearInputs, linear_layers
+from regmean.merge import merge
 from regmean.solve import System
 
 VOCABULARY = 128
@@ -147,6 +152,20 @@ def merges(bench: Bench) -> list[dict[str, Any]]:
     return [row(what, relative(merged(bench.device, *case), merged("cpu", *case)), 2e-5) for what, *case in cases]
 
 
+def merged_files(bench: Bench) -> list[dict[str, Any]]:
+    """merge_model.py's merge of two models, from files to files, in blocks that are read ahead of the solver."""
+    with tempfile.TemporaryDirectory() as work:
+        models = [str(model) for model in write_pair(bench, Path(work), small=True)]
+        options = {"method": "regmean", "models": models, "grams": models, "alpha": [0.1], "dtype": "float32"}
+        merged = {}
+        for name, device in (("ours", str(bench.device)), ("reference", "cpu")):
+            with contextlib.redirect_stdout(sys.stderr):
+                merge(MergeFlags(**options, device=device, output_dir=str(Path(work) / name)), "benchmarks.gpu")
+            merged[name] = load_file(Path(work) / name / "model.safetensors")
+    ours, reference = merged["ours"], merged["reference"]
+    return [row("tensors of a layer", max(relative(ours[name], reference[name]) for name in reference), 2e-5)]
+
+
 def attention(bench: Bench) -> list[dict[str, Any]]:
     """Packed attention of segments, output and gradients, in bfloat16, against float32 on the CPU."""
     lengths = [5, 64, 1, 130]
@@ -262,6 +281,7 @@ EQUALITY: dict[Callable[[Bench], list[dict[str, Any]]], float] = {
     gram_products: 10,
     grams: 10,
     merges: 15,
+    merged_files: 30,
     attention: 10,
     packed_step: 15,
     answers: 20,

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForTextEncoding
 
 from benchmarks.gpu.measure import HALF, ROOM, Bench, LeftOut, random_model, random_texts
+from benchmarks.host import mean_rows, merge_rows
 from benchmarks.regmean_inputs import make_layer, make_sibling
 from mindmerger.batching import Batch, Tokens, lay_out
 from mindmerger.config import ModelFlags
@@ -23,7 +24,7 @@ from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM, Sequenc
 from regmean.calibration import collate
 from regmean.config import MergeFlags
 from regmean.gram import GramSums, add_products, zeros
-from regmean.gram_file import FILE_NAME, Gram, write_grams
+from regmean.gram_file import FILE_NAME, Gram, GramFile, write_grams
 from regmean.hooks import LinearInputs, linear_layers
 from regmean.merge import merge
 from regmean.solve import System
@@ -94,9 +95,9 @@ def gram_batch(bench: Bench) -> list[dict[str, Any]]:
     return found
 
 
-def write_pair(bench: Bench, folder: Path) -> list[Path]:
+def write_pair(bench: Bench, folder: Path, small: bool) -> list[Path]:
     """Write two models of one bfloat16 layer of Llama-3-8B's shape, with Grams of random rows; return their folders."""
-    shape = (512, 700) if bench.small else (4096, 14336)
+    shape = (512, 700) if small else (4096, 14336)
     models = [make_layer(folder / "A", *shape, HALF)]
     models.append(make_sibling(models[0], folder / "B"))
     inputs = layer_inputs(causal_lm_on_meta(str(models[0])))
@@ -114,10 +115,12 @@ def write_pair(bench: Bench, folder: Path) -> list[Path]:
 
 
 def merge_layer(bench: Bench) -> list[dict[str, Any]]:
-    """merge_model.py's merge of one layer of Llama-3-8B's shape, from files to files, and its widest system alone."""
+    """merge_model.py's merge of one layer of Llama-3-8B's shape, files to files; the host's work alone, with copies
+    for solutions; and the widest system alone.
+    """
     alone = widest_system(bench)
     with tempfile.TemporaryDirectory() as work:
-        models = [str(model) for model in write_pair(bench, Path(work))]
+        models = [str(model) for model in write_pair(bench, Path(work), bench.small)]
         options = {"models": models, "alpha": [ALPHA], "output_dir": str(Path(work) / "merged")}
         flags = MergeFlags(method="regmean", grams=models, device=str(bench.device), **options)
         planned = estimate_merge(MergeFlags(method="regmean", plan="h100", **options), bench.roofline)
@@ -130,6 +133,8 @@ def merge_layer(bench: Bench) -> list[dict[str, Any]]:
             times.append(time.perf_counter() - started)
 
         peak = bench.peak_of(run)
+        ((what, seconds, gigabytes),) = merge_rows(Path(work), device=str(bench.device))
+    host = {"what": f"{what}: {gigabytes / seconds:.3g} GB/s", "seconds": seconds}
     whole = {
         "what": f"files to files; {planned.seconds:.2g} s planned",
         "seconds": times[0],
@@ -137,7 +142,33 @@ def merge_layer(bench: Bench) -> list[dict[str, Any]]:
         "peak_GB": peak / 1e9,
         "planned_GB": planned.peak / 1e9,
     }
-    return [whole, alone]
+    return [whole, host, alone]
+
+
+def host_work(bench: Bench) -> list[dict[str, Any]]:
+    """A Gram from the device to a file and back, and the mean of two models' tensors, on the host."""
+    width, elements = (700, 1 << 16) if bench.small else (14336, 1 << 26)
+    total = torch.ones(width, width, device=bench.device)
+    described = [Gram("a", ("a",), 1, width)]
+    with tempfile.TemporaryDirectory() as work:
+        path = Path(work) / FILE_NAME
+        pinned = lambda shape, dtype: torch.empty(shape, pin_memory=bench.is_cuda).numpy()  # noqa: E731
+        seconds = {
+            "to a file": bench.seconds_of(lambda: write_grams(path, described, lambda name: total.cpu().numpy(), {})),
+            "from a file": bench.seconds_of(
+                lambda: torch.from_numpy(GramFile(path).read("a", pinned)).to(bench.device)
+            ),
+        }
+        rows = mean_rows(Path(work), elements)
+    size = 2e-9 * width * (width + 1)
+    found = [
+        {"what": f"Gram of {width} inputs {way}: {size / time:.3g} GB/s", "seconds": time}
+        for way, time in seconds.items()
+    ]
+    return found + [
+        {"what": f"mean of {elements} elements: {gigabytes / time:.3g} GB/s", "seconds": time}
+        for _, time, gigabytes in rows
+    ]
 
 
 def widest_system(bench: Bench) -> dict[str, Any]:
@@ -269,6 +300,7 @@ SPEED: dict[Callable[[Bench], list[dict[str, Any]]], float] = {
     rates: 15,
     gram_batch: 75,
     merge_layer: 90,
+    host_work: 20,
     training: 75,
     decoding: 40,
 }

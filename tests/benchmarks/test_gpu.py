@@ -50,7 +50,7 @@ def test_all_checks_run_small_on_a_cpu() -> None:
         (check.__name__ for check in equality.EQUALITY), "passed"
     )
     speed = {name: line for name, line in checks.items() if line["kind"] == "speed"}
-    assert list(speed) == ["rates", "gram_batch", "merge_layer", "training", "decoding"]
+    assert list(speed) == ["rates", "gram_batch", "merge_layer", "host_work", "training", "decoding"]
     assert {line["result"] for line in speed.values()} == {"measured"}
     for name in ("gram_batch", "training"):
         for row in speed[name]["rows"]:

@@ -664,7 +664,7 @@ def test_bad_shard_sizes_and_empty_selections_are_named(library: Callable, tmp_p
 def test_a_full_disk_leaves_no_folder(
     library: Callable, tmp_path: Path, small_disk: Callable[[int, int], Path]
 ) -> None:
-    disk = small_disk(10_000, 10_000)
+    disk = small_disk(14_000, 10_000)
     with pytest.raises(InputError, match=r"cannot write .*merged: (No space left on device|File too large)"):
         run(library("llama"), disk / "merged", "avg")
     assert list(disk.iterdir()) == []

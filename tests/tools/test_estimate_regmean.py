@@ -13,6 +13,7 @@ from regmean.average import AVERAGERS, CHUNK_ELEMENTS
 from regmean.compute import probe
 from regmean.config import GramFlags, MergeFlags
 from regmean.hooks import LinearInputs, linear_layers
+from regmean.read_ahead import READERS
 from tests.commands import run
 from tests.conftest import REPOSITORY
 from tests.regmean.conftest import make_gpt2, make_llama
@@ -78,10 +79,10 @@ def test_llama_3_8b_merges_in_few_gigabytes() -> None:
     device = known_device("h100", 1)
     planned = estimate_merge(MergeFlags(method="regmean", models=[LLAMA_3_8B] * 2, plan="h100"), device)
     assert planned.counts == {"systems": 129}
-    # Seven squares of the head's inputs, and ten blocks of its outputs, each of a GPU's maximum size.
-    assert planned.peak == 4 * (7 * 4096**2 + 10 * 2**28)
+    # Seven squares of the head's inputs, and 13 blocks of its outputs, each of a GPU's maximum size.
+    assert planned.peak == 4 * (7 * 4096**2 + 13 * 2**28)
     on_cpu = estimate_merge(MergeFlags(method="regmean", models=[LLAMA_3_8B] * 2, plan="h100"), LARGE)
-    assert 2.7e9 < on_cpu.peak < 2.8e9
+    assert 2.8e9 < on_cpu.peak < 2.9e9
     widths = 32 * [4096, 4096, 4096, 14336] + [4096]
     total = planned.parameters["each model"]
     assert planned.transfers["read"] == 2 * (2 * total + sum(2 * width * (width + 1) for width in widths))
@@ -91,22 +92,24 @@ def test_llama_3_8b_merges_in_few_gigabytes() -> None:
     assert (average.flops, average.transfers["read"]) == (0, 6 * total)
 
 
-def test_a_merge_is_bound_by_its_host() -> None:
-    """Two 8B models take 10.6 s of arithmetic on an H100, and on the host: 16.1e9 elements decoded and 32.8 GB of Grams
-    unpacked by two threads, 14 s and 36 s; 8.03e9 averaged, 40 s, and rounded, 57 s. An average uses two threads.
+def test_a_merge_takes_as_long_as_the_slower_of_gpu_and_host() -> None:
+    """Two 8B models take 10.6 s of arithmetic on an H100; beside it, eight threads of the host read 8.03e9 elements of
+    both and 32.8 GB of Grams in 6.7 s, and one writes 8.03e9 in 11.5 s. A CPU has no threads beside.
     """
     device = known_device("h100", 1)
     planned = estimate_merge(MergeFlags(method="regmean", models=[LLAMA_3_8B] * 2, plan="h100"), device)
     assert planned.flops / device.single_flops == pytest.approx(10.6, abs=0.1)
     total, grams = planned.parameters["each model"], planned.transfers["read"] - 4 * planned.parameters["each model"]
-    host = (2 * total / 0.57e9 + grams / 0.45e9) / 2 + total / 0.20e9 + total / 0.14e9
-    assert host == pytest.approx(14.1 + 36.5 + 40.2 + 57.4, abs=0.2)
-    assert planned.seconds == pytest.approx(planned.flops / device.single_flops + host)
+    reading, writing = total / 0.42e9 + grams / 0.96e9, total / 0.70e9
+    assert (reading / 8, writing) == (pytest.approx(6.7, abs=0.1), pytest.approx(11.5, abs=0.1))
+    assert planned.seconds == pytest.approx(writing)
     alphas = MergeFlags(method="regmean", models=[LLAMA_3_8B] * 2, alpha=[0.1, 0.5], plan="h100")
-    more = estimate_merge(alphas, device).seconds - planned.seconds
-    assert more > total / 0.14e9
+    assert estimate_merge(alphas, device).seconds == pytest.approx(2 * writing)
+    on_cpu = estimate_merge(MergeFlags(method="regmean", models=[LLAMA_3_8B] * 2, plan="h100"), LARGE)
+    host = (reading + writing) / READERS
+    assert on_cpu.seconds == pytest.approx(on_cpu.flops / LARGE.single_flops + host)
     average = estimate_merge(MergeFlags(method="avg", models=[LLAMA_3_8B] * 2, plan="h100"), device)
-    assert average.seconds == pytest.approx((2 * total / 0.57e9 + total / 0.20e9 + total / 0.14e9) / 2)
+    assert average.seconds == pytest.approx((total / 0.42e9 + writing) / 2)
 
 
 def test_the_plan_of_a_merge_is_the_one_that_it_prints(

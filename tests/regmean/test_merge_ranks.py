@@ -1,0 +1,161 @@
+"""Merges by several ranks, and merges that were cut short: the same bytes as by one process in one go."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import InputError
+from common.io import partial_path, read_json
+from regmean import shards
+from regmean.config import MergeFlags
+from regmean.merge import merge
+from regmean.merge_plan import LayerGroup, MergePlan
+from regmean.model_folder import CheckpointWriter
+from tests.mindmerger.scripts import end_of, rank_processes
+from tests.regmean import folders
+
+# Files of 4,000 bytes of a model of 17,000: a group of layers lies in two of them.
+SHARD = "4KB"
+RANK = """
+import json, os, signal, sys
+from common import ranks
+from regmean.config import MergeFlags
+from regmean.merge import merge
+from regmean.model_folder import CheckpointWriter
+import torch
+
+torch.set_num_threads(1)
+ranks.LOOK_SECONDS = 0.2
+flags, dies = json.loads(sys.argv[1]), sys.argv[2] == "dies"
+write, close_whole, whole = CheckpointWriter.write, CheckpointWriter.close_whole, []
+
+def write_or_die(self, *args):
+    if dies and os.environ["RANK"] == "1" and whole:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, *args)
+
+def close_and_count(self):
+    found = close_whole(self)
+    whole.extend(found)
+    return found
+
+CheckpointWriter.write, CheckpointWriter.close_whole = write_or_die, close_and_count
+merge(MergeFlags(**flags), "the command")
+"""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two models with their Grams."""
+    root = tmp_path_factory.mktemp("pair")
+    made = [folders.save(folders.build("llama", seed), root / f"{seed}") for seed in range(2)]
+    for folder in made:
+        folders.grams(folder)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def options(pair: list[Path], output: Path, method: str = "regmean", **more: Any) -> dict[str, Any]:
+    grams = [str(folder.with_suffix(".gram")) for folder in pair] if method == "regmean" else []
+    names = {"method": method, "models": list(map(str, pair)), "grams": grams, "output_dir": str(output)}
+    return names | {"device": "cpu", "max_shard_size": SHARD, "alpha": [0.1, 0.9] if grams else [0.1]} | more
+
+
+def outputs(root: Path) -> dict[str, bytes]:
+    """Bytes of all files by path, without those that name the folder."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("method", ["regmean", "avg"])
+def test_two_ranks_write_what_one_does_also_after_one_has_died(pair: list[Path], tmp_path: Path, method: str) -> None:
+    merge(MergeFlags(**options(pair, tmp_path / "one" / "out", method)), "the command")
+    expected = outputs(tmp_path / "one")
+    assert sum(name.endswith(".safetensors") for name in expected) >= 4
+    (tmp_path / "rank.py").write_text(RANK)
+    flags = json.dumps(options(pair, tmp_path / "two" / "out", method))
+    processes = rank_processes(2, tmp_path, tmp_path / "rank.py", flags, "dies")
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode != 0 for process in processes] == [True, True]
+    assert all(path.name.startswith(".") for path in (tmp_path / "two").iterdir())
+    whole = list((tmp_path / "two").rglob(f"{shards.RECORDS}/model-*.json"))
+    kept = {path: path.stat().st_mtime_ns for record in whole for path in [record.parent.parent / record.stem]}
+    assert kept
+    printed = end_of(rank_processes(2, tmp_path, tmp_path / "rank.py", flags, "lives"), tmp_path)
+    assert re.search(r"continuing: \d of \d+ weight files are whole", printed)
+    assert outputs(tmp_path / "two") == expected
+    for path, time in kept.items():
+        path = Path(str(path).replace("/.out", "/out").replace(".partial", ""))
+        assert path.stat().st_mtime_ns == time
+
+
+@pytest.mark.parametrize("changed", [None, "flags", "grams"])
+def test_an_interrupted_merge_keeps_whole_files_only_for_the_same_merge(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, changed: str
+) -> None:
+    write, closed = CheckpointWriter.close_whole, []
+
+    def close_and_interrupt(self: CheckpointWriter) -> list:
+        if len(closed) == 2:
+            raise KeyboardInterrupt
+        closed.extend(found := write(self))
+        return found
+
+    output, flags = tmp_path / "out", options(pair, tmp_path / "out", alpha=[0.1])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CheckpointWriter, "close_whole", close_and_interrupt)
+        merge(MergeFlags(**flags), "the command")
+    assert not output.exists() and (partial_path(output) / shards.RECORDS).exists()
+    if changed == "flags":
+        flags["exclude"] = ["norm"]
+    elif changed == "grams":
+        os.utime(pair[1].with_suffix(".gram") / "gram.safetensors")
+    merge(MergeFlags(**flags), "the command")
+    assert ("continuing: " in capsys.readouterr().out) == (changed is None)
+    merge(MergeFlags(**flags | {"output_dir": str(tmp_path / "at_once")}), "the command")
+    assert outputs(output) == outputs(tmp_path / "at_once")
+    files = read_json(output / "model.safetensors.index.json")["weight_map"]
+    layers = read_json(output / "merge_report.json")["layers"]
+    assert any(len({files[name] for name in layer["tensors"]}) > 1 for layer in layers)
+    assert len(layers) == 9 and all(0 < layer["objective"]["merged"] < layer["objective"]["mean"] for layer in layers)
+
+
+def test_an_error_leaves_nothing_though_files_were_whole(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise InputError("a damaged Gram")
+
+    monkeypatch.setattr("regmean.merge._reports", fail)
+    with pytest.raises(InputError, match="a damaged Gram"):
+        merge(MergeFlags(**options(pair, tmp_path / "out")), "the command")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("ranks", "most"), [(1, 1.0), (2, 0.6), (3, 0.45), (40, 0.2)])
+def test_files_are_divided_by_their_work(ranks: int, most: float) -> None:
+    layout = {f"{n}.{name}": ("BF16", shape) for n in range(16) for name, shape in (("q", (8, 8)), ("down", (8, 32)))}
+    groups = [LayerGroup((name,), [name], shape[1], False) for name, (_, shape) in layout.items()]
+    plan = MergePlan([], [], [], layout | {"embed": ("BF16", (100, 8))}, groups, ["embed"], [], False, [])
+    files: dict[str, list[str]] = {"embed.safetensors": ["embed"]}
+    for number, name in enumerate(layout):
+        files.setdefault(f"{number // 3}.safetensors", []).append(name)
+    divided = shards.divide(plan, files, ranks)
+    assert sorted(chain(*divided)) == sorted(files) and divided == shards.divide(plan, files, ranks)
+    loads = [sum(8**3 + 8 * 64 if ".q" in n else 32**3 + 8 * 32**2 for f in own for n in files[f] if n in layout)
+             for own in divided]  # fmt: skip
+    assert max(loads) <= most * sum(loads)
