@@ -619,7 +619,7 @@ def test_integer_tensors_must_agree(library: Callable, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "mean"}, "--method is avg or regmean"),
+        ({"method": "mean"}, "--method is one of avg, regmean"),
         ({"models": ["a"]}, "--models takes two or more"),
         ({"grams": ["a"]}, "--grams takes one per model: 2, not 1"),
         ({"method": "avg"}, "--grams belongs to --method regmean"),
