@@ -155,22 +155,13 @@ def plan_merge(
 
     infos = {name: info for name, info in first.tensors.items() if name in names[0]}
     merged = [name for name in infos if name in selected]
-    of_tensors = [
-        _grams_by_tensor(model, file, copies, problems) for model, file in zip(stored, grams, strict=bool(grams))
-    ]
-    counted = _counts_by_table(models, grams, merged)
-    groups = _group_layers(models, of_tensors, [name for name in merged if name not in counted])
-    tables = _plan_tables(models, grams, of_tensors, counted, problems, notes) if by_counts else []
-    if grams and not groups and not tables and not problems:
-        problems.append("none of the selected tensors has a Gram in every file")
+    found = [_grams_by_tensor(*each, copies, problems) for each in zip(stored, grams, strict=bool(grams))]
+    groups, tables = _plan_solved(models, grams, found, merged, by_counts, problems, notes)
     _refuse(problems)
     solved = {name for group in groups for name in group.tensors} | {table.tensor for table in tables}
     averaged = [name for name in merged if name not in solved]
     copied = [name for name in infos if name not in selected]
-    layout = {
-        name: (STORED_AS.get(dtype, info.dtype) if info.dtype in FLOATS else info.dtype, info.shape)
-        for name, info in infos.items()
-    }
+    layout = {name: (_written_as(info.dtype, dtype), info.shape) for name, info in infos.items()}
     return MergePlan(models, model_weights, grams, layout, groups, tables, averaged, copied, untied, notes)
 
 
@@ -180,6 +171,10 @@ def compact(names: Iterable[str]) -> list[str]:
     for name in names:
         alike.setdefault(NUMBERED.sub("*", name), []).append(name)
     return [f"{shape} ({len(found)})" if len(found) > 1 else found[0] for shape, found in alike.items()]
+
+
+def _written_as(stored: str, dtype: str) -> str:
+    return STORED_AS.get(dtype, stored) if stored in FLOATS else stored
 
 
 def _aligned(models: list[Checkpoint], selects: Callable[[str], bool]) -> tuple[list[Checkpoint], set[str]]:
@@ -326,6 +321,25 @@ def _compare_tensors(models: list[Checkpoint], names: list[set[str]], selected: 
         problems.extend(f"tensor {name} of {holder} is missing in {lacking}{advice}" for name in compact(found))
 
 
+def _plan_solved(
+    models: list[Checkpoint],
+    grams: list[Grams],
+    found: list[dict[str, Gram]],
+    merged: list[str],
+    by_counts: bool,
+    problems: list[str],
+    notes: list[str],
+) -> tuple[list[LayerGroup], list[CountedTable]]:
+    """Groups and tables that RegMean solves; `found` has the Gram of each stored tensor, for each model."""
+    counted = _counts_by_table(models, grams, merged)
+    # Without counts, the Gram of a table that is also the head is of no use.
+    groups = _group_layers(models, found, [name for name in merged if name not in counted])
+    tables = _plan_tables(models, grams, found, counted, problems, notes) if by_counts else []
+    if grams and not groups and not tables and not problems:
+        problems.append("none of the selected tensors has a Gram in every file")
+    return groups, tables
+
+
 def _group_layers(models: list[Checkpoint], found: list[dict[str, Gram]], selected: list[str]) -> list[LayerGroup]:
     """Group the selected tensors that have a Gram in every file."""
     if not found:
@@ -358,7 +372,7 @@ def _counts_by_table(
 def _plan_tables(
     models: list[Checkpoint],
     grams: list[Grams],
-    of_tensors: list[dict[str, Gram]],
+    found: list[dict[str, Gram]],
     counted: dict[str, list[Counts | None]],
     problems: list[str],
     notes: list[str],
@@ -370,7 +384,7 @@ def _plan_tables(
         notes.append(f"no token counts in {listed}, embedding tables are averaged: compute_gram.py adds them")
     for name, own in counted.items():
         infos = [model.tensors[name] for model in models]
-        theirs = [_gram_of(info, of) for info, of in zip(infos, of_tensors, strict=True)]
+        theirs = [_gram_of(info, of) for info, of in zip(infos, found, strict=True)]
         if None in own or (any(counts.tied for counts in own) and None in theirs):
             if not without:
                 notes.append(f"{name} is averaged: some Gram file lacks its token counts or its Gram")

@@ -19,10 +19,10 @@ def table_bytes(plan: MergePlan, alphas: int) -> int:
     """Peak bytes of arrays while the tables of a plan are merged."""
     largest, models = 0, len(plan.models)
     for table in plan.tables:
-        width = plan.layout[table.tensor][1][1]
+        rows, width = plan.layout[table.tensor][1]
         # Grams in float32 and float64, moments, and eigenvectors, which take two more while they are computed.
         squares = width**2 * (12 * models + 8 * models + 8 * (alphas + 4)) if table.grams else 0
-        largest = max(largest, squares + 8 * (3 * models + 8) * max(BLOCK_ELEMENTS, width))
+        largest = max(largest, squares + 8 * (3 * models + 8) * min(max(BLOCK_ELEMENTS, width), rows * width))
     return largest
 
 

@@ -5,17 +5,19 @@ row after another (learned positions). A few tokens show which tables these are,
 which is 2 in OPT's positions.
 """
 
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from common.ranks import is_out_of_memory
 from regmean.calibration import Calibration, collate
 from regmean.gram_file import Counts
-from regmean.hooks import LinearInputs
 
 TOKENS = 4  # of the forward pass that finds the tables
 
@@ -61,8 +63,14 @@ def find_tables(model: PreTrainedModel, calibration: Calibration) -> list[Table]
         return []
     ids, mask = (tensor.to(model.device) for tensor in collate([chosen]))
     head = model.get_output_embeddings()
-    with LinearInputs({}, head, lambda name, rows: None) as inputs, _Lookups() as lookups:
-        inputs.run(model, ids, mask)
+    ends = nullcontext() if head is None else head.register_forward_pre_hook(_end)
+    try:
+        with suppress(_Ended), ends, torch.no_grad(), _Lookups() as lookups:
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return []  # texts take more memory, so that the run ends with advice
     names = {id(module): name for name, module in model.named_modules()}
     tables = []
     for name, weight in model.named_parameters():
@@ -73,6 +81,14 @@ def find_tables(model: PreTrainedModel, calibration: Calibration) -> list[Table]
         elif rows and all(each == list(range(each[0], each[0] + len(chosen))) for each in rows):
             tables.append(Table(module, len(weight), tied, rows[0][0]))
     return tables
+
+
+class _Ended(Exception):
+    """Raised to end a forward pass before the logits."""
+
+
+def _end(module: nn.Module, args: tuple) -> None:
+    raise _Ended
 
 
 class _Lookups(TorchFunctionMode):

@@ -192,9 +192,10 @@ def merged_models(flags: ReproduceFlags, home: Path, seed: int) -> dict[str, Pat
 
     grams = [str(home / f"gram_{domain}" / "gram") for domain in DOMAINS]
     step(home / "avg", functools.partial(merging, method="avg"))
-    step(home / "regmean", functools.partial(merging, method="regmean", grams=grams, alpha=ALPHAS))
-    one = {"method": "regmean", "grams": grams, "alpha": [PUBLISHED_ALPHA], "solver": "lstsq"}
-    step(home / "lstsq", functools.partial(merging, **one))
+    # As published, embeddings are averaged.
+    as_published = functools.partial(merging, method="regmean", grams=grams, embeddings="average")
+    step(home / "regmean", functools.partial(as_published, alpha=ALPHAS))
+    step(home / "lstsq", functools.partial(as_published, alpha=[PUBLISHED_ALPHA], solver="lstsq"))
     folders = {AVERAGE: home / "avg" / "model"}
     folders |= {f"RegMean, alpha {alpha:g}": home / "regmean" / f"model_{alpha:g}" for alpha in ALPHAS}
     folders[f"RegMean, alpha {PUBLISHED_ALPHA:g}, lstsq"] = home / "lstsq" / "model"

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -17,7 +16,6 @@ from transformers import (
 )
 
 from common.io import read_json
-from regmean import compute
 from regmean.average import weighted_mean
 from regmean.embeddings import EVEN, TiedTable, merge_by_counts
 from regmean.gram_file import FILE_NAME, GramFile, write_grams
@@ -247,19 +245,6 @@ def test_merged_tables_equal_dense_solutions(case: str, tmp_path: Path, capfd: p
     averaged, plain = load(averaged).state_dict(), load(plain).state_dict()
     assert all(torch.equal(averaged[name], plain[name]) for name in expected)
     assert set(read_json(tmp_path / "averaged" / "merge_report.json")["averaged"]) >= set(expected)
-
-
-def test_counts_are_the_same_in_several_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = save(make_gpt2(), tmp_path / "model")
-    whole = GramFile(grams(folder) / FILE_NAME)
-    monkeypatch.setattr(compute, "memory_for_sums", lambda *sizes: 4 * 64**2)
-    parts = GramFile(grams(folder, overwrite=True) / FILE_NAME)
-    assert [*whole.counts] == [*parts.counts] == ["counts.transformer.wte", "counts.transformer.wpe"]
-    for name, counts in whole.counts.items():
-        assert counts.tensors == parts.counts[name].tensors == (f"{name.removeprefix('counts.')}.weight",)
-        np.testing.assert_array_equal(counts.values, parts.counts[name].values)
-    # The sum of the head's input is in both.
-    np.testing.assert_array_equal(whole.read("lm_head"), parts.read("lm_head"))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -630,6 +630,8 @@ def test_integer_tensors_must_agree(library: Callable, tmp_path: Path) -> None:
         ({"revisions": ["main"]}, "--revisions takes one per model"),
         ({"exclude": ["("]}, "--exclude '\\(': not a regular expression"),
         ({"solver": "qr"}, "--solver is"),
+        ({"embeddings": "mean"}, "--embeddings is counts or average"),
+        ({"method": "avg", "grams": [], "embeddings": "counts"}, "--embeddings counts belongs to --method regmean"),
         ({"dtype": "int8"}, "--dtype is one of"),
     ],
 )
