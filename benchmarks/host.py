@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-Row = tuple[str, float, float]  # name, seconds, GB
+Row = tuple[str, float, float, float]  # name, seconds, CPU seconds, GB
 
 
 def gram_rows(folder: Path, width: int) -> list[Row]:
@@ -39,7 +39,7 @@ def gram_rows(folder: Path, width: int) -> list[Row]:
     described = [Gram("a", ("a",), 10, width)]
     writing = seconds_of(lambda: write_grams(path, described, lambda name: square, {}))
     reading = seconds_of(lambda: GramFile(path).read("a"))
-    return [(f"gram write {width}", writing, gigabytes), (f"gram read {width}", reading, gigabytes)]
+    return [(f"gram write {width}", *writing, gigabytes), (f"gram read {width}", *reading, gigabytes)]
 
 
 def mean_rows(folder: Path, elements: int) -> list[Row]:
@@ -60,7 +60,7 @@ def mean_rows(folder: Path, elements: int) -> list[Row]:
     layout = {"a": ("BF16", (elements,))}
     plan = MergePlan(models, [0.5, 0.5], [], layout, [], ["a"], [], False, [])
     sink = SimpleNamespace(write=lambda *values: None, holds=lambda name: True)
-    return [("mean", seconds_of(lambda: average.write_averages(plan, [sink], lambda count: None)), 6e-9 * elements)]
+    return [("mean", *seconds_of(lambda: average.write_averages(plan, [sink], lambda count: None)), 6e-9 * elements)]
 
 
 @contextlib.contextmanager
@@ -99,22 +99,20 @@ def merge_rows(folder: Path, *_: int, device: str = "cpu") -> list[Row]:
     models = [str(folder / name) for name in "AB"]
     output = str(folder / f"out{os.getpid()}")
     flags = MergeFlags("regmean", models, grams=models, alpha=[0.1], device=device, output_dir=output)
-    started = time.perf_counter()
     with copied_means(), contextlib.redirect_stdout(sys.stderr):
-        merge(flags, "benchmarks.host")
-    seconds = time.perf_counter() - started
+        cost = seconds_of(lambda: merge(flags, "benchmarks.host"), times=1)
     read = sum(file.stat().st_size for model in models for file in Path(model).glob("*.safetensors"))
-    return [("merge, not solved", seconds, read / 1e9)]
+    return [("merge, not solved", *cost, read / 1e9)]
 
 
-def seconds_of(work: Callable[[], Any]) -> float:
-    """Least of three times."""
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
+def seconds_of(work: Callable[[], Any], times: int = 3) -> tuple[float, float]:
+    """Seconds and CPU seconds of a call, the least of some."""
+    found = []
+    for _ in range(times):
+        started, cpu = time.perf_counter(), time.process_time()
         work()
-        times.append(time.perf_counter() - started)
-    return min(times)
+        found.append((time.perf_counter() - started, time.process_time() - cpu))
+    return min(seconds for seconds, _ in found), min(cpu for _, cpu in found)
 
 
 def write_models(folder: Path, intermediate: int) -> list[Row]:
@@ -175,10 +173,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        cpu, rows = time.process_time(), SIDES[args.side](args.work, args.size)
-        peak, cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, time.process_time() - cpu
-        rows = [{"row": name, "s": seconds, "GB": size} for name, seconds, size in rows]
-        print(json.dumps([row | {"peak_GB": peak / 1e9, "cpu_s": cpu} for row in rows]))
+        names = ("row", "s", "cpu_s", "GB")
+        rows = [dict(zip(names, row, strict=True)) for row in SIDES[args.side](args.work, args.size)]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        print(json.dumps([row | {"peak_GB": peak} for row in rows]))
         return
     for row in args.only or ROWS:
         measure(row, args.baseline, args.rounds, args.quick)

@@ -15,6 +15,7 @@ from regmean.model_folder import CheckpointWriter
 from regmean.tensor_file import FLOATS, TensorInfo, decode, decode_into, is_finite
 
 CHUNK_ELEMENTS = 1 << 17  # of a tensor read at a time
+LARGE_BYTES = 31 << 20  # just below the largest array whose release has this effect; never touched
 AVERAGERS = 2  # threads
 CACHED_ELEMENTS = 1 << 15  # of a chunk averaged at a time: their float64 sums stay in the processor's cache
 
@@ -33,6 +34,9 @@ def write_averages(
     Raises:
         InputError: a value that is not finite or does not fit its dtype; integers that differ between models.
     """
+    # Freeing a large array makes the C library keep what is freed later; else every chunk's memory comes from the
+    # system, page by page, which takes longer than all arithmetic.
+    np.empty(LARGE_BYTES, np.uint8)
     writers = list(writers)
     chunks, lock = _chunks(plan, writers[0].holds), threading.Lock()
 

@@ -133,7 +133,7 @@ def merge_layer(bench: Bench) -> list[dict[str, Any]]:
             times.append(time.perf_counter() - started)
 
         peak = bench.peak_of(run)
-        ((what, seconds, gigabytes),) = merge_rows(Path(work), device=str(bench.device))
+        ((what, seconds, _, gigabytes),) = merge_rows(Path(work), device=str(bench.device))
     host = {"what": f"{what}: {gigabytes / seconds:.3g} GB/s", "seconds": seconds}
     whole = {
         "what": f"files to files; {planned.seconds:.2g} s planned",
@@ -167,7 +167,7 @@ def host_work(bench: Bench) -> list[dict[str, Any]]:
     ]
     return found + [
         {"what": f"mean of {elements} elements: {gigabytes / time:.3g} GB/s", "seconds": time}
-        for _, time, gigabytes in rows
+        for _, time, _, gigabytes in rows
     ]
 
 
