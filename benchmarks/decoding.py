@@ -49,6 +49,7 @@ class StandIn:
         logits = torch.randn(97, slots, 1, VOCABULARY, generator=generator)
         logits[..., 0] -= 2.0
         self._logits = cycle(logits.to(device).unbind(0))
+        self.mask = torch.ones(slots, LENGTH, dtype=torch.int64, device=device)
         self._states = torch.randn(slots, HEADS, LENGTH, WIDTH, generator=generator).to(device)
 
     def forward(self, position_ids: torch.Tensor, past_key_values: Any, **_: Any) -> SimpleNamespace:
