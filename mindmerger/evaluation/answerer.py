@@ -92,7 +92,9 @@ class Answerer:
         def prefill(problems: list[int]) -> Sequence:
             return self.read([rows[problem] for problem in problems])
 
-        for answers in greedy_steps(self.llm, rows, prefill, slots, max_new_tokens, self.eos_token_ids, has_ended):
+        lengths = {problem: len(tokens) for problem, tokens in rows.items()}
+        eos = self.eos_token_ids
+        for answers in greedy_steps(self.llm, rows, prefill, slots, max_new_tokens, eos, has_ended, lengths):
             yield [self.output(answer.problem, answer.ids) for answer in answers if answer.is_done]
 
     def choose(self, rows: dict[int, Tokens], labels: dict[int, tuple[str, ...]], slots: int) -> Iterator[list[Output]]:

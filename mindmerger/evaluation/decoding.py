@@ -1,7 +1,7 @@
 """Greedy decoding by an LLM from input embeddings, and likelihoods of given words."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,8 @@ from mindmerger.modeling import Sequence
 
 # Number of problems in a prefill, which pads them to the longest and has all their activations in memory.
 _BEGIN_AT_ONCE = 4
+# Free columns of a new mask: the number of steps before it is made anew.
+_ROOM = 64
 
 
 @dataclass
@@ -23,11 +25,13 @@ class Answer:
 
     Attributes:
         problem: index of the problem.
+        length: tokens of the problem's input, if known.
         ids: new token ids, including the eos, if any; an answer without one ended at a limit.
         is_done: True if the answer has ended.
     """
 
     problem: int
+    length: int = 0
     ids: list[int] = field(default_factory=list)
     is_done: bool = False
 
@@ -55,6 +59,7 @@ def greedy_steps(
     max_new_tokens: int,
     eos_token_ids: set[int],
     has_ended: Callable[[list[int]], bool] | None = None,
+    lengths: Mapping[int, int] | None = None,
 ) -> Iterator[list[Answer]]:
     """Decode answers to any number of problems greedily, at most `slots` at once, one token per step.
 
@@ -73,22 +78,49 @@ def greedy_steps(
         max_new_tokens: maximum tokens of an answer.
         eos_token_ids: ids that end an answer.
         has_ended: function from an answer's token ids so far to True if the answer ends there.
+        lengths: tokens of each problem's input. Rows are padded to the longest, so while problems longer than the
+            mean are active, there are fewer: as many as take the memory of `slots` problems of mean length.
 
     Yields:
         The answers that have one more token.
     """
-    waiting = deque(Answer(problem) for problem in problems)
+    waiting = deque(Answer(problem, lengths[problem] if lengths else 0) for problem in problems)
+    total = sum(answer.length for answer in waiting)
+    room = _Room(slots, max_new_tokens, slots * (total / max(len(waiting), 1) + max_new_tokens))
     while waiting:
-        batch = _Slots(llm, min(slots, len(waiting)))
-        while active := batch.advance(waiting, prefill):
-            for answer, token in active:
-                answer.ids.append(token)
-                answer.is_done = (
-                    token in eos_token_ids
-                    or len(answer.ids) == max_new_tokens
-                    or (has_ended is not None and has_ended(answer.ids))
-                )
-            yield [answer for answer, _ in active]
+        batch = _Slots(llm, room)
+        while passed := batch.advance(waiting, prefill):
+            for answer, token in zip(*passed, strict=True):
+                ids = answer.ids
+                ids.append(token)
+                if token in eos_token_ids or len(ids) == max_new_tokens or (has_ended is not None and has_ended(ids)):
+                    answer.is_done = True
+            yield passed[0]
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Limits of active problems.
+
+    Attributes:
+        slots: maximum number.
+        max_new_tokens: maximum tokens of an answer.
+        cells: maximum product of their number and the largest possible length of input and answer.
+    """
+
+    slots: int
+    max_new_tokens: int
+    cells: float
+
+    def left(self, active: list[Answer], waiting: Iterable[Answer]) -> int:
+        """Count the waiting problems that can start now, in their order; one can always if none is active."""
+        count, longest = len(active), max((answer.length for answer in active), default=0)
+        for answer in waiting:
+            longest = max(longest, answer.length)
+            if count == self.slots or (count and (count + 1) * (longest + self.max_new_tokens) > self.cells):
+                break
+            count += 1
+        return count - len(active)
 
 
 class _Slots:
@@ -96,75 +128,120 @@ class _Slots:
 
     Args:
         llm: a causal language model.
-        count: number of slots, all free at first.
+        room: limits of active problems.
     """
 
-    def __init__(self, llm: PreTrainedModel, count: int):
-        self._llm = llm
+    def __init__(self, llm: PreTrainedModel, room: _Room):
+        self._llm, self._room = llm, room
         self._cache: Cache = DynamicCache(config=llm.config)
         self._takes_rows = SlotCache.can_hold(self._cache)
         if self._takes_rows:
-            self._cache = SlotCache(self._cache, count)
-        self._answers = [Answer(-1, is_done=True) for _ in range(count)]
-        self._can_begin, self._begin_at_once = True, _BEGIN_AT_ONCE if self._takes_rows else count
-        self._tokens, self._lengths = torch.zeros(2, count, dtype=torch.int64, device=llm.device)
-        self._columns = 0
+            self._cache = SlotCache(self._cache)
+        self._can_begin = True
+        self._answers: list[Answer] = []
+        # Number of steps so far, and for each row that number less its tokens.
+        self._steps, self._starts = 0, []
+        # The last token of each row and its position, [rows, 1], and a mask whose last column in use is at `_end`.
+        self._tokens, self._positions = torch.zeros(2, 0, 1, dtype=torch.int64, device=llm.device)
+        self._mask, self._end = torch.zeros(0, 0, dtype=torch.int64, device=llm.device), -1
 
     def advance(
         self, waiting: deque[Answer], prefill: Callable[[list[int]], Sequence]
-    ) -> list[tuple[Answer, int]] | None:
-        """Run one forward pass: a prefill of waiting problems if slots are free, else a step of all active ones.
+    ) -> tuple[list[Answer], list[int]] | None:
+        """Run one forward pass: a prefill of waiting problems if they can start, else a step of all active ones.
 
         Returns:
-            The answers in the pass, each with its next token; None if all have ended and none can start.
+            The answers in the pass, and the next token of each; None if all have ended and none can start.
         """
         free = [slot for slot, answer in enumerate(self._answers) if answer.is_done]
-        if free and waiting and self._can_begin:
-            slots = free[: min(len(waiting), self._begin_at_once)]
-            active = [waiting.popleft() for _ in slots]
-            tokens = self._begin(slots, active, prefill([answer.problem for answer in active]))
-        elif len(free) < len(self._answers):
-            if free:
-                self._drop(free)
-            active, tokens = self._answers, self._continue()
-        else:
+        for slot in free:
+            self._starts[slot] = self._steps
+        if waiting and self._can_begin and (free or not self._answers):
+            active = [answer for answer in self._answers if not answer.is_done]
+            if count := self._room.left(active, waiting):
+                free += self._add(count - len(free))
+                count = min(count, _BEGIN_AT_ONCE) if self._takes_rows else count
+                answers = [waiting.popleft() for _ in range(count)]
+                return answers, self._begin(free[:count], answers, prefill([answer.problem for answer in answers]))
+        if len(free) == len(self._answers):
             return None
-        return list(zip(active, tokens.tolist(), strict=True))
+        if free:
+            self._drop(free)
+        return list(self._answers), self._continue()
 
-    def _begin(self, slots: list[int], answers: list[Answer], sequence: Sequence) -> torch.Tensor:
+    @property
+    def _columns(self) -> int:
+        """Tokens of the longest active row."""
+        return self._steps - min(self._starts)
+
+    def _add(self, count: int) -> range:
+        """Add free slots; return them."""
+        rows, count = len(self._answers), max(count, 0)
+        self._answers += [Answer(-1, is_done=True)] * count
+        self._starts += [self._steps] * count
+        self._tokens, self._positions, self._mask = (
+            F.pad(part, (0, 0, 0, count)) for part in (self._tokens, self._positions, self._mask)
+        )
+        return range(rows, rows + count)
+
+    def _begin(self, slots: list[int], answers: list[Answer], sequence: Sequence) -> list[int]:
         """Start problems in free slots; return the first token of each."""
-        cache = DynamicCache(config=self._llm.config)
-        inputs = {"inputs_embeds": sequence.embeds}
-        tokens = _next(self._llm, inputs, sequence.mask, sequence.position_ids, cache).argmax(dim=-1)
-        self._tokens[slots], self._lengths[slots] = tokens, sequence.mask.sum(dim=1)
-        for slot, answer in zip(slots, answers, strict=True):
-            self._answers[slot] = answer
+        index, positions = torch.tensor(slots, device=self._tokens.device), sequence.position_ids
         if self._takes_rows:
-            self._columns = int(self._lengths.max())
-            self._cache.fill(slots, cache, self._columns)
+            self._cache.begin(index, len(self._answers), self._columns)
+        logits = _next(self._llm, {"inputs_embeds": sequence.embeds}, sequence.mask, positions, self._cache)
+        tokens, positions = logits.argmax(dim=-1, keepdim=True), positions[:, -1:]
+        self._tokens.index_copy_(0, index, tokens)
+        self._positions.index_copy_(0, index, positions)
+        # The only values that the host reads.
+        tokens, positions = torch.cat([tokens, positions], dim=1).T.tolist()
+        if not self._takes_rows:
+            # The cache keeps all columns.
+            positions = [sequence.mask.shape[1] - 1] * len(slots)
+        for slot, answer, position in zip(slots, answers, positions, strict=True):
+            self._answers[slot], self._starts[slot] = answer, self._steps - position - 1
+        if max(positions) > self._end:
+            self._renew_mask()
         else:
-            self._cache, self._columns, self._can_begin = cache, sequence.mask.shape[1], False
+            self._mask.index_copy_(0, index, self._mask_of(self._positions[index]))
+        if self._takes_rows:
+            self._cache.trim(self._columns)
+        else:
+            self._can_begin = False
         return tokens
 
     def _drop(self, slots: list[int]) -> None:
         """Remove these slots."""
         kept = [slot for slot in range(len(self._answers)) if slot not in slots]
-        self._answers = [self._answers[slot] for slot in kept]
-        self._tokens, self._lengths = self._tokens[kept], self._lengths[kept]
-        self._cache.reorder_cache(torch.tensor(kept, device=self._tokens.device))
+        index = torch.tensor(kept, device=self._tokens.device)
+        self._answers, self._starts = ([part[slot] for slot in kept] for part in (self._answers, self._starts))
+        self._tokens, self._positions, self._mask = (
+            part.index_select(0, index) for part in (self._tokens, self._positions, self._mask)
+        )
+        self._cache.reorder_cache(index)
         if self._takes_rows:
-            self._columns = int(self._lengths.max())
             self._cache.trim(self._columns)
 
-    def _continue(self) -> torch.Tensor:
+    def _continue(self) -> list[int]:
         """Compute the next token of every slot; no slot is free."""
-        self._columns, self._lengths = self._columns + 1, self._lengths + 1
-        columns = torch.arange(self._columns, device=self._tokens.device)
-        # All rows end in the last column.
-        mask = (columns >= self._columns - self._lengths.unsqueeze(1)).long()
-        inputs, positions = {"input_ids": self._tokens.unsqueeze(1)}, self._lengths.unsqueeze(1) - 1
-        self._tokens = _next(self._llm, inputs, mask, positions, self._cache).argmax(dim=-1)
-        return self._tokens
+        self._steps, self._positions, self._end = self._steps + 1, self._positions + 1, self._end + 1
+        if self._end == self._mask.shape[1]:
+            self._renew_mask()
+        mask = self._mask[:, self._end + 1 - self._columns : self._end + 1]
+        logits = _next(self._llm, {"input_ids": self._tokens}, mask, self._positions, self._cache)
+        self._tokens = logits.argmax(dim=-1, keepdim=True)
+        return self._tokens.flatten().tolist()
+
+    def _renew_mask(self) -> None:
+        """Make the mask of all rows, with free columns after the one in use."""
+        self._end = self._columns - 1
+        self._mask = self._positions.new_empty(0, self._columns + _ROOM)
+        self._mask = self._mask_of(self._positions)
+
+    def _mask_of(self, positions: torch.Tensor) -> torch.Tensor:
+        """Mask of rows with these last positions; all rows end in the same column."""
+        columns = torch.arange(-self._end, self._mask.shape[1] - self._end, device=positions.device)
+        return (columns >= -positions).long()
 
 
 @torch.inference_mode()

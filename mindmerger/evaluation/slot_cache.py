@@ -18,98 +18,110 @@ class SlotCache(Cache):
 
     Args:
         like: an empty cache of the LLM for which `can_hold` is True.
-        slots: number of rows.
     """
 
-    def __init__(self, like: DynamicCache, slots: int):
-        super().__init__(layers=[SlotLayer(layer, slots) for layer in like.layers])
+    def __init__(self, like: DynamicCache):
+        super().__init__(layers=[SlotLayer(layer) for layer in like.layers])
 
     @staticmethod
     def can_hold(cache: DynamicCache) -> bool:
         """True if the LLM keeps only a key and a value for each token, and no recurrent states."""
         return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
-    def fill(self, slots: list[int], prefilled: DynamicCache, columns: int) -> None:
-        """Put new rows into slots, in place of their old rows.
+    def begin(self, slots: torch.Tensor, rows: int, columns: int) -> None:
+        """Let the next forward pass, a prefill, put new rows into slots, in place of their old rows.
 
         Args:
             slots: slot of each new row.
-            prefilled: keys and values of the new rows.
-            columns: columns of the longest row, new rows included.
+            rows: number of slots, which grows to this.
+            columns: columns of the longest row that stays.
         """
-        for layer, new in zip(self.layers, prefilled.layers, strict=True):
-            layer.fill(slots, new, columns)
+        for layer in self.layers:
+            layer.new, layer.columns = (slots, rows), columns
 
     def trim(self, columns: int) -> None:
-        """Keep only the last `columns` columns, the length of the longest row."""
+        """Keep only the last `columns` columns, the length of the longest row; a prefill has ended."""
         for layer in self.layers:
-            layer.columns = columns
+            layer.new, layer.columns = None, columns
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Update one layer; see `SlotLayer.update`."""
+        return self.layers[layer_idx].update(key_states, value_states)
 
 
 class SlotLayer(DynamicLayer):
-    """One layer of a `SlotCache`: two buffers [rows, heads, capacity, head width], the last column in use at `end`.
+    """One layer of a `SlotCache`: two buffers [rows, heads, capacity, head width], the last column in use at `_end`.
 
     `DynamicLayer` copies all its keys and values for every token.
 
     Args:
         like: an empty layer of the LLM's cache.
-        slots: number of rows.
+
+    Attributes:
+        columns: columns of the longest row.
+        new: in a prefill, the slots of its rows and the number of all slots; None in a step.
     """
 
-    def __init__(self, like: DynamicLayer, slots: int):
+    def __init__(self, like: DynamicLayer):
         super().__init__()
-        self._slots = slots
         self.is_sliding = like.is_sliding
         # Columns that a token attends to beside its own.
         self._window = like.sliding_window - 1 if like.is_sliding else None
-        self.columns = self._end = 0
+        self.columns = self._end = self._capacity = 0
+        self.new: tuple[torch.Tensor, int] | None = None
 
-    @property
-    def _kept(self) -> int:
-        return self.columns if self._window is None else min(self.columns, self._window)
+    def _cut(self, columns: int) -> int:
+        return columns if self._window is None else min(columns, self._window)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add one column, [rows, heads, 1, head width]; return the keys and values that it attends to."""
-        if self._end == self.keys.shape[2]:
-            self._move(self._kept)
-        start, self._end = self._end - self._kept, self._end + 1
+        """Add one column, [rows, heads, 1, head width], or a prefill; return the keys and values that it attends to."""
+        if self.new is not None:
+            self._fill(key_states, value_states, *self.new)
+            return key_states, value_states
+        kept = self._cut(self.columns)
+        if self._end == self._capacity:
+            self._move(len(self.keys), kept, kept)
+        end = self._end
+        self.keys.narrow(2, end, 1).copy_(key_states)
+        self.values.narrow(2, end, 1).copy_(value_states)
+        self._end += 1
         self.columns += 1
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            buffer[:, :, self._end - 1 : self._end] = states
-        return self.keys[:, :, start : self._end], self.values[:, :, start : self._end]
+        return self.keys.narrow(2, end - kept, kept + 1), self.values.narrow(2, end - kept, kept + 1)
 
-    def fill(self, slots: list[int], prefilled: DynamicLayer, columns: int) -> None:
-        """Put new rows into slots; see `SlotCache.fill`."""
+    def _fill(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, rows: int) -> None:
+        """Put new rows into slots; see `SlotCache.begin`."""
         if not self.is_initialized:
-            self.keys, self.values = (
-                new.new_zeros(self._slots, new.shape[1], 0, new.shape[3]) for new in (prefilled.keys, prefilled.values)
-            )
+            self.keys, self.values = (new.new_zeros(rows, new.shape[1], 0, new.shape[3]) for new in (keys, values))
             self.is_initialized = True
-        in_use, self.columns = self._kept, columns
-        count = min(prefilled.keys.shape[2], self._kept)
-        if count > self._end:
-            self._move(in_use, count)
-        for buffer, new in ((self.keys, prefilled.keys), (self.values, prefilled.values)):
-            buffer[slots, :, self._end - count : self._end] = new[:, :, -count:]
+        tokens = keys.shape[2]
+        count, kept = self._cut(tokens), self._cut(self.columns)
+        if count > self._end or rows > len(self.keys):
+            self._move(rows, kept, max(count, kept))
+        for buffer, new in ((self.keys, keys), (self.values, values)):
+            columns = buffer.narrow(2, self._end - count, count)
+            columns.index_copy_(0, slots, new.narrow(2, tokens - count, count))
 
-    def _move(self, in_use: int, columns: int = 0) -> None:
-        """Move the last `in_use` columns to buffers with free ones after them, and before them up to `columns`."""
-        end = max(in_use, columns)
+    def _move(self, rows: int, kept: int, end: int) -> None:
+        """Move the last `kept` columns to buffers of `rows` rows, where they end at `end`, before free ones."""
         for name in ("keys", "values"):
             old = getattr(self, name)
-            rows, heads, _, width = old.shape
             # Zeros, since masked values are multiplied by 0 and must be finite.
-            new = old.new_zeros(rows, heads, end + _ROOM, width)
-            new[:, :, end - in_use : end] = old[:, :, self._end - in_use : self._end]
+            new = old.new_zeros(rows, old.shape[1], end + _ROOM, old.shape[3])
+            new[: len(old), :, end - kept : end] = old[:, :, self._end - kept : self._end]
             setattr(self, name, new)
-        self._end = end
+        self._end, self._capacity = end, end + _ROOM
 
     def get_seq_length(self) -> int:
-        """Columns of the longest row."""
-        return self.columns
+        """Columns of the longest row; in a prefill 0."""
+        return 0 if self.new is not None else self.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Number of columns of a mask, and the first of them."""
-        return self._kept + query_length, self.columns - self._kept
+        if self.new is not None:
+            return query_length, 0
+        kept = self._cut(self.columns)
+        return kept + query_length, self.columns - kept

@@ -72,18 +72,21 @@ def problems(llm: PreTrainedModel) -> tuple[list[torch.Tensor], dict[int, list[i
     return rows, dict(enumerate(cut)), lambda ids: tuple(ids) in ends
 
 
+def padded(rows: list[torch.Tensor]) -> Sequence:
+    longest = max(map(len, rows))
+    embeds, mask = torch.zeros(len(rows), longest, 32), torch.zeros(len(rows), longest, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        embeds[number, -len(row) :], mask[number, -len(row) :] = row, 1
+    return Sequence(embeds, mask)
+
+
 def in_slots(
     llm: PreTrainedModel, rows: list[torch.Tensor], slots: int, has_ended: Callable[[list[int]], bool] | None = None
 ) -> Iterator[dict[int, list[int]]]:
     """Number of complete answers after every step."""
 
     def prefill(problems: list[int]) -> Sequence:
-        longest = max(len(rows[problem]) for problem in problems)
-        embeds = torch.zeros(len(problems), longest, 32)
-        mask = torch.zeros(len(problems), longest, dtype=torch.int64)
-        for row, problem in enumerate(problems):
-            embeds[row, -len(rows[problem]) :], mask[row, -len(rows[problem]) :] = rows[problem], 1
-        return Sequence(embeds, mask)
+        return padded([rows[problem] for problem in problems])
 
     done: dict[int, list[int]] = {}
     for answers in greedy_steps(llm, range(len(rows)), prefill, slots, MAX_NEW_TOKENS, set(), has_ended):
@@ -126,8 +129,8 @@ def test_the_cache_holds_no_more_than_the_longest_row_and_its_room(
     caches: list[SlotCache] = []
 
     class Watched(SlotCache):
-        def __init__(self, like: DynamicCache, slots: int):
-            super().__init__(like, slots)
+        def __init__(self, like: DynamicCache):
+            super().__init__(like)
             caches.append(self)
 
     monkeypatch.setattr(decoding, "SlotCache", Watched)
@@ -146,3 +149,21 @@ def test_the_cache_holds_no_more_than_the_longest_row_and_its_room(
 def test_an_llm_with_states_of_another_kind_is_told_apart() -> None:
     assert not SlotCache.can_hold(DynamicCache(config=LLMS["falcon_h1"]))
     assert SlotCache.can_hold(DynamicCache(config=LLMS["gemma3"]))
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon_h1"])
+def test_long_problems_leave_fewer_rows_so_that_padding_takes_no_memory(family: str) -> None:
+    """Rows x the longest possible row never exceed slots x (mean length + MAX_NEW_TOKENS), or one row is active."""
+    llm, slots = build(family), 4
+    rows = [torch.randn(length, 32) for length in sorted(LENGTHS, reverse=True)]
+    lengths = {problem: len(row) for problem, row in enumerate(rows)}
+    cells = slots * (sum(lengths.values()) / len(rows) + MAX_NEW_TOKENS)
+    counts, answers = [], {}
+    for active in greedy_steps(
+        llm, lengths, lambda some: padded([rows[row] for row in some]), slots, MAX_NEW_TOKENS, set(), None, lengths
+    ):
+        counts.append(len(active))
+        assert len(active) == 1 or len(active) * (max(a.length for a in active) + MAX_NEW_TOKENS) <= cells
+        answers |= {answer.problem: answer.ids for answer in active}
+    assert counts[0] < slots == max(counts)
+    assert answers == {problem: alone(llm, row) for problem, row in enumerate(rows)}
