@@ -152,7 +152,10 @@ def test_micro_batch_accumulation_ranks_and_zero_stage_change_nothing(
         assert ours[language] == pytest.approx(entry, rel=1e-4)
 
 
-@pytest.mark.parametrize(("stage", "augmentation"), [("mapping", False), ("augmentation", False), ("augmentation", True)])
+STAGES = [("mapping", False), ("augmentation", False), ("augmentation", True)]
+
+
+@pytest.mark.parametrize(("stage", "augmentation"), STAGES)
 def test_dev_rows_decide_by_the_losses_of_the_best_mapping_and_the_llm_alone(
     work: Path,
     pair: Words,
@@ -433,7 +436,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(work: Path, small: Words, word
 
 def test_batch_sizes_are_derived() -> None:
     from mindmerger.config import TrainingFlags
-from mindmerger.dev import DevPass
 
     def sizes(**given: int) -> tuple[int, int, int]:
         flags = TrainingFlags(llm_path="L", mt_path="M", **given)
