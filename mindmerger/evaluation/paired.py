@@ -13,7 +13,7 @@ Verdict = Literal["helps", "harms", "cannot be told"]
 LEVEL = 0.05
 RESAMPLES = 10_000
 # With fewer rows, resamples are too alike for a test.
-FEWEST_ROWS = 20
+FEWEST_ROWS = 10
 # Random numbers drawn at once.
 _AT_ONCE = 2_000_000
 
