@@ -29,8 +29,8 @@ def run(*words: str | Path) -> None:
     subprocess.run([sys.executable, *map(str, words)], check=True)
 
 
-def compared(seed: int, work: Path, split: str, test_num: int) -> dict[str, Any]:
-    """Results of `quickstart.compare_merges` for one seed's models."""
+def merge(seed: int, work: Path) -> None:
+    """Fine-tune one seed's specialists into `work/models`, and merge them into `work/merges`."""
     models, merges, grams = work / "models", work / "merges", work / "grams"
     if not (models / "base").exists():
         shutil.copytree(BASE, models / "base")
@@ -54,9 +54,14 @@ def compared(seed: int, work: Path, split: str, test_num: int) -> dict[str, Any]
             "--output_dir",
             merges / "regmean/alpha",
         )
+
+
+def compared(seed: int, work: Path, split: str, test_num: int) -> dict[str, Any]:
+    """Results of `quickstart.compare_merges` for one seed's models."""
+    merge(seed, work)
     name = f"{work.parent.name}-{work.name}-{split}"
-    run("-m", "quickstart.compare_merges", "--models", models, "--merges", merges, "--save_name", name,
-        "--split", split, "--test_num", str(test_num))  # fmt: skip
+    run("-m", "quickstart.compare_merges", "--models", work / "models", "--merges", work / "merges",
+        "--save_name", name, "--split", split, "--test_num", str(test_num))  # fmt: skip
     return read_json(Path("results") / name / "scores.json")
 
 

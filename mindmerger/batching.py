@@ -27,6 +27,7 @@ class Tokens:
         target: target of the LLM, ending in eos unless it was cut; empty for generation.
         language: English name of the source's language.
         cut: those of `KINDS` that were shortened.
+        mapped: False for the LLM alone, whose sequence has no mapped states and no boundary.
     """
 
     source: Sequence[int]
@@ -34,10 +35,12 @@ class Tokens:
     target: Sequence[int]
     language: str = ""
     cut: tuple[str, ...] = ()
+    mapped: bool = True
 
     def __len__(self) -> int:
-        """Length of the LLM's sequence: bos, source, boundary, prompt, target."""
-        return len(self.source) + len(self.prompt) + len(self.target) + 2
+        """Length of the LLM's sequence: bos, source and boundary if mapped, prompt, target."""
+        mapped = len(self.source) + 1 if self.mapped else 0
+        return 1 + mapped + len(self.prompt) + len(self.target)
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,12 @@ class Batch:
     computed on the host, so that no later step waits for the device. Positions are indices into flattened tensors.
 
     Attributes:
-        source_ids, source_mask: int64 [rows, longest source], padded on the right; the mask is 1 for a token.
+        source_ids, source_mask: int64 [mapped rows, longest source], padded on the right; the mask is 1 for a token.
         source_index: int64 [states], positions of the tokens in `source_ids`.
         token_ids: int64 [1, tokens] or [rows, longest sequence]; 0 for a mapped state, a boundary or padding.
         position_ids: int64, same shape as `token_ids`; each sequence counts from 0.
-        mapped_positions: int64 [states + rows], positions in `token_ids` of the mapped states, then of the boundaries.
+        mapped_positions: int64 [states + boundaries], positions in `token_ids` of the mapped states, then of the
+            boundaries; a row of the LLM alone has neither.
         labels: int64 [targets], target tokens of all rows.
         logit_positions: int64 [targets], positions of the tokens that predict `labels`; in a padded batch, among the
             last `columns` columns.
@@ -87,9 +91,7 @@ class Batch:
         return Batch(**{name: move(value) for name, value in vars(self).items()})
 
 
-def lay_out(
-    rows: Sequence[Tokens], bos_token_id: int | None, source_pad_id: int = 0, packed: bool = False, mapped: bool = True
-) -> Batch:
+def lay_out(rows: Sequence[Tokens], bos_token_id: int | None, source_pad_id: int = 0, packed: bool = False) -> Batch:
     """Build the batch of `rows` on the CPU.
 
     Args:
@@ -97,13 +99,10 @@ def lay_out(
         bos_token_id: first token of every sequence; None for an LLM without one.
         source_pad_id: padding id of the sources; some encoders detect padding by this id, not by the mask.
         packed: True for all sequences in one row, False for one row each.
-        mapped: True if a sequence has mapped states and a boundary; False for the prompt alone.
     """
     opening = [] if bos_token_id is None else [bos_token_id]
-    sources = [row.source if mapped else [] for row in rows]
     sequences = [
-        [*opening, *[0] * (len(source) + mapped), *row.prompt, *row.target[:-1]]
-        for row, source in zip(rows, sources, strict=True)
+        [*opening, *[0] * (len(row.source) + 1 if row.mapped else 0), *row.prompt, *row.target[:-1]] for row in rows
     ]
     lengths = [len(sequence) for sequence in sequences]
     edges, columns = [0, *itertools.accumulate(lengths)], max(1, *(len(row.target) for row in rows))
@@ -111,15 +110,16 @@ def lay_out(
     ends = edges[1:] if packed else range(shape[1], len(rows) * shape[1] + 1, shape[1])
     tokens, positions, mask = (np.zeros(shape, np.int64).reshape(-1) for _ in range(3))
     states, boundaries = [], []
-    for sequence, source, end in zip(sequences, sources, ends, strict=True):
+    for row, sequence, end in zip(rows, sequences, ends, strict=True):
         start = end - len(sequence)
         tokens[start:end], positions[start:end], mask[start:end] = sequence, range(len(sequence)), 1
-        states.append(start + len(opening) + np.arange(len(source)))
-        boundaries += [start + len(opening) + len(source)] * mapped
+        if row.mapped:
+            states.append(start + len(opening) + np.arange(len(row.source)))
+            boundaries.append(start + len(opening) + len(row.source))
     # The logits of a token predict the next token: those of the last tokens of a sequence predict its target.
     ends = ends if packed else range(columns, len(rows) * columns + 1, columns)
     predicting = [np.arange(end - len(row.target), end) for row, end in zip(rows, ends, strict=True)]
-    source_ids, source_mask = pad(sources, source_pad_id)
+    source_ids, source_mask = pad([row.source for row in rows if row.mapped], source_pad_id)
     return Batch(
         source_ids,
         source_mask,
@@ -139,7 +139,7 @@ def _joined(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad sequences on the right to (ids, mask), both int64 [sequences, longest]."""
-    longest = max(map(len, sequences))
+    longest = max(map(len, sequences), default=0)
     ids = torch.full((len(sequences), longest), pad_id)
     mask = torch.zeros_like(ids)
     for row, sequence in enumerate(sequences):

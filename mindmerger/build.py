@@ -1,9 +1,8 @@
 """Construction of a `Trainer` for one training stage from flags, with all checks before a model loads."""
 
-import dataclasses
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,6 +85,7 @@ class Stage:
         config: config of the mapping.
         tokenizer: tokenizers of both models.
         table: all rows; `train` and `dev` are its parts.
+        alone: the dev rows as the LLM alone reads them; None if there are none, or they are too long for the LLM.
         ds_config: DeepSpeed config.
         initial: mapping to start from; None for a new one.
         settings: values that identify a run; a run continues only under equal settings.
@@ -97,6 +97,7 @@ class Stage:
     table: TokenTable
     train: Rows
     dev: Rows
+    alone: Rows | None
     ds_config: dict[str, Any]
     initial: Mapping | None
     settings: dict[str, Any]
@@ -131,10 +132,39 @@ def prepare(flags: TrainingFlags, process: Process) -> Stage:
     config.languages = sorted(LANGUAGES[name].code for name in train.languages())
     config.train_rows, config.datasets = len(train), source_datasets(Path(flags.data_dir), table.files)
     settings = run_settings(flags, ds_config, table.sha256, checkpoint, process.world_size)
-    return Stage(models, config, tokenizer, table, train, dev, ds_config, initial, settings)
+    alone = _alone_rows(flags, models, tokenizer, table, dev_index, process)
+    return Stage(models, config, tokenizer, table, train, dev, alone, ds_config, initial, settings)
 
 
-def _read_rows(flags: TrainingFlags, tokenizer: ExampleTokenizer) -> TokenTable:
+def _alone_rows(
+    flags: TrainingFlags,
+    models: ModelPair,
+    tokenizer: ExampleTokenizer,
+    table: TokenTable,
+    dev_index: np.ndarray,
+    process: Process,
+) -> Rows | None:
+    """Dev rows with the prompt and without mapped states; from a table of their own if the stage has no prompt."""
+    if not len(dev_index):
+        return None
+    if tokenizer.augmentation:
+        alone = table.rows(dev_index, mapped=False)
+    else:
+        own = ExampleTokenizer(
+            tokenizer.mt_tokenizer, None, tokenizer.llm_tokenizer, augmentation=True, **asdict(flags.limits)
+        )
+        order = np.sort(dev_index)
+        alone = _read_rows(flags, own, order).rows(np.searchsorted(order, dev_index), mapped=False)
+    try:
+        check_context(models, int(alone.lengths.max()))
+    except InputError as error:
+        say(process, f"note: no verdicts by language, for which the LLM alone reads the dev rows' prompts: {error}")
+        return None
+    return alone
+
+
+def _read_rows(flags: TrainingFlags, tokenizer: ExampleTokenizer, chosen: np.ndarray | None = None) -> TokenTable:
+    """Open the table of all rows, or of those whose numbers are `chosen`, with their prompts."""
     languages = select_languages(flags.languages)
     data_dir = Path(flags.data_dir)
     settings = {
@@ -145,15 +175,19 @@ def _read_rows(flags: TrainingFlags, tokenizer: ExampleTokenizer) -> TokenTable:
         "files": file_hashes(data_dir / ("bilingual_pairs" if flags.stage_name == "mapping" else "query_translation")),
     }
     cache_dir = None if flags.cache_dir is None else Path(flags.cache_dir)
-    return open_table(partial(_read_examples, flags), tokenizer, settings, cache_dir)
+    read = partial(_read_examples, flags)
+    if chosen is not None:
+        settings |= {"dev_size": flags.dev_size, "seed": flags.seed}
+        read = lambda: (row for n, row in enumerate(_read_examples(flags, True)) if n in numbers)  # noqa: E731
+        numbers = set(chosen.tolist())
+    return open_table(read, tokenizer, settings, cache_dir)
 
 
-def _read_examples(flags: TrainingFlags) -> Iterable[Example]:
+def _read_examples(flags: TrainingFlags, with_prompts: bool = False) -> Iterable[Example]:
     """Examples of the stage, in the order of the files."""
     task, languages = find_task(flags.task, TRAINING_TASKS), select_languages(flags.languages)
-    return read_training(
-        Path(flags.data_dir), task, flags.stage_name, languages, flags.train_num, with_prompts=flags.uses_prompt
-    )
+    with_prompts = with_prompts or flags.uses_prompt
+    return read_training(Path(flags.data_dir), task, flags.stage_name, languages, flags.train_num, with_prompts)
 
 
 def announce(stage: Stage, process: Process) -> None:
@@ -233,7 +267,7 @@ def build_trainer(
         say(process, f"{flags.llm_path} reads padded rows, since its logits of packed rows differ")
 
     def open_metrics(state: TrainState) -> Metrics:
-        settings = dataclasses.asdict(flags)
+        settings = asdict(flags)
         return Metrics(process, folder, state.step, state.metrics_size, flags.report_to, settings)
 
     return Trainer(
@@ -241,6 +275,7 @@ def build_trainer(
         MappingState(engine, model.mapping, process),
         stage.train,
         stage.dev,
+        stage.alone,
         partial(lay_out, bos_token_id=stage.config.llm_bos_token_id, source_pad_id=pad_id, packed=model.packs),
         Schedule(sizes, flags.epoch_num, flags.eval_batch_size, flags.eval_steps, flags.save_steps, flags.seed),
         folder,
@@ -265,7 +300,7 @@ def run_settings(
     flags: TrainingFlags, ds_config: dict[str, Any], rows_sha256: str, checkpoint: Path | None, ranks: int
 ) -> dict[str, Any]:
     """Values that identify a run: flags, number of ranks, and the contents of the files that the flags name."""
-    settings = {k: v for k, v in dataclasses.asdict(flags).items() if k not in _FREE_FLAGS}
+    settings = {k: v for k, v in asdict(flags).items() if k not in _FREE_FLAGS}
     if checkpoint is not None:
         del settings["mapping_init"], settings["boundary_init"]
     if checkpoint is not None or flags.mapping_init != "aligned":

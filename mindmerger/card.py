@@ -1,6 +1,7 @@
 """The model card of a mapping: `python -m mindmerger.card --checkpoint outputs/MergeMinds/augmentation`"""
 
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
 from common.io import read_json, sha256, write_text
 from common.runs import RUN
-from mindmerger.checkpoint import CONFIG, PUBLISHED, SAFETENSORS
+from mindmerger.checkpoint import CONFIG, PUBLISHED, SAFETENSORS, harmed_languages
 from mindmerger.data import MANIFEST
 from mindmerger.evaluation.metrics import SCORES
+from mindmerger.evaluation.report import find_alone
 from mindmerger.tasks import LANGUAGES
 
 CARD = "README.md"
@@ -42,7 +44,8 @@ def write_card(folder: Path, results: Path = Path("results")) -> None:
     if not isinstance(config, dict) or config.get("model_type") != "mindmerger":
         raise InputError(f"{folder / CONFIG} is not the config of a mapping")
     hashes = {sha256(folder / name) for name in (SAFETENSORS, PUBLISHED) if (folder / name).is_file()}
-    write_text(folder / CARD, model_card(config, find_scores(results, hashes)))
+    alone = harmed_languages(folder / SAFETENSORS, config.get("verdicts"), print)
+    write_text(folder / CARD, model_card(config, find_scores(results, hashes), alone))
 
 
 @dataclass(frozen=True)
@@ -67,20 +70,14 @@ def find_scores(results: Path, hashes: set[str]) -> list[Evaluation]:
         # The same evaluation may exist under two names.
         if settings.get("mapping_sha256") in hashes and (folder.name, settings) not in seen:
             seen.append((folder.name, settings))
-            same = ("llm_path", "llm_revision", "problems_sha256", "max_gen_len", "answer_parser", "classification")
-            alone = [
-                read_json(other / SCORES)
-                for other, theirs in finished
-                if other.name == folder.name
-                and theirs.get("mapping_sha256") is None
-                and all(theirs.get(key) == settings.get(key) for key in same)
-            ]
-            found.append(Evaluation(folder.name, read_json(folder / SCORES), alone[0] if alone else None))
+            alone = find_alone(results, folder.name, settings)
+            theirs = None if alone is None else read_json(alone / SCORES)
+            found.append(Evaluation(folder.name, read_json(folder / SCORES), theirs))
     return found
 
 
-def model_card(config: dict[str, Any], evaluations: list[Evaluation]) -> str:
-    """Model card of a mapping, without a licence, which the user adds."""
+def model_card(config: dict[str, Any], evaluations: list[Evaluation], alone: Iterable[str] = ()) -> str:
+    """Model card of a mapping, without a licence, which the user adds; `alone`: languages without the mapping."""
     llm, mt = (_Base(config.get(f"{name}_path"), config.get(f"{name}_revision")) for name in ("llm", "mt"))
     header = ModelCardData(
         library_name="transformers",
@@ -91,6 +88,8 @@ def model_card(config: dict[str, Any], evaluations: list[Evaluation]) -> str:
         datasets=config.get("datasets") or None,
     )
     parts = [_INTRODUCTION.format(llm=llm, mt=mt), _training(config), _scores(evaluations), _USE]
+    if alone:
+        parts.append(_ALONE.format(languages=", ".join(sorted(alone))))
     if not (llm.is_public and mt.is_public):
         parts.append(_LOCAL)
     parts.append(_LICENCE)
@@ -184,6 +183,9 @@ import mindmerger.modeling  # registers the class
 
 model = AutoModelForCausalLM.from_pretrained("THIS MODEL'S NAME OR FOLDER", dtype=torch.bfloat16)
 ```
+"""
+_ALONE = """By the verdicts in `config.json` the mapping does harm in {languages}: there evaluations and
+`model.generate(..., language=...)` use the LLM alone.
 """
 _LOCAL = """`config.json` names a local folder: to load this elsewhere, pass a `config=MindMergerConfig(...)` that
 names your own copies of the two models, or `--llm_path` and `--mt_path` to `run_evaluation.py`.

@@ -1,7 +1,9 @@
 """Reading and writing of trained mappings, as a Hugging Face folder and in the published form."""
 
 import io
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from common.errors import InputError
-from common.io import read_json, write_bytes, write_json
+from common.io import read_json, sha256, write_bytes, write_json
 from common.models import base_config
 
 if TYPE_CHECKING:
@@ -128,6 +130,53 @@ def warn_of_scale(models: "ModelPair", checkpoint: Path, process: "Process") -> 
             f"warning: {checkpoint} was trained under transformers {trained}, which scales the input embeddings of "
             f"{model_type} differently from {current}: train the mapping again, or install that version",
         )
+
+
+def write_verdicts(mapping: Path, judged: dict[str, dict[str, Any]]) -> None:
+    """Add verdicts by language to the config beside the file `mapping`, bound to its sha256.
+
+    Earlier verdicts on the same mapping stay for languages that are not in `judged`.
+    """
+    path, bound = mapping.parent / CONFIG, sha256(mapping)
+    config = read_json(path)
+    earlier = config.get("verdicts") or {}
+    kept = earlier["languages"] if earlier.get("mapping_sha256") == bound else {}
+    write_json(path, config | {"verdicts": {"mapping_sha256": bound, "languages": kept | judged}})
+
+
+def switched_languages(checkpoint: Path, switch: str, process: "Process") -> frozenset[str]:
+    """English names of the languages that the LLM answers alone, by the mapping's verdicts and the flag `--switch`."""
+    from common.logging import say
+
+    if switch != "on":
+        return frozenset()
+    verdicts = read_record(checkpoint).get("verdicts")
+    return harmed_languages(mapping_file(checkpoint), verdicts, partial(say, process))
+
+
+def harmed_languages(mapping: Path, verdicts: Any, warn: Callable[[str], None]) -> frozenset[str]:
+    """English names of the languages in which a mapping does harm; none for a `.bin`, which has no verdicts.
+
+    Args:
+        mapping: file of the mapping.
+        verdicts: `verdicts` of its config, or None.
+        warn: gets a note if the verdicts are of another file, in which case none holds.
+
+    Raises:
+        InputError: the verdicts are malformed.
+    """
+    if verdicts is None or mapping.suffix != ".safetensors":
+        return frozenset()
+    config = mapping.parent / CONFIG
+    try:
+        bound = verdicts["mapping_sha256"]
+        harmed = frozenset(name for name, entry in verdicts["languages"].items() if entry["verdict"] == "harms")
+    except (TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{config}: its verdicts are not in the form of a training stage: remove them") from error
+    if bound == sha256(mapping):
+        return harmed
+    warn(f"note: no language is switched, since the verdicts in {config} are of another mapping than {mapping.name}")
+    return frozenset()
 
 
 def write_mapping(folder: Path, config: dict[str, Any], state: dict[str, torch.Tensor]) -> None:

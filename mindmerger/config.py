@@ -226,6 +226,11 @@ class EvaluationFlags(ModelFlags):
         "transformers", "library that generates; vllm (requirements-vllm.txt) batches continuously, on one GPU"
     )
     init_checkpoint: str | None = flag(None, "mapping to evaluate: folder, .safetensors or pytorch_model.bin")
+    switch: Literal["on", "off", "decide"] = flag(
+        "on",
+        "on: the LLM alone answers in languages that the mapping harms, by the verdicts in its config; off: the "
+        "mapping answers in all; decide: the same, and these answers and a --baseline run's give new verdicts",
+    )
     eval_batch_size: int | None = flag(None, "problems of a batch on each device; default 16, 256 for vllm")
 
     def __post_init__(self) -> None:
@@ -236,6 +241,8 @@ class EvaluationFlags(ModelFlags):
             require_positive(self, "test_num")
         if self.baseline and self.init_checkpoint is not None:
             raise InputError("--baseline is the LLM alone: leave --init_checkpoint out")
+        if self.baseline and self.switch == "decide":
+            raise InputError("--baseline has no mapping whose verdicts to decide: leave --switch decide out")
         if not self.baseline and self.init_checkpoint is None and self.plan is None:
             raise InputError("--init_checkpoint is needed: the mapping to evaluate (or --baseline for the LLM alone)")
         if self.baseline and self.augmentation is False:

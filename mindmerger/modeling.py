@@ -4,7 +4,8 @@ Section 3 of Huang et al., NeurIPS 2024 (arXiv 2405.17386). The LLM's input is
 `[bos | mapped source states | boundary | prompt | target]`; the loss is on the target only.
 """
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,14 @@ from transformers.utils import cached_file
 from common.errors import InputError, first_line
 from common.models import base_config
 from mindmerger.batching import Batch, Tokens, lay_out, padded_rows
-from mindmerger.checkpoint import SAFETENSORS, read_mapping, write_mapping
+from mindmerger.checkpoint import (
+    SAFETENSORS,
+    harmed_languages,
+    mapping_file,
+    read_mapping,
+    read_record,
+    write_mapping,
+)
 from mindmerger.frozen_models import (
     Masking,
     check_encoder_layer,
@@ -52,6 +60,7 @@ class MindMergerConfig(PretrainedConfig):
         encoder_layer: number of layers used of a decoder-only multilingual model; None for all.
         task, stage, augmentation, prompt: settings of the last training run; `prompt` is the template after the
             boundary, or None.
+        verdicts: verdict of each language on the mapping; see `write_verdicts`.
         languages, train_rows, datasets: data of the last training run: codes of the sources' languages, number of
             rows, and hub ids of the data sets if known.
     """
@@ -73,6 +82,7 @@ class MindMergerConfig(PretrainedConfig):
     languages: list[str] | None = None
     train_rows: int | None = None
     datasets: list[str] | None = None
+    verdicts: dict[str, Any] | None = None
 
 
 class MLP(nn.Module):
@@ -132,6 +142,7 @@ class MindMergerForCausalLM(PreTrainedModel):
     Attributes:
         packs: True if the LLM takes packed rows; set by `pack_rows`.
         masking: form of the encoder's mask; see `find_masking`.
+        alone: English names of languages in which `generate` uses the LLM alone; set by `from_pretrained`.
     """
 
     config_class = MindMergerConfig
@@ -150,6 +161,7 @@ class MindMergerForCausalLM(PreTrainedModel):
         self.register_state_dict_post_hook(_keep_mapping)
         self.packs = False
         self.masking: Masking = "padding"
+        self.alone: frozenset[str] = frozenset()
         self.eval()
 
     @classmethod
@@ -195,15 +207,7 @@ class MindMergerForCausalLM(PreTrainedModel):
         Raises:
             InputError: a file is missing, or the mapping belongs to other models (the message names the tensor).
         """
-        # The auto classes add these two.
-        hub_options = {k: v for k, v in hub_options.items() if k not in ("adapter_kwargs", "_from_auto")}
-        if unknown := hub_options.keys() - _HUB_OPTIONS:
-            raise TypeError(f"from_pretrained() takes no {', '.join(sorted(unknown))}")
-        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        if not isinstance(dtype, torch.dtype):
-            raise InputError(
-                "dtype must be a torch dtype or its name, such as bfloat16: the two models may have different ones"
-            )
+        hub_options, dtype = _without_auto(hub_options), _find_dtype(dtype)
         path = Path(checkpoint, hub_options.get("subfolder") or "")
         try:
             config = config or MindMergerConfig.from_pretrained(checkpoint, **hub_options)
@@ -215,6 +219,8 @@ class MindMergerForCausalLM(PreTrainedModel):
         state = read_mapping(path, config.mt_hidden_size, config.llm_hidden_size)
         model = cls.from_base_models(config, dtype, trust_remote_code, state)
         model.masking = find_masking(model.encoder, model.source_pad_id, ("padding", "alone"))
+        verdicts = config.verdicts or read_record(path).get("verdicts")
+        model.alone = harmed_languages(mapping_file(path), verdicts, warnings.warn)
         return model
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
@@ -265,9 +271,11 @@ class MindMergerForCausalLM(PreTrainedModel):
 
         The embedding is called, not indexed: under ZeRO-3 a module has its weights only while it runs.
         """
+        if not len(batch.source_ids):  # the LLM alone
+            return self.llm.get_input_embeddings()(batch.token_ids)
         vectors, boundary = self.map_sources(batch)
         embeds = self.llm.get_input_embeddings()(batch.token_ids)
-        mapped = torch.cat([vectors, boundary.expand(len(batch.lengths), -1)]).to(embeds.dtype)
+        mapped = torch.cat([vectors, boundary.expand(len(batch.source_ids), -1)]).to(embeds.dtype)
         return embeds.flatten(0, 1).index_copy(0, batch.mapped_positions, mapped).view_as(embeds)
 
     def forward(
@@ -322,10 +330,16 @@ class MindMergerForCausalLM(PreTrainedModel):
         attention_mask: torch.Tensor,
         prompt_ids: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
+        language: str | list[str] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Generate token ids [rows, new tokens]; `kwargs` are passed to the LLM's `generate`."""
-        batch = self._lay_out(padded_rows(input_ids, attention_mask, prompt_ids, prompt_attention_mask))
+        """Generate token ids [rows, new tokens]; `kwargs` are passed to the LLM's `generate`.
+
+        In a `language` (English name or ISO code; one for all rows, or a list) that the mapping harms, by the verdicts
+        in its config, the LLM alone reads the prompt; None never switches.
+        """
+        rows = padded_rows(input_ids, attention_mask, prompt_ids, prompt_attention_mask)
+        batch = self._lay_out(rows if language is None else _switched(rows, language, self.alone))
         return self.llm.generate(inputs_embeds=self.embed(batch), attention_mask=batch.mask, **kwargs)
 
     @property
@@ -361,6 +375,41 @@ def mapping_config(models: "ModelPair", llm_bos_token_id: int | None) -> MindMer
         llm_bos_token_id=llm_bos_token_id,
         encoder_layer=models.encoder_layer,
     )
+
+
+def _without_auto(hub_options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a download without the two that the auto classes add; a TypeError for unknown ones."""
+    hub_options = {k: v for k, v in hub_options.items() if k not in ("adapter_kwargs", "_from_auto")}
+    if unknown := hub_options.keys() - _HUB_OPTIONS:
+        raise TypeError(f"from_pretrained() takes no {', '.join(sorted(unknown))}")
+    return hub_options
+
+
+def _find_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise InputError(
+            "dtype must be a torch dtype or its name, such as bfloat16: the two models may have different ones"
+        )
+    return found
+
+
+def _switched(rows: list[Tokens], language: str | list[str], alone: frozenset[str]) -> list[Tokens]:
+    """Take the mapped states out of rows in the languages of `alone`.
+
+    Raises:
+        InputError: a language is unknown, there is not one for each row, or such a row has no prompt.
+    """
+    from mindmerger.tasks import find_language
+
+    words = [language] * len(rows) if isinstance(language, str) else language
+    if len(words) != len(rows):
+        raise InputError(f"{len(words)} languages for {len(rows)} rows: give one, or one for each row")
+    names = [find_language(word).name for word in words]
+    for row, name in zip(rows, names, strict=True):
+        if name in alone and not row.prompt:
+            raise InputError(f"the mapping harms in {name}: give prompt_ids, which the LLM alone reads there")
+    return [replace(row, mapped=name not in alone) for row, name in zip(rows, names, strict=True)]
 
 
 def _keep_mapping(_: nn.Module, state: dict[str, torch.Tensor], prefix: str, __: Any) -> None:

@@ -46,6 +46,7 @@ class Rows:
     Args:
         table: memory-mapped Arrow table.
         index: int64, numbers of the rows in the table.
+        mapped: False to read the rows as those of the LLM alone.
 
     Attributes:
         index: numbers of the rows in the table.
@@ -53,11 +54,13 @@ class Rows:
         target_lengths: int64, tokens of each row's target.
     """
 
-    def __init__(self, table: pa.Table, index: np.ndarray):
+    def __init__(self, table: pa.Table, index: np.ndarray, mapped: bool = True):
         self._table = table
+        self._mapped = mapped
         self.index = index
         lengths = {kind: pc.list_value_length(table.column(kind)).to_numpy()[index] for kind in KINDS}
-        self.lengths = sum(lengths.values()).astype(np.int64) + 2
+        source = lengths["source"] + 1 if mapped else 0
+        self.lengths = (1 + source + lengths["prompt"] + lengths["target"]).astype(np.int64)
         self.target_lengths = lengths["target"].astype(np.int64)
 
     def __len__(self) -> int:
@@ -66,7 +69,9 @@ class Rows:
     def tokens(self, rows: Sequence[int]) -> list[Tokens]:
         """Token ids of the rows with these numbers, as int32 arrays."""
         columns = self._table.select(KINDS).take(self.index[rows]).itercolumns()
-        return [Tokens(*(ids.values.to_numpy() for ids in row)) for row in zip(*columns, strict=True)]
+        return [
+            Tokens(*(ids.values.to_numpy() for ids in row), mapped=self._mapped) for row in zip(*columns, strict=True)
+        ]
 
     def locations(self, rows: Sequence[int]) -> list[str]:
         """File and line of the rows with these numbers."""
@@ -75,6 +80,10 @@ class Rows:
     def languages(self) -> list[str]:
         """English names of the languages of these rows."""
         return sorted(pc.unique(self._column("language")).to_pylist())
+
+    def row_languages(self) -> list[str]:
+        """English name of the language of each row."""
+        return self._column("language").to_pylist()
 
     def cuts(self) -> dict[str, dict[str, int]]:
         """Number of cut texts of each kind, by language: `{"German": {"prompt": 3}}`."""
@@ -118,9 +127,9 @@ class TokenTable:
     def __len__(self) -> int:
         return len(self._table)
 
-    def rows(self, index: np.ndarray) -> Rows:
-        """The rows with these numbers."""
-        return Rows(self._table, index)
+    def rows(self, index: np.ndarray, mapped: bool = True) -> Rows:
+        """The rows with these numbers, `mapped` as in `Rows`."""
+        return Rows(self._table, index, mapped)
 
 
 def open_table(

@@ -13,7 +13,7 @@ from mindmerger.config import Limits, ModelPair
 from mindmerger.data import Example
 from mindmerger.frozen_models import encoder_shape
 from mindmerger.init.ridge import Span
-from mindmerger.tasks import LANGUAGES, Language, Prompt
+from mindmerger.tasks import LANGUAGES, NO_PROMPT, Language, Prompt
 
 # Texts on which the tokenizer's backend is compared with the tokenizer.
 _CHECKED = 16
@@ -42,6 +42,7 @@ class ExampleTokenizer:
 
     Attributes:
         names_language: True if a source has a language token.
+        alone: English names of languages whose examples have the prompt only, for the LLM alone.
 
     Raises:
         InputError: the LLM's tokenizer has no eos token, or the encoder needs a language in another form than a token.
@@ -64,6 +65,7 @@ class ExampleTokenizer:
         self.mt_tokenizer = mt_tokenizer
         self.llm_tokenizer = llm_tokenizer
         self.augmentation = augmentation
+        self.alone: frozenset[str] = frozenset()
         # An encoder with learned positions has none beyond its own limit.
         self.max_seq_len = min(max_seq_len, mt_tokenizer.model_max_length) if mt_tokenizer else max_seq_len
         self.max_prompt_len = max_prompt_len
@@ -87,24 +89,33 @@ class ExampleTokenizer:
             InputError: a template alone is longer than its limit, or the encoder has no token for a language.
         """
         texts: dict[str, tuple[list[list[int]], set[int]]] = dict.fromkeys(KINDS, ([[]] * len(examples), set()))
-        if self.mt_tokenizer is not None:
+        mapped = [self.mt_tokenizer is not None and example.language.name not in self.alone for example in examples]
+        if any(mapped):
             specials = len(self._source_prefix) + len(self._source_suffix)
-            sources = [example.source for example in examples]
+            sources = [example.source if row else NO_PROMPT for example, row in zip(examples, mapped, strict=True)]
             texts["source"] = _fit_all(sources, self.mt_tokenizer, self.max_seq_len - specials, "--max_seq_len")
-        if self.augmentation:
-            prompts = [example.prompt for example in examples]
+        if self.augmentation or not all(mapped):
+            prompts = [
+                NO_PROMPT if row and not self.augmentation else example.prompt
+                for example, row in zip(examples, mapped, strict=True)
+            ]
             texts["prompt"] = _fit_all(prompts, self.llm_tokenizer, self.max_prompt_len, "--max_prompt_len")
         if with_targets:
             texts["target"] = self._targets([example.target for example in examples])
 
         tokens = []
-        around = {language: self._around_source(language) for language in {e.language for e in examples}}
+        languages = {example.language for example, row in zip(examples, mapped, strict=True) if row}
+        around = {language: self._around_source(language) for language in languages}
         for row, (example, source, prompt, target) in enumerate(
             zip(examples, *(ids for ids, _ in texts.values()), strict=True)
         ):
-            prefix, suffix = around[example.language]
             cut = tuple([kind for kind, (_, cut_rows) in texts.items() if row in cut_rows])
-            tokens.append(Tokens([*prefix, *source, *suffix], prompt, target, example.language.name, cut))
+            # Some tokenizers give an empty text a token.
+            ids, shown = [], prompt
+            if mapped[row]:
+                prefix, suffix = around[example.language]
+                ids, shown = [*prefix, *source, *suffix], prompt if self.augmentation else []
+            tokens.append(Tokens(ids, shown, target, example.language.name, cut, mapped[row]))
         return tokens
 
     def sources_with_spans(self, texts: list[str], language: Language) -> list[tuple[list[int], list[Span]]]:

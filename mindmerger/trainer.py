@@ -15,9 +15,10 @@ from common.errors import InputError, Stopped
 from common.logging import Metrics, progress, say
 from common.ranks import Process, is_out_of_memory
 from common.signals import StopSignals
-from mindmerger.batching import Batch, Tokens, plan_epoch, plan_once
-from mindmerger.checkpoint import write_mapping
+from mindmerger.batching import Batch, Tokens, plan_epoch
+from mindmerger.checkpoint import read_mapping, write_mapping
 from mindmerger.config import BatchSizes
+from mindmerger.dev import DevPass
 from mindmerger.token_table import Rows
 from mindmerger.train_state import SavedStates, TrainState
 from mindmerger.zero import MappingState
@@ -58,6 +59,7 @@ class Trainer:
         engine: DeepSpeed's engine of a `MindMergerForCausalLM`.
         mapping: values and optimizer state of the mapping.
         train, dev: training and dev rows; without dev rows the last mapping is saved, else the best one.
+        alone: the dev rows as the LLM alone reads them; None for no verdicts by language.
         lay_out: function from rows to a batch on the CPU.
         schedule: batch sizes, length and intervals.
         folder: output folder of mapping, metrics and states.
@@ -70,6 +72,7 @@ class Trainer:
     mapping: MappingState
     train: Rows
     dev: Rows
+    alone: Rows | None
     lay_out: Callable[[list[Tokens]], Batch]
     schedule: Schedule
     folder: Path
@@ -82,6 +85,10 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * self.schedule.epochs
         self.states = SavedStates(self.folder / STATE, self.engine, self.mapping, self.process)
         self.signals = StopSignals()
+        size = self.schedule.eval_batch_size
+        self.dev_pass = DevPass(self.engine, self.batch, size, self.process, self._leave_on_signal)
+        # Values of the best mapping, once this process has saved them.
+        self.best: dict[str, torch.Tensor] | None = None
 
     def fit(self) -> dict[str, float]:
         """Run all remaining steps and leave the best mapping in `folder`.
@@ -107,6 +114,8 @@ class Trainer:
                     bar.set_postfix(self._run_step(rows))
                     bar.update()
             self._between_steps()
+            if self.alone is not None and math.isfinite(self.state.best_perplexity):
+                self._judge(self.alone)
         self.metrics.close()
         result = {"steps": self.state.step, "seconds": round(time.monotonic() - started, 1)}
         if self.state.skipped:
@@ -193,7 +202,9 @@ class Trainer:
     def _between_steps(self) -> None:
         """Save and evaluate if due; a state is saved before the evaluation of its step."""
         step, schedule = self.state.step, self.schedule
-        if 0 < step < self.total_steps and step % schedule.save_steps == 0:
+        # The last one too, if verdicts follow, for which the mapping is set to the best one.
+        ends = step == self.total_steps and self.alone is not None
+        if ends or (0 < step < self.total_steps and step % schedule.save_steps == 0):
             self._save_state()
         # Also before the first step, and at the end of each epoch (as published), hence after the last step.
         if len(self.dev) and (step % schedule.eval_steps == 0 or step % self.steps_per_epoch == 0):
@@ -201,18 +212,7 @@ class Trainer:
 
     def validate(self) -> None:
         """Compute dev perplexity, exp of the mean loss over all target tokens, and save the mapping if it is best."""
-        loss, tokens = 0.0, 0
-        plan = plan_once(self.dev.lengths, self.schedule.eval_batch_size, self.process.world_size)
-        with torch.no_grad():
-            for rows in progress(self.process, plan[self.process.rank], desc="dev", leave=False):
-                # As in `step`, a rank without rows also runs one.
-                summed = self._dev_loss(rows or [0])
-                if rows:
-                    loss += summed
-                    tokens += int(self.dev.target_lengths[rows].sum())
-                (stop,) = self.process.sum(self.signals.received is not None)
-                self._leave_if(stop)
-        loss, tokens = self.process.sum(loss, tokens)
+        loss, tokens = self.dev_pass.loss(self.dev)
         # exp of more than 709 overflows a float.
         perplexity = math.exp(loss / tokens) if loss / tokens < 700 else math.inf
         self.metrics.write(self.state.step, dev_perplexity=perplexity)
@@ -221,18 +221,16 @@ class Trainer:
             self.state.best_perplexity = perplexity
             self._save_mapping()
 
-    def _dev_loss(self, rows: list[int]) -> float:
-        """Summed loss of dev rows."""
-        try:
-            return float(self.engine(batch=self.batch(self.dev.tokens(rows)), num_items_in_batch=1.0).loss)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise InputError(
-                f"out of memory in the evaluation before step {self.state.step + 1}, with a batch of {len(rows)} dev "
-                f"rows; saved files are kept. Use an --eval_batch_size below {self.schedule.eval_batch_size}, or "
-                "lower --max_seq_len, --max_prompt_len or --max_gen_len"
-            ) from error
+    def _judge(self, alone: Rows) -> None:
+        """Write verdicts by language on the best mapping."""
+        if self.best is None:  # saved before an interruption
+            self.best = read_mapping(self.folder, self.config["mt_hidden_size"], self.config["llm_hidden_size"])
+        self.mapping.set(self.best)
+        self.dev_pass.judge(self.dev, alone, self.folder)
+
+    def _leave_on_signal(self) -> None:
+        (stop,) = self.process.sum(self.signals.received is not None)
+        self._leave_if(stop)
 
     def _leave_if(self, stop: float) -> None:
         """Save the state and raise Stopped if any rank has received a signal; `stop` is the same on all ranks."""
@@ -261,9 +259,9 @@ class Trainer:
             )
 
     def _save_mapping(self) -> None:
-        values = self.mapping.values()
+        self.best = self.mapping.values()
         if self.process.is_main:
-            write_mapping(self.folder, self.config, values)
+            write_mapping(self.folder, self.config, self.best)
         self.process.barrier()
 
     def _save_state(self) -> None:

@@ -125,7 +125,7 @@ def answers(
     ids = [tokenizer(exercise.prompt).input_ids for exercise in exercises]
     outputs = [""] * len(ids)
     for rows in plan_once([len(row) for row in ids], BATCH_SIZE, ranks=1)[0]:
-        batch = lay_out([Tokens([], ids[row], []) for row in rows], None, mapped=False).to(model.device)
+        batch = lay_out([Tokens([], ids[row], [], mapped=False) for row in rows], None).to(model.device)
         with torch.inference_mode():
             sequence = Sequence(model.get_input_embeddings()(batch.token_ids), batch.mask)
         for row, new in zip(rows, greedy(model, sequence, MAX_NEW_TOKENS, {tokenizer.eos_token_id}), strict=True):

@@ -29,6 +29,44 @@ OUTER = (
     (("divided by {k} and rounded down",), "{inner} // {k}"),
     (("modulo {k}",), "{inner} % {k}"),
 )
+# The same in other languages: sentence, expressions in the order of INNER and of OUTER, and the mark between them.
+TRANSLATIONS = {
+    "de": (
+        "Schreibe {name}({x}, {y}), die {words} zurückgibt.",
+        ("die Summe von {x} und {y}", "die Differenz von {x} und {y}", "das Produkt von {x} und {y}",
+         "das Größere von {x} und {y}", "das Kleinere von {x} und {y}"),
+        ("plus {k}", "minus {k}", "mal {k}", "geteilt durch {k} und abgerundet", "modulo {k}"),
+        ", ",
+    ),
+    "es": (
+        "Escribe {name}({x}, {y}), que devuelve {words}.",
+        ("la suma de {x} y {y}", "la diferencia de {x} y {y}", "el producto de {x} y {y}", "el mayor de {x} y {y}",
+         "el menor de {x} y {y}"),
+        ("más {k}", "menos {k}", "por {k}", "dividido por {k} y redondeado hacia abajo", "módulo {k}"),
+        ", ",
+    ),
+    "sw": (
+        "Andika {name}({x}, {y}), inayorudisha {words}.",
+        ("jumla ya {x} na {y}", "tofauti ya {x} na {y}", "zao la {x} na {y}", "kubwa kati ya {x} na {y}",
+         "ndogo kati ya {x} na {y}"),
+        ("jumlisha {k}", "toa {k}", "mara {k}", "gawanya kwa {k} na kushusha hadi namba nzima",
+         "baki ya kugawanya kwa {k}"),
+        ", ",
+    ),
+    "ru": (
+        "Напиши {name}({x}, {y}), которая возвращает {words}.",
+        ("сумму {x} и {y}", "разность {x} и {y}", "произведение {x} и {y}", "большее из {x} и {y}",
+         "меньшее из {x} и {y}"),
+        ("плюс {k}", "минус {k}", "умножить на {k}", "делить на {k} с округлением вниз", "по модулю {k}"),
+        ", ",
+    ),
+    "zh": (
+        "编写{name}({x}, {y})，返回{words}。",
+        ("{x}与{y}的和", "{x}与{y}的差", "{x}与{y}的积", "{x}与{y}中较大的", "{x}与{y}中较小的"),
+        ("加{k}", "减{k}", "乘以{k}", "除以{k}并向下取整", "模{k}"),
+        "，",
+    ),
+}  # fmt: skip
 CONSTANTS = range(11, 99)
 ARGUMENTS = range(4000, 10000)  # so large that // gives different results for different constants
 
@@ -65,12 +103,14 @@ class Program:
         solution: a right function.
         name: its name.
         calls: arguments for which every right function has the same results.
+        translations: the question in the languages of TRANSLATIONS, by ISO code.
     """
 
     question: str
     solution: str
     name: str
     calls: tuple[tuple[int, ...], ...]
+    translations: dict[str, str]
 
     @property
     def asserts(self) -> list[str]:
@@ -91,7 +131,7 @@ def programs(split: Split, seed: int) -> Iterator[Program]:
     """An endless stream of programs of one set; an expression is in one set only, a tenth of all in dev and in test."""
     rng = random.Random(f"{split} {seed}")
     while True:
-        (inner_words, inner), (outer_words, outer) = rng.choice(INNER), rng.choice(OUTER)
+        chosen = (inner_words, inner), (outer_words, outer) = rng.choice(INNER), rng.choice(OUTER)
         x, y = rng.sample(PARAMETERS, 2)
         k = rng.choice(CONSTANTS)
         expression = outer.format(inner=inner, k=k).format(x=x, y=y)
@@ -103,7 +143,14 @@ def programs(split: Split, seed: int) -> Iterator[Program]:
         first, second, third = rng.sample(ARGUMENTS, 3)
         # Both orders of two arguments, so that "the first" does not pass for "the larger".
         calls = ((first, second), (second, first), (first, third))
-        yield Program(f"Write {name}({x}, {y}), which returns {words}.", solution, name, calls)
+        number = INNER.index(chosen[0]), OUTER.index(chosen[1])
+        translations = {code: _translated(code, *number, name=name, x=x, y=y, k=k) for code in TRANSLATIONS}
+        yield Program(f"Write {name}({x}, {y}), which returns {words}.", solution, name, calls, translations)
+
+
+def _translated(code: str, inner: int, outer: int, **values: object) -> str:
+    sentence, inners, outers, mark = TRANSLATIONS[code]
+    return sentence.format(words=f"{inners[inner]}{mark}{outers[outer]}".format(**values), **values)
 
 
 def evaluate(source: str, name: str, arguments: tuple[int, ...]) -> int:

@@ -19,20 +19,21 @@ from common.errors import InputError, exit_with_message
 from common.logging import quiet_libraries
 from common.models import load_tokenizer
 from common.optional import require
-from common.ranks import start_process
-from mindmerger.checkpoint import read_record
+from common.ranks import Process, start_process
+from mindmerger.checkpoint import read_record, switched_languages
 from mindmerger.config import Limits, ModelPair, require_positive
 from mindmerger.data import Example
 from mindmerger.evaluation.answerer import Answerer, pick_dtype, prepare_answerer
 from mindmerger.frozen_models import check_llm, load_llm
 from mindmerger.modeling import Sequence
 from mindmerger.probe import check_answers
-from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, Prompt, math_prompt
+from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, UNKNOWN, Prompt, math_prompt
 from mindmerger.tokenization import ExampleTokenizer
 
 if TYPE_CHECKING:
     import gradio as gr
 
+_NO_LANGUAGE = "not given"
 # Before the import of gradio, which reads it once.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
@@ -45,6 +46,9 @@ class DemoFlags:
     llm_path: str | None = flag(None, "LLM of the mapping; default: the one in its config.json")
     mt_path: str | None = flag(None, "multilingual model of the mapping; default: the one in its config.json")
     models: list[str] = flag([], "LLMs to show side by side instead of a mapping, for example parents and their merge")
+    switch: Literal["on", "off"] = flag(
+        "on", "on: no mapping in languages that it harms, by the verdicts in its config; off: in all languages"
+    )
     max_gen_len: int = flag(512, "maximum tokens of an answer")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "auto: bfloat16 on a GPU, float32 on a CPU")
     device: str = flag("auto", "auto: the GPU if there is one, else the CPU")
@@ -87,24 +91,24 @@ def serve(flags: DemoFlags) -> None:
     quiet_libraries()
     dtype = pick_dtype(flags.dtype, process.device)
     if flags.checkpoint is None:
-        columns = model_columns(flags, dtype, process.device)
-        needs_language = False
+        columns, default = model_columns(flags, dtype, process.device), None
     else:
-        columns, needs_language = mapping_columns(flags, dtype, process.device)
+        columns, default = mapping_columns(flags, dtype, process)
     # The default theme's fonts come from Google.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
-        page(columns, needs_language).launch(
+        page(columns, default).launch(
             server_name=flags.host, server_port=flags.port, share=False, theme=theme, footer_links=[]
         )
     except OSError as error:
         raise InputError(f"--host {flags.host} --port {flags.port}: {error}") from error
 
 
-def mapping_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) -> tuple[list[Column], bool]:
-    """Load the columns of the LLM alone and with the mapping; True if the encoder needs a question's language.
+def mapping_columns(flags: DemoFlags, dtype: torch.dtype, process: Process) -> tuple[list[Column], str | None]:
+    """Load the columns of the LLM alone and with the mapping; also return the field's default language, or None.
 
-    The LLM alone gets the prompt of `run_evaluation.py --baseline`. The LLM is in memory once.
+    The LLM alone gets the prompt of `run_evaluation.py --baseline`. The LLM is in memory once. There is a field for a
+    question's language if the encoder or the mapping's verdicts need it.
 
     Raises:
         InputError: a model cannot be loaded, or does not fit the mapping.
@@ -112,8 +116,9 @@ def mapping_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) 
     models = ModelPair(flags.llm_path, flags.mt_path, trust_remote_code=flags.trust_remote_code)
     limits = Limits(**_limits(flags))
     task = TRAINING_TASKS.get(read_record(Path(flags.checkpoint)).get("task"))
-    parts = prepare_answerer(models, Path(flags.checkpoint), limits, None)
-    with_mapping, tokenizer = parts.load(dtype, device), parts.tokenizer
+    switched = switched_languages(Path(flags.checkpoint), flags.switch, process)
+    parts = prepare_answerer(models, Path(flags.checkpoint), limits, None, switched)
+    with_mapping, tokenizer = parts.load(dtype, process.device), parts.tokenizer
     alone = Answerer(with_mapping.llm, _prompts_only(tokenizer.llm_tokenizer, flags))
 
     def asking(answerer: Answerer) -> Callable[[str, str], Iterator[str]]:
@@ -121,13 +126,20 @@ def mapping_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) 
             text = Prompt("", question, "")
             # The prompt of a classification has more parts than a question: there the text is used as typed.
             prompt = text if task is not None and task.labels else math_prompt(question)
-            [row] = answerer.tokenizer([Example(text, prompt, "", LANGUAGES[language])], with_targets=False)
+            [row] = answerer.tokenizer(
+                [Example(text, prompt, "", LANGUAGES.get(language, UNKNOWN))], with_targets=False
+            )
             return answerer.stream(answerer.read([row]), flags.max_gen_len)
 
         return stream
 
-    columns = [Column("The LLM alone", asking(alone)), Column("The LLM with the mapping", asking(with_mapping))]
-    return columns, tokenizer.names_language
+    title = "The LLM with the mapping"
+    if switched:
+        title += f" (without it in {', '.join(sorted(switched))})"
+    columns = [Column("The LLM alone", asking(alone)), Column(title, asking(with_mapping))]
+    if tokenizer.names_language:
+        return columns, "English"
+    return columns, _NO_LANGUAGE if switched else None
 
 
 def model_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) -> list[Column]:
@@ -161,12 +173,12 @@ def model_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) ->
     return [Column(path, asking(path)) for path in flags.models]
 
 
-def page(columns: list[Column], needs_language: bool) -> "gr.Blocks":
+def page(columns: list[Column], default: str | None) -> "gr.Blocks":
     """Build the page: a question, and a column of answers for each model.
 
     Args:
         columns: columns from left to right; on a phone, from top to bottom.
-        needs_language: True for a field for the question's language.
+        default: first value of a field for the question's language; None for no field.
     """
     import gradio as gr
 
@@ -186,7 +198,10 @@ def page(columns: list[Column], needs_language: bool) -> "gr.Blocks":
     with gr.Blocks(title="MindMerger", analytics_enabled=False) as blocks:
         gr.Markdown("# Ask in any language")
         question = gr.Textbox(label="Question", lines=1, max_lines=10, autofocus=True)
-        language = gr.Dropdown(list(LANGUAGES), value="English", label="Its language", visible=needs_language)
+        choices = list(dict.fromkeys([*LANGUAGES, default or _NO_LANGUAGE]))
+        language = gr.Dropdown(
+            choices, value=default or _NO_LANGUAGE, label="Its language", visible=default is not None
+        )
         ask = gr.Button("Ask", variant="primary")
         with gr.Row():
             answers = [

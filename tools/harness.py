@@ -16,17 +16,17 @@ from common.errors import InputError
 from common.logging import progress, quiet_libraries
 from common.ranks import start_process
 from mindmerger.batching import Tokens
-from mindmerger.checkpoint import warn_of_scale
+from mindmerger.checkpoint import switched_languages, warn_of_scale
 from mindmerger.config import EvaluationFlags
 from mindmerger.data import Example
 from mindmerger.evaluation.answerer import Answerer, pick_dtype, prepare_answerer
 from mindmerger.frozen_models import check_context
-from mindmerger.tasks import LANGUAGES, Language, Prompt, find_language
+from mindmerger.tasks import LANGUAGES, UNKNOWN, Language, Prompt, find_language
 
 # The flags of run_evaluation.py on models and limits.
 _FLAGS = (
     *("llm_path", "llm_revision", "mt_path", "mt_revision", "trust_remote_code", "dtype"),
-    *("encoder_layer", "augmentation", "max_seq_len", "max_prompt_len", "max_gen_len"),
+    *("encoder_layer", "augmentation", "max_seq_len", "max_prompt_len", "max_gen_len", "switch"),
 )
 
 
@@ -35,7 +35,8 @@ class MindMergerLM(LM):
     """An LLM with a mapping: the encoder's input is the question of a row, the LLM's the whole context.
 
     The context corresponds to `Example.prompt`, the continuation to the target. Each is tokenized separately, as in
-    training. If a text is too long, the question in it is cut.
+    training. If a text is too long, the question in it is cut. In languages that the mapping harms, by its verdicts,
+    the LLM alone reads the context, unless `switch=off`; a task of unknown language never switches.
 
     Args:
         checkpoint: mapping: folder, `.safetensors` or `pytorch_model.bin`.
@@ -85,7 +86,10 @@ class MindMergerLM(LM):
         self._rank, self._world_size, self._device = self._process.rank, self._process.world_size, self._process.device
         given = self._flags
         dtype = pick_dtype(given.dtype, self._process.device)
-        parts = prepare_answerer(given.models, Path(checkpoint), given.limits, given.augmentation)
+        if given.switch == "decide":
+            raise InputError("--model_args switch=decide: run_evaluation.py decides, here it is on or off")
+        alone = switched_languages(Path(checkpoint), given.switch, self._process)
+        parts = prepare_answerer(given.models, Path(checkpoint), given.limits, given.augmentation, alone)
         warn_of_scale(parts.models, Path(checkpoint), self._process)
         self._models = parts.models
         self._answerer: Answerer = parts.load(dtype, self._process.device)
@@ -215,7 +219,7 @@ class MindMergerLM(LM):
                 f"the encoder needs the language of a question: name that of {task}, as in "
                 "--model_args source_language=de"
             )
-        return LANGUAGES["English"]
+        return UNKNOWN
 
     def _has_ended(self, until: list[str]) -> Callable[[list[int]], bool] | None:
         if not until:

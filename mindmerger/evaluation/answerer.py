@@ -64,8 +64,7 @@ class Answerer:
     def read(self, rows: list[Tokens]) -> Sequence:
         """Compute the LLM's input for `rows`."""
         bos_token_id = self.tokenizer.llm_tokenizer.bos_token_id
-        batch = lay_out(rows, bos_token_id, self.tokenizer.source_pad_id, mapped=self.model is not None)
-        batch = batch.to(self.llm.device)
+        batch = lay_out(rows, bos_token_id, self.tokenizer.source_pad_id).to(self.llm.device)
         if self.model is not None:
             return Sequence(self.model.embed(batch), batch.mask)
         return Sequence(self.llm.get_input_embeddings()(batch.token_ids), batch.mask)
@@ -177,7 +176,11 @@ class AnswererParts:
 
 
 def prepare_answerer(
-    models: ModelPair, checkpoint: Path | None, limits: Limits, augmentation: bool | None
+    models: ModelPair,
+    checkpoint: Path | None,
+    limits: Limits,
+    augmentation: bool | None,
+    alone: frozenset[str] = frozenset(),
 ) -> AnswererParts:
     """Read and check all parts of an answerer but its models.
 
@@ -186,6 +189,7 @@ def prepare_answerer(
         checkpoint: path of the mapping; None for the LLM alone.
         limits: maximum lengths in tokens.
         augmentation: True if the prompt follows the mapped states; None for the value in training.
+        alone: English names of languages whose problems the LLM answers alone; see `languages_alone`.
 
     Raises:
         InputError: a part is missing, or the parts do not belong together.
@@ -200,6 +204,7 @@ def prepare_answerer(
         trained = read_record(checkpoint).get("augmentation")
         augmentation = True if trained is None else trained
     tokenizer = load_example_tokenizer(models, limits, augmentation)
+    tokenizer.alone = alone
     config = mapping_config(models, tokenizer.llm_tokenizer.bos_token_id)
     mapping = read_mapping(checkpoint, config.mt_hidden_size, config.llm_hidden_size)
     return AnswererParts(models, augmentation, tokenizer, checkpoint, config, mapping)

@@ -54,11 +54,17 @@ def score(task: str, records: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(scores: dict[str, Any]) -> str:
-    """Format scores as tab-separated lines, with accuracies in percent."""
-    columns = ("accuracy", "low", "high", "count", "unanswered", "cut", "unfinished")
-    lines = ["\t".join(("language", *columns))]
+    """Format scores as tab-separated lines, with accuracies in percent.
+
+    If they were compared with the LLM alone, also the problems gained and lost, and p.
+    """
+    percents, counts = ("accuracy", "low", "high"), ["count", "unanswered", "cut", "unfinished"]
+    paired = all("p" in entry for entry in scores["languages"].values())
+    counts += ["gained", "lost"] if paired else []
+    lines = ["\t".join(("language", *percents, *counts, *(["p"] if paired else [])))]
     for language, entry in scores["languages"].items():
-        cells = [f"{entry[c] * 100:.1f}" for c in columns[:3]] + [str(entry[c]) for c in columns[3:]]
+        cells = [f"{entry[c] * 100:.1f}" for c in percents] + [str(entry[c]) for c in counts]
+        cells += [f"{entry['p']:.2g}"] if paired else []
         lines.append("\t".join((language, *cells)))
     lines.append(f"average\t{scores['average'] * 100:.1f}")
     if scores["average_without_english"] is not None:

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.io import atomic_path, write_json, write_text, writing
+from common.errors import InputError
+from common.io import atomic_path, read_json, write_json, write_text, writing
+from common.runs import RUN
 from mindmerger.evaluation.metrics import SCORES, table
+from mindmerger.evaluation.paired import compare_answers
 from mindmerger.tasks import LANGUAGES
 
 if TYPE_CHECKING:
@@ -50,6 +53,36 @@ def read_predictions(folder: Path, code: str = "*") -> list[dict[str, Any]]:
             except (json.JSONDecodeError, TypeError, KeyError):
                 continue
     return [records[problem] for problem in sorted(records)]
+
+
+def find_alone(results: Path, task: str, settings: dict[str, Any]) -> Path | None:
+    """Folder of a finished evaluation in `results/*/{task}` of the LLM alone, on the same problems as `settings`.
+
+    None if there is none; folders with a damaged record are skipped.
+    """
+    same = ("llm_path", "llm_revision", "problems_sha256", "max_gen_len", "answer_parser", "classification")
+    for path in sorted(results.glob(f"*/{task}/{RUN}")):
+        try:
+            run = read_json(path)
+            theirs, finished = run["settings"], "result" in run and (path.parent / SCORES).is_file()
+            alone = theirs.get("mapping_sha256") is None
+        except (InputError, TypeError, KeyError, AttributeError):
+            continue
+        if finished and alone and all(theirs.get(key) == settings.get(key) for key in same):
+            return path.parent
+    return None
+
+
+def compare_with_alone(folder: Path, settings: dict[str, Any]) -> None:
+    """Add to the scores of a mapping in `folder` the comparison with the LLM alone, if `find_alone` finds it."""
+    alone = find_alone(folder.parent.parent, folder.name, settings)
+    if settings.get("mapping_sha256") is None or alone is None:
+        return
+    compared = compare_answers(read_predictions(folder), read_predictions(alone))
+    scores = read_json(folder / SCORES)
+    languages = {name: entry | compared.get(name, {}) for name, entry in scores["languages"].items()}
+    if languages != scores["languages"]:
+        write_report(folder, scores | {"languages": languages})
 
 
 def write_report(folder: Path, scores: dict[str, Any]) -> None:

@@ -19,15 +19,25 @@ from common.ranks import Process, is_out_of_memory, start_process
 from common.runs import RunFolder, open_run
 from common.signals import StopSignals
 from mindmerger.batching import Tokens, plan_once
-from mindmerger.checkpoint import warn_of_scale
-from mindmerger.config import EvaluationFlags, Limits
+from mindmerger.checkpoint import (
+    CONFIG,
+    SAFETENSORS,
+    mapping_file,
+    switched_languages,
+    warn_of_scale,
+    write_verdicts,
+)
+from mindmerger.config import EvaluationFlags
 from mindmerger.data import Example, read_evaluation
 from mindmerger.evaluation.answerer import Answerer, AnswererParts, Output, pick_dtype, prepare_answerer
 from mindmerger.evaluation.metrics import SCORES, score, table
+from mindmerger.evaluation.paired import judge_answers, summary
 from mindmerger.evaluation.report import (
     PREDICTIONS,
     append_predictions,
+    compare_with_alone,
     drop_cut_lines,
+    find_alone,
     read_predictions,
     write_report,
 )
@@ -94,27 +104,23 @@ def evaluate(flags: EvaluationFlags) -> None:
     process = start_process(flags.device)
     quiet_libraries()
     tasks = [find_task(name, EVALUATION_TASKS) for name in dict.fromkeys(flags.task.split(","))]
-    languages = select_languages(flags.languages)
-    examples = {}
-    for task in tasks:
-        rows = read_evaluation(Path(flags.data_dir), task, languages or task.languages, flags.test_num)
-        examples[task.name] = list(itertools.chain.from_iterable(rows.values()))
+    examples = _read_problems(flags, tasks)
     checkpoint = None if flags.baseline else Path(flags.init_checkpoint)
-    parts = prepare_answerer(flags.models, checkpoint, flags.limits, flags.augmentation)
+    alone = frozenset() if checkpoint is None else switched_languages(checkpoint, flags.switch, process)
+    parts = prepare_answerer(flags.models, checkpoint, flags.limits, flags.augmentation, alone)
     if checkpoint is not None:
         warn_of_scale(parts.models, checkpoint, process)
     dtype = pick_dtype(flags.dtype, process.device)
-    settings = {**parts.settings(), **_settings(flags.limits, flags.answer_parser, flags.classification, dtype)}
-    if flags.backend != "transformers":
-        # Not recorded for transformers, so that finished runs from before this flag still match.
-        settings["backend"] = flags.backend
+    settings = {**parts.settings(), **_settings(flags, dtype)}
     root = Path("results") / (f"{flags.save_name}-baseline" if flags.baseline else flags.save_name)
 
     with contextlib.ExitStack() as stack:
         runs, left = {}, {}
         for task in tasks:
             rows = examples[task.name]
-            own = settings | {"problems_sha256": _fingerprint(rows)}
+            own = settings | {"problems_sha256": _fingerprint(rows)} | _switched(rows, alone)
+            if flags.switch == "decide":
+                _check_decision(checkpoint, find_alone(root.parent, task.name, own), task.name)
             run = runs[task.name] = stack.enter_context(open_run(root / task.name, own, flags.overwrite, process))
             if not run.is_finished:
                 tokens, by_likelihood = parts.tokenizer(rows, with_targets=False), flags.by_likelihood(task)
@@ -125,9 +131,57 @@ def evaluate(flags: EvaluationFlags) -> None:
         for name, run in runs.items():
             if name in left:
                 _evaluate_task(answerer, left[name], run, process)
-            say(process, f"\n{name}: {run.folder}\n{table(read_json(run.folder / SCORES)).expandtabs(14)}")
+            if process.is_main:
+                _report(name, run)
+        if flags.switch == "decide" and process.is_main:
+            _decide(checkpoint, list(runs.values()), process)
     # Not after an error: other ranks may wait in a collective, and closing would wait for them.
     process.close()
+
+
+def _check_decision(checkpoint: Path, alone: Path | None, task: str) -> None:
+    """Raise InputError if the mapping cannot carry verdicts, or there is no evaluation of the LLM alone to compare."""
+    mapping = mapping_file(checkpoint)
+    if mapping.suffix != ".safetensors" or not (mapping.parent / CONFIG).is_file():
+        raise InputError(
+            f"--switch decide: {checkpoint} is no {SAFETENSORS} with a {CONFIG} beside it, where verdicts stand: name "
+            "the folder of a training stage"
+        )
+    if alone is None:
+        raise InputError(
+            f"--switch decide: results/ has no finished evaluation of the LLM alone on these problems of {task}: run "
+            "it first, with --baseline and the same --llm_path"
+        )
+
+
+def _read_problems(flags: EvaluationFlags, tasks: list[Task]) -> dict[str, list[Example]]:
+    """Problems of each task, by its name."""
+    languages, examples = select_languages(flags.languages), {}
+    for task in tasks:
+        rows = read_evaluation(Path(flags.data_dir), task, languages or task.languages, flags.test_num)
+        examples[task.name] = list(itertools.chain.from_iterable(rows.values()))
+    return examples
+
+
+def _switched(rows: list[Example], alone: frozenset[str]) -> dict[str, list[str]]:
+    """Setting of the languages of `rows` that the LLM answers alone; none without such languages."""
+    switched = sorted({row.language.name for row in rows} & alone)
+    return {"answered_alone": switched} if switched else {}
+
+
+def _report(task: str, run: RunFolder) -> None:
+    """Compare the scores of `task` with the LLM alone, and log them."""
+    compare_with_alone(run.folder, run.settings)
+    say(run.process, f"\n{task}: {run.folder}\n{table(read_json(run.folder / SCORES)).expandtabs(14)}")
+    if switched := run.settings.get("answered_alone"):
+        say(run.process, f"answered by the LLM alone, which the mapping harms (--switch off): {', '.join(switched)}")
+
+
+def _decide(checkpoint: Path, runs: list[RunFolder], process: Process) -> None:
+    """Write verdicts by language from the comparisons of all runs."""
+    judged = judge_answers(read_json(run.folder / SCORES)["languages"] for run in runs)
+    write_verdicts(mapping_file(checkpoint), judged)
+    say(process, f"{checkpoint}: the mapping, against the LLM alone: {summary(judged)}")
 
 
 def _load(parts: AnswererParts, sets: list[ProblemSet], backend: str, dtype: torch.dtype, process: Process) -> Answerer:
@@ -227,14 +281,16 @@ def _too_large(problems: ProblemSet, problem: int) -> str:
     )
 
 
-def _settings(limits: Limits, answer_parser: str, classification: str, dtype: torch.dtype) -> dict[str, Any]:
+def _settings(flags: EvaluationFlags, dtype: torch.dtype) -> dict[str, Any]:
     """Settings of prompts and grades that identify results."""
-    return {
-        **asdict(limits),
-        "answer_parser": answer_parser,
-        "classification": classification,
+    settings = {
+        **asdict(flags.limits),
+        "answer_parser": flags.answer_parser,
+        "classification": flags.classification,
         "dtype": str(dtype).removeprefix("torch."),
     }
+    # Not recorded for transformers, so that finished runs from before this flag still match.
+    return settings if flags.backend == "transformers" else settings | {"backend": flags.backend}
 
 
 def _fingerprint(examples: list[Example]) -> str:

@@ -7,16 +7,16 @@ import importlib
 import pkgutil
 
 from common.errors import InputError
-from mindmerger.tasks.languages import ENGLISH, LANGUAGES, Language, find_language, select_languages
+from mindmerger.tasks.languages import ENGLISH, LANGUAGES, UNKNOWN, Language, find_language, select_languages
 from mindmerger.tasks.math import math_prompt
-from mindmerger.tasks.task import Example, Prompt, Task
+from mindmerger.tasks.task import NO_PROMPT, Example, Prompt, Task
 from mindmerger.tasks.translation import translation_prompt
 from mindmerger.tasks.x_csqa import x_csqa_prompt
 from mindmerger.tasks.xnli import xnli_prompt
 
-__all__ = ["ENGLISH", "EVALUATION_TASKS", "LANGUAGES", "TRAINING_TASKS", "Example", "Language", "Prompt", "Task"]
-__all__ += ["find_language", "find_task", "math_prompt", "prompt_template", "select_languages", "translation_prompt"]
-__all__ += ["x_csqa_prompt", "xnli_prompt"]
+__all__ = ["ENGLISH", "EVALUATION_TASKS", "LANGUAGES", "NO_PROMPT", "TRAINING_TASKS", "UNKNOWN", "Example", "Language"]
+__all__ += ["Prompt", "Task", "find_language", "find_task", "math_prompt", "prompt_template", "select_languages"]
+__all__ += ["translation_prompt", "x_csqa_prompt", "xnli_prompt"]
 
 _MODULES = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
 TRAINING_TASKS: dict[str, Task] = {t.name: t for module in _MODULES for t in getattr(module, "TRAINING", ())}

@@ -58,6 +58,8 @@ LANGUAGES = {
     )
 }
 ENGLISH = LANGUAGES["English"]
+# Language of a text of which none is given; it is in no verdict.
+UNKNOWN = Language("", "", "")
 _BY_WORD = {word.lower(): language for language in LANGUAGES.values() for word in (language.name, language.code)}
 
 

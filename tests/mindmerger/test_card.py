@@ -11,7 +11,7 @@ import yaml
 from common.errors import InputError
 from common.io import sha256, write_json
 from mindmerger.card import model_card, source_datasets, write_card
-from mindmerger.checkpoint import write_mapping
+from mindmerger.checkpoint import write_mapping, write_verdicts
 from mindmerger.evaluation.metrics import score
 
 CONFIG = {
@@ -69,7 +69,10 @@ def test_the_card_tells_models_languages_data_and_the_scores_of_this_very_mappin
     assert card.count("### mgsm") == 1
     assert "90.0" not in card and "80.0" not in card
 
+    assert "does harm" not in card
+    write_verdicts(tmp_path / "mapping/model.safetensors", {name: {"verdict": "harms"} for name in ("Thai", "English")})
     write_card(tmp_path / "mapping", tmp_path / "nothing")
+    assert "does harm in English, Thai: there evaluations" in (tmp_path / "mapping/README.md").read_text()
     assert "## Scores" not in (tmp_path / "mapping/README.md").read_text()
     with pytest.raises(InputError, match="no such file"):
         write_card(tmp_path)

@@ -19,7 +19,17 @@ from transformers import (
 
 from common.errors import InputError
 from common.ranks import Process
-from mindmerger.checkpoint import mapping_shapes, read_mapping, warn_of_scale, write_mapping
+from mindmerger.checkpoint import (
+    SAFETENSORS,
+    harmed_languages,
+    mapping_shapes,
+    read_mapping,
+    read_record,
+    switched_languages,
+    warn_of_scale,
+    write_mapping,
+    write_verdicts,
+)
 from mindmerger.config import ModelPair
 
 
@@ -127,3 +137,28 @@ def test_this_transformers_scales_token_ids_alone(model_class: type[PreTrainedMo
     ids = torch.tensor([[3, 4, 5]])
     scaled = model.embed_tokens.weight[ids] * 8**0.5
     assert torch.allclose(model(input_ids=ids)[0], model(inputs_embeds=scaled)[0], atol=1e-6)
+
+
+def test_verdicts_are_bound_to_the_mapping(state: dict[str, torch.Tensor], tmp_path: Path, capsys) -> None:
+    process, mapping = Process(0, 1, torch.device("cpu")), tmp_path / SAFETENSORS
+    write_mapping(tmp_path, {"model_type": "mindmerger"}, state)
+    assert switched_languages(tmp_path, "on", process) == frozenset()
+    write_verdicts(mapping, {"German": {"verdict": "helps", "p": 0.01}, "English": {"verdict": "harms"}})
+    write_verdicts(mapping, {"Thai": {"verdict": "harms"}, "Swahili": {"verdict": "cannot be told"}})
+    for checkpoint in (tmp_path, mapping):
+        assert switched_languages(checkpoint, "on", process) == {"English", "Thai"}
+        assert switched_languages(checkpoint, "off", process) == frozenset()
+    assert switched_languages(tmp_path / "pytorch_model.bin", "on", process) == frozenset()
+    assert read_record(tmp_path)["verdicts"]["languages"]["German"] == {"verdict": "helps", "p": 0.01}
+    assert not capsys.readouterr().out
+
+    config = read_record(tmp_path)
+    write_mapping(tmp_path, config, state | {"end_boundary": state["end_boundary"] + 1})
+    assert switched_languages(tmp_path, "on", process) == frozenset()
+    assert "no language is switched, since the verdicts in" in capsys.readouterr().out
+    # New verdicts do not mix with those on another mapping.
+    write_verdicts(mapping, {"Greek": {"verdict": "harms"}})
+    assert read_record(tmp_path)["verdicts"]["languages"].keys() == {"Greek"}
+    for damaged in ({}, [], "harms", {"mapping_sha256": "0", "languages": {"Thai": "harms"}}):
+        with pytest.raises(InputError, match="config.json: its verdicts are not in the form of a training stage"):
+            harmed_languages(mapping, damaged, pytest.fail)

@@ -25,12 +25,14 @@ from benchmarks.padded import PaddedBatch, collate
 from common.errors import InputError
 from mindmerger import frozen_models
 from mindmerger.batching import IGNORED, Tokens, lay_out, padded_rows
+from mindmerger.checkpoint import SAFETENSORS, write_mapping, write_verdicts
 from mindmerger.config import ModelPair
 from mindmerger.data import Example
 from mindmerger.evaluation.decoding import greedy
 from mindmerger.frozen_models import check_context, load_encoder, load_llm, recompute_layers
 from mindmerger.init.scaled import embedding_scale
 from mindmerger.modeling import MindMergerForCausalLM, Sequence, mapping_config
+from mindmerger.tasks import LANGUAGES
 from mindmerger.tokenization import ExampleTokenizer
 from tests.mindmerger.conftest import ENCODERS
 
@@ -412,6 +414,44 @@ def test_greedy_equals_hugging_faces_generate(build: Build, examples: list[Examp
         assert set(reference[len(row) :]) <= {0}
 
 
+@torch.no_grad()
+def test_generate_leaves_the_mapping_out_where_it_harms(build: Build, examples: list[Example], tmp_path: Path) -> None:
+    """Against the LLM's own `generate` on the prompts; `language=None` never switches."""
+    model, tokenizer = build()
+    rows = tokenizer(examples, with_targets=False)
+    inputs = {name: tensor for name, tensor in vars(collate(rows, 0)).items() if name != "labels"}
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    mapped = model.generate(**inputs, **options).tolist()
+    prompts = [torch.tensor([[1, *row.prompt]]) for row in rows]
+    alone = [model.llm.generate(ids, **options)[0, ids.shape[1] :].tolist() for ids in prompts]
+    assert all(one != other for one, other in zip(mapped, alone, strict=True))
+
+    model.save_pretrained(tmp_path)
+    write_verdicts(tmp_path / SAFETENSORS, {"German": {"verdict": "harms"}, "Chinese": {"verdict": "cannot be told"}})
+    loaded = MindMergerForCausalLM.from_pretrained(tmp_path)
+    codes = [LANGUAGES[example.language.name].code for example in examples]
+    switched = loaded.generate(**inputs, language=codes, **options).tolist()
+    assert switched == [alone[row] if code == "de" else mapped[row] for row, code in enumerate(codes)]
+    for language, expected in ((None, mapped), ("Swahili", mapped), ("de", alone)):
+        assert loaded.generate(**inputs, language=language, **options).tolist() == expected
+    for language, message in (("Klingon", "unknown language"), (["de", "de"], "2 languages for 5 rows")):
+        with pytest.raises(InputError, match=message):
+            loaded.generate(**inputs, language=language, **options)
+    sources = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with pytest.raises(InputError, match="the mapping harms in German: give prompt_ids"):
+        loaded.generate(**sources, language="de", **options)
+
+    # Saved again they stay; on another mapping, or one named by its .bin, none holds.
+    loaded.save_pretrained(tmp_path / "again")
+    assert MindMergerForCausalLM.from_pretrained(tmp_path / "again").alone == {"German"}
+    config = loaded.config
+    assert MindMergerForCausalLM.from_pretrained(tmp_path / "pytorch_model.bin", config=config).alone == frozenset()
+    model.mapping.end_boundary += 1
+    write_mapping(tmp_path, config.to_dict(), model.mapping.state_dict())
+    with pytest.warns(UserWarning, match="no language is switched, since the verdicts in .* are of another mapping"):
+        assert MindMergerForCausalLM.from_pretrained(tmp_path).alone == frozenset()
+
+
 def test_what_from_pretrained_refuses(build: Build, models: dict[str, Path], tmp_path: Path) -> None:
     model, _ = build()
     model.save_pretrained(tmp_path)
@@ -453,10 +493,14 @@ def test_a_base_model_that_is_not_whole_is_refused(models: dict[str, Path], tmp_
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("bos", [None, 9])
 def test_layout(packed: bool, bos: int | None) -> None:
-    """Against the sequences written out: m for a mapped state, b for a boundary, p for padding."""
-    rows = [Tokens([3, 4], [5], [6, 7, 2]), Tokens([8], [], [2]), Tokens([3], [5, 6, 7], [4, 2])]
+    """Against the sequences written out: m for a mapped state, b for a boundary, p for padding.
+
+    The third row is one of the LLM alone.
+    """
+    alone = Tokens([8, 8], [5, 6], [9, 2], mapped=False)
+    rows = [Tokens([3, 4], [5], [6, 7, 2]), Tokens([8], [], [2]), alone, Tokens([3], [5, 6, 7], [4, 2])]
     head = [] if bos is None else [bos]
-    sequences = [[*head, "m", "m", "b", 5, 6, 7], [*head, "m", "b"], [*head, "m", "b", 5, 6, 7, 4]]
+    sequences = [[*head, "m", "m", "b", 5, 6, 7], [*head, "m", "b"], [*head, 5, 6, 9], [*head, "m", "b", 5, 6, 7, 4]]
     batch = lay_out(rows, bos, source_pad_id=1, packed=packed)
     longest = max(map(len, sequences))
     lines = [list(itertools.chain(*sequences))] if packed else [["p"] * (longest - len(s)) + s for s in sequences]
@@ -467,11 +511,12 @@ def test_layout(packed: bool, bos: int | None) -> None:
     assert [flat[place] for place in batch.mapped_positions.tolist()] == ["m"] * 4 + ["b"] * 3
     assert batch.mapped_positions[:4].tolist() == sorted(batch.mapped_positions[:4].tolist())
     assert batch.source_ids.tolist() == [[3, 4], [8, 1], [3, 1]] and batch.source_index.tolist() == [0, 1, 2, 4]
-    assert batch.labels.tolist() == [6, 7, 2, 2, 4, 2]
+    assert batch.labels.tolist() == [6, 7, 2, 2, 9, 2, 4, 2]
+    assert [len(row) for row in rows] == [len(s) + 1 + (bos is None) for s in sequences]
     assert batch.lengths == [len(s) for s in sequences]
     assert batch.cumulative_lengths.tolist() == [0, *itertools.accumulate(batch.lengths)]
     kept = flat if packed else [token for line in lines for token in line[-batch.columns :]]
-    assert [kept[place] for place in batch.logit_positions.tolist()] == [5, 6, 7, "b", 7, 4]
+    assert [kept[place] for place in batch.logit_positions.tolist()] == [5, 6, 7, "b", 6, 9, 7, 4]
     if packed:
         assert batch.mask is None
     else:
@@ -479,7 +524,7 @@ def test_layout(packed: bool, bos: int | None) -> None:
 
 
 def test_a_layout_without_a_mapping_is_the_prompt_alone() -> None:
-    batch = lay_out([Tokens([], [5, 6], []), Tokens([], [7], [])], 9, mapped=False)
+    batch = lay_out([Tokens([], [5, 6], [], mapped=False), Tokens([], [7], [], mapped=False)], 9)
     assert batch.token_ids.tolist() == [[9, 5, 6], [0, 9, 7]] and not len(batch.mapped_positions)
 
 

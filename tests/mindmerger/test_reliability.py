@@ -1,6 +1,7 @@
 """Faults injected into a training run in this process: nothing is lost, and messages name the cause."""
 
 import itertools
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -10,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.modeling_outputs import CausalLMOutput
 
 from common.errors import InputError, Stopped
 from common.locks import locked
 from mindmerger import trainer
+from mindmerger.batching import Batch
+from mindmerger.dev import DevPass
 from mindmerger.modeling import MindMergerForCausalLM
 from tests.mindmerger.scripts import train_here
 
@@ -78,24 +82,36 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(
     assert lines[0] == lines[1]
 
 
+@pytest.mark.parametrize(("method", "step"), [("loss", 0), ("judge", 12)])
 def test_a_signal_during_an_evaluation_waits_for_no_end_of_it(
-    work: Path, words: Words, whole: dict, monkeypatch: pytest.MonkeyPatch
+    work: Path, words: Words, whole: dict, monkeypatch: pytest.MonkeyPatch, method: str, step: int
 ) -> None:
-    dev_loss, batches = trainer.Trainer._dev_loss, []
+    """Also while the dev rows decide on languages, with the best mapping in the model."""
+    forward, begin, begun, batches = DevPass._forward, getattr(DevPass, method), [], []
 
-    def watched(self: trainer.Trainer, rows: list) -> float:
-        batches.append(rows)
+    def watched(self: DevPass, batch: Batch) -> CausalLMOutput:
+        batches.extend([batch] * len(begun))
         if len(batches) == 2:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return dev_loss(self, rows)
+        return forward(self, batch)
 
+    save_name = f"evaluating_{method}"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_dev_loss", watched)
-        with pytest.raises(Stopped, match="SIGUSR1 after step 0 of 12"):
-            train_here(work, *words, "--save_name", "evaluating", "--eval_batch_size", 1)
+        patch.setattr(DevPass, method, lambda *given: (begun.append(1), begin(*given))[1])
+        patch.setattr(DevPass, "_forward", watched)
+        with pytest.raises(Stopped, match=f"SIGUSR1 after step {step} of 12"):
+            train_here(work, *words, "--save_name", save_name, "--eval_batch_size", 1)
     assert len(batches) == 2
-    train_here(work, *words, "--save_name", "evaluating", "--eval_batch_size", 1)
-    assert same_bits(mapping(work, "evaluating"), whole)
+    train_here(work, *words, "--save_name", save_name, "--eval_batch_size", 1)
+    assert same_bits(mapping(work, save_name), whole)
+    ours, theirs = (work / f"outputs/{name}/mapping" for name in (save_name, "whole"))
+    lines = [(folder / "metrics.jsonl").read_text().count("\n") for folder in (ours, theirs)]
+    assert lines[0] == lines[1]
+    verdicts = [json.loads((folder / "config.json").read_text())["verdicts"] for folder in (ours, theirs)]
+    assert verdicts[0]["mapping_sha256"] == verdicts[1]["mapping_sha256"]
+    for name, entry in verdicts[0]["languages"].items():
+        theirs = verdicts[1]["languages"][name]
+        assert entry["rows"] == theirs["rows"] and entry["mapped"] == pytest.approx(theirs["mapped"], rel=1e-4)
 
 
 class Killed(BaseException):
@@ -253,7 +269,7 @@ def test_too_little_memory_for_dev_rows_names_their_flag(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(MindMergerForCausalLM, "forward", too_large)
-    message = r"evaluation before step 1, with a batch of \d+ dev rows; .* Use an --eval_batch_size below \d+"
+    message = r"in an evaluation, with a batch of \d+ dev rows; .* Use an --eval_batch_size below \d+"
     with pytest.raises(InputError, match=message):
         train_here(work, *words, "--save_name", "large_dev")
 

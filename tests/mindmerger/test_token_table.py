@@ -12,7 +12,7 @@ import pytest
 from common.errors import InputError
 from mindmerger import token_table
 from mindmerger.data import Example
-from mindmerger.token_table import open_table
+from mindmerger.token_table import TokenTable, open_table
 from tests.mindmerger.scripts import train_here
 
 Words = tuple[object, ...]
@@ -108,7 +108,10 @@ def test_a_second_run_reads_the_cache(
         *("--train_num", 12, "--dev_size", 4, "--train_batch_size", 8, "--epoch_num", 1, "--cache_dir", "cache"),
     )
     train_here(work, *words, "--save_name", "first")
-    (table,) = [path for path in (work / "cache").iterdir() if path.is_dir()]
+    tables = [path for path in (work / "cache").iterdir() if path.is_dir()]
+    # The smaller one has the prompts of the dev rows, for the LLM alone.
+    assert sorted(len(TokenTable(path)) for path in tables) == [4, 12]
+    table = max(tables, key=lambda path: len(TokenTable(path)))
     size = (table / "rows.arrow").stat().st_size
     assert f"token ids: {size / 1e6:.1f} MB in cache/{table.name}" in capsys.readouterr().out
     monkeypatch.setattr(token_table, "write_table", lambda *_: pytest.fail("tokenised again"))

@@ -1,5 +1,6 @@
 """`run_training.py` under the real launcher, on tiny models."""
 
+import itertools
 import json
 import math
 import os
@@ -15,7 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from common.cli import parse_flags
 from common.errors import InputError
+from common.io import sha256
+from common.models import load_tokenizer
+from mindmerger import build
+from mindmerger.batching import lay_out
+from mindmerger.config import TrainingFlags
+from mindmerger.dev import DevPass
 from mindmerger.modeling import MindMergerForCausalLM
 from tests.conftest import REPOSITORY
 from tests.mindmerger.scripts import (
@@ -61,6 +69,14 @@ def reference(work: Path, small: Words) -> dict[str, torch.Tensor]:
 def metrics(work: Path, run_folder: str, name: str) -> list[float]:
     lines = (work / "outputs" / run_folder / "metrics.jsonl").read_text().splitlines()
     return [row[name] for row in map(json.loads, lines) if name in row]
+
+
+def verdicts(work: Path, run_folder: str) -> dict[str, dict[str, Any]]:
+    """Verdicts in the config of a mapping, which must be bound to its file."""
+    folder = work / "outputs" / run_folder
+    found = json.loads((folder / "config.json").read_text())["verdicts"]
+    assert found["mapping_sha256"] == sha256(folder / "model.safetensors")
+    return found["languages"]
 
 
 def assert_same(work: Path, save_name: str, reference: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
@@ -129,6 +145,66 @@ def test_micro_batch_accumulation_ranks_and_zero_stage_change_nothing(
     assert ours == pytest.approx(theirs, rel=1e-5) and len(ours) == 6
     ours, theirs = (metrics(work, f"{name}/mapping", "dev_perplexity") for name in (save_name, "one"))
     assert ours == pytest.approx(theirs, rel=1e-5) and len(ours) == 3
+    ours, theirs = (verdicts(work, f"{name}/mapping") for name in (save_name, "one"))
+    assert ours.keys() == theirs.keys() == {"German", "Swahili"}
+    for language, entry in theirs.items():
+        assert ours[language].pop("verdict") == entry.pop("verdict") and ours[language].pop("by") == entry.pop("by")
+        assert ours[language] == pytest.approx(entry, rel=1e-4)
+
+
+STAGES = [("mapping", False), ("augmentation", False), ("augmentation", True)]
+
+
+@pytest.mark.parametrize(("stage", "augmentation"), STAGES)
+def test_dev_rows_decide_by_the_losses_of_the_best_mapping_and_the_llm_alone(
+    work: Path,
+    pair: Words,
+    models: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    augmentation: bool,
+) -> None:
+    """Row by row, from the files' texts and the LLM's own loss; of the second stage the first mapping is the best."""
+    monkeypatch.setattr("mindmerger.evaluation.paired.FEWEST_ROWS", 5)
+    if stage == "augmentation":
+        loss, counts = DevPass.loss, itertools.count(1)
+        monkeypatch.setattr(DevPass, "loss", lambda *given: (next(counts) * loss(*given)[0], loss(*given)[1]))
+    save_name = f"decided_{stage}_{augmentation}"
+    trainers = keep_trainers(monkeypatch)
+    words = ("--deepspeed", *pair, "--stage_name", stage, "--languages", "de,sw", "--train_num", 12, "--dev_size", 14)
+    words = (*words, "--augmentation", augmentation, "--train_batch_size", 5, "--init_checkpoint", "none", "--lr", 1)
+    train_here(work, *words, "--epoch_num", 2, "--save_name", save_name)
+    perplexities = metrics(work, f"{save_name}/{stage}", "dev_perplexity")
+    assert (perplexities == sorted(perplexities)) == (stage == "augmentation")
+
+    (trainer,) = trainers
+    model = MindMergerForCausalLM.from_pretrained(work / "outputs" / save_name / stage)
+    tokenizer = load_tokenizer(str(models["llama"]))
+    flags = parse_flags(TrainingFlags, [str(word) for word in words])
+    monkeypatch.chdir(work)
+    examples = {example.location: example for example in build._read_examples(flags, with_prompts=True)}
+    losses: dict[str, list[tuple[float, float, int]]] = {}
+    with torch.no_grad():
+        for row, location in enumerate(trainer.dev.locations(range(14))):
+            example = examples[location]
+            prompt, target = tokenizer([example.prompt.text, example.target], add_special_tokens=False).input_ids
+            target = [*target, tokenizer.eos_token_id]
+            ids = torch.tensor([[tokenizer.bos_token_id, *prompt, *target]])
+            labels = ids.masked_fill(torch.arange(ids.shape[1]) <= len(prompt), -100)
+            alone = float(model.llm(ids, labels=labels).loss) * len(target)
+            batch = lay_out(trainer.dev.tokens([row]), tokenizer.bos_token_id)
+            mapped = float(model(batch=batch, num_items_in_batch=1.0).loss)
+            losses.setdefault(example.language.name, []).append((mapped, alone, len(target)))
+    found = verdicts(work, f"{save_name}/{stage}")
+    assert found.keys() == losses.keys() and sum(map(len, losses.values())) == 14
+    for language, rows in losses.items():
+        entry, tokens = found[language], sum(count for *_, count in rows)
+        assert entry["mapped"] == pytest.approx(sum(mapped for mapped, *_ in rows) / tokens, rel=1e-4)
+        assert entry["alone"] == pytest.approx(sum(alone for _, alone, _ in rows) / tokens, rel=1e-4)
+        gains = [alone - mapped for mapped, alone, _ in rows]
+        assert entry["gain"] == pytest.approx(sum(gains) / len(rows), rel=1e-3)
+        if min(gains) > 0 or max(gains) < 0:
+            assert entry["verdict"] == ("helps" if gains[0] > 0 else "harms")
 
 
 def test_only_the_mapping_has_gradients_and_optimizer_state(

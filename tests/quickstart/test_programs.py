@@ -1,10 +1,11 @@
 import random
+import re
 import time
 from itertools import islice
 
 import pytest
 
-from quickstart.programs import LARGEST_VALUE, PARAMETERS, Refused, evaluate, programs
+from quickstart.programs import INNER, LARGEST_VALUE, OUTER, PARAMETERS, TRANSLATIONS, Refused, evaluate, programs
 
 
 def random_expression(rng: random.Random, depth: int) -> str:
@@ -159,3 +160,18 @@ def test_a_seed_is_a_stream():
 
     assert some("train", 3) == some("train", 3)
     assert some("train", 3) != some("train", 4)
+
+
+def test_a_question_means_the_same_in_every_language():
+    """Sentences of one language differ exactly where the functions do, and name the same things."""
+    asked = list(islice(programs("train", 3), 3000))
+    for code in TRANSLATIONS:
+        assert len({len(words) for words in (*TRANSLATIONS[code][1:3], INNER, OUTER)}) == 1
+        meaning: dict[str, set[str]] = {}
+        for program in asked:
+            question = program.translations[code]
+            assert program.name in question and re.findall(r"\d+", question) == re.findall(r"\d+", program.question)
+            meaning.setdefault(question, set()).add(program.solution)
+        assert all(len(solutions) == 1 for solutions in meaning.values())
+        # As many questions as functions: no two operations share their words.
+        assert len(meaning) == len({program.solution for program in asked})

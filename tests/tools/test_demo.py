@@ -13,13 +13,15 @@ import torch
 from common.cli import parse_flags
 from common.errors import InputError
 from common.models import load_tokenizer
+from common.ranks import Process
+from mindmerger.checkpoint import SAFETENSORS, write_verdicts
 from mindmerger.data import Example
 from mindmerger.evaluation.answerer import Answerer
 from mindmerger.frozen_models import load_llm
 from mindmerger.tasks import LANGUAGES, Prompt, math_prompt
 from mindmerger.tokenization import ExampleTokenizer
 from tests.mindmerger.scripts import free_port, module_command, run, started, wait_for
-from tools.demo import DemoFlags
+from tools.demo import DemoFlags, mapping_columns
 
 QUESTION = "Wie viele Äpfel hat Anna?"
 RECORD = """() => {
@@ -91,6 +93,31 @@ def test_the_llm_alone_beside_the_llm_with_the_mapping(tmp_path: Path, build: Ca
     assert texts[0] != texts[1]
     with served(tmp_path, "--checkpoint", "checkpoint", "--max_gen_len", 40) as address:
         ask(browser, address, dict(zip(["The LLM alone", "The LLM with the mapping"], texts, strict=True)))
+
+
+def test_the_mapping_is_left_out_where_it_harms(tmp_path: Path, build: Callable) -> None:
+    model, _ = build()
+    model.config.augmentation, model.config.task = False, "math"
+    model.save_pretrained(tmp_path)
+    process = Process(0, 1, torch.device("cpu"))
+
+    def answers(*words: str) -> tuple[list[str], str | None, dict[str, list[str]]]:
+        flags = parse_flags(DemoFlags, ["--checkpoint", str(tmp_path), "--max_gen_len", "12", *words])
+        columns, default = mapping_columns(flags, torch.float32, process)
+        texts = {
+            name: [list(column.stream(QUESTION, name))[-1] for column in columns] for name in ("German", "not given")
+        }
+        return [column.title for column in columns], default, texts
+
+    titles, default, texts = answers()
+    assert titles[1] == "The LLM with the mapping" and default is None
+    alone, mapped = texts["German"]
+    assert alone != mapped and texts["not given"] == [alone, mapped]
+    write_verdicts(tmp_path / SAFETENSORS, {"German": {"verdict": "harms"}})
+    titles, default, texts = answers()
+    assert titles[1] == "The LLM with the mapping (without it in German)" and default == "not given"
+    assert texts == {"German": [alone, alone], "not given": [alone, mapped]}
+    assert answers("--switch", "off")[2]["German"] == [alone, mapped]
 
 
 def test_parents_beside_their_merge(tmp_path: Path, models: dict[str, Path], browser: Any) -> None:

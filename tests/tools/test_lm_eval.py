@@ -16,11 +16,12 @@ from lm_eval.tasks import TaskManager
 from common.cli import parse_flags
 from common.errors import InputError
 from common.ranks import Process
+from mindmerger.checkpoint import SAFETENSORS, write_verdicts
 from mindmerger.config import EvaluationFlags
 from mindmerger.evaluation.answerer import Answerer
 from mindmerger.evaluation.report import read_predictions
 from mindmerger.evaluation.run import evaluate
-from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES
+from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, UNKNOWN
 from tests.conftest import REPOSITORY
 from tests.mindmerger.scripts import run, torchrun_command
 from tools import harness, lm_eval
@@ -78,13 +79,18 @@ def ours(task: str, *words: object) -> dict[str, list[dict]]:
 
 # The second of them cuts questions: to the same tokens here and there.
 @pytest.mark.parametrize("limits", [{}, {"max_seq_len": 24, "max_prompt_len": 150}])
-def test_answers_are_those_of_run_evaluation(call: Callable, limits: dict[str, int]) -> None:
+def test_answers_are_those_of_run_evaluation(call: Callable, limits: dict[str, int], checkpoint: Path) -> None:
+    write_verdicts(checkpoint / SAFETENSORS, {"German": {"verdict": "harms"}})
     theirs = call("--tasks", "msvamp", "--gen_kwargs", "max_gen_toks=12", "--batch_size", 3,
                   model_args="".join(f",{name}={value}" for name, value in limits.items()))  # fmt: skip
     words = [word for name, value in limits.items() for word in (f"--{name}", value)]
     expected = ours("msvamp", "--max_gen_len", 12, *words)
     assert len(expected) == 10 and {f"msvamp_{code}" for code in expected} == theirs.keys()
     assert any(row["cut"] for rows in expected.values() for row in rows) == bool(limits)
+    if not limits:
+        switched = expected["de"]
+        expected = ours("msvamp", "--max_gen_len", 12, "--switch", "off") | {"de": switched}
+        assert expected["de"] != ours("msvamp", "--max_gen_len", 12, "--switch", "off")["de"]
     for code, rows in expected.items():
         assert [row["output"] for row in rows] == [row["filtered_resps"][0] for row in theirs[f"msvamp_{code}"]]
         assert [row["right"] for row in rows] == [bool(row["acc"]) for row in theirs[f"msvamp_{code}"]]
@@ -205,6 +211,7 @@ def test_what_it_cannot_do_is_refused(call: Callable, work: Path, models: dict[s
         ((), ",test_num=3", "--model_args takes no test_num"),
         ((), ",max_seq_len=many", "max_seq_len"),
         ((), ",checkpoint=nowhere", "no mapping at nowhere"),
+        ((), ",switch=decide", "switch=decide: run_evaluation.py decides"),
     ):
         with pytest.raises(InputError, match=message):
             call("--tasks", "msvamp_de", *words, model_args=model_args)
@@ -220,6 +227,9 @@ def test_an_encoder_that_is_told_the_language_gets_the_tasks_own(build: Callable
     ]  # fmt: skip
     with pytest.raises(InputError, match="name that of hellaswag"):
         lm._language("hellaswag")
+    # Where no language is needed it stays unknown, and is not switched as English.
+    lm._answerer.tokenizer.names_language = False
+    assert lm._language("hellaswag") == UNKNOWN
 
 
 @pytest.mark.parametrize(("task", "folder"), [("msvamp", "msvamp"), ("x-csqa", "x_csqa")])

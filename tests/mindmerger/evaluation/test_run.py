@@ -13,9 +13,11 @@ import torch
 
 from common.cli import parse_flags
 from common.errors import InputError, Stopped
+from common.io import sha256
 from common.locks import locked
 from mindmerger import modeling
 from mindmerger.batching import lay_out
+from mindmerger.checkpoint import SAFETENSORS, write_verdicts
 from mindmerger.config import EvaluationFlags
 from mindmerger.data import Example
 from mindmerger.evaluation import answerer as answerer_module
@@ -230,6 +232,81 @@ def test_the_baseline_is_the_llm_alone_on_the_same_prompts(words: Words, build: 
         ids = torch.tensor([[1, *tokenizer.llm_tokenizer(prompt, add_special_tokens=False).input_ids]])
         new = model.llm.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
         assert row["output"] == tokenizer.llm_tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("task", ["mgsm", "x-csqa"])
+def test_the_llm_alone_answers_where_the_mapping_harms(
+    words: Words, models: dict[str, Path], task: str, capsys: pytest.CaptureFixture
+) -> None:
+    """The answers are those of the baseline there, and those of the mapping elsewhere, in mixed batches."""
+    words = (*words, "--task", task, "--languages", "de,en,zh,sw", "--eval_batch_size", 3, "--overwrite")
+    evaluate_words(*words, "--save_name", "plain")
+    alone = ("--baseline", "--llm_path", models["llama"], *words[words.index("--max_gen_len") :])
+    evaluate_words(*alone, "--save_name", "plain")
+    mapped, baseline = (predictions(Path(f"results/plain{suffix}") / task) for suffix in ("", "-baseline"))
+    assert any(mapped[code] != baseline[code] for code in ("en", "zh"))
+    verdicts = {"English": "harms", "Chinese": "harms", "German": "helps", "Swahili": "cannot be told"}
+    write_verdicts(Path("checkpoint", SAFETENSORS), {name: {"verdict": word} for name, word in verdicts.items()})
+    # By the flag, in a published file and without a call for it, nothing is switched.
+    published = ("--init_checkpoint", "checkpoint/pytorch_model.bin")
+    for more, expected in (((), None), (("--switch", "off"), mapped), (published, mapped)):
+        evaluate_words(*words, *more, "--save_name", "switched")
+        answers = predictions(Path("results/switched") / task)
+        settings = json.loads(Path(f"results/switched/{task}/run.json").read_text())["settings"]
+        if expected is None:
+            assert "answered by the LLM alone, which the mapping harms" in capsys.readouterr().out
+            expected = mapped | {code: baseline[code] for code in ("en", "zh")}
+            assert settings["answered_alone"] == ["Chinese", "English"]
+        else:
+            assert "answered_alone" not in settings
+        assert answers == expected
+
+
+def test_an_evaluation_reports_gains_and_losses_and_decides_on_the_switch(
+    words: Words, models: dict[str, Path], capsys: pytest.CaptureFixture
+) -> None:
+    words = (*words, "--languages", "de,en", "--save_name", "paired")
+    with pytest.raises(InputError, match="no finished evaluation of the LLM alone on these problems of mgsm: run it"):
+        evaluate_words(*words, "--switch", "decide")
+    evaluate_words(*words)
+    assert "gained" not in capsys.readouterr().out
+    folder, alone = Path("results/paired/mgsm"), Path("results/paired-baseline/mgsm")
+    evaluate_words("--baseline", "--llm_path", models["llama"], *words[words.index("--max_gen_len") :])
+    for path, right in ((folder, {"German": True, "English": False}), (alone, {"German": False, "English": True})):
+        _as_if_of_many(path, right)
+    capsys.readouterr()
+    # The finished run's report is completed.
+    evaluate_words(*words)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[-3:] for line in lines if line and line[0] in ("language", "German", "English")] == [
+        ["gained", "lost", "p"], ["12", "0", "0.00049"], ["0", "12", "0.00049"],
+    ]  # fmt: skip
+    assert json.loads((folder / "scores.json").read_text())["languages"]["English"]["lost"] == 12
+    assert "gained\tlost\tp\n" in (folder / "scores.tsv").read_text()
+
+    with pytest.raises(InputError, match="--switch decide: checkpoint/pytorch_model.bin is no model.safetensors with"):
+        evaluate_words(*words, "--init_checkpoint", "checkpoint/pytorch_model.bin", "--switch", "decide")
+    with pytest.raises(InputError, match="--baseline has no mapping whose verdicts to decide"):
+        evaluate_words("--baseline", "--llm_path", models["llama"], "--switch", "decide")
+    evaluate_words(*words, "--switch", "decide")
+    assert "against the LLM alone: helps: German; harms: English" in capsys.readouterr().out
+    verdicts = json.loads(Path("checkpoint/config.json").read_text())["verdicts"]
+    p = 2 / 2**12
+    assert verdicts["languages"] == {
+        "German": {"verdict": "helps", "by": "answers", "gained": 12, "lost": 0, "p": p},
+        "English": {"verdict": "harms", "by": "answers", "gained": 0, "lost": 12, "p": p},
+    }
+    assert verdicts["mapping_sha256"] == sha256(Path("checkpoint/model.safetensors"))
+    with pytest.raises(InputError, match=r"answered_alone was None, now \['English'\]"):
+        evaluate_words(*words)
+
+
+def _as_if_of_many(folder: Path, right: dict[str, bool]) -> None:
+    """Change a finished evaluation to one with twelve answers in each language, all right or all wrong."""
+    for path in (folder / "predictions").iterdir():
+        row = json.loads(path.read_text().splitlines()[0])
+        rows = [row | {"problem": row["problem"] * 50 + n, "right": right[row["language"]]} for n in range(12)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_label_likelihoods_equal_the_loss_of_each_label_as_target(build: Callable, examples: list[Example]) -> None:

@@ -16,6 +16,7 @@ from common.cli import parse_flags
 from common.errors import InputError
 from common.models import load_tokenizer
 from mindmerger.batching import Tokens, lay_out
+from mindmerger.checkpoint import SAFETENSORS, write_verdicts
 from mindmerger.config import EvaluationFlags, ModelFlags
 from mindmerger.evaluation import vllm_answerer as vllm_backend
 from mindmerger.evaluation.report import read_predictions
@@ -115,6 +116,7 @@ def test_an_engine_that_is_sent_every_row_alone_gives_the_same_answers(
     monkeypatch.setattr(vllm_backend, "require", lambda *_: None)
     for name in ("VLLM_NO_USAGE_STATS", "VLLM_LOGGING_LEVEL", "VLLM_CPU_NUM_OF_RESERVED_CPU"):
         monkeypatch.setenv(name, "0")
+    write_verdicts(Path("checkpoint", SAFETENSORS), {"English": {"verdict": "harms"}})
     words = ("--init_checkpoint", "checkpoint", "--languages", "de,en", "--max_gen_len", 24, "--dtype", "float32")
     evaluate_words(*words, "--save_name", "transformers")
     evaluate_words(*words, "--save_name", "vllm", "--backend", "vllm", "--eval_batch_size", 12)
@@ -122,6 +124,8 @@ def test_an_engine_that_is_sent_every_row_alone_gives_the_same_answers(
     assert sum(map(len, expected.values())) == 20
     assert len({answer for rows in expected.values() for answer in rows}) > 5
     assert answers("vllm") == expected
+    # The small LLM solves problems in English alone, and none through a mapping that was not trained.
+    assert sum(record["right"] for record in read_predictions(Path("results/vllm/mgsm"), "en")) == 10
 
 
 @pytest.mark.slow
