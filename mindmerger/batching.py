@@ -27,6 +27,7 @@ class Tokens:
         target: target of the LLM, ending in eos unless it was cut; empty for generation.
         language: English name of the source's language.
         cut: those of `KINDS` that were shortened.
+        opening: ids between bos and mapped states: a chat template up to the text of the user's turn.
     """
 
     source: Sequence[int]
@@ -34,15 +35,17 @@ class Tokens:
     target: Sequence[int]
     language: str = ""
     cut: tuple[str, ...] = ()
+    opening: Sequence[int] = ()
 
     def __len__(self) -> int:
-        """Length of the LLM's sequence: bos, source, boundary, prompt, target."""
-        return len(self.source) + len(self.prompt) + len(self.target) + 2
+        """Length of the LLM's sequence: bos, opening, source, boundary, prompt, target."""
+        return len(self.opening) + len(self.source) + len(self.prompt) + len(self.target) + 2
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Input of encoder and LLM on the host; each sequence is `[bos | mapped states | boundary | prompt | target]`.
+    """Input of encoder and LLM on the host; each sequence is
+    `[bos | opening | mapped states | boundary | prompt | target]`, with an empty opening unless prompts are chats.
 
     The last target token is no input, since nothing is predicted from it. A packed batch has all sequences end to end
     in one row. A padded batch has one row for each sequence, padded on the left. All values that depend on lengths are
@@ -99,11 +102,12 @@ def lay_out(
         packed: True for all sequences in one row, False for one row each.
         mapped: True if a sequence has mapped states and a boundary; False for the prompt alone.
     """
-    opening = [] if bos_token_id is None else [bos_token_id]
+    bos = [] if bos_token_id is None else [bos_token_id]
+    openings = [[*bos, *row.opening] for row in rows]
     sources = [row.source if mapped else [] for row in rows]
     sequences = [
         [*opening, *[0] * (len(source) + mapped), *row.prompt, *row.target[:-1]]
-        for row, source in zip(rows, sources, strict=True)
+        for row, opening, source in zip(rows, openings, sources, strict=True)
     ]
     lengths = [len(sequence) for sequence in sequences]
     edges, columns = [0, *itertools.accumulate(lengths)], max(1, *(len(row.target) for row in rows))
@@ -111,7 +115,7 @@ def lay_out(
     ends = edges[1:] if packed else range(shape[1], len(rows) * shape[1] + 1, shape[1])
     tokens, positions, mask = (np.zeros(shape, np.int64).reshape(-1) for _ in range(3))
     states, boundaries = [], []
-    for sequence, source, end in zip(sequences, sources, ends, strict=True):
+    for sequence, opening, source, end in zip(sequences, openings, sources, ends, strict=True):
         start = end - len(sequence)
         tokens[start:end], positions[start:end], mask[start:end] = sequence, range(len(sequence)), 1
         states.append(start + len(opening) + np.arange(len(source)))

@@ -25,6 +25,7 @@ from mindmerger.checkpoint import (
     PUBLISHED,
     mapping_file,
     read_mapping,
+    read_record,
     warn_of_scale,
     with_trained_layer,
     write_published,
@@ -37,7 +38,7 @@ from mindmerger.init.scaled import embedding_scale
 from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM, mapping_config
 from mindmerger.optim import make_optimizer, make_schedule
 from mindmerger.probe import check_padding
-from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, find_task, prompt_template, select_languages
+from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, Prompt, find_task, prompt_template, select_languages
 from mindmerger.token_table import Rows, TokenTable, file_hashes, open_table
 from mindmerger.tokenization import ExampleTokenizer, load_example_tokenizer
 from mindmerger.train_state import TrainState
@@ -118,8 +119,12 @@ def prepare(flags: TrainingFlags, process: Process) -> Stage:
         warn_of_scale(models, checkpoint, process)
         if flags.mapping_init == "aligned":
             say(process, f"warning: --mapping_init aligned has no effect, the mapping starts from {checkpoint}")
-    tokenizer = load_example_tokenizer(models, flags.limits, uses_prompt)
-    config = mapping_config(models, tokenizer.llm_tokenizer.bos_token_id)
+        record = read_record(checkpoint)
+        trained = record.get("prompt_format") or "published"
+        if record and trained != flags.prompt:
+            say(process, f"warning: {checkpoint} was trained with --prompt {trained}, not {flags.prompt}")
+    tokenizer = load_example_tokenizer(models, flags.limits, uses_prompt, flags.prompt == "chat")
+    config = mapping_config(models, tokenizer.bos_token_id, tokenizer.opening)
     initial = None if checkpoint is None else read_mapping(checkpoint, config.mt_hidden_size, config.llm_hidden_size)
 
     table = _read_rows(flags, tokenizer)
@@ -128,9 +133,14 @@ def prepare(flags: TrainingFlags, process: Process) -> Stage:
     check_context(models, int(max(rows.lengths.max(initial=0) for rows in (train, dev))))
     config.task, config.stage, config.augmentation = flags.task, flags.stage_name, uses_prompt
     config.prompt = prompt_template(flags.task, flags.stage_name) if uses_prompt else None
+    if tokenizer.chat is not None:
+        config.prompt_format = flags.prompt
+        config.prompt = tokenizer.chat.prompt(Prompt("", "{turn}" if uses_prompt else "", "")).text
     config.languages = sorted(LANGUAGES[name].code for name in train.languages())
     config.train_rows, config.datasets = len(train), source_datasets(Path(flags.data_dir), table.files)
     settings = run_settings(flags, ds_config, table.sha256, checkpoint, process.world_size)
+    if tokenizer.chat is not None:
+        settings["chat_template"] = config.prompt
     return Stage(models, config, tokenizer, table, train, dev, ds_config, initial, settings)
 
 
@@ -270,6 +280,9 @@ def run_settings(
         del settings["mapping_init"], settings["boundary_init"]
     if checkpoint is not None or flags.mapping_init != "aligned":
         del settings["aligned_sentences"]
+    if flags.prompt == "published":
+        # Not recorded, so that runs from before this flag still match.
+        del settings["prompt"]
     return settings | {
         "augmentation": flags.uses_prompt,
         "deepspeed": ds_config,

@@ -115,6 +115,9 @@ class TrainingFlags(ModelFlags):
     """Train MindMerger's mapping: one stage at a time, under the deepspeed launcher."""
 
     task: str = flag("math", f"one of: {', '.join(TRAINING_TASKS)}")
+    prompt: Literal["published", "chat"] = flag(
+        "published", "published: the papers' prompts; chat: the LLM's own chat template, for instruct LLMs"
+    )
     stage_name: Literal["mapping", "augmentation"] = flag("mapping", "training stage")
     augmentation: bool | None = flag(None, "put the prompt after the mapped states; default: by the stage")
     train_num: int = flag(100_000, "training rows per language")
@@ -214,6 +217,9 @@ class EvaluationFlags(ModelFlags):
     task: str = flag("mgsm", f"comma-separated, of: {', '.join(EVALUATION_TASKS)}")
     augmentation: bool | None = flag(
         None, "put the prompt after the mapped states; default: as trained, True for a published .bin"
+    )
+    prompt: Literal["auto", "published", "chat"] = flag(
+        "auto", "prompts, published or in the LLM's chat template; auto: as trained, published for --baseline"
     )
     baseline: bool = flag(False, "evaluate the LLM alone, on the same prompts")
     test_num: int | None = flag(None, "problems per language; default: all")

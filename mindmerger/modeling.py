@@ -1,10 +1,11 @@
 """MindMerger's model: a frozen multilingual encoder, a trainable mapping, a frozen LLM.
 
 Section 3 of Huang et al., NeurIPS 2024 (arXiv 2405.17386). The LLM's input is
-`[bos | mapped source states | boundary | prompt | target]`; the loss is on the target only.
+`[bos | mapped source states | boundary | prompt | target]`; the loss is on the target only. In a chat template
+the mapped states stand inside the user's turn, after the template's opening.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,9 @@ class MindMergerConfig(PretrainedConfig):
         llm_revision, mt_revision: hub revisions of the two models.
         llm_hidden_size, mt_hidden_size: widths of the LLM's embeddings and of the encoder's states.
         llm_bos_token_id: first token of every sequence; None for an LLM without one.
+        llm_opening: ids between bos and mapped states; see `Tokens`.
         encoder_layer: number of layers used of a decoder-only multilingual model; None for all.
+        prompt_format: "chat" for prompts in the LLM's chat template; None for published ones.
         task, stage, augmentation, prompt: settings of the last training run; `prompt` is the template after the
             boundary, or None.
         languages, train_rows, datasets: data of the last training run: codes of the sources' languages, number of
@@ -65,10 +68,12 @@ class MindMergerConfig(PretrainedConfig):
     llm_hidden_size: int | None = None
     mt_hidden_size: int | None = None
     llm_bos_token_id: int | None = None
+    llm_opening: list[int] | None = None
     encoder_layer: int | None = None
     task: str | None = None
     stage: str | None = None
     augmentation: bool | None = None
+    prompt_format: str | None = None
     prompt: str | None = None
     languages: list[str] | None = None
     train_rows: int | None = None
@@ -334,6 +339,7 @@ class MindMergerForCausalLM(PreTrainedModel):
         return getattr(self.encoder.config.get_text_config(), "pad_token_id", None) or 0
 
     def _lay_out(self, rows: list[Tokens], packed: bool = False) -> Batch:
+        rows = [replace(row, opening=self.config.llm_opening or []) for row in rows]
         return lay_out(rows, self.config.llm_bos_token_id, self.source_pad_id, packed).to(self.llm.device)
 
 
@@ -341,7 +347,9 @@ AutoConfig.register("mindmerger", MindMergerConfig)
 AutoModelForCausalLM.register(MindMergerConfig, MindMergerForCausalLM)
 
 
-def mapping_config(models: "ModelPair", llm_bos_token_id: int | None) -> MindMergerConfig:
+def mapping_config(
+    models: "ModelPair", llm_bos_token_id: int | None, llm_opening: list[int] | None = None
+) -> MindMergerConfig:
     """Build the config of a mapping between `models` from their configs, without reading weights.
 
     Raises:
@@ -359,6 +367,7 @@ def mapping_config(models: "ModelPair", llm_bos_token_id: int | None) -> MindMer
         llm_hidden_size=llm_width(models),
         mt_hidden_size=encoder_shape(models)[0],
         llm_bos_token_id=llm_bos_token_id,
+        llm_opening=llm_opening or None,
         encoder_layer=models.encoder_layer,
     )
 

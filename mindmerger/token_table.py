@@ -46,6 +46,7 @@ class Rows:
     Args:
         table: memory-mapped Arrow table.
         index: int64, numbers of the rows in the table.
+        opening: opening of every row; see `Tokens`.
 
     Attributes:
         index: numbers of the rows in the table.
@@ -53,11 +54,11 @@ class Rows:
         target_lengths: int64, tokens of each row's target.
     """
 
-    def __init__(self, table: pa.Table, index: np.ndarray):
-        self._table = table
+    def __init__(self, table: pa.Table, index: np.ndarray, opening: Sequence[int] = ()):
+        self._table, self._opening = table, opening
         self.index = index
         lengths = {kind: pc.list_value_length(table.column(kind)).to_numpy()[index] for kind in KINDS}
-        self.lengths = sum(lengths.values()).astype(np.int64) + 2
+        self.lengths = sum(lengths.values()).astype(np.int64) + len(opening) + 2
         self.target_lengths = lengths["target"].astype(np.int64)
 
     def __len__(self) -> int:
@@ -66,7 +67,9 @@ class Rows:
     def tokens(self, rows: Sequence[int]) -> list[Tokens]:
         """Token ids of the rows with these numbers, as int32 arrays."""
         columns = self._table.select(KINDS).take(self.index[rows]).itercolumns()
-        return [Tokens(*(ids.values.to_numpy() for ids in row)) for row in zip(*columns, strict=True)]
+        return [
+            Tokens(*(ids.values.to_numpy() for ids in row), opening=self._opening) for row in zip(*columns, strict=True)
+        ]
 
     def locations(self, rows: Sequence[int]) -> list[str]:
         """File and line of the rows with these numbers."""
@@ -112,6 +115,7 @@ class TokenTable:
         self.size = (folder / ROWS).stat().st_size
         self.sha256: str = record["sha256"]
         self.files: list[str] = record["files"]
+        self._opening: list[int] = record.get("opening", [])
         with pa.memory_map(str(folder / ROWS)) as file, pa.ipc.open_stream(file) as stream:
             self._table = stream.read_all()
 
@@ -120,7 +124,7 @@ class TokenTable:
 
     def rows(self, index: np.ndarray) -> Rows:
         """The rows with these numbers."""
-        return Rows(self._table, index)
+        return Rows(self._table, index, self._opening)
 
 
 def open_table(
@@ -166,7 +170,8 @@ def write_table(folder: Path, examples: Iterable[Example], tokenizer: ExampleTok
             lines = "\n".join(f"{row.language.code}\t{row.source.text}\t{row.target}" for row in chunk)
             texts.update((("\n" if number else "") + lines).encode())
             files |= {row.location.rpartition(", ")[0] for row in chunk}
-    write_json(folder / RECORD, {"sha256": texts.hexdigest(), "files": sorted(files)})
+    record = {"sha256": texts.hexdigest(), "files": sorted(files), "opening": tokenizer.opening}
+    write_json(folder / RECORD, record)
 
 
 def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
@@ -196,6 +201,8 @@ def _key(tokenizer: ExampleTokenizer, settings: dict[str, Any]) -> str:
         "prompts": tokenizer.augmentation,
         "limits": [tokenizer.max_seq_len, tokenizer.max_prompt_len, tokenizer.max_gen_len],
     }
+    if tokenizer.chat is not None:
+        content["chat"] = [tokenizer.chat.before, tokenizer.chat.after, tokenizer.closing]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 

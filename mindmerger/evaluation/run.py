@@ -100,7 +100,7 @@ def evaluate(flags: EvaluationFlags) -> None:
         rows = read_evaluation(Path(flags.data_dir), task, languages or task.languages, flags.test_num)
         examples[task.name] = list(itertools.chain.from_iterable(rows.values()))
     checkpoint = None if flags.baseline else Path(flags.init_checkpoint)
-    parts = prepare_answerer(flags.models, checkpoint, flags.limits, flags.augmentation)
+    parts = prepare_answerer(flags.models, checkpoint, flags.limits, flags.augmentation, flags.prompt)
     if checkpoint is not None:
         warn_of_scale(parts.models, checkpoint, process)
     dtype = pick_dtype(flags.dtype, process.device)
