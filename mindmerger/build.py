@@ -35,9 +35,11 @@ from mindmerger.data import Example, hold_out, read_training
 from mindmerger.frozen_models import check_context, recompute_layers
 from mindmerger.init.aligned import AlignedStart, Texts, choose_texts
 from mindmerger.init.scaled import embedding_scale
+from mindmerger.losses import ReplayLoss
 from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM, mapping_config
 from mindmerger.optim import make_optimizer, make_schedule
 from mindmerger.probe import check_padding
+from mindmerger.replay import OwnAnswers
 from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, Prompt, find_task, prompt_template, select_languages
 from mindmerger.token_table import Rows, TokenTable, file_hashes, open_table
 from mindmerger.tokenization import ExampleTokenizer, load_example_tokenizer
@@ -130,7 +132,11 @@ def prepare(flags: TrainingFlags, process: Process) -> Stage:
     table = _read_rows(flags, tokenizer)
     dev_index, train_index = hold_out(len(table), flags.dev_size, flags.seed)
     train, dev = table.rows(train_index), table.rows(dev_index)
-    check_context(models, int(max(rows.lengths.max(initial=0) for rows in (train, dev))))
+    longest = max(rows.lengths.max(initial=0) for rows in (train, dev))
+    if flags.replay:
+        # An answer of the LLM may be longer than the target.
+        longest = max(longest, (train.lengths - train.target_lengths).max(initial=0) + flags.max_gen_len)
+    check_context(models, int(longest))
     config.task, config.stage, config.augmentation = flags.task, flags.stage_name, uses_prompt
     config.prompt = prompt_template(flags.task, flags.stage_name) if uses_prompt else None
     if tokenizer.chat is not None:
@@ -184,6 +190,8 @@ def _run_stage(flags: TrainingFlags, stage: Stage, run: RunFolder) -> None:
     initial = stage.initial
     if initial is None and flags.mapping_init == "aligned":
         initial, config.encoder_layer = _aligned_start(flags, stage, folder.parent / ALIGNED_START, dtype, process)
+    if flags.replay:
+        stage = _with_replay(flags, stage, dtype, process)
     # While this object exists, transformers loads a model directly into ZeRO-3's partitions.
     hf_ds_config = HfDeepSpeedConfig(stage.ds_config)  # noqa: F841
     torch.manual_seed(flags.seed)
@@ -224,6 +232,14 @@ def _aligned_start(
     return start.load_or_fit(read_texts, folder, process)
 
 
+def _with_replay(flags: TrainingFlags, stage: Stage, dtype: torch.dtype, process: Process) -> Stage:
+    """Add replayed rows to the training rows; before the models load, so that the LLM is in memory once."""
+    task, is_translation = find_task(flags.task, TRAINING_TASKS), flags.stage_name == "mapping"
+    answers = OwnAnswers(stage.models, task, is_translation, stage.tokenizer, dtype, flags.eval_batch_size)
+    train = answers.replay(stage.table, stage.train, flags.replay, flags.seed, process)
+    return dataclasses.replace(stage, train=train)
+
+
 def build_trainer(
     flags: TrainingFlags, stage: Stage, model: MindMergerForCausalLM, folder: Path, process: Process
 ) -> Trainer:
@@ -242,6 +258,12 @@ def build_trainer(
         check_padding(model.llm)
         say(process, f"{flags.llm_path} reads padded rows, since its logits of packed rows differ")
 
+    layout = partial(lay_out, bos_token_id=stage.config.llm_bos_token_id, source_pad_id=pad_id, packed=model.packs)
+    replay = None
+    if flags.replay:
+        in_step = engine.zero_optimization_partition_weights()
+        replay = ReplayLoss(flags.replay_weight, flags.kl_weight, partial(layout, mapped=False), in_step)
+
     def open_metrics(state: TrainState) -> Metrics:
         settings = dataclasses.asdict(flags)
         return Metrics(process, folder, state.step, state.metrics_size, flags.report_to, settings)
@@ -251,12 +273,13 @@ def build_trainer(
         MappingState(engine, model.mapping, process),
         stage.train,
         stage.dev,
-        partial(lay_out, bos_token_id=stage.config.llm_bos_token_id, source_pad_id=pad_id, packed=model.packs),
+        layout,
         Schedule(sizes, flags.epoch_num, flags.eval_batch_size, flags.eval_steps, flags.save_steps, flags.seed),
         folder,
         stage.config.to_dict(),
         process,
         open_metrics,
+        replay,
     )
 
 
@@ -283,6 +306,8 @@ def run_settings(
     if flags.prompt == "published":
         # Not recorded, so that runs from before this flag still match.
         del settings["prompt"]
+    if not flags.replay:
+        del settings["replay"], settings["replay_weight"], settings["kl_weight"]
     return settings | {
         "augmentation": flags.uses_prompt,
         "deepspeed": ds_config,

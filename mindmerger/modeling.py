@@ -31,6 +31,7 @@ from mindmerger.frozen_models import (
     load_encoder,
     load_llm,
 )
+from mindmerger.losses import Replayed, summed_loss
 from mindmerger.packing import pack_attention, packed_arguments
 
 if TYPE_CHECKING:
@@ -270,6 +271,8 @@ class MindMergerForCausalLM(PreTrainedModel):
 
         The embedding is called, not indexed: under ZeRO-3 a module has its weights only while it runs.
         """
+        if not len(batch.mapped_positions):
+            return self.llm.get_input_embeddings()(batch.token_ids)
         vectors, boundary = self.map_sources(batch)
         embeds = self.llm.get_input_embeddings()(batch.token_ids)
         mapped = torch.cat([vectors, boundary.expand(len(batch.lengths), -1)]).to(embeds.dtype)
@@ -284,6 +287,7 @@ class MindMergerForCausalLM(PreTrainedModel):
         labels: torch.Tensor | None = None,
         num_items_in_batch: float | None = None,
         batch: Batch | None = None,
+        replayed: Replayed | None = None,
     ) -> CausalLMOutput:
         """Compute the loss on the target, or the next token's logits if there is no target.
 
@@ -293,6 +297,7 @@ class MindMergerForCausalLM(PreTrainedModel):
             labels: target ids, [rows, target length], -100 for padding.
             num_items_in_batch: divisor of the summed loss; default: the number of target tokens of the batch.
             batch: rows laid out by `lay_out`, instead of the arguments above.
+            replayed: those of its rows whose targets are the LLM's own answers; None for none.
 
         Returns:
             `loss`: cross entropy in nats, float32; `logits`: [target tokens, vocabulary] in row order, or
@@ -301,11 +306,12 @@ class MindMergerForCausalLM(PreTrainedModel):
         if batch is None:
             rows = padded_rows(input_ids, attention_mask, prompt_ids, prompt_attention_mask, labels)
             batch = self._lay_out(rows, packed=self.packs and labels is not None)
+        alone = None if replayed is None else replayed.logits_alone(self.logits)
         logits = self.logits(batch)
         if not len(batch.labels):
             return CausalLMOutput(logits=logits)
         logits = logits.float()
-        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
+        loss = summed_loss(logits, batch.labels, replayed, alone)
         return CausalLMOutput(loss=loss / (num_items_in_batch or len(logits)), logits=logits)
 
     def logits(self, batch: Batch) -> torch.Tensor:

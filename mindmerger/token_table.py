@@ -47,19 +47,22 @@ class Rows:
         table: memory-mapped Arrow table.
         index: int64, numbers of the rows in the table.
         opening: opening of every row; see `Tokens`.
+        trained: number of the table's first rows that are no replayed ones; None for all.
 
     Attributes:
         index: numbers of the rows in the table.
         lengths: int64, tokens of each row's sequence for the LLM; see `Tokens.__len__`.
         target_lengths: int64, tokens of each row's target.
+        replayed: bool, True for a row whose target is the LLM's own answer.
     """
 
-    def __init__(self, table: pa.Table, index: np.ndarray, opening: Sequence[int] = ()):
+    def __init__(self, table: pa.Table, index: np.ndarray, opening: Sequence[int] = (), trained: int | None = None):
         self._table, self._opening = table, opening
         self.index = index
         lengths = {kind: pc.list_value_length(table.column(kind)).to_numpy()[index] for kind in KINDS}
         self.lengths = sum(lengths.values()).astype(np.int64) + len(opening) + 2
         self.target_lengths = lengths["target"].astype(np.int64)
+        self.replayed = index >= (len(table) if trained is None else trained)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -92,6 +95,12 @@ class Rows:
         """Number of rows whose target is also the target of a row of `other`."""
         return int(np.isin(self._column("target_hash").to_numpy(), other._column("target_hash").to_numpy()).sum())
 
+    def joined(self, replayed: "TokenTable") -> "Rows":
+        """These rows, followed by all rows of `replayed`."""
+        count = len(self._table)
+        table = pa.concat_tables([self._table, replayed.arrow])
+        return Rows(table, np.concatenate([self.index, np.arange(count, len(table))]), self._opening, count)
+
     def _column(self, name: str) -> pa.ChunkedArray:
         return self._table.column(name).take(self.index)
 
@@ -107,6 +116,7 @@ class TokenTable:
         size: bytes of its file.
         sha256: hash of the rows' texts.
         files: data files that the rows were read from.
+        arrow: memory-mapped rows.
     """
 
     def __init__(self, folder: Path):
@@ -117,14 +127,14 @@ class TokenTable:
         self.files: list[str] = record["files"]
         self._opening: list[int] = record.get("opening", [])
         with pa.memory_map(str(folder / ROWS)) as file, pa.ipc.open_stream(file) as stream:
-            self._table = stream.read_all()
+            self.arrow = stream.read_all()
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.arrow)
 
     def rows(self, index: np.ndarray) -> Rows:
         """The rows with these numbers."""
-        return Rows(self._table, index, self._opening)
+        return Rows(self.arrow, index, self._opening)
 
 
 def open_table(
@@ -153,6 +163,27 @@ def open_table(
             if not folder.exists():
                 with atomic_folder(folder) as partial:
                     write_table(partial, read(), tokenizer)
+    return TokenTable(folder)
+
+
+def open_replaced(folder: Path, table: TokenTable, targets: dict[int, list[int]]) -> TokenTable:
+    """Load the table in `folder`, or first write it: rows of `table` by their numbers, with other targets."""
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            kept = table.arrow.take(pa.array(sorted(targets), pa.int64()))
+            ids = [targets[row] for row in sorted(targets)]
+            hashes = [hashlib.blake2b(json.dumps(row).encode(), digest_size=8).digest() for row in ids]
+            for name, column in (
+                ("target", pa.array(ids, _IDS)),
+                ("target_hash", pa.array(np.frombuffer(b"".join(hashes), np.int64))),
+            ):
+                kept = kept.set_column(kept.column_names.index(name), name, column)
+            with atomic_folder(folder) as partial:
+                with pa.OSFile(str(partial / ROWS), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
+                    writer.write_table(kept)
+                record = read_json(table.folder / RECORD)
+                digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+                write_json(partial / RECORD, record | {"sha256": digest, "rows": len(ids)})
     return TokenTable(folder)
 
 
