@@ -89,7 +89,7 @@ def translate(model: MindMergerForCausalLM, tokenizer: ExampleTokenizer, rows: l
     """Translate each source greedily, with at most twice the tokens of the longest target."""
     texts = [""] * len(rows)
     longest = 2 * max(len(row.target) for row in rows)
-    eos = {tokenizer.llm_tokenizer.eos_token_id}
+    eos = {tokenizer.llm_tokenizer.eos_token_id, *tokenizer.closing[-1:]}
     (plan,) = plan_once([len(row) for row in rows], size, ranks=1)
     for numbers in plan:
         sequence = Answerer(model.llm, tokenizer, model).read([replace(rows[number], target=[]) for number in numbers])
@@ -128,6 +128,7 @@ def measure(flags: ControlFlags) -> dict[str, dict[str, Any]]:
         base_config(config.mt_path, config.mt_revision),
         load_tokenizer(config.llm_path, config.llm_revision),
         augmentation=config.augmentation,
+        chats=config.prompt_format == "chat",
         max_seq_len=flags.max_seq_len,
         max_prompt_len=flags.max_gen_len,
         max_gen_len=flags.max_gen_len,

@@ -1,6 +1,7 @@
 """The quickstart's MindMerger half with several seeds, and ablations of one part of the method at a time.
 
     python -m benchmarks.quickstart_mindmerger                  # three seeds, then the ablations
+    python -m benchmarks.quickstart_mindmerger --harm           # three seeds of each way to train without harm
 
 Every run is the quickstart's commands with other flags, in its own folders of outputs/ and results/; finished runs are
 not repeated. Accuracies are on the test problems, which no run was tuned on. The last line is one JSON object.
@@ -8,9 +9,10 @@ not repeated. Accuracies are on the test problems, which no run was tuned on. Th
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -22,11 +24,12 @@ from common.io import read_json, write_json
 from common.logging import quiet_libraries
 from common.models import base_config, load_tokenizer
 from mindmerger.batching import plan_once
+from mindmerger.config import EvaluationFlags
 from mindmerger.data import read_evaluation
 from mindmerger.evaluation.answerer import Answerer
 from mindmerger.evaluation.decoding import greedy
 from mindmerger.modeling import MindMergerForCausalLM
-from mindmerger.tasks import EVALUATION_TASKS
+from mindmerger.tasks import EVALUATION_TASKS, math_prompt
 from mindmerger.tasks.answers import parse_answer
 from mindmerger.tokenization import ExampleTokenizer
 from quickstart.results import without_english
@@ -68,6 +71,35 @@ ABLATIONS = {
     "aligned start, no mapping stage": Variant(None, "--init_checkpoint none --mapping_init aligned"),
     "random encoder": Variant(*[f"--mt_path {RANDOM_MT}"] * 3),
 }
+
+
+CHAT_LLM = "quickstart/build/chat_llm"
+_CHAT = f"--llm_path {CHAT_LLM} --prompt chat"
+_REPLAY, _KL = "--replay 0.1", "--kl_weight 1"
+# The switch by language is on unless an evaluation turns it off.
+_OFF = "--switch off" if any(field.name == "switch" for field in fields(EvaluationFlags)) else ""
+_STAGES = "--init_checkpoint outputs/harm-{number}-seed-{{seed}}/{stage}"
+_START = _STAGES.format(number=0, stage="mapping")
+# Numbered in this order; {seed} is filled in.
+HARM = {
+    "baseline": Variant(asked=_OFF),
+    "chat": Variant(_CHAT, _CHAT, f"--llm_path {CHAT_LLM} {_OFF}"),
+    "replay": Variant(None, f"{_START} {_REPLAY}", _OFF),
+    "KL": Variant(None, f"{_START} {_REPLAY} --replay_weight 0 {_KL}", _OFF),
+    "replay and KL": Variant(None, f"{_START} {_REPLAY} {_KL}", _OFF),
+    "switch": Variant(None, None, _STAGES.format(number=0, stage="augmentation")),
+    "switch, replay and KL": Variant(None, None, _STAGES.format(number=4, stage="augmentation")),
+}
+
+
+def write_chat_llm() -> None:
+    """Write the small world's LLM with a chat template: the prompt that it was trained on."""
+    shutil.copytree(LLM, CHAT_LLM, dirs_exist_ok=True)
+    prompt = math_prompt("")
+    turns = "{% for turn in messages %}{% if turn.role == 'user' %}"
+    answer = "{% else %}{{ turn.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    template = f"{{{{ bos_token }}}}{turns}{prompt.before}{{{{ turn.content }}}}{prompt.after}{answer}"
+    (Path(CHAT_LLM) / "chat_template.jinja").write_text(template)
 
 
 def run(script: str, config: str, name: str, words: str) -> None:
@@ -115,6 +147,7 @@ def control(checkpoint: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--harm", action="store_true", help="ways to train without harm, instead of the ablations")
     flags = parser.parse_args()
     quiet_libraries()
     if not DATAS.exists():
@@ -125,6 +158,9 @@ def main() -> None:
         load_tokenizer(MT).save_pretrained(RANDOM_MT)
 
     run("run_evaluation.py", "evaluation", "ablation", "--baseline")
+    if flags.harm:
+        finish(without_harm(flags.seeds), "quickstart_without_harm")
+        return
     table = {"LLM alone": of_results("ablation-baseline")}
     for seed in range(flags.seeds):
         table[f"seed {seed}"] = accuracies(f"ablation-seed-{seed}", Variant(), seed)
@@ -134,13 +170,32 @@ def main() -> None:
     for number, (name, variant) in enumerate(ABLATIONS.items()):
         table[name] = accuracies(f"ablation-{number}", variant, seed=0)
 
+    finish(table, "quickstart_mindmerger")
+
+
+def without_harm(seeds: int) -> dict[str, dict[str, float]]:
+    """Train and evaluate every variant of `HARM`; return accuracies of each seed, and their mean."""
+    write_chat_llm()
+    table = {"LLM alone": of_results("ablation-baseline")}
+    for number, (name, variant) in enumerate(HARM.items()):
+        rows = []
+        for seed in range(seeds):
+            words = {part: flags and flags.replace("{seed}", str(seed)) for part, flags in vars(variant).items()}
+            rows.append(accuracies(f"harm-{number}-seed-{seed}", Variant(**words), seed))
+        table |= {f"{name}, seed {seed}": row for seed, row in enumerate(rows)}
+        table[f"{name}, mean"] = {key: sum(row[key] for row in rows) / seeds for key in rows[0]}
+    return table
+
+
+def finish(table: dict[str, dict[str, float]], name: str) -> None:
+    """Print a table of accuracies and write it to `results/{name}.json`."""
     languages = [language.name for language in WORLD_LANGUAGES]
     print(f"\n| accuracy, % | {' | '.join(languages)} | without English |\n|{' --- |' * (len(languages) + 2)}")
-    for name, row in table.items():
+    for title, row in table.items():
         cells = [row[language] for language in languages] + [without_english(row)]
-        print(f"| {name} | {' | '.join(f'{100 * cell:.1f}' for cell in cells)} |")
-    write_json(Path("results/quickstart_mindmerger.json"), table)
-    print(json.dumps({"benchmark": "quickstart_mindmerger", "accuracies": table}))
+        print(f"| {title} | {' | '.join(f'{100 * cell:.1f}' for cell in cells)} |")
+    write_json(Path("results", f"{name}.json"), table)
+    print(json.dumps({"benchmark": name, "accuracies": table}))
 
 
 if __name__ == "__main__":

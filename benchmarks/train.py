@@ -10,6 +10,9 @@ step's loss and mapping gradient (norm of the difference over norm), and in bflo
 `--steps`, which are two by default. A longer run:
 
     python -m benchmarks.train ... --rows bf16 --steps 60 --batch_size 8 --lr 5e-4 --rounds 1
+
+`--rows replay` compares a step of this repository, as baseline, with a step of as many rows of which one in eleven is
+replayed (`--replay 0.1`), with the divergence from the LLM alone. There the differences are those that the terms make.
 """
 
 import tempfile
@@ -18,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from benchmarks.mapping_control import perplexity
@@ -28,8 +32,9 @@ from common.cli import flag, parse_flags
 from common.errors import exit_with_message
 from common.logging import quiet_libraries
 from common.models import base_config, load_tokenizer
-from mindmerger.batching import IGNORED, Tokens, lay_out, plan_epoch
+from mindmerger.batching import IGNORED, Tokens, lay_out, plan_epoch, without_sources
 from mindmerger.data import hold_out, read_training
+from mindmerger.losses import Replayed
 from mindmerger.modeling import MindMergerForCausalLM
 from mindmerger.tasks import TRAINING_TASKS, find_task, select_languages
 from mindmerger.tokenization import ExampleTokenizer
@@ -37,7 +42,9 @@ from mindmerger.tokenization import ExampleTokenizer
 # Rows of a micro batch, as published.
 MICRO = {"mapping": 8, "augmentation": 2}
 DEV_ROWS = 24
-ROWS = ("mapping", "augmentation", "bf16")
+ROWS = ("mapping", "augmentation", "bf16", "replay")
+# A tenth of the training rows once more.
+ONE_REPLAYED_IN = 11
 LIMIT = 256  # tokens of a source, a prompt or a target
 
 
@@ -54,7 +61,9 @@ class TrainBenchmarkFlags(PairFlags):
     lr: float = flag(1e-5, "learning rate")
     quick: bool = flag(False, "16 rows a step, one round: a minute or two, and noisy")
     stage: Literal["mapping", "augmentation"] = flag("mapping", "of one side's own process")
-    side: Literal["", "baseline", "ours"] = flag("", "the side that this process is; its result goes to --out")
+    side: Literal["", "baseline", "ours", "replay"] = flag(
+        "", "the side that this process is; its result goes to --out"
+    )
     dtype: Literal["float32", "bfloat16"] = flag("float32", "of one side's own process")
     out: str = flag("", "of one side's own process")
 
@@ -110,8 +119,9 @@ def one_side(flags: TrainBenchmarkFlags) -> None:
     bos_token_id, dtype = tokenizer.llm_tokenizer.bos_token_id, getattr(torch, flags.dtype)
     model = unlearned_model(flags, bos_token_id, lay_out(tokens[:32], bos_token_id, pad_id), dtype)
     optimizer = torch.optim.AdamW(model.mapping.parameters(), lr=flags.lr)
-    if flags.side == "ours":
+    if flags.side != "baseline":
         model.pack_rows(pad_id)
+    own = {id(row) for row in tokens[::ONE_REPLAYED_IN]} if flags.side == "replay" else set()
 
     micro = MICRO[flags.stage]
     plan = plan_epoch([len(row) for row in tokens], flags.batch_size, flags.batch_size // micro, 1, seed=0, epoch=0)
@@ -121,7 +131,8 @@ def one_side(flags: TrainBenchmarkFlags) -> None:
             if flags.side == "baseline":
                 drawn = sorted(row for rows in micro_batches for row in rows)
                 micro_batches = [drawn[start : start + micro] for start in range(0, len(drawn), micro)]
-            found |= _step(model, [[tokens[row] for row in rows] for rows in micro_batches], pad_id, flags.side, found)
+            step_rows = [[tokens[row] for row in rows] for rows in micro_batches]
+            found |= _step(model, step_rows, pad_id, flags.side, own, found)
             optimizer.step()
             optimizer.zero_grad()
     if flags.dtype == "bfloat16":
@@ -129,8 +140,24 @@ def one_side(flags: TrainBenchmarkFlags) -> None:
     torch.save(found, flags.out)
 
 
+def _replayed(model: MindMergerForCausalLM, rows: list[Tokens], pad_id: int, own: set[int]) -> Replayed | None:
+    """Replayed rows of a micro batch: those whose identities are in `own`."""
+    is_own = [id(row) in own for row in rows]
+    if not any(is_own):
+        return None
+    chosen = [row for row, is_replayed in zip(rows, is_own, strict=True) if is_replayed]
+    alone = lay_out(without_sources(chosen), model.config.llm_bos_token_id, pad_id, packed=model.packs)
+    positions = np.flatnonzero(np.repeat(is_own, [len(row.target) for row in rows]))
+    return Replayed(torch.from_numpy(positions), alone, 1.0, 1.0)
+
+
 def _step(
-    model: MindMergerForCausalLM, micro_batches: list[list[Tokens]], pad_id: int, side: str, found: dict[str, Any]
+    model: MindMergerForCausalLM,
+    micro_batches: list[list[Tokens]],
+    pad_id: int,
+    side: str,
+    own: set[int],
+    found: dict[str, Any],
 ) -> dict[str, Any]:
     """Accumulate a step's gradient; return {"loss", "gradient"} of the first step."""
     divisor = float(sum(len(row.target) for rows in micro_batches for row in rows))
@@ -140,7 +167,8 @@ def _step(
             loss = published_loss(model, collate(rows, pad_id), divisor)
         else:
             batch = lay_out(rows, model.config.llm_bos_token_id, pad_id, packed=model.packs)
-            loss = model(batch=batch, num_items_in_batch=divisor).loss
+            replayed = _replayed(model, rows, pad_id, own)
+            loss = model(batch=batch, num_items_in_batch=divisor, replayed=replayed).loss
         loss.backward()
         total += loss.item()
     if found:
@@ -148,10 +176,17 @@ def _step(
     return {"loss": total, "gradient": torch.cat([p.grad.flatten() for p in model.mapping.parameters()])}
 
 
-def compare(flags: TrainBenchmarkFlags, name: str, stage: str, dtype: str, steps: int) -> None:
+def compare(
+    flags: TrainBenchmarkFlags,
+    name: str,
+    stage: str,
+    dtype: str,
+    steps: int,
+    sides: tuple[str, str] = ("baseline", "ours"),
+) -> None:
     """Measure one row of the table."""
     with tempfile.TemporaryDirectory() as folder:
-        out = {side: Path(folder) / side for side in ("baseline", "ours")}
+        out = {side: Path(folder) / side for side in sides}
         words = ["-m", "benchmarks.train", "--llm_path", flags.llm_path, "--mt_path", flags.mt_path]
         words += ["--data_dir", flags.data_dir, "--languages", flags.languages, "--batch_size", str(flags.batch_size)]
         words += ["--stage", stage, "--dtype", dtype, "--steps", str(steps), "--lr", str(flags.lr)]
@@ -178,6 +213,8 @@ def main() -> None:
     if "bf16" in flags.rows:
         for stage in MICRO:
             compare(flags, f"train {stage} bf16", stage, "bfloat16", flags.steps)
+    if "replay" in flags.rows:
+        compare(flags, "train replay", "augmentation", "float32", flags.steps, ("ours", "replay"))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import itertools
 import random
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ class Tokens:
         language: English name of the source's language.
         cut: those of `KINDS` that were shortened.
         mapped: False for the LLM alone, whose sequence has no mapped states and no boundary.
+        opening: ids between bos and mapped states: a chat template up to the text of the user's turn.
     """
 
     source: Sequence[int]
@@ -36,16 +37,23 @@ class Tokens:
     language: str = ""
     cut: tuple[str, ...] = ()
     mapped: bool = True
+    opening: Sequence[int] = ()
 
     def __len__(self) -> int:
-        """Length of the LLM's sequence: bos, source and boundary if mapped, prompt, target."""
+        """Length of the LLM's sequence: bos, opening, source and boundary if mapped, prompt, target."""
         mapped = len(self.source) + 1 if self.mapped else 0
-        return 1 + mapped + len(self.prompt) + len(self.target)
+        return 1 + len(self.opening) + mapped + len(self.prompt) + len(self.target)
+
+
+def without_sources(rows: Sequence[Tokens]) -> list[Tokens]:
+    """The rows as the LLM alone reads them."""
+    return [replace(row, mapped=False) for row in rows]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Input of encoder and LLM on the host; each sequence is `[bos | mapped states | boundary | prompt | target]`.
+    """Input of encoder and LLM on the host; each sequence is
+    `[bos | opening | mapped states | boundary | prompt | target]`, with an empty opening unless prompts are chats.
 
     The last target token is no input, since nothing is predicted from it. A packed batch has all sequences end to end
     in one row. A padded batch has one row for each sequence, padded on the left. All values that depend on lengths are
@@ -100,9 +108,11 @@ def lay_out(rows: Sequence[Tokens], bos_token_id: int | None, source_pad_id: int
         source_pad_id: padding id of the sources; some encoders detect padding by this id, not by the mask.
         packed: True for all sequences in one row, False for one row each.
     """
-    opening = [] if bos_token_id is None else [bos_token_id]
+    bos = [] if bos_token_id is None else [bos_token_id]
+    openings = [[*bos, *row.opening] for row in rows]
     sequences = [
-        [*opening, *[0] * (len(row.source) + 1 if row.mapped else 0), *row.prompt, *row.target[:-1]] for row in rows
+        [*opening, *[0] * (len(row.source) + 1 if row.mapped else 0), *row.prompt, *row.target[:-1]]
+        for row, opening in zip(rows, openings, strict=True)
     ]
     lengths = [len(sequence) for sequence in sequences]
     edges, columns = [0, *itertools.accumulate(lengths)], max(1, *(len(row.target) for row in rows))
@@ -110,7 +120,7 @@ def lay_out(rows: Sequence[Tokens], bos_token_id: int | None, source_pad_id: int
     ends = edges[1:] if packed else range(shape[1], len(rows) * shape[1] + 1, shape[1])
     tokens, positions, mask = (np.zeros(shape, np.int64).reshape(-1) for _ in range(3))
     states, boundaries = [], []
-    for row, sequence, end in zip(rows, sequences, ends, strict=True):
+    for row, sequence, opening, end in zip(rows, sequences, openings, ends, strict=True):
         start = end - len(sequence)
         tokens[start:end], positions[start:end], mask[start:end] = sequence, range(len(sequence)), 1
         if row.mapped:

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from common.io import sha256, write_json
 from common.logging import Metrics, quiet_libraries, say
 from common.ranks import Process, start_process
 from common.runs import RunFolder, open_run
-from mindmerger.batching import lay_out
+from mindmerger.batching import lay_out, without_sources
 from mindmerger.card import source_datasets
 from mindmerger.checkpoint import (
     CONFIG,
     PUBLISHED,
     mapping_file,
     read_mapping,
+    read_record,
     warn_of_scale,
     with_trained_layer,
     write_published,
@@ -33,10 +34,12 @@ from mindmerger.data import Example, hold_out, read_training
 from mindmerger.frozen_models import check_context, recompute_layers
 from mindmerger.init.aligned import AlignedStart, Texts, choose_texts
 from mindmerger.init.scaled import embedding_scale
+from mindmerger.losses import ReplayLoss
 from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM, mapping_config
 from mindmerger.optim import make_optimizer, make_schedule
 from mindmerger.probe import check_padding
-from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, find_task, prompt_template, select_languages
+from mindmerger.replay import OwnAnswers
+from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, Prompt, find_task, prompt_template, select_languages
 from mindmerger.token_table import Rows, TokenTable, file_hashes, open_table
 from mindmerger.tokenization import ExampleTokenizer, load_example_tokenizer
 from mindmerger.train_state import TrainState
@@ -119,19 +122,32 @@ def prepare(flags: TrainingFlags, process: Process) -> Stage:
         warn_of_scale(models, checkpoint, process)
         if flags.mapping_init == "aligned":
             say(process, f"warning: --mapping_init aligned has no effect, the mapping starts from {checkpoint}")
-    tokenizer = load_example_tokenizer(models, flags.limits, uses_prompt)
-    config = mapping_config(models, tokenizer.llm_tokenizer.bos_token_id)
+        record = read_record(checkpoint)
+        trained = record.get("prompt_format") or "published"
+        if record and trained != flags.prompt:
+            say(process, f"warning: {checkpoint} was trained with --prompt {trained}, not {flags.prompt}")
+    tokenizer = load_example_tokenizer(models, flags.limits, uses_prompt, flags.prompt == "chat")
+    config = mapping_config(models, tokenizer.bos_token_id, tokenizer.opening)
     initial = None if checkpoint is None else read_mapping(checkpoint, config.mt_hidden_size, config.llm_hidden_size)
 
     table = _read_rows(flags, tokenizer)
     dev_index, train_index = hold_out(len(table), flags.dev_size, flags.seed)
     train, dev = table.rows(train_index), table.rows(dev_index)
-    check_context(models, int(max(rows.lengths.max(initial=0) for rows in (train, dev))))
+    longest = max(rows.lengths.max(initial=0) for rows in (train, dev))
+    if flags.replay:
+        # An answer of the LLM may be longer than the target.
+        longest = max(longest, (train.lengths - train.target_lengths).max(initial=0) + flags.max_gen_len)
+    check_context(models, int(longest))
     config.task, config.stage, config.augmentation = flags.task, flags.stage_name, uses_prompt
     config.prompt = prompt_template(flags.task, flags.stage_name) if uses_prompt else None
+    if tokenizer.chat is not None:
+        config.prompt_format = flags.prompt
+        config.prompt = tokenizer.chat.prompt(Prompt("", "{turn}" if uses_prompt else "", "")).text
     config.languages = sorted(LANGUAGES[name].code for name in train.languages())
     config.train_rows, config.datasets = len(train), source_datasets(Path(flags.data_dir), table.files)
     settings = run_settings(flags, ds_config, table.sha256, checkpoint, process.world_size)
+    if tokenizer.chat is not None:
+        settings["chat_template"] = config.prompt
     alone = _alone_rows(flags, models, tokenizer, table, dev_index, process)
     return Stage(models, config, tokenizer, table, train, dev, alone, ds_config, initial, settings)
 
@@ -151,7 +167,12 @@ def _alone_rows(
         alone = table.rows(dev_index, mapped=False)
     else:
         own = ExampleTokenizer(
-            tokenizer.mt_tokenizer, None, tokenizer.llm_tokenizer, augmentation=True, **asdict(flags.limits)
+            tokenizer.mt_tokenizer,
+            None,
+            tokenizer.llm_tokenizer,
+            augmentation=True,
+            chats=tokenizer.chat is not None,
+            **asdict(flags.limits),
         )
         order = np.sort(dev_index)
         alone = _read_rows(flags, own, order).rows(np.searchsorted(order, dev_index), mapped=False)
@@ -208,6 +229,8 @@ def _run_stage(flags: TrainingFlags, stage: Stage, run: RunFolder) -> None:
     initial = stage.initial
     if initial is None and flags.mapping_init == "aligned":
         initial, config.encoder_layer = _aligned_start(flags, stage, folder.parent / ALIGNED_START, dtype, process)
+    if flags.replay:
+        stage = _with_replay(flags, stage, dtype, process)
     # While this object exists, transformers loads a model directly into ZeRO-3's partitions.
     hf_ds_config = HfDeepSpeedConfig(stage.ds_config)  # noqa: F841
     torch.manual_seed(flags.seed)
@@ -248,6 +271,14 @@ def _aligned_start(
     return start.load_or_fit(read_texts, folder, process)
 
 
+def _with_replay(flags: TrainingFlags, stage: Stage, dtype: torch.dtype, process: Process) -> Stage:
+    """Add replayed rows to the training rows; before the models load, so that the LLM is in memory once."""
+    task, is_translation = find_task(flags.task, TRAINING_TASKS), flags.stage_name == "mapping"
+    answers = OwnAnswers(stage.models, task, is_translation, stage.tokenizer, dtype, flags.eval_batch_size)
+    train = answers.replay(stage.table, stage.train, flags.replay, flags.seed, process)
+    return replace(stage, train=train)
+
+
 def build_trainer(
     flags: TrainingFlags, stage: Stage, model: MindMergerForCausalLM, folder: Path, process: Process
 ) -> Trainer:
@@ -266,6 +297,12 @@ def build_trainer(
         check_padding(model.llm)
         say(process, f"{flags.llm_path} reads padded rows, since its logits of packed rows differ")
 
+    layout = partial(lay_out, bos_token_id=stage.config.llm_bos_token_id, source_pad_id=pad_id, packed=model.packs)
+    replay = None
+    if flags.replay:
+        in_step = engine.zero_optimization_partition_weights()
+        replay = ReplayLoss(flags.replay_weight, flags.kl_weight, lambda rows: layout(without_sources(rows)), in_step)
+
     def open_metrics(state: TrainState) -> Metrics:
         settings = asdict(flags)
         return Metrics(process, folder, state.step, state.metrics_size, flags.report_to, settings)
@@ -276,12 +313,13 @@ def build_trainer(
         stage.train,
         stage.dev,
         stage.alone,
-        partial(lay_out, bos_token_id=stage.config.llm_bos_token_id, source_pad_id=pad_id, packed=model.packs),
+        layout,
         Schedule(sizes, flags.epoch_num, flags.eval_batch_size, flags.eval_steps, flags.save_steps, flags.seed),
         folder,
         stage.config.to_dict(),
         process,
         open_metrics,
+        replay,
     )
 
 
@@ -305,6 +343,11 @@ def run_settings(
         del settings["mapping_init"], settings["boundary_init"]
     if checkpoint is not None or flags.mapping_init != "aligned":
         del settings["aligned_sentences"]
+    if flags.prompt == "published":
+        # Not recorded, so that runs from before this flag still match.
+        del settings["prompt"]
+    if not flags.replay:
+        del settings["replay"], settings["replay_weight"], settings["kl_weight"]
     return settings | {
         "augmentation": flags.uses_prompt,
         "deepspeed": ds_config,

@@ -137,6 +137,7 @@ def _training(config: dict[str, Any]) -> str:
         "Rows": config.get("train_rows") or "unknown",
         "Data sets": ", ".join(config.get("datasets") or []) or "unknown",
         "Prompt after the mapped states": "yes" if config.get("augmentation") else "no",
+        "Prompts": config.get("prompt_format") or "published",
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["## Training", "", "| | |", "| --- | --- |", *lines, ""])

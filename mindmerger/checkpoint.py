@@ -93,7 +93,7 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise InputError(f"{path}: expected a JSON object")
     kinds = {f"{name}_{what}": str for name in ("llm", "mt") for what in ("path", "revision")}
-    for name, kind in (kinds | {"augmentation": bool, "encoder_layer": int}).items():
+    for name, kind in (kinds | {"augmentation": bool, "encoder_layer": int, "prompt_format": str}).items():
         if not isinstance(record.get(name), kind | None):
             raise InputError(f"{path}: {name} is {record[name]!r}, not of type {kind.__name__}")
     return record

@@ -1,5 +1,6 @@
 """Flags of both scripts, under their published names, and checks across flags."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -115,6 +116,9 @@ class TrainingFlags(ModelFlags):
     """Train MindMerger's mapping: one stage at a time, under the deepspeed launcher."""
 
     task: str = flag("math", f"one of: {', '.join(TRAINING_TASKS)}")
+    prompt: Literal["published", "chat"] = flag(
+        "published", "published: the papers' prompts; chat: the LLM's own chat template, for instruct LLMs"
+    )
     stage_name: Literal["mapping", "augmentation"] = flag("mapping", "training stage")
     augmentation: bool | None = flag(None, "put the prompt after the mapped states; default: by the stage")
     train_num: int = flag(100_000, "training rows per language")
@@ -141,7 +145,12 @@ class TrainingFlags(ModelFlags):
     eval_steps: int = flag(500, "optimizer steps between evaluations on the dev rows")
     save_steps: int = flag(500, "optimizer steps between saved states, from which a stopped run continues")
     report_to: ReportTo = flag("tensorboard", "where to log curves, beside metrics.jsonl")
-    seed: int = flag(0, "seed of the mapping's start, the dev rows and the shuffles")
+    replay: float = flag(
+        0.0, "additional rows, as a fraction of the training rows: right answers of the LLM to the prompt alone"
+    )
+    replay_weight: float = flag(1.0, "weight of the cross entropy of replayed rows; 0 leaves only --kl_weight")
+    kl_weight: float = flag(0.0, "weight of KL(LLM alone || with the mapping) on the targets of replayed rows")
+    seed: int = flag(0, "seed of the mapping's start, the dev rows, the replayed rows and the shuffles")
     cache_dir: str | None = flag(
         None, "folder for tokenised rows, which later runs on the same data reuse; default: in HF_DATASETS_CACHE"
     )
@@ -157,6 +166,7 @@ class TrainingFlags(ModelFlags):
             raise InputError("--llm_path and --mt_path are needed: the two models to join")
         if self.dev_size < 0:
             raise InputError(f"--dev_size {self.dev_size} must not be negative")
+        self._check_replay()
         if self.aligned_sentences < 10:
             raise InputError(f"--aligned_sentences {self.aligned_sentences} must be at least 10")
         if not 0 <= self.warmup_ratio <= 1:
@@ -169,6 +179,19 @@ class TrainingFlags(ModelFlags):
             )
         planned = None if self.plan is None else parse_devices(self.plan)[1]
         self._derive_batch_sizes(planned or launched_world_size())
+
+    def _check_replay(self) -> None:
+        if not 0 <= self.replay <= 1:
+            raise InputError(f"--replay {self.replay} must be from 0 to 1")
+        for name in ("replay_weight", "kl_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"--{name} {getattr(self, name)} must be a number of at least 0")
+        if self.kl_weight and not self.replay:
+            raise InputError(f"--kl_weight {self.kl_weight} needs --replay: its rows are the replayed ones")
+        if self.replay and not (self.replay_weight or self.kl_weight):
+            raise InputError("--replay_weight 0 leaves replayed rows without a loss: set --kl_weight")
+        if self.replay and not self.uses_prompt:
+            raise InputError("--replay needs --augmentation True: the LLM alone answers the prompt")
 
     @property
     def uses_prompt(self) -> bool:
@@ -214,6 +237,9 @@ class EvaluationFlags(ModelFlags):
     task: str = flag("mgsm", f"comma-separated, of: {', '.join(EVALUATION_TASKS)}")
     augmentation: bool | None = flag(
         None, "put the prompt after the mapped states; default: as trained, True for a published .bin"
+    )
+    prompt: Literal["auto", "published", "chat"] = flag(
+        "auto", "prompts, published or in the LLM's chat template; auto: as trained, published for --baseline"
     )
     baseline: bool = flag(False, "evaluate the LLM alone, on the same prompts")
     test_num: int | None = flag(None, "problems per language; default: all")

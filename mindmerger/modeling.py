@@ -1,7 +1,8 @@
 """MindMerger's model: a frozen multilingual encoder, a trainable mapping, a frozen LLM.
 
 Section 3 of Huang et al., NeurIPS 2024 (arXiv 2405.17386). The LLM's input is
-`[bos | mapped source states | boundary | prompt | target]`; the loss is on the target only.
+`[bos | mapped source states | boundary | prompt | target]`; the loss is on the target only. In a chat template
+the mapped states stand inside the user's turn, after the template's opening.
 """
 
 import warnings
@@ -38,6 +39,7 @@ from mindmerger.frozen_models import (
     load_encoder,
     load_llm,
 )
+from mindmerger.losses import Replayed, summed_loss
 from mindmerger.packing import pack_attention, packed_arguments
 
 if TYPE_CHECKING:
@@ -57,7 +59,9 @@ class MindMergerConfig(PretrainedConfig):
         llm_revision, mt_revision: hub revisions of the two models.
         llm_hidden_size, mt_hidden_size: widths of the LLM's embeddings and of the encoder's states.
         llm_bos_token_id: first token of every sequence; None for an LLM without one.
+        llm_opening: ids between bos and mapped states; see `Tokens`.
         encoder_layer: number of layers used of a decoder-only multilingual model; None for all.
+        prompt_format: "chat" for prompts in the LLM's chat template; None for published ones.
         task, stage, augmentation, prompt: settings of the last training run; `prompt` is the template after the
             boundary, or None.
         verdicts: verdict of each language on the mapping; see `write_verdicts`.
@@ -74,10 +78,12 @@ class MindMergerConfig(PretrainedConfig):
     llm_hidden_size: int | None = None
     mt_hidden_size: int | None = None
     llm_bos_token_id: int | None = None
+    llm_opening: list[int] | None = None
     encoder_layer: int | None = None
     task: str | None = None
     stage: str | None = None
     augmentation: bool | None = None
+    prompt_format: str | None = None
     prompt: str | None = None
     languages: list[str] | None = None
     train_rows: int | None = None
@@ -271,7 +277,7 @@ class MindMergerForCausalLM(PreTrainedModel):
 
         The embedding is called, not indexed: under ZeRO-3 a module has its weights only while it runs.
         """
-        if not len(batch.source_ids):  # the LLM alone
+        if not len(batch.mapped_positions):  # the LLM alone
             return self.llm.get_input_embeddings()(batch.token_ids)
         vectors, boundary = self.map_sources(batch)
         embeds = self.llm.get_input_embeddings()(batch.token_ids)
@@ -287,6 +293,7 @@ class MindMergerForCausalLM(PreTrainedModel):
         labels: torch.Tensor | None = None,
         num_items_in_batch: float | None = None,
         batch: Batch | None = None,
+        replayed: Replayed | None = None,
     ) -> CausalLMOutput:
         """Compute the loss on the target, or the next token's logits if there is no target.
 
@@ -296,6 +303,7 @@ class MindMergerForCausalLM(PreTrainedModel):
             labels: target ids, [rows, target length], -100 for padding.
             num_items_in_batch: divisor of the summed loss; default: the number of target tokens of the batch.
             batch: rows laid out by `lay_out`, instead of the arguments above.
+            replayed: those of its rows whose targets are the LLM's own answers; None for none.
 
         Returns:
             `loss`: cross entropy in nats, float32; `logits`: [target tokens, vocabulary] in row order, or
@@ -304,11 +312,12 @@ class MindMergerForCausalLM(PreTrainedModel):
         if batch is None:
             rows = padded_rows(input_ids, attention_mask, prompt_ids, prompt_attention_mask, labels)
             batch = self._lay_out(rows, packed=self.packs and labels is not None)
+        alone = None if replayed is None else replayed.logits_alone(self.logits)
         logits = self.logits(batch)
         if not len(batch.labels):
             return CausalLMOutput(logits=logits)
         logits = logits.float()
-        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
+        loss = summed_loss(logits, batch.labels, replayed, alone)
         return CausalLMOutput(loss=loss / (num_items_in_batch or len(logits)), logits=logits)
 
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -348,6 +357,7 @@ class MindMergerForCausalLM(PreTrainedModel):
         return getattr(self.encoder.config.get_text_config(), "pad_token_id", None) or 0
 
     def _lay_out(self, rows: list[Tokens], packed: bool = False) -> Batch:
+        rows = [replace(row, opening=self.config.llm_opening or []) for row in rows]
         return lay_out(rows, self.config.llm_bos_token_id, self.source_pad_id, packed).to(self.llm.device)
 
 
@@ -355,7 +365,9 @@ AutoConfig.register("mindmerger", MindMergerConfig)
 AutoModelForCausalLM.register(MindMergerConfig, MindMergerForCausalLM)
 
 
-def mapping_config(models: "ModelPair", llm_bos_token_id: int | None) -> MindMergerConfig:
+def mapping_config(
+    models: "ModelPair", llm_bos_token_id: int | None, llm_opening: list[int] | None = None
+) -> MindMergerConfig:
     """Build the config of a mapping between `models` from their configs, without reading weights.
 
     Raises:
@@ -373,6 +385,7 @@ def mapping_config(models: "ModelPair", llm_bos_token_id: int | None) -> MindMer
         llm_hidden_size=llm_width(models),
         mt_hidden_size=encoder_shape(models)[0],
         llm_bos_token_id=llm_bos_token_id,
+        llm_opening=llm_opening or None,
         encoder_layer=models.encoder_layer,
     )
 

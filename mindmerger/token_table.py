@@ -47,21 +47,31 @@ class Rows:
         table: memory-mapped Arrow table.
         index: int64, numbers of the rows in the table.
         mapped: False to read the rows as those of the LLM alone.
+        opening: opening of every row; see `Tokens`.
+        trained: number of the table's first rows that are no replayed ones; None for all.
 
     Attributes:
         index: numbers of the rows in the table.
         lengths: int64, tokens of each row's sequence for the LLM; see `Tokens.__len__`.
         target_lengths: int64, tokens of each row's target.
+        replayed: bool, True for a row whose target is the LLM's own answer.
     """
 
-    def __init__(self, table: pa.Table, index: np.ndarray, mapped: bool = True):
-        self._table = table
-        self._mapped = mapped
+    def __init__(
+        self,
+        table: pa.Table,
+        index: np.ndarray,
+        mapped: bool = True,
+        opening: Sequence[int] = (),
+        trained: int | None = None,
+    ):
+        self._table, self._mapped, self._opening = table, mapped, opening
         self.index = index
         lengths = {kind: pc.list_value_length(table.column(kind)).to_numpy()[index] for kind in KINDS}
         source = lengths["source"] + 1 if mapped else 0
-        self.lengths = (1 + source + lengths["prompt"] + lengths["target"]).astype(np.int64)
+        self.lengths = (1 + len(opening) + source + lengths["prompt"] + lengths["target"]).astype(np.int64)
         self.target_lengths = lengths["target"].astype(np.int64)
+        self.replayed = index >= (len(table) if trained is None else trained)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -70,7 +80,8 @@ class Rows:
         """Token ids of the rows with these numbers, as int32 arrays."""
         columns = self._table.select(KINDS).take(self.index[rows]).itercolumns()
         return [
-            Tokens(*(ids.values.to_numpy() for ids in row), mapped=self._mapped) for row in zip(*columns, strict=True)
+            Tokens(*(ids.values.to_numpy() for ids in row), mapped=self._mapped, opening=self._opening)
+            for row in zip(*columns, strict=True)
         ]
 
     def locations(self, rows: Sequence[int]) -> list[str]:
@@ -98,6 +109,12 @@ class Rows:
         """Number of rows whose target is also the target of a row of `other`."""
         return int(np.isin(self._column("target_hash").to_numpy(), other._column("target_hash").to_numpy()).sum())
 
+    def joined(self, replayed: "TokenTable") -> "Rows":
+        """These rows, followed by all rows of `replayed`."""
+        count = len(self._table)
+        table = pa.concat_tables([self._table, replayed.arrow])
+        return Rows(table, np.concatenate([self.index, np.arange(count, len(table))]), self._opening, count)
+
     def _column(self, name: str) -> pa.ChunkedArray:
         return self._table.column(name).take(self.index)
 
@@ -113,6 +130,7 @@ class TokenTable:
         size: bytes of its file.
         sha256: hash of the rows' texts.
         files: data files that the rows were read from.
+        arrow: memory-mapped rows.
     """
 
     def __init__(self, folder: Path):
@@ -121,15 +139,16 @@ class TokenTable:
         self.size = (folder / ROWS).stat().st_size
         self.sha256: str = record["sha256"]
         self.files: list[str] = record["files"]
+        self._opening: list[int] = record.get("opening", [])
         with pa.memory_map(str(folder / ROWS)) as file, pa.ipc.open_stream(file) as stream:
-            self._table = stream.read_all()
+            self.arrow = stream.read_all()
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.arrow)
 
     def rows(self, index: np.ndarray, mapped: bool = True) -> Rows:
         """The rows with these numbers, `mapped` as in `Rows`."""
-        return Rows(self._table, index, mapped)
+        return Rows(self.arrow, index, mapped, self._opening)
 
 
 def open_table(
@@ -161,6 +180,27 @@ def open_table(
     return TokenTable(folder)
 
 
+def open_replaced(folder: Path, table: TokenTable, targets: dict[int, list[int]]) -> TokenTable:
+    """Load the table in `folder`, or first write it: rows of `table` by their numbers, with other targets."""
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            kept = table.arrow.take(pa.array(sorted(targets), pa.int64()))
+            ids = [targets[row] for row in sorted(targets)]
+            hashes = [hashlib.blake2b(json.dumps(row).encode(), digest_size=8).digest() for row in ids]
+            for name, column in (
+                ("target", pa.array(ids, _IDS)),
+                ("target_hash", pa.array(np.frombuffer(b"".join(hashes), np.int64))),
+            ):
+                kept = kept.set_column(kept.column_names.index(name), name, column)
+            with atomic_folder(folder) as partial:
+                with pa.OSFile(str(partial / ROWS), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
+                    writer.write_table(kept)
+                record = read_json(table.folder / RECORD)
+                digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+                write_json(partial / RECORD, record | {"sha256": digest, "rows": len(ids)})
+    return TokenTable(folder)
+
+
 def file_hashes(folder: Path) -> dict[str, str]:
     """Compute the sha256 of every file below `folder`, by its path."""
     return {str(path): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -175,7 +215,8 @@ def write_table(folder: Path, examples: Iterable[Example], tokenizer: ExampleTok
             lines = "\n".join(f"{row.language.code}\t{row.source.text}\t{row.target}" for row in chunk)
             texts.update((("\n" if number else "") + lines).encode())
             files |= {row.location.rpartition(", ")[0] for row in chunk}
-    write_json(folder / RECORD, {"sha256": texts.hexdigest(), "files": sorted(files)})
+    record = {"sha256": texts.hexdigest(), "files": sorted(files), "opening": tokenizer.opening}
+    write_json(folder / RECORD, record)
 
 
 def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
@@ -205,6 +246,8 @@ def _key(tokenizer: ExampleTokenizer, settings: dict[str, Any]) -> str:
         "prompts": tokenizer.augmentation,
         "limits": [tokenizer.max_seq_len, tokenizer.max_prompt_len, tokenizer.max_gen_len],
     }
+    if tokenizer.chat is not None:
+        content["chat"] = [tokenizer.chat.before, tokenizer.chat.after, tokenizer.closing]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 

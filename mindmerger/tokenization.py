@@ -1,20 +1,26 @@
 """Tokenization of examples: special tokens are added by id, and the query of a text that is too long is cut."""
 
+import itertools
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from common.errors import InputError
 from common.models import base_config, load_tokenizer
 from mindmerger.batching import KINDS, Tokens
+from mindmerger.chat import ChatTemplate
 from mindmerger.config import Limits, ModelPair
 from mindmerger.data import Example
 from mindmerger.frozen_models import encoder_shape
 from mindmerger.init.ridge import Span
 from mindmerger.tasks import LANGUAGES, NO_PROMPT, Language, Prompt
 
+# Function from texts to their ids.
+Reader = Callable[[list[str]], list[list[int]]]
 # Texts on which the tokenizer's backend is compared with the tokenizer.
 _CHECKED = 16
 # eng_Latn (NLLB), __en__ (M2M100), en_XX (mBART), __en_XX__ (PLBart), __eng__ (SeamlessM4T).
@@ -39,13 +45,19 @@ class ExampleTokenizer:
         max_seq_len: maximum tokens of a source, its special tokens included.
         max_prompt_len: maximum tokens of a prompt.
         max_gen_len: maximum tokens of a target, its eos included.
+        chats: True for prompts in the LLM's chat template, with the mapped states inside the user's turn.
 
     Attributes:
         names_language: True if a source has a language token.
         alone: English names of languages whose examples have the prompt only, for the LLM alone.
+        chat: the chat template; None for published prompts.
+        bos_token_id: first token of every sequence of the LLM; None if it has none.
+        opening: ids between bos and mapped states; see `Tokens`.
+        closing: ids at the end of a target that was not cut.
 
     Raises:
-        InputError: the LLM's tokenizer has no eos token, or the encoder needs a language in another form than a token.
+        InputError: the LLM's tokenizer has no eos token, or no usable chat template for `chats`, or the encoder needs a
+            language in another form than a token.
     """
 
     def __init__(
@@ -58,6 +70,7 @@ class ExampleTokenizer:
         max_seq_len: int,
         max_prompt_len: int,
         max_gen_len: int,
+        chats: bool = False,
     ):
         self.limits = Limits(max_seq_len, max_prompt_len, max_gen_len)
         if llm_tokenizer.eos_token_id is None:
@@ -75,6 +88,12 @@ class ExampleTokenizer:
         self._source_prefix, self._source_suffix = _special_tokens(mt_tokenizer) if mt_tokenizer else ([], [])
         self._language_id = self._find_language() if mt_tokenizer else None
         self.names_language = self._language_id is not None
+        self.chat = ChatTemplate(llm_tokenizer) if chats else None
+        self.bos_token_id = llm_tokenizer.bos_token_id
+        self.opening: list[int] = []
+        self.closing = [llm_tokenizer.eos_token_id]
+        if self.chat is not None:
+            self._open_chat()
 
     @property
     def source_pad_id(self) -> int:
@@ -93,13 +112,16 @@ class ExampleTokenizer:
         if any(mapped):
             specials = len(self._source_prefix) + len(self._source_suffix)
             sources = [example.source if row else NO_PROMPT for example, row in zip(examples, mapped, strict=True)]
-            texts["source"] = _fit_all(sources, self.mt_tokenizer, self.max_seq_len - specials, "--max_seq_len")
-        if self.augmentation or not all(mapped):
-            prompts = [
-                NO_PROMPT if row and not self.augmentation else example.prompt
-                for example, row in zip(examples, mapped, strict=True)
-            ]
-            texts["prompt"] = _fit_all(prompts, self.llm_tokenizer, self.max_prompt_len, "--max_prompt_len")
+            read = partial(_ids, self.mt_tokenizer)
+            texts["source"] = _fit_all(sources, read, self.max_seq_len - specials, "--max_seq_len")
+        # The LLM alone reads the prompt in any case.
+        shows = [self.augmentation or not row for row in mapped]
+        if self.chat is not None:
+            texts["prompt"] = self._chat_prompts(examples, shows)
+        elif any(shows):
+            prompts = [row.prompt if shown else NO_PROMPT for row, shown in zip(examples, shows, strict=True)]
+            read = partial(_ids, self.llm_tokenizer)
+            texts["prompt"] = _fit_all(prompts, read, self.max_prompt_len, "--max_prompt_len")
         if with_targets:
             texts["target"] = self._targets([example.target for example in examples])
 
@@ -111,11 +133,11 @@ class ExampleTokenizer:
         ):
             cut = tuple([kind for kind, (_, cut_rows) in texts.items() if row in cut_rows])
             # Some tokenizers give an empty text a token.
-            ids, shown = [], prompt
+            ids, shown = [], prompt if shows[row] or self.chat is not None else []
             if mapped[row]:
                 prefix, suffix = around[example.language]
-                ids, shown = [*prefix, *source, *suffix], prompt if self.augmentation else []
-            tokens.append(Tokens(ids, shown, target, example.language.name, cut, mapped[row]))
+                ids = [*prefix, *source, *suffix]
+            tokens.append(Tokens(ids, shown, target, example.language.name, cut, mapped[row], self.opening))
         return tokens
 
     def sources_with_spans(self, texts: list[str], language: Language) -> list[tuple[list[int], list[Span]]]:
@@ -140,10 +162,42 @@ class ExampleTokenizer:
 
         A cut target has no eos, so that the model does not learn to end a solution at the limit.
         """
-        eos, limit = self.llm_tokenizer.eos_token_id, self.max_gen_len
+        limit = self.max_gen_len
         targets = _ids(self.llm_tokenizer, texts)
-        cut = {row for row, ids in enumerate(targets) if len(ids) >= limit}
-        return [ids[:limit] if row in cut else [*ids, eos] for row, ids in enumerate(targets)], cut
+        cut = {row for row, ids in enumerate(targets) if len(ids) + len(self.closing) > limit}
+        return [ids[:limit] if row in cut else [*ids, *self.closing] for row, ids in enumerate(targets)], cut
+
+    def _open_chat(self) -> None:
+        """Set bos, opening and closing by the chat template.
+
+        The LLM has a bos if the template or the tokenizer itself adds one. The opening is what all prompts share.
+        """
+        turns = [self.chat.prompt(Prompt("", text, "")).text for text in ("a", "1", "(", "Ä", "中", "")]
+        # A space before the turn belongs to the turn's first token.
+        prompts = self.chat.ids([*turns, self.chat.before.rstrip(" ")])
+        if prompts[0][:1] != [self.bos_token_id] and self.llm_tokenizer("a").input_ids[:1] != [self.bos_token_id]:
+            self.bos_token_id = None
+        columns = zip(*map(self._without_bos, prompts), strict=False)
+        self.opening = [ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, columns)]
+        self.closing = self.chat.closing
+
+    def _without_bos(self, ids: list[int]) -> list[int]:
+        return ids[1:] if self.bos_token_id is not None and ids[:1] == [self.bos_token_id] else ids
+
+    def _chat_prompts(self, examples: list[Example], shows: list[bool]) -> tuple[list[list[int]], set[int]]:
+        """Ids after the opening of every prompt in the chat template, and the numbers of the prompts that were cut.
+
+        The turn of the user has the text of examples for which `shows` is true, else only the mapped states.
+        """
+        turns = [(row.turn or row.prompt) if shown else NO_PROMPT for row, shown in zip(examples, shows, strict=True)]
+        prompts = [self.chat.prompt(turn) for turn in turns]
+        whole, cut = _fit_all(prompts, self.chat.ids, self.max_prompt_len, "--max_prompt_len")
+        rest, length = [self._without_bos(ids) for ids in whole], len(self.opening)
+        if other := [row for row, ids in enumerate(rest) if ids[:length] != self.opening]:
+            raise InputError(
+                f"--prompt chat: {examples[other[0]].location} has other tokens before the user's turn than other rows"
+            )
+        return [ids[length:] for ids in rest], cut
 
     def _find_language(self) -> int | None:
         """Find the language token among the special tokens of a source."""
@@ -178,7 +232,9 @@ class ExampleTokenizer:
         return next((index for index in indices if index not in (None, self.mt_tokenizer.unk_token_id)), None)
 
 
-def load_example_tokenizer(models: ModelPair, limits: Limits, augmentation: bool) -> ExampleTokenizer:
+def load_example_tokenizer(
+    models: ModelPair, limits: Limits, augmentation: bool, chats: bool = False
+) -> ExampleTokenizer:
     """Load the tokenizers of `models`.
 
     Raises:
@@ -191,7 +247,8 @@ def load_example_tokenizer(models: ModelPair, limits: Limits, augmentation: bool
         # Some tokenizers have no limit.
         mt_tokenizer.model_max_length = min(mt_tokenizer.model_max_length, encoder_shape(models)[1] or math.inf)
     llm_tokenizer = load_tokenizer(models.llm_path, models.llm_revision, models.trust_remote_code)
-    return ExampleTokenizer(mt_tokenizer, mt_config, llm_tokenizer, augmentation=augmentation, **asdict(limits))
+    options = {"augmentation": augmentation, "chats": chats, **asdict(limits)}
+    return ExampleTokenizer(mt_tokenizer, mt_config, llm_tokenizer, **options)
 
 
 def ids_with_spans(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tuple[list[int], list[Span]]]:
@@ -257,25 +314,23 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
     raise InputError(f"cannot find the special tokens that {tokenizer.name_or_path} adds to a text: {full}")
 
 
-def _fit_all(
-    prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, limit: int, flag: str
-) -> tuple[list[list[int]], set[int]]:
+def _fit_all(prompts: list[Prompt], read: Reader, limit: int, flag: str) -> tuple[list[list[int]], set[int]]:
     """Ids of every prompt, cut to `limit`, and the numbers of the prompts that were cut."""
-    fitted = _ids(tokenizer, [prompt.text for prompt in prompts])
+    fitted = read([prompt.text for prompt in prompts])
     cut = {row for row, ids in enumerate(fitted) if len(ids) > limit}
     for row in cut:
-        fitted[row] = _cut_query(prompts[row], tokenizer, limit, flag)
+        fitted[row] = _cut_query(prompts[row], read, limit, flag)
     return fitted, cut
 
 
-def _cut_query(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, limit: int, flag: str) -> list[int]:
+def _cut_query(prompt: Prompt, read: Reader, limit: int, flag: str) -> list[int]:
     """Ids of the prompt with the longest beginning of its query that fits, found by bisection over characters.
 
     The whole text is tokenized, since joined parts could have other token ids.
     """
 
     def ids_with(characters: int) -> list[int]:
-        return _ids(tokenizer, [prompt.before + prompt.query[:characters] + prompt.after])[0]
+        return read([prompt.before + prompt.query[:characters] + prompt.after])[0]
 
     best = ids_with(0)
     if len(best) > limit:

@@ -19,6 +19,7 @@ from mindmerger.batching import Batch, Tokens, plan_epoch
 from mindmerger.checkpoint import read_mapping, write_mapping
 from mindmerger.config import BatchSizes
 from mindmerger.dev import DevPass
+from mindmerger.losses import ReplayLoss
 from mindmerger.token_table import Rows
 from mindmerger.train_state import SavedStates, TrainState
 from mindmerger.zero import MappingState
@@ -66,6 +67,7 @@ class Trainer:
         config: config of the mapping, written beside it.
         process: this rank.
         open_metrics: function that opens the run's metrics at the position of a `TrainState`.
+        replay: loss on replayed rows; None without such rows.
     """
 
     engine: deepspeed.DeepSpeedEngine
@@ -79,6 +81,7 @@ class Trainer:
     config: dict[str, Any]
     process: Process
     open_metrics: Callable[[TrainState], Metrics]
+    replay: ReplayLoss | None = None
 
     def __post_init__(self) -> None:
         self.steps_per_epoch = steps_per_epoch(len(self.train), self.schedule.sizes)
@@ -181,8 +184,9 @@ class Trainer:
         for micro_batches in step_rows:
             micro_batch = micro_batches[self.process.rank]
             # A rank without rows runs one row with loss 0: under ZeRO-3 other ranks need its part of the weights.
-            batch = self.batch(self.train.tokens(micro_batch or rows[:1]))
-            loss = self.engine(batch=batch, num_items_in_batch=divisor).loss
+            batch = self.batch(self.train.tokens(own := micro_batch or rows[:1]))
+            replayed = self.replay and self.replay.of(self.train, own, micro_batches, self.process.device)
+            loss = self.engine(batch=batch, num_items_in_batch=divisor, replayed=replayed).loss
             loss = loss if micro_batch else loss * 0
             # An infinite loss may have a finite gradient, and DeepSpeed skips a step only for its gradient.
             loss = loss * torch.where(loss.isfinite(), 1.0, math.nan)
@@ -190,8 +194,7 @@ class Trainer:
             self.engine.step()
             # Kept on the device, since copying a value to the host waits for a GPU.
             losses.append((loss.detach(), micro_batch))
-        total = float(sum(loss for loss, _ in losses)) * divisor
-        total, stop = self.process.sum(total, self.signals.received is not None)
+        total, stop = self.process.sum(float(sum(loss for loss, _ in losses)) * divisor, bool(self.signals.received))
         suspects = []
         if not (math.isfinite(total) and self.engine.was_step_applied()):
             mine = [row for loss, micro_batch in losses if not loss.isfinite() for row in micro_batch]

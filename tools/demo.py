@@ -119,16 +119,15 @@ def mapping_columns(flags: DemoFlags, dtype: torch.dtype, process: Process) -> t
     switched = switched_languages(Path(flags.checkpoint), flags.switch, process)
     parts = prepare_answerer(models, Path(flags.checkpoint), limits, None, switched)
     with_mapping, tokenizer = parts.load(dtype, process.device), parts.tokenizer
-    alone = Answerer(with_mapping.llm, _prompts_only(tokenizer.llm_tokenizer, flags))
+    alone = Answerer(with_mapping.llm, _prompts_only(tokenizer.llm_tokenizer, flags, tokenizer.chat is not None))
 
     def asking(answerer: Answerer) -> Callable[[str, str], Iterator[str]]:
         def stream(question: str, language: str) -> Iterator[str]:
             text = Prompt("", question, "")
             # The prompt of a classification has more parts than a question: there the text is used as typed.
             prompt = text if task is not None and task.labels else math_prompt(question)
-            [row] = answerer.tokenizer(
-                [Example(text, prompt, "", LANGUAGES.get(language, UNKNOWN))], with_targets=False
-            )
+            example = Example(text, prompt, "", LANGUAGES.get(language, UNKNOWN), turn=text)
+            [row] = answerer.tokenizer([example], with_targets=False)
             return answerer.stream(answerer.read([row]), flags.max_gen_len)
 
         return stream
@@ -154,12 +153,11 @@ def model_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) ->
         check_llm(ModelPair(path, trust_remote_code=flags.trust_remote_code))
         llm = load_llm(path, None, dtype, flags.trust_remote_code).to(device)
         check_answers(llm)
-        answerer = Answerer(llm, _prompts_only(tokenizer, flags))
+        answerer = Answerer(llm, _prompts_only(tokenizer, flags, bool(tokenizer.chat_template)))
 
         def stream(question: str, _: str) -> Iterator[str]:
-            if tokenizer.chat_template:
-                turn = [{"role": "user", "content": question}]
-                ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True).input_ids
+            if chat := answerer.tokenizer.chat:
+                [ids] = chat.ids([chat.prompt(Prompt("", question, "")).text])
             else:
                 # The break marks the end of the question.
                 ids = tokenizer(question + "\n").input_ids
@@ -212,8 +210,8 @@ def page(columns: list[Column], default: str | None) -> "gr.Blocks":
     return blocks
 
 
-def _prompts_only(llm_tokenizer: PreTrainedTokenizerBase, flags: DemoFlags) -> ExampleTokenizer:
-    return ExampleTokenizer(None, None, llm_tokenizer, augmentation=True, **_limits(flags))
+def _prompts_only(llm_tokenizer: PreTrainedTokenizerBase, flags: DemoFlags, chats: bool) -> ExampleTokenizer:
+    return ExampleTokenizer(None, None, llm_tokenizer, augmentation=True, chats=chats, **_limits(flags))
 
 
 def _limits(flags: DemoFlags) -> dict[str, int]:

@@ -21,12 +21,12 @@ from mindmerger.config import EvaluationFlags
 from mindmerger.data import Example
 from mindmerger.evaluation.answerer import Answerer, pick_dtype, prepare_answerer
 from mindmerger.frozen_models import check_context
-from mindmerger.tasks import LANGUAGES, UNKNOWN, Language, Prompt, find_language
+from mindmerger.tasks import LANGUAGES, UNKNOWN, Language, Prompt, find_language, math_prompt
 
 # The flags of run_evaluation.py on models and limits.
 _FLAGS = (
     *("llm_path", "llm_revision", "mt_path", "mt_revision", "trust_remote_code", "dtype"),
-    *("encoder_layer", "augmentation", "max_seq_len", "max_prompt_len", "max_gen_len", "switch"),
+    *("encoder_layer", "augmentation", "prompt", "max_seq_len", "max_prompt_len", "max_gen_len", "switch"),
 )
 
 
@@ -89,7 +89,7 @@ class MindMergerLM(LM):
         if given.switch == "decide":
             raise InputError("--model_args switch=decide: run_evaluation.py decides, here it is on or off")
         alone = switched_languages(Path(checkpoint), given.switch, self._process)
-        parts = prepare_answerer(given.models, Path(checkpoint), given.limits, given.augmentation, alone)
+        parts = prepare_answerer(given.models, Path(checkpoint), given.limits, given.augmentation, alone, given.prompt)
         warn_of_scale(parts.models, Path(checkpoint), self._process)
         self._models = parts.models
         self._answerer: Answerer = parts.load(dtype, self._process.device)
@@ -158,8 +158,24 @@ class MindMergerLM(LM):
         )
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """Raise InputError: a mapping is trained with plain prompts, and special tokens in a text are plain text."""
-        raise InputError("--apply_chat_template: a mapping is trained with plain prompts, leave it out")
+        """The LLM's chat template; InputError for a mapping trained with published prompts, or a template's name."""
+        if self._answerer.tokenizer.chat is None or isinstance(chat_template, str):
+            raise InputError("--apply_chat_template needs a mapping trained with --prompt chat, and no template's name")
+        return str(self._answerer.tokenizer.llm_tokenizer.chat_template)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Text of the user's turn, the only one allowed; the tokenizer of the mapping adds the template."""
+        if [turn["role"] for turn in chat_history] != ["user"] or not add_generation_prompt:
+            raise InputError(
+                f"--apply_chat_template: turns of {', '.join(turn['role'] for turn in chat_history)}, not one user's: "
+                "leave out --system_instruction and the task's gen_prefix, and set --fewshot_as_multiturn False"
+            )
+        return chat_history[0]["content"]
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of the LLM's tokenizer, in the key of the harness's cache of requests."""
+        return self._models.llm_path
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Stack `tensor` of every rank."""
@@ -206,7 +222,10 @@ class MindMergerLM(LM):
                 f"{', '.join(map(str, request.doc))}: name one, as in --model_args source_field=NAME"
             )
         stem = str(request.doc.get("stem") or question).strip()
-        return Example(_split(question, stem), _split(request.args[0], stem), "", self._language(request.task_name))
+        source, prompt, language = _split(question, stem), request.args[0], self._language(request.task_name)
+        # In a chat the prompt of run_evaluation.py is the question alone.
+        turn = source if prompt == math_prompt(question).text else None
+        return Example(source, _split(prompt, stem), "", language, turn=turn)
 
     def _language(self, task: str) -> Language:
         if self._source_language is not None:

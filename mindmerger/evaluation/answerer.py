@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from common.errors import InputError
 from common.io import sha256
 from mindmerger.batching import Tokens, lay_out
+from mindmerger.chat import is_thinking_tag, without_thinking
 from mindmerger.checkpoint import CONFIG, mapping_file, read_mapping, read_record, with_trained_layer
 from mindmerger.config import Limits, ModelPair
 from mindmerger.evaluation.decoding import greedy_steps, label_log_likelihoods
@@ -22,6 +23,7 @@ from mindmerger.modeling import (
     mapping_config,
 )
 from mindmerger.probe import check_answers
+from mindmerger.tasks.task import NO_PROMPT
 from mindmerger.tokenization import ExampleTokenizer, load_example_tokenizer
 
 
@@ -55,16 +57,18 @@ class Answerer:
         self.llm = llm
         self.tokenizer = tokenizer
         self.model = model
+        self._vocabulary = tokenizer.llm_tokenizer
         configured = llm.generation_config.eos_token_id
         configured = configured if isinstance(configured, list) else [configured]
-        known = (*configured, tokenizer.llm_tokenizer.eos_token_id)
-        self.eos_token_ids = {index for index in known if index is not None}
+        known = (*configured, self._vocabulary.eos_token_id)
+        self.eos_token_ids = {index for index in (*known, *tokenizer.closing[-1:]) if index is not None}
+        added = self._vocabulary.added_tokens_decoder.items()
+        self._hidden = {index for index, token in added if token.special and not is_thinking_tag(token.content)}
 
     @torch.inference_mode()
     def read(self, rows: list[Tokens]) -> Sequence:
         """Compute the LLM's input for `rows`."""
-        bos_token_id = self.tokenizer.llm_tokenizer.bos_token_id
-        batch = lay_out(rows, bos_token_id, self.tokenizer.source_pad_id).to(self.llm.device)
+        batch = lay_out(rows, self.tokenizer.bos_token_id, self.tokenizer.source_pad_id).to(self.llm.device)
         if self.model is not None:
             return Sequence(self.model.embed(batch), batch.mask)
         return Sequence(self.llm.get_input_embeddings()(batch.token_ids), batch.mask)
@@ -119,12 +123,15 @@ class Answerer:
         return label_log_likelihoods(self.llm, self.read(rows), [self.tokenizer.label_ids(word) for word in words])
 
     def output(self, problem: int, ids: list[int]) -> Output:
-        """Build the `Output` of new token ids."""
-        return Output(problem, self.text(ids), ids[-1] in self.eos_token_ids)
+        """Build the `Output` of new token ids, in a chat without the thinking part of the answer."""
+        text = self.text(ids) if self.tokenizer.chat is None else without_thinking(self.text(ids, tags=True))
+        return Output(problem, text, ids[-1] in self.eos_token_ids)
 
-    def text(self, ids: list[int]) -> str:
-        """Decode token ids of the LLM, without special tokens."""
-        return self.tokenizer.llm_tokenizer.decode(ids, skip_special_tokens=True)
+    def text(self, ids: list[int], tags: bool = False) -> str:
+        """Decode token ids of the LLM, without special tokens; `tags` keeps those around a thinking part."""
+        if tags:
+            return self._vocabulary.decode([index for index in ids if index not in self._hidden])
+        return self._vocabulary.decode(ids, skip_special_tokens=True)
 
 
 @dataclass(frozen=True)
@@ -172,6 +179,8 @@ class AnswererParts:
             **{name: getattr(self.models, name) for name in names},
             "mapping_sha256": None if self.checkpoint is None else sha256(mapping_file(self.checkpoint)),
             "augmentation": self.augmentation,
+            # Not recorded for published prompts, so that finished runs from before this setting still match.
+            **({} if self.tokenizer.chat is None else {"chat_template": self.tokenizer.chat.prompt(NO_PROMPT).text}),
         }
 
 
@@ -181,6 +190,7 @@ def prepare_answerer(
     limits: Limits,
     augmentation: bool | None,
     alone: frozenset[str] = frozenset(),
+    prompt: str = "auto",
 ) -> AnswererParts:
     """Read and check all parts of an answerer but its models.
 
@@ -190,6 +200,7 @@ def prepare_answerer(
         limits: maximum lengths in tokens.
         augmentation: True if the prompt follows the mapped states; None for the value in training.
         alone: English names of languages whose problems the LLM answers alone; see `languages_alone`.
+        prompt: "published" or "chat"; "auto" for the value in training, or for published prompts.
 
     Raises:
         InputError: a part is missing, or the parts do not belong together.
@@ -197,17 +208,30 @@ def prepare_answerer(
     if checkpoint is None:
         models = replace(models, mt_path=None, mt_revision=None)
         check_llm(models)
-        return AnswererParts(models, True, load_example_tokenizer(models, limits, True))
+        return AnswererParts(models, True, load_example_tokenizer(models, limits, True, prompt == "chat"))
     models = trained_models(models, checkpoint)
     if augmentation is None:
         # A published .bin has no config, and was trained with the prompt after it.
         trained = read_record(checkpoint).get("augmentation")
         augmentation = True if trained is None else trained
-    tokenizer = load_example_tokenizer(models, limits, augmentation)
+    tokenizer = load_example_tokenizer(models, limits, augmentation, trained_prompt(prompt, checkpoint) == "chat")
     tokenizer.alone = alone
-    config = mapping_config(models, tokenizer.llm_tokenizer.bos_token_id)
+    config = mapping_config(models, tokenizer.bos_token_id, tokenizer.opening)
     mapping = read_mapping(checkpoint, config.mt_hidden_size, config.llm_hidden_size)
     return AnswererParts(models, augmentation, tokenizer, checkpoint, config, mapping)
+
+
+def trained_prompt(prompt: str, checkpoint: Path) -> str:
+    """Value of --prompt for the mapping in `checkpoint`; `prompt` is the value given by the user.
+
+    Raises:
+        InputError: the mapping was trained with another one.
+    """
+    record = read_record(checkpoint)
+    trained = record.get("prompt_format") or "published"
+    if record and prompt not in ("auto", trained):
+        raise InputError(f"--prompt {prompt}: {checkpoint} was trained with --prompt {trained}, leave the flag out")
+    return trained if prompt == "auto" else prompt
 
 
 def trained_models(models: ModelPair, checkpoint: Path) -> ModelPair:

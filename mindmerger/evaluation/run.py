@@ -107,7 +107,7 @@ def evaluate(flags: EvaluationFlags) -> None:
     examples = _read_problems(flags, tasks)
     checkpoint = None if flags.baseline else Path(flags.init_checkpoint)
     alone = frozenset() if checkpoint is None else switched_languages(checkpoint, flags.switch, process)
-    parts = prepare_answerer(flags.models, checkpoint, flags.limits, flags.augmentation, alone)
+    parts = prepare_answerer(flags.models, checkpoint, flags.limits, flags.augmentation, alone, flags.prompt)
     if checkpoint is not None:
         warn_of_scale(parts.models, checkpoint, process)
     dtype = pick_dtype(flags.dtype, process.device)

@@ -164,6 +164,8 @@ class AlignedStart:
             "boundary_init": "mean" if self.mean_boundary else "zero",
             "dtype": str(self.dtype).removeprefix("torch."),
             "texts_sha256": texts.digest(),
+            # Without effect on the fit, but part of the config beside it.
+            **({} if self.config.prompt_format is None else {"prompt": self.config.prompt_format}),
         }
 
     def fit(self, texts: Texts, folder: Path, process: Process) -> dict[str, Any]:

@@ -33,7 +33,8 @@ def grade_number(example: Example, output: str, answer_parser: str) -> tuple[flo
 def _solution(row: dict[str, Any], language: Language, location: str) -> Example:
     question = string(row, "query", location)
     target = string(row, "response", location)
-    return Example(Prompt("", question, ""), math_prompt(question), target, language, location=location)
+    source = Prompt("", question, "")
+    return Example(source, math_prompt(question), target, language, location=location, turn=source)
 
 
 def _mgsm(path: Path, language: Language) -> Iterator[Example]:
@@ -56,7 +57,7 @@ def _problem(question: str, answer: str, language: Language, location: str) -> E
     if number is None:
         raise InputError(f"{location}: the answer {reprlib.repr(answer)} is not a number")
     source = Prompt("", question, "")
-    return Example(source, math_prompt(question), target, language, location=location, number=number)
+    return Example(source, math_prompt(question), target, language, location=location, number=number, turn=source)
 
 
 _TRAINING_FILE = one_list("query_translation/math.json", "lang", _solution)

@@ -38,6 +38,7 @@ class Example:
         labels: label words of a classification; empty if an answer is generated.
         location: file and line.
         number: number of the gold answer, for an evaluation problem with a numeric answer.
+        turn: text of the user's turn, with `--prompt chat`; None for `prompt`.
     """
 
     source: Prompt
@@ -47,6 +48,7 @@ class Example:
     labels: tuple[str, ...] = ()
     location: str = ""
     number: Fraction | None = None
+    turn: Prompt | None = None
 
 
 # Function from the data folder and the languages (None: the reader's default) to the rows of each language, which may

@@ -14,10 +14,14 @@ def translation_prompt(sentence: str, source: Language, target: Language) -> Pro
     return Prompt(
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n### Instruction:\n"
-        f"Translate the following sentences from {source.name} to {target.name}.\n### Input:\n",
+        f"{_request(source, target)}\n### Input:\n",
         sentence,
         "\n### Response:",
     )
+
+
+def _request(source: Language, target: Language) -> str:
+    return f"Translate the following sentences from {source.name} to {target.name}."
 
 
 def read_pairs(data_dir: Path, language: Language, with_prompts: bool) -> Iterator[Example]:
@@ -42,4 +46,5 @@ def read_pairs(data_dir: Path, language: Language, with_prompts: bool) -> Iterat
             target.strip(),
             language,
             location=f"{source_path}, line {number}",
+            turn=Prompt(f"{_request(language, ENGLISH)}\n", sentence, ""),
         )

@@ -96,6 +96,26 @@ def test_answers_are_those_of_run_evaluation(call: Callable, limits: dict[str, i
         assert [row["right"] for row in rows] == [bool(row["acc"]) for row in theirs[f"msvamp_{code}"]]
 
 
+def test_chats_are_those_of_run_evaluation(call: Callable, checkpoint: Path, work: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    shutil.copytree(config["llm_path"], work / "chat_llm", dirs_exist_ok=True)
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    (work / "chat_llm/chat_template.jinja").write_text(template)
+    changed = {"llm_path": str(work / "chat_llm"), "prompt_format": "chat"}
+    (checkpoint / "config.json").write_text(json.dumps(config | changed))
+    words = ("--tasks", "msvamp_de,x_csqa_de", "--gen_kwargs", "max_gen_toks=12")
+    theirs, applied = call(*words), call(*words, "--apply_chat_template")
+    for task in ("msvamp", "x-csqa"):
+        rows = ours(task, "--languages", "de", "--max_gen_len", 12)["de"]
+        for logged_rows in (theirs, applied):
+            own = logged_rows[f"{task.replace('-', '_')}_de"]
+            if task == "msvamp":
+                assert [row["output"] for row in rows] == [row["filtered_resps"][0] for row in own]
+            assert [row["right"] for row in rows] == [bool(row["acc"]) for row in own]
+    with pytest.raises(InputError, match="turns of system, user, not one user's"):
+        call(*words, "--apply_chat_template", "--system_instruction", "Be good")
+
+
 def test_choices_are_those_of_run_evaluation(call: Callable) -> None:
     theirs = call("--tasks", "x_csqa", "--batch_size", 4)
     expected = ours("x-csqa")
@@ -206,7 +226,8 @@ def test_what_it_cannot_do_is_refused(call: Callable, work: Path, models: dict[s
         call(*here, "tiny_field")
     call(*here, "tiny_field", "--gen_kwargs", "max_gen_toks=2", model_args=",source_field=text")
     for words, model_args, message in (
-        (("--apply_chat_template",), "", "--apply_chat_template: a mapping"),
+        (("--apply_chat_template",), "", "--apply_chat_template needs a mapping trained with --prompt chat"),
+        ((), ",prompt=chat", "--prompt chat: .*checkpoint was trained with --prompt published"),
         (("--batch_size", "auto"), "", "--batch_size auto must be a number"),
         ((), ",test_num=3", "--model_args takes no test_num"),
         ((), ",max_seq_len=many", "max_seq_len"),

@@ -139,7 +139,7 @@ def test_out_of_memory_halves_the_slots_and_goes_on(
     monkeypatch.setattr(decoding, "_next", short_of_memory(3, after=15))
     evaluate_words(*words, "--save_name", "short", "--eval_batch_size", 8)
     # Problems have different lengths: fewer than eight of the longest start at once.
-    assert 3 < max(sizes[:15]) and max(sizes[-8:]) <= 3
+    assert max(sizes[:15]) > 3 and max(sizes[-8:]) <= 3
     printed = capsys.readouterr().out
     assert "out of memory with 8 problems at once: continuing with 4" in printed
     assert "out of memory with 4 problems at once: continuing with 2" in printed
