@@ -113,7 +113,9 @@ class Rows:
         """These rows, followed by all rows of `replayed`."""
         count = len(self._table)
         table = pa.concat_tables([self._table, replayed.arrow])
-        return Rows(table, np.concatenate([self.index, np.arange(count, len(table))]), self._opening, count)
+        return Rows(
+            table, np.concatenate([self.index, np.arange(count, len(table))]), opening=self._opening, trained=count
+        )
 
     def _column(self, name: str) -> pa.ChunkedArray:
         return self._table.column(name).take(self.index)

@@ -130,7 +130,7 @@ def test_ids_are_those_of_apply_chat_template(name: str) -> None:
         prompt, whole = reference(tokenizer, question.strip()), reference(tokenizer, question.strip(), "3 + 4 = 7.")
         if chats.bos_token_id is not None and prompt[0] != bos:
             prompt, whole = [bos, *prompt], [bos, *whole]
-        [ids] = lay_out([replace(tokens, target=[])], chats.bos_token_id, mapped=False).token_ids.tolist()
+        [ids] = lay_out([replace(tokens, target=[], mapped=False)], chats.bos_token_id).token_ids.tolist()
         assert ids == prompt
         target = [*ids, *tokens.target]
         # The rest is a line break after the end of the turn.

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from common.errors import InputError
 from common.ranks import Process
 from mindmerger import replay
-from mindmerger.batching import Tokens, lay_out
+from mindmerger.batching import Tokens, lay_out, without_sources
 from mindmerger.config import ModelPair
 from mindmerger.data import Example
 from mindmerger.losses import ReplayLoss
@@ -125,7 +125,7 @@ def test_the_loss_is_that_of_a_float64_computation(
     order = [0, 4, 1, 3, 2]
 
     def layout(rows: list[Tokens]) -> object:
-        return lay_out(rows, 1, tokenizer.source_pad_id, packed, mapped=False)
+        return lay_out(without_sources(rows), 1, tokenizer.source_pad_id, packed)
 
     replayed = ReplayLoss(*weights, layout, in_step=False).of(train, order, [order], HERE.device)
     batch = lay_out([rows[row] for row in order], 1, tokenizer.source_pad_id, packed)
@@ -145,7 +145,7 @@ def test_ranks_without_replayed_rows_run_the_llm_only_in_step(table: TokenTable)
 
     def layout(rows: list[Tokens]) -> None:
         laid.append(len(rows))
-        return lay_out(rows, 1, mapped=False)
+        return lay_out(without_sources(rows), 1)
 
     def of(in_step: bool, kl_weight: float, own: list[int], others: list[int]) -> object:
         return ReplayLoss(1.0, kl_weight, layout, in_step).of(train, own, [own, others], HERE.device)
