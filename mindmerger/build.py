@@ -163,20 +163,20 @@ def _alone_rows(
     """Dev rows with the prompt and without mapped states; from a table of their own if the stage has no prompt."""
     if not len(dev_index):
         return None
-    if tokenizer.augmentation:
-        alone = table.rows(dev_index, mapped=False)
-    else:
-        own = ExampleTokenizer(
-            tokenizer.mt_tokenizer,
-            None,
-            tokenizer.llm_tokenizer,
-            augmentation=True,
-            chats=tokenizer.chat is not None,
-            **asdict(flags.limits),
-        )
-        order = np.sort(dev_index)
-        alone = _read_rows(flags, own, order).rows(np.searchsorted(order, dev_index), mapped=False)
+    alone = table.rows(dev_index, mapped=False)
     try:
+        if not tokenizer.augmentation:
+            own = ExampleTokenizer(
+                tokenizer.mt_tokenizer,
+                None,
+                tokenizer.llm_tokenizer,
+                augmentation=True,
+                chats=tokenizer.chat is not None,
+                **asdict(flags.limits),
+            )
+            order = np.sort(dev_index)
+            alone = _read_rows(flags, own, order).rows(np.searchsorted(order, dev_index), mapped=False)
+        # Limits that suffice for the stage itself may be too low for its prompts.
         check_context(models, int(alone.lengths.max()))
     except InputError as error:
         say(process, f"note: no verdicts by language, for which the LLM alone reads the dev rows' prompts: {error}")

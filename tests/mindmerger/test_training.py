@@ -207,6 +207,16 @@ def test_dev_rows_decide_by_the_losses_of_the_best_mapping_and_the_llm_alone(
             assert entry["verdict"] == ("helps" if gains[0] > 0 else "harms")
 
 
+def test_a_stage_whose_prompts_do_not_fit_has_no_verdicts(
+    work: Path, small: Words, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_here(work, *small, "--epoch_num", 1, "--max_prompt_len", 9, "--save_name", "short")
+    assert "note: no verdicts by language, for which the LLM alone reads the dev rows' prompts: --max_prompt_len 9" in (
+        capsys.readouterr().out
+    )
+    assert json.loads((work / "outputs/short/mapping/config.json").read_text())["verdicts"] is None
+
+
 def test_only_the_mapping_has_gradients_and_optimizer_state(
     work: Path, small: Words, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
