@@ -21,7 +21,7 @@ ALLOWED = {
 }
 LONGEST_FUNCTION, LONGEST_CLASS = 45, 220
 # Current lines of the packages, rounded. An increase needs a reason.
-LINES = {("mindmerger",): 6350, ("regmean",): 3600, ("common",): 1300, PACKAGES: 13800}
+LINES = {("mindmerger",): 6375, ("regmean",): 3600, ("common",): 1300, PACKAGES: 13790}
 
 
 def path_of(module: str) -> Path | None:
