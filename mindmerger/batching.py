@@ -92,11 +92,14 @@ class Batch:
         """Copy the batch to `device`, asynchronously to a GPU."""
 
         def move(value: object) -> object:
-            if not isinstance(value, torch.Tensor):
-                return value
-            return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+            return to_device(value, device) if isinstance(value, torch.Tensor) else value
 
         return Batch(**{name: move(value) for name, value in vars(self).items()})
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor on the CPU to `device`, asynchronously to a GPU."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def lay_out(rows: Sequence[Tokens], bos_token_id: int | None, source_pad_id: int = 0, packed: bool = False) -> Batch:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mindmerger.batching import Batch, Tokens
+from mindmerger.batching import Batch, Tokens, to_device
 
 if TYPE_CHECKING:
     from mindmerger.token_table import Rows
@@ -30,32 +30,27 @@ class Replayed:
     weight: float
     kl_weight: float
 
-    @torch.no_grad()
-    def logits_alone(self, logits: Callable[[Batch], torch.Tensor]) -> torch.Tensor | None:
-        """Logits of the LLM alone at their targets, by the model's function `logits`; None without a divergence."""
-        return None if self.alone is None else logits(self.alone)
+    def summed_loss(self, run: Callable[[Batch], torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Run the LLM alone if needed; return a function from logits and labels of the batch to its summed loss.
 
+        Args:
+            run: function from a batch to the LLM's logits at its labels.
+        """
+        alone = None
+        if self.alone is not None:
+            with torch.no_grad():
+                alone = run(self.alone)
 
-def summed_loss(
-    logits: torch.Tensor, labels: torch.Tensor, replayed: Replayed | None, alone: torch.Tensor | None
-) -> torch.Tensor:
-    """Sum of the loss over the target tokens of a batch.
+        def summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            weights = torch.ones_like(logits[:, 0]).index_fill(0, self.positions, self.weight)
+            total = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
+            if alone is None:
+                return total
+            mapped = logits.index_select(0, self.positions).log_softmax(dim=-1)
+            wanted = alone[: len(mapped)].float().log_softmax(dim=-1)
+            return total + self.kl_weight * F.kl_div(mapped, wanted, reduction="sum", log_target=True)
 
-    Args:
-        logits: float32 [targets, vocabulary].
-        labels: int64 [targets].
-        replayed: replayed rows of the batch; None for none.
-        alone: result of `Replayed.logits_alone`.
-    """
-    if replayed is None:
-        return F.cross_entropy(logits, labels, reduction="sum")
-    weights = torch.ones_like(logits[:, 0]).index_fill(0, replayed.positions, replayed.weight)
-    total = (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
-    if alone is None:
-        return total
-    mapped = logits.index_select(0, replayed.positions).log_softmax(dim=-1)
-    wanted = alone[: len(mapped)].float().log_softmax(dim=-1)
-    return total + replayed.kl_weight * F.kl_div(mapped, wanted, reduction="sum", log_target=True)
+        return summed
 
 
 @dataclass(frozen=True)
@@ -93,4 +88,4 @@ class ReplayLoss:
             # A rank without such rows runs the LLM on its first row.
             alone = self.lay_out(train.tokens(chosen or rows[:1])).to(device)
         positions = torch.from_numpy(np.flatnonzero(np.repeat(train.replayed[rows], train.target_lengths[rows])))
-        return Replayed(positions.to(device), alone, self.weight, self.kl_weight)
+        return Replayed(to_device(positions, device), alone, self.weight, self.kl_weight)

@@ -7,6 +7,7 @@ the mapped states stand inside the user's turn, after the template's opening.
 
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,11 +40,11 @@ from mindmerger.frozen_models import (
     load_encoder,
     load_llm,
 )
-from mindmerger.losses import Replayed, summed_loss
 from mindmerger.packing import pack_attention, packed_arguments
 
 if TYPE_CHECKING:
     from mindmerger.config import ModelPair
+    from mindmerger.losses import Replayed
 
 _HUB_OPTIONS = {
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
@@ -293,7 +294,7 @@ class MindMergerForCausalLM(PreTrainedModel):
         labels: torch.Tensor | None = None,
         num_items_in_batch: float | None = None,
         batch: Batch | None = None,
-        replayed: Replayed | None = None,
+        replayed: "Replayed | None" = None,
     ) -> CausalLMOutput:
         """Compute the loss on the target, or the next token's logits if there is no target.
 
@@ -312,12 +313,12 @@ class MindMergerForCausalLM(PreTrainedModel):
         if batch is None:
             rows = padded_rows(input_ids, attention_mask, prompt_ids, prompt_attention_mask, labels)
             batch = self._lay_out(rows, packed=self.packs and labels is not None)
-        alone = None if replayed is None else replayed.logits_alone(self.logits)
+        summed = partial(F.cross_entropy, reduction="sum") if replayed is None else replayed.summed_loss(self.logits)
         logits = self.logits(batch)
         if not len(batch.labels):
             return CausalLMOutput(logits=logits)
         logits = logits.float()
-        loss = summed_loss(logits, batch.labels, replayed, alone)
+        loss = summed(logits, batch.labels)
         return CausalLMOutput(loss=loss / (num_items_in_batch or len(logits)), logits=logits)
 
     def logits(self, batch: Batch) -> torch.Tensor:

@@ -81,7 +81,7 @@ class OwnAnswers:
         content: dict[str, Any] = {
             "table": table.folder.name,
             "rows": hashlib.sha256(asked.tobytes()).hexdigest(),
-            "llm": [self.models.llm_path, self.models.llm_revision, config.to_dict()],
+            "llm": [self.models.llm_path, getattr(config, "_commit_hash", None), config.to_dict()],
             "files": [[path.name, path.stat().st_size, _digest(path)] for path in local],
             "dtype": str(self.dtype),
         }
