@@ -161,6 +161,7 @@ def _plot(names: list[str], distances: list[list[float]]) -> "Figure":
     axes.set_xlabel("layers merged (0: embeddings)")
     axes.set_ylabel("|H - X| / |X|")
     axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return figure
