@@ -86,8 +86,7 @@ def compute_grams(
     path, trusted = str(checkpoint.folder), {"trust_remote_code": flags.trust_remote_code}
     config = base_config(path, **trusted)
     model_class = auto_class(checkpoint, config)
-    tokenizer = load_tokenizer(path, **trusted)
-    calibration = load_calibration(flags.texts(), tokenizer)
+    calibration = load_calibration(flags.texts(), tokenizer := load_tokenizer(path, **trusted))
     say(process, calibration.summary(flags.max_length))
     found = None if model else survey_if_large(flags, checkpoint, model_class, config, process)
     if found is not None:

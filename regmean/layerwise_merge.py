@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from common.errors import InputError
-from common.io import atomic_folder
+from common.io import atomic_folder, read_json, refuse_existing
 from common.logging import quiet_libraries, say
 from common.models import base_config, load_tokenizer
 from common.ranks import Process
@@ -28,7 +27,8 @@ from regmean.layerwise_grams import course_of, measured
 from regmean.merge_plan import MergePlan, check_vocabularies, plan_merge
 from regmean.model_folder import Checkpoint, CheckpointWriter, open_checkpoint
 from regmean.report import Provenance, print_table, write_report
-from regmean.sequential import SAMPLED, SequentialMerge, StepGrams, StepReport
+from regmean.sequential import SAMPLED, SequentialMerge, StepGrams
+from regmean.step_files import StepFiles, StepReport
 from regmean.tensor_file import TensorInfo
 
 
@@ -41,7 +41,7 @@ def merge_layer_by_layer(flags: MergeFlags, process: Process, command: str) -> N
             weights that are not finite.
     """
     started = time.monotonic()
-    sources = flags.texts()
+    sources, outputs = flags.texts(), _open_outputs(flags, process, command)
     revisions = flags.revisions or [None] * len(flags.models)
     checkpoints = [open_checkpoint(name, revision) for name, revision in zip(flags.models, revisions, strict=True)]
     # The merge reads the texts of all models.
@@ -64,9 +64,22 @@ def merge_layer_by_layer(flags: MergeFlags, process: Process, command: str) -> N
         _gram_entries(*of) for of in zip(checkpoints, models, surveys, texts, sources, flags.calibration, strict=True)
     ]
     plan = plan_merge(checkpoints, flags.weights(), grams, flags.selects, flags.dtype, flags.counts_embeddings)
-    for alpha, path in zip(flags.alpha, flags.output_dirs(), strict=True):
+    for alpha, path in outputs.items():
         _merge_one(flags, alpha, path, plan, models, build(0), surveys[0], texts, process, command)
     say(process, f"merged in {time.monotonic() - started:.1f} s")
+
+
+def _open_outputs(flags: MergeFlags, process: Process, command: str) -> dict[float, Path]:
+    """The folder of each merge by alpha, without those that an earlier run of this command has written."""
+    outputs = dict(zip(flags.alpha, flags.output_dirs(), strict=True))
+    for alpha, path in list(outputs.items()):
+        report = path / "merge_report.json"
+        if report.exists() and read_json(report).get("command") == command and len(flags.alpha) > 1:
+            say(process, f"{path}: written before, by the same command")
+            del outputs[alpha]
+        else:
+            refuse_existing(path)
+    return outputs
 
 
 def _texts(checkpoint: Checkpoint, source: TextSource) -> Calibration:
@@ -114,13 +127,11 @@ def _merge_one(
     process: Process,
     command: str,
 ) -> None:
-    if path.exists():
-        raise InputError(f"{path} exists already: remove it, or choose another output folder")
     steps = path.with_name(f"{path.name}.steps")
     identity = _identity(flags, alpha, plan, texts, process)
     with open_run(steps, identity, False, process) as run:
         run.start()
-        size = flags.batch_tokens(process.device.type)
+        files, size = StepFiles(merged, steps), flags.batch_tokens(process.device.type)
         courses, own = [], []
         for model, of in zip(models, texts, strict=True):
             batches = make_batches([len(example) for example in of.examples], size, padding=True)
@@ -130,12 +141,12 @@ def _merge_one(
             courses.append(course_of(merged, of, batches, range(len(batches)), flags.offload_dir))
             own.append(course_of(model, of, batches, numbers, flags.offload_dir))
         method = SequentialMerge(
-            flags.method, alpha, flags.ridge, flags.solver, plan, found, models, merged, courses, own, steps, process
+            flags.method, alpha, flags.ridge, flags.solver, plan, found, models, merged, courses, own, files, process
         )
         reports = method.run()
         if process.is_main:
             with atomic_folder(path) as folder:
-                _assemble(flags, plan, method.tensors(), folder)
+                _assemble(flags, plan, files.tensors, folder)
                 _report(flags, alpha, plan, models, reports, folder, command)
             shutil.rmtree(steps)
             print(f"{path}: written")

@@ -12,7 +12,7 @@ texts go through the written layer. A run that was stopped continues after the l
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 from common.errors import InputError
-from common.io import read_json, write_json
 from common.logging import progress
 from common.ranks import Process
 from regmean.asymmetric import AsymmetricSystem, Moments
@@ -36,8 +35,9 @@ from regmean.read_ahead import Reader
 from regmean.regmean import RegMean, _write_pieces
 from regmean.report import LayerReport, TableReport
 from regmean.solve import BLOCK_ELEMENTS, SolveError
+from regmean.step_files import StepFiles, StepReport
 from regmean.tables import Tables
-from regmean.tensor_file import JoinedTensor, TensorFile, TensorInfo, TensorWriter
+from regmean.tensor_file import TensorWriter
 
 # For `regmean++`, one batch of this number carries the models' own states, to measure how far the merge is from them.
 SAMPLED = 16
@@ -59,17 +59,6 @@ class StepGrams(Grams):
         return self.sums[name].clone()
 
 
-@dataclass
-class StepReport:
-    """Results of one step: reports of its groups and embedding tables, and for each model |H - X| / |X| of its hidden
-    states after it.
-    """
-
-    layers: list[LayerReport]
-    tables: list[TableReport]
-    distances: list[float]
-
-
 @dataclass(eq=False)
 class SequentialMerge:
     """One merge.
@@ -79,7 +68,7 @@ class SequentialMerge:
         plan: what happens to each tensor; `plan.grams` are `StepGrams`.
         models: the models, and `merged` the merge, which reads its weights from the files of the steps.
         courses: each model's texts in the merge; `own`: each model's texts in itself, a sample for `regmean++`.
-        folder: of the steps' files.
+        files: the files of the steps.
     """
 
     method: str
@@ -92,93 +81,39 @@ class SequentialMerge:
     merged: LayerwiseModel
     courses: list[Course]
     own: list[Course]
-    folder: Path
+    files: StepFiles
     process: Process
-    _sources: dict[str, TensorInfo] = field(init=False)
-    _written: dict[str, TensorInfo] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._sources, self.merged.tensors = self.merged.tensors, {}
 
     def run(self) -> list[StepReport]:
         """Merge all steps; return their reports."""
         count, reports = len(self.merged.layers) + 2, []
-        names = self._names_of_steps()
+        names = self.files.names(self.plan, self.survey)
         for step in progress(self.process, range(BEFORE, count - 1), desc=f"alpha {self.alpha:g}", unit="step"):
-            known = self._known(step)
+            known = self.process.gather(self.files.read_report(step))[0]
             layers, tables = (known.layers, known.tables) if known else self._merge_step(step, names[step])
-            self._take(self._file(step))
+            self.files.use(step)
             reports.append(StepReport(layers, tables, self._advance(step)))
             if known is None and self.process.is_main:
-                write_json(self._file(step).with_suffix(".json"), asdict(reports[-1]))
+                self.files.write_report(step, reports[-1])
             self.process.barrier()
         return reports
-
-    def tensors(self) -> dict[str, TensorInfo]:
-        """All merged tensors, in the files of the steps."""
-        return self._written
-
-    def _file(self, step: int) -> Path:
-        return self.folder / f"step{step + 1}.safetensors"
-
-    def _known(self, step: int) -> StepReport | None:
-        path = self._file(step).with_suffix(".json")
-        if not self.process.gather(path.exists())[0]:
-            return None
-        content = read_json(path)
-        layers, tables = (
-            [kind.of_json(entry) for entry in content[key]]
-            for kind, key in ((LayerReport, "layers"), (TableReport, "tables"))
-        )
-        return StepReport(layers, tables, content["distances"])
-
-    def _take(self, path: Path) -> None:
-        """Let the merge read the tensors of a file."""
-        if path.exists():
-            self._use(TensorFile(path).tensors)
-
-    def _use(self, tensors: dict[str, TensorInfo]) -> None:
-        self._written |= tensors
-        for name, info in self._sources.items():
-            if (moved := _moved(info, self._written)) is not None:
-                self.merged.tensors[name] = moved
-
-    def _names_of_steps(self) -> dict[int, list[str]]:
-        """Stored names of the tensors that each step writes."""
-        count = len(self.merged.layers)
-        steps: dict[str, int] = {}
-        for name, info in self._sources.items():
-            inside = name.removeprefix(f"{self.merged.prefix}.")
-            number = inside.partition(".")[0]
-            for source in _stored(info):
-                if inside != name and number.isdigit():
-                    steps[source] = int(number)
-        solved_after = {name for names in self.survey.groups_of(count) for name in names}
-        for group in self.plan.groups:
-            if set(self.plan.grams[0].grams[group.grams[0]].modules) <= solved_after:
-                steps |= dict.fromkeys(group.tensors, count)
-        names: dict[int, list[str]] = {step: [] for step in range(BEFORE, count + 1)}
-        for name in self.plan.layout:
-            names[steps.get(name, BEFORE)].append(name)
-        return names
 
     def _merge_step(self, step: int, names: list[str]) -> tuple[list[LayerReport], list[TableReport]]:
         if not names:
             return [], []
-        part, partial_file = self._part(names), self._file(step).with_suffix(".partial")
+        part = self._part(names)
         if any(table.grams for table in part.tables):
             self._sum_head_inputs()
         writer, tables = None, []
         if self.process.is_main:
-            writer = TensorWriter(partial_file, part.layout, {"format": "pt"})
+            writer = self.files.open_writer(step, part)
             write_averages(part, [writer], _ignore)
             tables = list(Tables(part, {self.alpha: writer}, self.process.device, _ignore).write()[self.alpha].values())
         self._drop_sums()
         solve = self._solve_asymmetric if self.method == "regmean_asym" else self._solve_symmetric
         layers = solve(step, part, writer)
         if writer is not None:
-            writer.close()
-            partial_file.replace(self._file(step))
+            self.files.close(step, writer)
         self.process.barrier()
         return layers, tables
 
@@ -255,7 +190,8 @@ class SequentialMerge:
         groups = sorted(part.groups, key=lambda group: order.index(self._module(group, 0)))
         reports = []
         for group in groups:
-            self._share_unfinished(step, part)
+            self.process.barrier()
+            self.files.use_unfinished(step)
             system = AsymmetricSystem(self.alpha, self.ridge, lambda group=group: self._blocks(group))
             for index, weight in enumerate(self.plan.model_weights):
                 moments = self._moments(step, index, group, part)
@@ -269,11 +205,6 @@ class SequentialMerge:
     def _module(self, group: LayerGroup, index: int) -> str:
         """First linear layer of a group that is called in model `index`."""
         return group.grams[index]
-
-    def _share_unfinished(self, step: int, part: MergePlan) -> None:
-        """Let the merge read the step's unfinished file; what is not solved yet is not run."""
-        self.process.barrier()
-        self._use(TensorFile(self._file(step).with_suffix(".partial")).tensors)
 
     def _moments(self, step: int, index: int, group: LayerGroup, part: MergePlan) -> Moments:
         course, own = self.courses[index], self.own[index]
@@ -360,18 +291,3 @@ class _Hook:
 class _Reached(Exception):
     def __init__(self, states: torch.Tensor):
         self.states = states
-
-
-def _stored(info: TensorInfo) -> list[str]:
-    """Names of the stored tensors that a tensor consists of."""
-    return [part.name for part, _, _ in info.parts] if isinstance(info, JoinedTensor) else [info.name]
-
-
-def _moved(info: TensorInfo, tensors: dict[str, TensorInfo]) -> TensorInfo | None:
-    """`info` made of other tensors of the same names; None if one is missing."""
-    if not all(name in tensors for name in _stored(info)):
-        return None
-    if not isinstance(info, JoinedTensor):
-        return tensors[info.name]
-    parts = tuple((tensors[part.name], first, last) for part, first, last in info.parts)
-    return replace(info, dtype=parts[0][0].dtype, parts=parts)
