@@ -60,7 +60,15 @@ def find_alone(results: Path, task: str, settings: dict[str, Any]) -> Path | Non
 
     None if there is none; folders with a damaged record are skipped.
     """
-    same = ("llm_path", "llm_revision", "problems_sha256", "max_gen_len", "answer_parser", "classification")
+    same = (
+        "llm_path",
+        "llm_revision",
+        "chat_template",
+        "problems_sha256",
+        "max_gen_len",
+        "answer_parser",
+        "classification",
+    )
     for path in sorted(results.glob(f"*/{task}/{RUN}")):
         try:
             run = read_json(path)
