@@ -21,7 +21,7 @@ ALLOWED = {
 }
 LONGEST_FUNCTION, LONGEST_CLASS = 45, 220
 # Current lines of the packages, rounded. An increase needs a reason.
-LINES = {("mindmerger",): 5805, ("regmean",): 4171, ("common",): 1307, PACKAGES: 13743}
+LINES = {("mindmerger",): 5805, ("regmean",): 4175, ("common",): 1307, PACKAGES: 13753}
 
 
 def path_of(module: str) -> Path | None:
