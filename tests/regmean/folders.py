@@ -161,7 +161,12 @@ def oracle(models: list[PreTrainedModel], texts: list[str] = TEXTS) -> dict[str,
             counts[key] = counts.get(key, 0) + len(rows)
 
         table = model.get_input_embeddings().weight
-        layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear | Conv1D)}
+        # Routers of mixtures are linear layers with a class of their own.
+        layers = {
+            name: module
+            for name, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, nn.Linear | Conv1D) or type(module).__name__.endswith("Router")
+        }
         layers = {name: layer for name, layer in layers.items() if layer.weight is not table}
         handles = [layer.register_forward_pre_hook(add) for layer in set(layers.values())]
         for text in texts:
