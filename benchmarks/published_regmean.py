@@ -8,6 +8,7 @@ python -m benchmarks.published_regmean merge --models A B --grams A.pkl B.pkl --
 """
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
@@ -72,6 +73,68 @@ def published_merge(
         products = sum(gram @ weight.T for gram, weight in zip(scaled, weights, strict=True))
         merged[name] = torch.linalg.lstsq(sum(scaled), products, driver=driver).solution.T.contiguous()
     return merged
+
+
+@torch.no_grad()
+def published_regmean_plus_plus(model_paths: list[str], texts: list[list[str]], alpha: float, out: Path) -> None:
+    """RegMean++ from its paper's description (arXiv 2508.03121): at each decoder layer, Grams of each model's own layer
+    on the states that the merged layers before it produce; one text at a time, one Gram and one inverse per module.
+    """
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in model_paths]
+    merged = AutoModelForCausalLM.from_pretrained(model_paths[0], dtype=torch.float32).eval()
+    for target, *parts in zip(merged.parameters(), *(model.parameters() for model in models), strict=True):
+        target.copy_(torch.stack(parts).mean(0))
+    tokenizer = AutoTokenizer.from_pretrained(model_paths[0])
+    states = [[first_states(merged, tokenizer, text) for text in own] for own in texts]
+    for number, target in enumerate(merged.model.layers):
+        grams = []
+        for model, own in zip(models, states, strict=True):
+            sums: dict[str, torch.Tensor] = {}
+
+            def hook_of(name: str, sums: dict[str, torch.Tensor] = sums):
+                def hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+                    x = inputs[0].reshape(-1, inputs[0].shape[-1])
+                    sums[name] = sums.get(name, 0.0) + x.T @ x
+
+                return hook
+
+            layer = model.model.layers[number]
+            linear = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+            handles = [module.register_forward_hook(hook_of(name)) for name, module in linear]
+            for hidden, arguments in own:
+                layer(hidden, **arguments)
+            for handle in handles:
+                handle.remove()
+            tokens = sum(hidden.shape[1] for hidden, _ in own)
+            grams.append({name: total / tokens for name, total in sums.items()})
+        solve_layer(target, [model.model.layers[number] for model in models], grams, alpha)
+        states = [[(target(hidden, **arguments), arguments) for hidden, arguments in own] for own in states]
+    merged.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def first_states(model: nn.Module, tokenizer, text: str) -> tuple[torch.Tensor, dict]:
+    """States before the first decoder layer, and the layer's other arguments."""
+    seen = []
+
+    def hook(module: nn.Module, inputs: tuple, arguments: dict) -> None:
+        seen.append((inputs[0], arguments))
+        raise StopIteration
+
+    handle = model.model.layers[0].register_forward_pre_hook(hook, with_kwargs=True)
+    with contextlib.suppress(StopIteration):
+        model(**tokenizer(text, truncation=True, max_length=256, return_tensors="pt"), use_cache=False)
+    handle.remove()
+    return seen[0]
+
+
+def solve_layer(target: nn.Module, layers: list[nn.Module], grams: list[dict[str, torch.Tensor]], alpha: float) -> None:
+    """Put the solution for each nn.Linear into a decoder layer."""
+    for name in grams[0]:
+        scaled = [theirs[name] * torch.full_like(theirs[name], alpha).fill_diagonal_(1.0) for theirs in grams]
+        weights = [layer.get_submodule(name).weight for layer in layers]
+        products = sum(gram @ weight.T for gram, weight in zip(scaled, weights, strict=True))
+        target.get_submodule(name).weight.copy_((torch.linalg.inv(sum(scaled)) @ products).T)
 
 
 def write_grams(model_path: str, texts: list[str], max_length: int, out: Path) -> None:

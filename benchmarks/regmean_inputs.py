@@ -88,14 +88,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
 
 
-def make_layer(folder: Path, hidden: int, intermediate: int, dtype: torch.dtype) -> Path:
-    """Write a Llama with one layer of this shape, random weights and an untied head; return the folder."""
+def make_layer(folder: Path, hidden: int, intermediate: int, dtype: torch.dtype, layers: int = 1) -> Path:
+    """Write a Llama with layers of this shape, random weights and an untied head; return the folder."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=hidden // 128,
         num_key_value_heads=hidden // 512,
         vocab_size=len(tokenizer),

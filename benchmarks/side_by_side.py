@@ -90,13 +90,14 @@ def in_turn(baseline: Callable[[], Cost], ours: Callable[[], Cost], rounds: int)
     return first, second
 
 
-def report(benchmark: str, baseline: Cost, ours: Cost, max_relative_difference: float, **more: object) -> None:
+def report(benchmark: str, baseline: Cost, ours: Cost, max_relative_difference: float | None, **more: object) -> None:
     """Print the result as one JSON object, the last line of a benchmark's output.
 
     Args:
         benchmark: name of the row.
         baseline, ours: cost of each side.
-        max_relative_difference: between the results of the two, as defined by the benchmark.
+        max_relative_difference: between the results of the two, as defined by the benchmark; None if they do not
+            compare.
         more: further results.
     """
     print(

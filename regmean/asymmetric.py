@@ -21,17 +21,60 @@ from dataclasses import dataclass, field
 
 import torch
 
+from regmean.gram import add_cross_products, add_products, symmetrise_, zeros
 from regmean.solve import SOLVERS, Objective, inner, refined
 
 
-@dataclass
 class Moments:
-    """Sums over a model's tokens: H^T H, H^T X and X^T X, each float32 (inputs, inputs), and the number of tokens."""
+    """Sums over a model's tokens: H^T H, H^T X and X^T X, each float32 (inputs, inputs)."""
 
-    merged: torch.Tensor
-    cross: torch.Tensor
-    own: torch.Tensor
-    tokens: int
+    def __init__(self, width: int, device: torch.device):
+        self.merged, self.cross, self.own = (zeros(width, device) for _ in range(3))
+
+    def add(self, h: torch.Tensor, x: torch.Tensor) -> None:
+        """Add the inputs of a batch, both (tokens, inputs)."""
+        add_products(self.merged, h)
+        add_cross_products(self.cross, h, x)
+        add_products(self.own, x)
+
+    def sums(self) -> list[torch.Tensor]:
+        """All sums, of this rank's tokens."""
+        return [symmetrise_(self.merged), self.cross, symmetrise_(self.own)]
+
+
+class Errors:
+    """Sums over a model's tokens for layers of few outputs, with T = X W_i - H M: H^T H; T^T H; the diagonals of H^T H,
+    H^T X and X^T X; and |T|^2. They take less work and memory than `Moments`.
+
+    Args:
+        blocks: for each block of the outputs, the rows W_i and M, float32 (outputs, inputs).
+    """
+
+    def __init__(self, blocks: list[tuple[torch.Tensor, torch.Tensor]]):
+        self.sizes = [len(mean) for _, mean in blocks]
+        self.rows, self.mean = (torch.cat(rows) for rows in zip(*blocks, strict=True))
+        width, device = self.mean.shape[1], self.mean.device
+        self.merged, self.product = zeros(width, device), torch.zeros_like(self.mean)
+        self.diagonals = torch.zeros(3, width, device=device)
+        self.square = torch.zeros(1, dtype=torch.float64, device=device)
+
+    def add(self, h: torch.Tensor, x: torch.Tensor) -> None:
+        """Add the inputs of a batch, both (tokens, inputs)."""
+        h, x = h.float(), x.float()
+        errors = (x @ self.rows.T).addmm_(h, self.mean.T, alpha=-1)
+        add_products(self.merged, h)
+        self.product.addmm_(errors.T, h)
+        self.diagonals += torch.stack([(a * b).sum(0) for a, b in ((h, h), (h, x), (x, x))])
+        self.square += inner(errors, errors)
+
+    def sums(self) -> list[torch.Tensor]:
+        """All sums, of this rank's tokens."""
+        return [symmetrise_(self.merged), self.product, self.diagonals, self.square]
+
+
+def has_few_outputs(outputs: int, inputs: int, device: torch.device) -> bool:
+    """True if `Errors` take less time than `Moments`: not on a GPU, where the latter's products have half precision."""
+    return device.type == "cpu" and 2 * outputs <= inputs
 
 
 @dataclass(eq=False)
@@ -52,29 +95,47 @@ class AsymmetricSystem:
     _rhs: list[torch.Tensor] = field(default_factory=list)
     _at_mean: float = 0.0
 
-    def add(self, index: int, model_weight: float, moments: Moments) -> None:
-        """Add model `index` with its weight w_i. The moments are overwritten."""
-        a, b, c = (_scaled(moment.div_(moments.tokens), self.alpha) for moment in
-                   (moments.merged, moments.own, moments.cross.sub_(moments.merged)))  # fmt: skip
-        # With E = H - X, and so C = H^T X - H^T H = -H^T E: E^T E = X^T X - H^T H - C - C^T.
-        b.sub_(a).sub_(c).sub_(c.T)
-        for number, (rows, mean) in enumerate(self.blocks()):
-            own = rows[index]
-            from_mean, drift = mean - own, own @ c.T
-            under = from_mean @ a
-            self._at_mean += model_weight * (
-                inner(from_mean, under) - 2 * inner(from_mean, drift) + inner(own, own @ b)
-            )
-            # H^T X W_i - H^T H M = C W_i - H^T H (M - W_i)
-            rhs = drift.sub_(under).mul_(model_weight)
+    def add(self, index: int, model_weight: float, sums: Moments | Errors, tokens: int) -> None:
+        """Add model `index` with its weight w_i. The sums are overwritten."""
+        a = _scaled(sums.merged.div_(tokens), self.alpha)
+        rhs = self._of_errors(sums, tokens) if isinstance(sums, Errors) else self._of_moments(index, sums, a, tokens)
+        for number, (block, at_mean) in enumerate(rhs):
+            self._at_mean += model_weight * at_mean
             if number == len(self._rhs):
-                self._rhs.append(rhs)
+                self._rhs.append(block.mul_(model_weight))
             else:
-                self._rhs[number].add_(rhs)
+                self._rhs[number].add_(block, alpha=model_weight)
         if self.total is None:
             self.total = a.mul_(model_weight)
         else:
             self.total.add_(a, alpha=model_weight)
+
+    def _of_moments(
+        self, index: int, sums: Moments, a: torch.Tensor, tokens: int
+    ) -> Iterator[tuple[torch.Tensor, float]]:
+        """The model's right-hand side and objective at the mean, block by block; `a` is its scaled H^T H per token."""
+        b, c = (_scaled(moment.div_(tokens), self.alpha) for moment in (sums.own, sums.cross))
+        c.sub_(a)
+        # With E = H - X, and so C = H^T X - H^T H = -H^T E: E^T E = X^T X - H^T H - C - C^T.
+        b.sub_(a).sub_(c).sub_(c.T)
+        for rows, mean in self.blocks():
+            own = rows[index]
+            from_mean, drift = mean - own, own @ c.T
+            under = from_mean @ a
+            at_mean = inner(from_mean, under) - 2 * inner(from_mean, drift) + inner(own, own @ b)
+            # H^T X W_i - H^T H M = C W_i - H^T H (M - W_i)
+            yield drift.sub_(under), at_mean
+
+    def _of_errors(self, sums: Errors, tokens: int) -> Iterator[tuple[torch.Tensor, float]]:
+        """As `_of_moments`. The value at alpha is alpha times that of T and (1 - alpha) times that of single inputs."""
+        hh, hx, xx = sums.diagonals.div_(tokens)
+        whole = sums.square.item() / tokens
+        blocks = (each.split(sums.sizes) for each in (sums.product, sums.rows, sums.mean))
+        for product, own, mean in zip(*blocks, strict=True):
+            single = inner(own * xx, own) - 2 * inner(own * hx, mean) + inner(mean * hh, mean)
+            rhs = product.mul_(self.alpha / tokens).add_(own * hx - mean * hh, alpha=1 - self.alpha)
+            yield rhs, self.alpha * whole + (1 - self.alpha) * single
+            whole = 0.0  # of all blocks
 
     def solve(self, solver_name: str = "cholesky") -> tuple[list[torch.Tensor], Objective, object]:
         """The merged rows of each block, the objective at mean, models and merge, without lambda, and the solver.

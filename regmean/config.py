@@ -196,8 +196,8 @@ class MergeFlags:
         if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
             raise InputError("--tokens_per_batch must be at least 1")
 
-    def texts(self) -> list[TextSource]:
-        """The calibration texts of each model.
+    def texts(self, of_any_model: bool = False) -> list[TextSource]:
+        """The calibration texts of each model; `of_any_model` accepts those of others, for an estimate.
 
         Raises:
             InputError: a preset or file that cannot be read, or that names another model.
@@ -209,7 +209,7 @@ class MergeFlags:
                 names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
                 raise InputError(f"--calibration {name}: no such file, and no preset of that name; presets: {names}")
             flags = parse_flags(CalibrationFlags, ["--config", str(path)])
-            if flags.model and flags.model != model:
+            if flags.model and flags.model != model and not of_any_model:
                 raise InputError(
                     f"--calibration {name}: {path} is for the model {flags.model}, not {model}; --calibration goes in "
                     "the order of --models"

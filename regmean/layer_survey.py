@@ -139,6 +139,7 @@ def _survey(auto_class: Any, config: PretrainedConfig) -> Survey:
     for index in reversed(range(len(layers))):
         if index not in kept:
             del layers[index]
+    model.config.get_text_config().num_hidden_layers = len(layers)
     weights = _random_weights(model)
     batches = [Batch.of(examples, Calibration(TEXTS, [0, 1, 2], 0, 0)) for examples in ([0, 1, 2], [0, 1])]
     found = Survey(_tuple_length(model, layers, weights, batches[0]), kinds, [], [], [], set(), prefix, [])

@@ -12,7 +12,7 @@ texts go through the written layer. A run that was stopped continues after the l
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from torch import nn
 from common.errors import InputError
 from common.logging import progress
 from common.ranks import Process
-from regmean.asymmetric import AsymmetricSystem, Moments
+from regmean.asymmetric import AsymmetricSystem, Errors, Moments, has_few_outputs
 from regmean.average import write_averages
-from regmean.gram import GramSums, add_cross_products, add_products, symmetrise_, zeros
+from regmean.gram import GramSums, symmetrise_, zeros
 from regmean.gram_file import Counts, Gram, Grams
 from regmean.hooks import LinearInputs
 from regmean.layer_survey import Survey
@@ -83,6 +83,7 @@ class SequentialMerge:
     own: list[Course]
     files: StepFiles
     process: Process
+    _own_steps: dict[int, int] = field(default_factory=dict)  # the last step that each model's own texts went through
 
     def run(self) -> list[StepReport]:
         """Merge all steps; return their reports."""
@@ -194,10 +195,10 @@ class SequentialMerge:
             self.files.use_unfinished(step)
             system = AsymmetricSystem(self.alpha, self.ridge, lambda group=group: self._blocks(group))
             for index, weight in enumerate(self.plan.model_weights):
-                moments = self._moments(step, index, group, part)
+                sums = self._sums(step, index, group, is_last=group is groups[-1])
                 if writer is not None:
-                    system.add(index, weight, moments)
-                del moments
+                    system.add(index, weight, sums, self._tokens(group)[index])
+                del sums
             if writer is not None:
                 reports.append(self._write_solution(system, group, writer))
         return reports
@@ -206,22 +207,28 @@ class SequentialMerge:
         """First linear layer of a group that is called in model `index`."""
         return group.grams[index]
 
-    def _moments(self, step: int, index: int, group: LayerGroup, part: MergePlan) -> Moments:
+    def _sums(self, step: int, index: int, group: LayerGroup, is_last: bool) -> Moments | Errors:
+        """Sums over the texts of a model; those in the model itself go through the whole step with its last group."""
         course, own = self.courses[index], self.own[index]
+        sums = self._no_sums(index, group)
         merged_weights, weights = self.merged.weights(step), own.model.weights(step)
         layers = [model.model.get_submodule(self._module(group, index)) for model in (self.merged, own.model)]
-        device, width = self.process.device, group.width
-        sums = [zeros(width, device) for _ in range(3)]
+        run_own = own.advance if is_last else own.forward
         for number, batch in enumerate(course.batches):
             h = batch.rows(_input_of(layers[0], partial(course.forward, step, merged_weights, number)))
-            x = batch.rows(_input_of(layers[1], partial(own.forward, step, weights, number)))
-            add_products(sums[0], h)
-            add_cross_products(sums[1], h, x)
-            add_products(sums[2], x)
-        for total in sums:
+            x = batch.rows(_input_of(layers[1], partial(run_own, step, weights, number), ends=not is_last))
+            sums.add(h, x)
+        for total in sums.sums():
             self.process.sum_(total)
-        tokens = self.plan.grams[index].grams[group.grams[index]].tokens
-        return Moments(symmetrise_(sums[0]), sums[1], symmetrise_(sums[2]), tokens)
+        if is_last:
+            self._own_steps[index] = step
+        return sums
+
+    def _no_sums(self, index: int, group: LayerGroup) -> Moments | Errors:
+        outputs = sum(math.prod(self.plan.layout[name][1]) for name in group.tensors) // group.width
+        if has_few_outputs(outputs, group.width, self.process.device):
+            return Errors([(rows[index], mean) for rows, mean in self._blocks(group)])
+        return Moments(group.width, self.process.device)
 
     def _blocks(self, group: LayerGroup) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
         """Blocks of a group's outputs: the models' rows and their mean."""
@@ -247,7 +254,9 @@ class SequentialMerge:
             for index in range(len(course.batches)):
                 course.advance(step, weights, index)
         del weights
-        for own in self.own:
+        for number, own in enumerate(self.own):
+            if self._own_steps.get(number) == step:
+                continue
             weights = own.model.weights(step)
             for index in range(len(own.batches)):
                 own.advance(step, weights, index)
@@ -266,28 +275,23 @@ def _ignore(elements: int) -> None:
     """Progress of elements, which a pass of steps does not show."""
 
 
-def _input_of(layer: nn.Module, run: Callable[[], Any]) -> torch.Tensor:
-    """The input of a layer in a forward pass, which ends there."""
+def _input_of(layer: nn.Module, run: Callable[[], Any], ends: bool = True) -> torch.Tensor:
+    """The input of a layer in a forward pass, which ends there if `ends`."""
+    seen: list[torch.Tensor] = []
 
-    def end(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        raise _Reached(args[0] if args else next(iter(kwargs.values())))
+    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else next(iter(kwargs.values())))
+        if ends:
+            raise _Reached
 
-    with contextlib.closing(_Hook(layer, end)):
+    handle = layer.register_forward_pre_hook(record, with_kwargs=True)
+    with contextlib.suppress(_Reached):
         try:
             run()
-        except _Reached as reached:
-            return reached.states
-    raise RuntimeError("the forward pass did not reach the layer")
-
-
-class _Hook:
-    def __init__(self, layer: nn.Module, hook: Callable):
-        self._handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
-
-    def close(self) -> None:
-        self._handle.remove()
+        finally:
+            handle.remove()
+    return seen[0]
 
 
 class _Reached(Exception):
-    def __init__(self, states: torch.Tensor):
-        self.states = states
+    """Raised to end a forward pass."""

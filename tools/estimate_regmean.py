@@ -12,17 +12,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from common.devices import HERE
 from common.errors import InputError
 from common.logging import quiet_libraries
 from regmean.average import AVERAGERS
 from regmean.compute import BATCH_MARGIN, LIBRARIES, memory_for_sums, plan_passes
-from regmean.config import GramFlags, MergeFlags
+from regmean.config import SEQUENTIAL, GramFlags, MergeFlags
 from regmean.gram import PANEL
 from regmean.gram_file import packed_size
 from regmean.hooks import LinearInputs, input_width, linear_layers, untied_head
+from regmean.layerwise import decoder_layers
 from regmean.merge import array_bytes
 from regmean.read_ahead import READERS
-from regmean.solve import BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS
+from regmean.sequential import SAMPLED
+from regmean.solve import BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS, GPU_SQUARES
 from tools.estimate import (
     Cost,
     Device,
@@ -40,6 +43,8 @@ from tools.estimate import (
 
 # Bytes per second of a good local disk.
 DISK = 1e9
+# Bytes per second between a host and a GPU, from memory that is not pinned.
+COPIED = 10e9
 # Rates of a thread of a busy host, per second: elements of two 16-bit models read, decoded and averaged, elements
 # rounded to 16 bits and written; bytes of Grams unpacked from files.
 AVERAGED, ENCODED, UNPACKED = 0.42e9, 0.70e9, 0.96e9
@@ -80,7 +85,11 @@ def plan_grams(flags: GramFlags) -> None:
     quiet_libraries()
     device = find_device(flags.plan, flags.device)
     model = _model(flags.model, flags.revision, flags.dtype, flags.trust_remote_code)
-    show(f"Grams of {flags.model}", device, estimate_grams(flags, model, device))
+    planned = estimate_grams(flags, model, device)
+    # As in a run: layer by layer where the sums do not fit beside the model.
+    if flags.layerwise == "on" or (flags.layerwise == "auto" and planned.counts.get("passes") != 1):
+        planned = estimate_layerwise_grams(flags, model, device)
+    show(f"Grams of {flags.model}", device, planned)
 
 
 def estimate_grams(flags: GramFlags, model: PreTrainedModel, device: Device) -> Estimate:
@@ -125,6 +134,90 @@ def estimate_grams(flags: GramFlags, model: PreTrainedModel, device: Device) -> 
             "snapshots": "for each device, during the run",
         },
     )
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Sizes of a model that is run layer by layer.
+
+    Attributes:
+        layers: the inputs of each decoder layer; last, those of the head.
+        weights: bytes of the largest step.
+        token_flops: operations of a forward pass through all layers, for a token.
+        activations: bytes of a batch.
+        state_bytes: bytes of a token's hidden state.
+    """
+
+    layers: list[list[LayerInput]]
+    weights: int
+    token_flops: float
+    activations: float
+    state_bytes: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, batch_tokens: int, max_length: int, device: Device) -> "Steps":
+        """Sizes of a meta model, in batches of `batch_tokens` with texts of `max_length`."""
+        prefix, modules = decoder_layers(model)
+        head, inputs, layers = untied_head(model), layer_inputs(model), []
+        for number in range(len(modules)):
+            layers.append([each for each in inputs if each.layers[0].startswith(f"{prefix}.{number}.")])
+        rest = [each for each in inputs if not each.layers[0].startswith(f"{prefix}.")]
+        largest = max(map(weight_bytes, modules))
+        outside = weight_bytes(model) - weight_bytes(modules) - (0 if head is None else weight_bytes(head))
+        length = min(max_length, batch_tokens)
+        rows = max(1, batch_tokens // length)
+        batch = batch_cost(model, rows, length, device)
+        width = model.config.get_text_config().hidden_size
+        flops = batch.flops / (rows * length)
+        return cls([*layers, rest], max(largest, outside), flops, batch.peak_bytes, width * model.dtype.itemsize)
+
+    def repeated(self) -> tuple[float, float]:
+        """Work of forward passes that end at each group, and of those that end at each last one, in whole ones."""
+        each = last = whole = 0
+        for groups in self.layers[:-1]:
+            done = 0
+            for group in groups:
+                each, last = each + done, last + (done if group is groups[-1] else 0)
+                done += group.width * group.outputs
+            whole += done
+        return each / whole, last / whole
+
+
+def estimate_layerwise_grams(flags: GramFlags, model: PreTrainedModel, device: Device) -> Estimate:
+    """Estimate the Grams of a model on the meta device, one decoder layer at a time."""
+    steps = Steps.of(model, flags.batch_tokens(device.type), flags.max_length, device)
+    inputs = [each for groups in steps.layers for each in groups]
+    tokens = flags.num_examples * flags.max_length
+    flops = tokens * (steps.token_flops + sum(each.width**2 for each in inputs))
+    states, file = tokens * steps.state_bytes, sum(each.file_bytes for each in inputs)
+    margin = (BATCH_MARGIN - 1) * steps.activations + (LIBRARIES if device.type == "cuda" else 0)
+    copied = 2 * len(steps.layers) * states / device.count
+    return Estimate(
+        parameters={"model": parameters(model)},
+        memory={
+            "weights": steps.weights,
+            "sums": max(sum(each.sum_bytes for each in groups) for groups in steps.layers),
+            "activations": steps.activations,
+            "margin": margin,
+        },
+        counts={"inputs": len(inputs), "tokens": tokens, "steps": len(steps.layers) + 1},
+        flops=flops,
+        seconds=flops / device.flops(model.dtype.itemsize) / device.count,
+        transfers={"states": states, "disk": file, "read": weight_bytes(model)},
+        notes={
+            "weights": "of one step",
+            "sums": "of one step",
+            "tokens": "at most",
+            "time": f"loading and writing excluded, and copies of the states, {duration(copied / COPIED)} at "
+            f"{gb(COPIED)}/s",
+            "states": _place(flags.offload_dir),
+            "disk": "twice as much while steps are joined",
+        },
+    )
+
+
+def _place(offload_dir: str | None) -> str:
+    return f"hidden states of all texts, on disk: {offload_dir}" if offload_dir else "hidden states of all texts, host"
 
 
 def _forward_passes(
@@ -189,17 +282,99 @@ def plan_merging(flags: MergeFlags) -> None:
     """
     quiet_libraries()
     device = replace(find_device(flags.plan, flags.device), count=1)
-    show(f"{flags.method} of {len(flags.models)} models", device, estimate_merge(flags, device))
+    estimate = estimate_sequential if flags.method in SEQUENTIAL else estimate_merge
+    show(f"{flags.method} of {len(flags.models)} models", device, estimate(flags, device))
 
 
-def estimate_merge(flags: MergeFlags, device: Device) -> Estimate:
-    """Estimate a merge; for RegMean, with Grams of all inputs."""
+def estimate_sequential(flags: MergeFlags, device: Device) -> Estimate:
+    """Estimate a layer-sequential merge of one alpha; several are merged one after the other."""
+    models = _models(flags)
+    model, count, itemsize = models[0], len(models), models[0].dtype.itemsize
+    sources = flags.texts(of_any_model=True) if flags.calibration else [GramFlags(plan=HERE, model="-").texts()] * count
+    tokens = sum(source.num_examples * source.max_length for source in sources)
+    longest = max(source.max_length for source in sources)
+    steps = Steps.of(model, flags.batch_tokens(device.type), longest, device)
+    is_asymmetric = flags.method == "regmean_asym"
+    each, last = steps.repeated()
+    squares = sum(group.width**2 for groups in steps.layers for group in groups)
+    if is_asymmetric:
+        # The merge's inputs of every group and its states; the same of the models, whose last group needs no more.
+        forwards, products, copies = 2 * (each + 1) - last, 4 * squares, 2.0
+    else:
+        forwards, products, copies = last + 1 + 1 / SAMPLED, squares, 1 + 1 / SAMPLED
+    flops = tokens * (forwards * steps.token_flops + products)
+    solving = sum(_solving_flops(group, count, is_asymmetric) for groups in steps.layers for group in groups)
+    size, states = weight_bytes(model), copies * tokens * steps.state_bytes
+    reads = 2 * count * max(map(len, steps.layers)) + count * (count + 1) if is_asymmetric else 3 * count + 1
+    copied = states * max(map(len, steps.layers)) * len(steps.layers)
+    seconds = flops / device.flops(itemsize) + solving / device.single_flops
+    alphas = len(flags.alpha)
+    return Estimate(
+        parameters={"each model": parameters(model)},
+        memory=_sequential_memory(steps, count, is_asymmetric, device),
+        counts={"systems": sum(map(len, steps.layers)), "tokens": tokens, "steps": len(steps.layers) + 1},
+        flops=alphas * (flops + solving),
+        seconds=alphas * seconds,
+        transfers={"states": states, "disk": (1 + alphas) * size, "read": alphas * reads * size},
+        notes={
+            "weights": "of one step of two models" if is_asymmetric else "of one step",
+            "tokens": "at most, of all models",
+            "time": f"copies of the states excluded, {duration(alphas * copied / COPIED)} at {gb(COPIED)}/s",
+            "states": _place(flags.offload_dir),
+            "disk": "the merge, and its steps until it is complete",
+            "read": "again for every group of layers: from the host's page cache, where a layer fits",
+        },
+    )
+
+
+def _solving_flops(group: LayerInput, models: int, is_asymmetric: bool) -> float:
+    """Operations of one system: its factor, solutions, right-hand sides and objectives."""
+    products = (8 * models if is_asymmetric else 3 * (1 if models == 2 else models)) + 2
+    return group.width**3 / 3 + products * group.outputs * group.width**2
+
+
+def _sequential_memory(steps: Steps, models: int, is_asymmetric: bool, device: Device) -> dict[str, float]:
+    """Bytes on the device of the larger of two moments: while inputs are summed, and while a system is solved."""
+    on_gpu = device.type == "cuda"
+    margin = (BATCH_MARGIN - 1) * steps.activations + (LIBRARIES if on_gpu else 0)
+    groups = [group for layer in steps.layers for group in layer]
+    if is_asymmetric:
+        # Beside the sum over the models before: three sums, or a solver's arrays. Right-hand sides and solutions.
+        sums = max(4 * 4 * group.width**2 + 4 * group.width * group.outputs for group in groups)
+        arrays = max(
+            4 * ((GPU_SQUARES if on_gpu else 2) + 1) * group.width**2
+            + 8 * group.width * group.outputs
+            + 4 * (models + 8) * min(BLOCK_ELEMENTS, group.width * group.outputs)
+            for group in groups
+        )
+        summing = {"weights": 2 * steps.weights, "sums": sums, "activations": steps.activations, "margin": margin}
+        solving = {"arrays": arrays}
+    else:
+        sums = models * max(sum(group.sum_bytes for group in layer) for layer in steps.layers)
+        systems = [(group.width, group.outputs) for group in groups]
+        summing = {"weights": steps.weights, "sums": sums, "activations": steps.activations, "margin": margin}
+        solving = {"sums": sums, "arrays": array_bytes(models, systems, 1, device.type)}
+    return max(summing, solving, key=lambda parts: sum(parts.values()))
+
+
+def _models(flags: MergeFlags) -> list[PreTrainedModel]:
+    """The models of a merge, on the meta device.
+
+    Raises:
+        InputError: they differ in size.
+    """
     revisions = flags.revisions[: len(flags.models)]
     models = [_model(name, revision, "auto") for name, revision in zip_longest(flags.models, revisions)]
     sizes = {name: parameters(model) for name, model in zip(flags.models, models, strict=True)}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
         raise InputError(f"models of different sizes do not merge; parameters: {listed}")
+    return models
+
+
+def estimate_merge(flags: MergeFlags, device: Device) -> Estimate:
+    """Estimate a merge; for RegMean, with Grams of all inputs."""
+    models = _models(flags)
     total, count, alphas = parameters(models[0]), len(models), len(flags.alpha)
     inputs = _solved_inputs(models[0], flags.counts_embeddings) if flags.method == "regmean" else []
     weights_read, flops = float(sum(model.dtype.itemsize * total for model in models)), 0.0

@@ -18,9 +18,17 @@ from tests.commands import run
 from tests.conftest import REPOSITORY
 from tests.regmean.conftest import make_gpt2, make_llama
 from tools.estimate import Device, causal_lm_on_meta, cost_of, known_device
-from tools.estimate_regmean import batch_cost, estimate_grams, estimate_merge, layer_inputs
+from tools.estimate_regmean import (
+    batch_cost,
+    estimate_grams,
+    estimate_layerwise_grams,
+    estimate_merge,
+    estimate_sequential,
+    layer_inputs,
+)
 
 LLAMA_3_8B = str(REPOSITORY / "configs/models/llama-3-8b")
+LLAMA_3_70B = str(REPOSITORY / "configs/models/llama-3-70b")
 LARGE = Device(HERE, "cpu", 1, 2**50, 1e9, 1e9, 1e9, "")
 
 
@@ -70,9 +78,52 @@ def test_llama_3_8b_on_one_gpu(device: str, passes: int) -> None:
 
 def test_a_model_that_does_not_fit_is_told(capsys: pytest.CaptureFixture) -> None:
     words = ["--model", str(REPOSITORY / "configs/models/llama-3-70b"), "--dtype", "bfloat16", "--plan", "h100"]
-    run(["python", str(REPOSITORY / "compute_gram.py"), *words])
+    run(["python", str(REPOSITORY / "compute_gram.py"), *words, "--layerwise", "off"])
     out = capsys.readouterr().out
     assert "no number of passes fits" in out and "DOES NOT FIT" in out
+    run(["python", str(REPOSITORY / "compute_gram.py"), *words])
+    out = capsys.readouterr().out
+    assert re.search(r"memory .*: fits", out) and re.search(r"steps +82$", out, re.MULTILINE)
+
+
+LAYER = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672  # weights of a layer's linear layers in Llama-3-70B
+SQUARES = 80 * (3 * 8192**2 + 28672**2) + 8192**2
+
+
+def test_llama_3_70b_layer_by_layer_on_one_gpu() -> None:
+    device, model = known_device("a100-80gb", 1), causal_lm_on_meta(LLAMA_3_70B)
+    planned = estimate_layerwise_grams(GramFlags(model=LLAMA_3_70B, plan="a100-80gb"), model, device)
+    tokens = 10_000 * 256
+    # The widest step's weights are the embedding table.
+    assert planned.memory["weights"] == pytest.approx(2 * 8192 * 128256, rel=1e-3)
+    assert planned.memory["sums"] == 4 * (3 * 8192**2 + 28672**2)
+    assert planned.peak < 10e9
+    assert planned.transfers["states"] == tokens * 8192 * 2
+    attention = 80 * 4 * 256 * 8192 / 2
+    assert planned.flops == pytest.approx(tokens * (80 * 2 * LAYER + attention + SQUARES), rel=0.01)
+    assert planned.seconds == pytest.approx(planned.flops / device.half_flops)
+
+
+@pytest.mark.parametrize(("method", "calibration"), [("regmean++", []), ("regmean_asym", ["math", "code"])])
+def test_layer_sequential_merge_of_llama_3_70b_on_one_gpu(method: str, calibration: list[str]) -> None:
+    device = known_device("a100-80gb", 1)
+    flags = MergeFlags(method=method, models=[LLAMA_3_70B] * 2, calibration=calibration, plan="a100-80gb")
+    planned = estimate_sequential(flags, device)
+    tokens, is_asymmetric = 2 * 10_000 * 256, method == "regmean_asym"
+    assert (planned.counts["systems"], planned.counts["tokens"]) == (321, tokens)
+    assert planned.peak < device.memory
+    states = tokens * 8192 * 2
+    assert planned.transfers["states"] == pytest.approx(states * (2 if is_asymmetric else 1 + 1 / 16))
+    parts = [8192 * (8192 + 2048), 8192**2, 2 * 8192 * 28672]  # before the second, third and fourth input of a layer
+    second, third, fourth = parts[0], sum(parts[:2]), sum(parts)
+    if is_asymmetric:
+        forward, squares, solving = 2 * (second + third + LAYER) + fourth, 4, 18
+    else:
+        forward, squares, solving = fourth + LAYER * (1 + 1 / 16), 1, 5
+    work = tokens * (80 * 2 * forward + squares * SQUARES)
+    inputs = 80 * [(8192, 10240), (8192, 8192), (8192, 57344), (28672, 8192)] + [(8192, 128256)]
+    work += sum(width**3 / 3 + solving * outputs * width**2 for width, outputs in inputs)
+    assert planned.flops == pytest.approx(work, rel=0.02)
 
 
 def test_llama_3_8b_merges_in_few_gigabytes() -> None:
