@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -45,18 +46,21 @@ class StandIn:
     def __init__(self, layers: int, slots: int, device: torch.device | str = "cpu"):
         sizes = {"hidden_size": HEADS * WIDTH, "num_attention_heads": HEADS, "vocab_size": VOCABULARY}
         self.config, self.device = LlamaConfig(num_hidden_layers=layers, **sizes), torch.device(device)
+        self._layers = range(layers)
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(97, slots, 1, VOCABULARY, generator=generator)
         logits[..., 0] -= 2.0
         self._logits = cycle(logits.to(device).unbind(0))
         self.mask = torch.ones(slots, LENGTH, dtype=torch.int64, device=device)
-        self._states = torch.randn(slots, HEADS, LENGTH, WIDTH, generator=generator).to(device)
+        states = torch.randn(slots, HEADS, LENGTH, WIDTH, generator=generator).to(device)
+        # Made once for each shape, since its own time is not the loop's.
+        self._states = cache(lambda rows, columns: states[:rows, :, :columns])
 
     def forward(self, position_ids: torch.Tensor, past_key_values: Any, **_: Any) -> SimpleNamespace:
         """Write the cache; return logits."""
         rows, columns = position_ids.shape
-        states = self._states[:rows, :, :columns]
-        for layer in range(self.config.num_hidden_layers):
+        states = self._states(rows, columns)
+        for layer in self._layers:
             past_key_values.update(states, states, layer)
         return SimpleNamespace(logits=next(self._logits)[:rows])
 

@@ -257,7 +257,9 @@ class EvaluationFlags(ModelFlags):
         "on: the LLM alone answers in languages that the mapping harms, by the verdicts in its config; off: the "
         "mapping answers in all; decide: the same, and these answers and a --baseline run's give new verdicts",
     )
-    eval_batch_size: int | None = flag(None, "problems of a batch on each device; default 16, 256 for vllm")
+    eval_batch_size: int | None = flag(
+        None, "problems at once on each device, fewer while long ones are active; default 16, 256 for vllm"
+    )
 
     def __post_init__(self) -> None:
         if self.eval_batch_size is None:

@@ -33,7 +33,10 @@ from common.logging import quiet_libraries
 from common.ranks import start_process
 
 Check = Callable[[Bench], list[dict[str, Any]]]
-COLUMNS = ("check", "result", "what", "ms", "roofline", "peak_GB", "planned_GB", "waits", "difference", "at_most")
+COLUMNS = (
+    *("check", "result", "what", "ms", "roofline", "peak_GB", "planned_GB", "published_GB"),
+    *("waits", "difference", "at_most"),
+)
 
 
 def main() -> int:

@@ -144,6 +144,8 @@ class _Slots:
         # The last token of each row and its position, [rows, 1], and a mask whose last column in use is at `_end`.
         self._tokens, self._positions = torch.zeros(2, 0, 1, dtype=torch.int64, device=llm.device)
         self._mask, self._end = torch.zeros(0, 0, dtype=torch.int64, device=llm.device), -1
+        # Numbers of the mask's columns.
+        self._axis = torch.arange(0, device=llm.device)
 
     def advance(
         self, waiting: deque[Answer], prefill: Callable[[list[int]], Sequence]
@@ -176,7 +178,9 @@ class _Slots:
 
     def _add(self, count: int) -> range:
         """Add free slots; return them."""
-        rows, count = len(self._answers), max(count, 0)
+        rows = len(self._answers)
+        if count <= 0:
+            return range(0)
         self._answers += [Answer(-1, is_done=True)] * count
         self._starts += [self._steps] * count
         self._tokens, self._positions, self._mask = (
@@ -190,11 +194,11 @@ class _Slots:
         if self._takes_rows:
             self._cache.begin(index, len(self._answers), self._columns)
         logits = _next(self._llm, {"inputs_embeds": sequence.embeds}, sequence.mask, positions, self._cache)
-        tokens, positions = logits.argmax(dim=-1, keepdim=True), positions[:, -1:]
+        tokens, last = logits.argmax(dim=-1, keepdim=True), positions[:, -1:]
         self._tokens.index_copy_(0, index, tokens)
-        self._positions.index_copy_(0, index, positions)
+        self._positions.index_copy_(0, index, last)
         # The only values that the host reads.
-        tokens, positions = torch.cat([tokens, positions], dim=1).T.tolist()
+        tokens, positions = map(list, zip(*torch.cat([tokens, last], dim=1).tolist(), strict=True))
         if not self._takes_rows:
             # The cache keeps all columns.
             positions = [sequence.mask.shape[1] - 1] * len(slots)
@@ -203,7 +207,7 @@ class _Slots:
         if max(positions) > self._end:
             self._renew_mask()
         else:
-            self._mask.index_copy_(0, index, self._mask_of(self._positions[index]))
+            self._mask.index_copy_(0, index, self._mask_of(last))
         if self._takes_rows:
             self._cache.trim(self._columns)
         else:
@@ -224,10 +228,12 @@ class _Slots:
 
     def _continue(self) -> list[int]:
         """Compute the next token of every slot; no slot is free."""
-        self._steps, self._positions, self._end = self._steps + 1, self._positions + 1, self._end + 1
-        if self._end == self._mask.shape[1]:
+        self._steps, self._end = self._steps + 1, self._end + 1
+        self._positions += 1
+        if self._end == len(self._axis):
             self._renew_mask()
-        mask = self._mask[:, self._end + 1 - self._columns : self._end + 1]
+        columns = self._columns
+        mask = self._mask.narrow(1, self._end + 1 - columns, columns)
         logits = _next(self._llm, {"input_ids": self._tokens}, mask, self._positions, self._cache)
         self._tokens = logits.argmax(dim=-1, keepdim=True)
         return self._tokens.flatten().tolist()
@@ -235,13 +241,12 @@ class _Slots:
     def _renew_mask(self) -> None:
         """Make the mask of all rows, with free columns after the one in use."""
         self._end = self._columns - 1
-        self._mask = self._positions.new_empty(0, self._columns + _ROOM)
+        self._axis = torch.arange(self._columns + _ROOM, device=self._positions.device)
         self._mask = self._mask_of(self._positions)
 
     def _mask_of(self, positions: torch.Tensor) -> torch.Tensor:
         """Mask of rows with these last positions; all rows end in the same column."""
-        columns = torch.arange(-self._end, self._mask.shape[1] - self._end, device=positions.device)
-        return (columns >= -positions).long()
+        return (self._axis >= self._end - positions).long()
 
 
 @torch.inference_mode()

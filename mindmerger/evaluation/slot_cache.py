@@ -1,5 +1,6 @@
 """A key-value cache of slots: tokens are written in place, and a finished row's slot is reused."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # Free columns of a new buffer: the number of steps before its content is copied to a larger one.
 _ROOM = 64
+# Columns whose views are made together, which takes less time than one view for each token.
+_VIEWS = 16
 
 
 class SlotCache(Cache):
@@ -71,6 +74,8 @@ class SlotLayer(DynamicLayer):
         self._window = like.sliding_window - 1 if like.is_sliding else None
         self.columns = self._end = self._capacity = 0
         self.new: tuple[torch.Tensor, int] | None = None
+        # Views of the next free columns of the two buffers.
+        self._free: Iterator[tuple[torch.Tensor, torch.Tensor]] = iter(())
 
     def _cut(self, columns: int) -> int:
         return columns if self._window is None else min(columns, self._window)
@@ -83,14 +88,23 @@ class SlotLayer(DynamicLayer):
             self._fill(key_states, value_states, *self.new)
             return key_states, value_states
         kept = self._cut(self.columns)
-        if self._end == self._capacity:
-            self._move(len(self.keys), kept, kept)
-        end = self._end
-        self.keys.narrow(2, end, 1).copy_(key_states)
-        self.values.narrow(2, end, 1).copy_(value_states)
+        if (free := next(self._free, None)) is None:
+            free = self._next_free(kept)
+        free[0].copy_(key_states)
+        free[1].copy_(value_states)
+        start = self._end - kept
         self._end += 1
         self.columns += 1
-        return self.keys.narrow(2, end - kept, kept + 1), self.values.narrow(2, end - kept, kept + 1)
+        return self.keys.narrow(2, start, kept + 1), self.values.narrow(2, start, kept + 1)
+
+    def _next_free(self, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make views of the next free columns; return those of the first."""
+        if self._end == self._capacity:
+            self._move(len(self.keys), kept, kept)
+        count = min(_VIEWS, self._capacity - self._end)
+        columns = (buffer.narrow(2, self._end, count).split(1, dim=2) for buffer in (self.keys, self.values))
+        self._free = zip(*columns, strict=True)
+        return next(self._free)
 
     def _fill(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, rows: int) -> None:
         """Put new rows into slots; see `SlotCache.begin`."""
@@ -103,17 +117,26 @@ class SlotLayer(DynamicLayer):
             self._move(rows, kept, max(count, kept))
         for buffer, new in ((self.keys, keys), (self.values, values)):
             columns = buffer.narrow(2, self._end - count, count)
-            columns.index_copy_(0, slots, new.narrow(2, tokens - count, count))
+            columns.index_copy_(0, slots, new if count == tokens else new.narrow(2, tokens - count, count))
 
     def _move(self, rows: int, kept: int, end: int) -> None:
         """Move the last `kept` columns to buffers of `rows` rows, where they end at `end`, before free ones."""
         for name in ("keys", "values"):
             old = getattr(self, name)
+            # Free columns are written before they are read.
+            new = old.new_empty(rows, old.shape[1], end + _ROOM, old.shape[3])
             # Zeros, since masked values are multiplied by 0 and must be finite.
-            new = old.new_zeros(rows, old.shape[1], end + _ROOM, old.shape[3])
+            new[:, :, : end - kept] = 0
+            new[len(old) :, :, end - kept : end] = 0
             new[: len(old), :, end - kept : end] = old[:, :, self._end - kept : self._end]
             setattr(self, name, new)
         self._end, self._capacity = end, end + _ROOM
+        self._free = iter(())
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Keep the rows `beam_idx`."""
+        super().reorder_cache(beam_idx)
+        self._free = iter(())
 
     def get_seq_length(self) -> int:
         """Columns of the longest row; in a prefill 0."""

@@ -57,6 +57,9 @@ def test_all_checks_run_small_on_a_cpu() -> None:
             # The estimate for very small shapes.
             assert "peak_GB" not in row or row["peak_GB"] == pytest.approx(row["planned_GB"], rel=0.25)
     assert [sum(row["waits"].values()) for row in speed["training"]["rows"]] == [0, 0]
+    # The published way's peak is measured, not planned.
+    mixed = speed["decoding"]["rows"][-1]
+    assert mixed.keys() == {"what", "peak_GB", "published_GB"} and "| published_GB |" in rows[0]
     assert len(rows) == 3 + sum(len(line.get("rows", [0])) for line in checks.values())
     for private in (str(REPOSITORY), tempfile.gettempdir(), socket.gethostname()):
         assert private not in done.stdout

@@ -99,6 +99,9 @@ def in_slots(
 def test_any_number_of_slots_gives_the_answers_of_one_row_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # So small that the cache is moved many times.
     monkeypatch.setattr(slot_cache, "_ROOM", 3)
+    monkeypatch.setattr(slot_cache, "_VIEWS", 2)
+    # Memory that is read before it is written changes the answers.
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda like, *size: like.new_full(size, float("nan")))
     llm = build(family)
     rows, expected, has_ended = problems(llm)
     for slots in (1, 3, 5, 99):

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +121,11 @@ def test_out_of_memory_halves_the_slots_and_goes_on(
     words: Words, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     sizes: list[int] = []
+    lengths: list[int] = []
+
+    def steps(*arguments: object) -> Iterator:
+        lengths.extend(arguments[-1].values())
+        return decoding.greedy_steps(*arguments)
 
     def short_of_memory(limit: int, after: int) -> Callable:
         def step(llm: object, inputs: dict[str, torch.Tensor], *rest: object) -> torch.Tensor:
@@ -133,13 +138,16 @@ def test_out_of_memory_halves_the_slots_and_goes_on(
         return step
 
     one_step = decoding._next
-    evaluate_words(*words, "--save_name", "room", "--eval_batch_size", 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(answerer_module, "greedy_steps", steps)
+        evaluate_words(*words, "--save_name", "room", "--eval_batch_size", 8)
     capsys.readouterr()
     # There is memory for eight at first, until the cache grows.
     monkeypatch.setattr(decoding, "_next", short_of_memory(3, after=15))
     evaluate_words(*words, "--save_name", "short", "--eval_batch_size", 8)
-    # Problems have different lengths: fewer than eight of the longest start at once.
-    assert max(sizes[:15]) > 3 and max(sizes[-8:]) <= 3
+    # Seven problems are answered before the first pass that is out of memory, and six before the second.
+    assert sizes == _passes(lengths, 8)[:16] + _passes(lengths[7:], 4)[:25] + _passes(lengths[13:], 2)
+    assert (sizes[15], sizes[40]) == (7, 4) and set(sizes[41:]) == {1, 2}
     printed = capsys.readouterr().out
     assert "out of memory with 8 problems at once: continuing with 4" in printed
     assert "out of memory with 4 problems at once: continuing with 2" in printed
@@ -147,6 +155,20 @@ def test_out_of_memory_halves_the_slots_and_goes_on(
     monkeypatch.setattr(decoding, "_next", short_of_memory(0, after=0))
     with pytest.raises(InputError, match=r"single problem, .*mgsm_\w+\.tsv, line \d.*--max_gen_len below 12"):
         evaluate_words(*words, "--save_name", "none")
+
+
+def _passes(lengths: list[int], slots: int) -> list[int]:
+    """Rows of each forward pass for problems of falling lengths whose answers all have twelve tokens.
+
+    As many rows start as take the memory of `slots` rows of mean length, at most four in a prefill.
+    """
+    sizes, whole = [], [length + 12 for length in lengths]
+    cells = slots * sum(whole) / len(whole)
+    while whole:
+        rows = min(slots, max(1, int(cells / whole[0])), len(whole))
+        sizes += [4] * (rows // 4) + [rows % 4] * (rows % 4 > 0) + [rows] * 11
+        whole = whole[rows:]
+    return sizes
 
 
 def test_labels_scored_out_of_memory_are_halved_too(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
