@@ -248,6 +248,18 @@ def flags(work: Path, monkeypatch: pytest.MonkeyPatch) -> reproduce.ReproduceFla
     )
 
 
+def test_specialists_that_move_apart_have_other_questions_and_held_out_functions(flags, tokenizer) -> None:
+    rows = json.loads(Path("math.json").read_text())
+    rows += [row | {"query": f"Swali: {row['query']}", "lang": "Swahili"} for row in rows[:40]]
+    Path("math.json").write_text(json.dumps(rows))
+    reproduce.write_all_texts(Path("apart"), replace(flags, language="Swahili", same_packages=True), tokenizer)
+    found = reproduce.read_all_texts(Path("apart"), test_num=6, training_num=20)
+    for domain in reproduce.DOMAINS:
+        assert not set(found.training[domain]) & set(found.held_out[domain])
+    assert all(text.read.startswith("Question: Swali: ") for text in found.training["math"] + found.held_out["math"])
+    assert set(found.held_out["code"]) < set(texts.functions(["tqdm"]))
+
+
 def test_the_whole_is_done_once(flags, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     def stop(*_, **__):
         raise KeyboardInterrupt
