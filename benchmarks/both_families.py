@@ -20,7 +20,7 @@ from statistics import mean
 
 import torch
 
-from benchmarks.quickstart_regmean import merge, run
+from benchmarks.quickstart_regmean import merge_seed, run
 from common.cli import parse_flags
 from common.io import read_json, write_json
 from common.logging import quiet_libraries, say
@@ -121,7 +121,7 @@ def measure(seed: int, work: Path, split: Split, count: int) -> dict[str, dict[s
     result = work / f"{split}-{count}.json"
     if not result.exists():
         process = Process(0, 1, torch.device("cpu"))
-        merge(seed, work)
+        merge_seed(seed, work, ["regmean"])
         one, other, merged = work / "models/problems", work / "models/programs", work / "merges/regmean/alpha_0.9"
         start = aligned(one, work / "start", process)
         mapping = trained(one, start, f"both-{work.parent.name}-{seed}", seed)

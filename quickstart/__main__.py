@@ -74,6 +74,22 @@ STEPS = (
     ),
     Step("plain average", "python merge_model.py --config quickstart/merge_avg.yaml", BUILD / "merges/avg"),
     Step("RegMean", "python merge_model.py --config quickstart/merge_regmean.yaml", BUILD / "merges/regmean"),
+    Step(
+        "RegMean, embeddings by token counts",
+        "python merge_model.py --config quickstart/merge_regmean.yaml --embeddings counts --alpha 0.99"
+        " --output_dir quickstart/build/merges/regmean_counts/alpha_0.99",
+        BUILD / "merges/regmean_counts",
+    ),
+    Step(
+        "RegMean++",
+        "python merge_model.py --config quickstart/merge_regmean++.yaml",
+        BUILD / "merges/regmean++_counts",
+    ),
+    Step(
+        "asymmetric RegMean",
+        "python merge_model.py --config quickstart/merge_regmean_asym.yaml",
+        BUILD / "merges/regmean_asym_counts",
+    ),
     Step("evaluation of the merges", "python -m quickstart.compare_merges", Path("results/quickstart-regmean")),
 )
 

@@ -29,6 +29,15 @@ from quickstart.exercises import TASKS, Exercise
 
 BATCH_SIZE = 128
 MAX_NEW_TOKENS = 64  # twice the longest solution
+# Folders of merges with an alpha, and their names in tables.
+METHODS = {
+    "regmean": "RegMean",
+    "regmean_counts": "RegMean, counts",
+    "regmean++": "RegMean++",
+    "regmean++_counts": "RegMean++, counts",
+    "regmean_asym": "asymmetric",
+    "regmean_asym_counts": "asymmetric, counts",
+}
 
 
 @dataclass
@@ -36,7 +45,7 @@ class CompareFlags:
     """Evaluate two specialists, their base and their merges on the exercises of both tasks."""
 
     models: str = flag("quickstart/models/regmean", "folder of base, problems and programs")
-    merges: str = flag("quickstart/build/merges", "folder of avg and regmean/alpha_ALPHA, as merge_model.py wrote them")
+    merges: str = flag("quickstart/build/merges", "folder of avg and METHOD/alpha_ALPHA, as merge_model.py wrote them")
     save_name: str = flag("quickstart-regmean", "results go to results/{save_name}")
     split: str = flag("test", "test, or dev for tuning")
     test_num: int = flag(250, "exercises of each task")
@@ -74,25 +83,27 @@ def compare(flags: CompareFlags) -> dict[str, Any]:
             run.start()
             scores = summary(evaluate(folders, exercises, results, process), flags.test_num)
             write_json(results / SCORES, scores)
-            run.finish({"regmean": scores["regmean"], **process.peak_memory()})
+            run.finish({name: scores[name] for name in METHODS if name in scores} | process.peak_memory())
     scores = read_json(results / SCORES)
     say(process, f"\n{results}\n{table(scores)}")
     return scores
 
 
 def model_folders(models: Path, merges: Path) -> dict[str, Path]:
-    """Folders of all models by name: base, the specialists by task, avg, then regmean_ALPHA by alpha.
+    """Folders of all models by name: base, the specialists by task, avg, then METHOD_ALPHA by method and alpha.
 
     Raises:
         InputError: one of them, or every RegMean merge, is missing.
     """
-    by_alpha = {folder.name.removeprefix("alpha_"): folder for folder in merges.glob("regmean/alpha_*")}
     folders = {name: models / name for name in ("base", *TASKS)} | {"avg": merges / "avg"}
-    folders |= {f"regmean_{alpha}": by_alpha[alpha] for alpha in sorted(by_alpha, key=float)}
+    for method in METHODS:
+        # An unfinished merge has a name that does not end in a number.
+        by_alpha = {path.name.removeprefix("alpha_"): path for path in (merges / method).glob("alpha_*[0-9]")}
+        folders |= {f"{method}_{alpha}": by_alpha[alpha] for alpha in sorted(by_alpha, key=float)}
     for folder in folders.values():
         if not (folder / "model.safetensors").exists():
             raise InputError(f"{folder}: no model here")
-    if not by_alpha:
+    if "regmean" not in {name.rpartition("_")[0] for name in folders}:
         raise InputError(f"{merges / 'regmean'}: no models alpha_ALPHA here")
     return folders
 
@@ -142,8 +153,8 @@ def summary(right: dict[str, dict[str, int]], count: int) -> dict[str, Any]:
         count: number of exercises of each task.
 
     Returns:
-        `base`: by task; `specialists`: by name and task; `average`: by task; `regmean`: by alpha and task; `counts`: by
-        name and task, `right`, `count`, and `low` and `high`, the 95% Wilson interval.
+        `base`: by task; `specialists`: by name and task; `average`: by task; each of METHODS that has merges: by alpha
+        and task; `counts`: by name and task, `right`, `count`, and `low` and `high`, the 95% Wilson interval.
     """
     accuracies = {name: {task: n / count for task, n in tasks.items()} for name, tasks in right.items()}
     counts: dict[str, dict[str, Any]] = {}
@@ -152,13 +163,16 @@ def summary(right: dict[str, dict[str, int]], count: int) -> dict[str, Any]:
         for task, n in tasks.items():
             low, high = wilson_interval(n, count)
             counts[name][task] = {"right": n, "count": count, "low": low, "high": high}
+    merges: dict[str, dict[str, dict[str, float]]] = {}
+    for name, tasks in accuracies.items():
+        method, _, alpha = name.rpartition("_")
+        if method in METHODS:
+            merges.setdefault(method, {})[alpha] = tasks
     return {
         "base": accuracies["base"],
         "specialists": {name: accuracies[name] for name in TASKS},
         "average": accuracies["avg"],
-        "regmean": {
-            name.removeprefix("regmean_"): tasks for name, tasks in accuracies.items() if name.startswith("regmean_")
-        },
+        **merges,
         "counts": counts,
     }
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from common.io import read_json, write_json, write_text
 from mindmerger.evaluation.report import read_predictions
+from quickstart.compare_merges import METHODS
 
 HOME = Path(__file__).parent
 RESULTS = Path("results")
@@ -30,7 +31,7 @@ def gather(seconds: dict[str, float]) -> dict[str, Any]:
     merges = read_json(MERGES)
     return {
         "mindmerger": {"baseline": _accuracies(BASELINE), "mapped": _accuracies(MAPPED)},
-        "regmean": {kind: merges[kind] for kind in ("specialists", "average", "regmean")},
+        "regmean": {kind: merges[kind] for kind in ("specialists", "average", *METHODS) if kind in merges},
         "seconds": seconds,
     }
 
@@ -73,17 +74,21 @@ def _row(name: str, before: float, after: float) -> str:
 def _regmean_table(figures: dict[str, Any]) -> str:
     models = _merged_models(figures)
     tasks = list(figures["average"])
-    lines = [f"{'RegMean: accuracy, %':<26}" + "".join(f"{task:>12}" for task in tasks) + f"{'mean':>12}"]
+    lines = [f"{'RegMean: accuracy, %':<30}" + "".join(f"{task:>12}" for task in tasks) + f"{'mean':>12}"]
     for name, accuracies in models.items():
         cells = [accuracies[task] for task in tasks] + [mean(accuracies)]
-        lines.append(f"{name:<26}" + "".join(f"{100 * cell:>12.1f}" for cell in cells))
+        lines.append(f"{name:<30}" + "".join(f"{100 * cell:>12.1f}" for cell in cells))
     return "\n".join(lines)
 
 
 def _merged_models(figures: dict[str, Any]) -> dict[str, dict[str, float]]:
     models = {f"{name} specialist": accuracies for name, accuracies in figures["specialists"].items()}
     models["average"] = figures["average"]
-    return models | {f"RegMean, alpha {alpha}": accuracies for alpha, accuracies in figures["regmean"].items()}
+    return models | {
+        f"{name}, alpha {alpha}": accuracies
+        for method, name in METHODS.items()
+        for alpha, accuracies in figures.get(method, {}).items()
+    }
 
 
 def _page(results: dict[str, Any]) -> str:
@@ -143,7 +148,12 @@ def _curve(figures: dict[str, Any]) -> Figure:
     alphas = list(figures["regmean"])
     # Evenly spaced: values between 0.9 and 1 would not be distinguishable on a linear axis.
     places = range(len(alphas))
-    axes.plot(places, [100 * mean(figures["regmean"][alpha]) for alpha in alphas], "o-", color=_AFTER, label="RegMean")
+    for method, name in METHODS.items():
+        known = [alpha for alpha in alphas if alpha in figures.get(method, {})]
+        heights = [100 * mean(figures[method][alpha]) for alpha in known]
+        look = {"color": _AFTER} if method == "regmean" else {}
+        if known:
+            axes.plot([alphas.index(alpha) for alpha in known], heights, "o-", label=name, **look)
     axes.axhline(100 * mean(figures["average"]), color=_LINE, linestyle="--", label="plain average")
     own = [accuracies[name] for name, accuracies in figures["specialists"].items()]
     axes.axhline(100 * sum(own) / len(own), color="#444444", linestyle=":", label="each specialist on its own task")

@@ -8,6 +8,9 @@ body given signature and docstring. All models are evaluated on the same held-ou
 packages that no seed trains on. `math.json` is MindMerger's list of {query, response, lang}; its problems are GSM8K's
 training problems, which may be in the training data of MODEL.
 
+`--language Swahili --same_packages` makes specialists that move further apart: the questions are in a language that
+MODEL hardly reads, and the held-out functions are unseen ones of the training packages.
+
 Columns: loss in nats per token; the fraction of tokens that the model predicts as most likely; and the fraction of
 problems whose last step is more likely with the right result than with three wrong ones (`texts.choices`; guessing
 gives 25%). Intervals are 95%, by bootstrap over the held-out texts, and measure the dependence on these texts. The
@@ -15,7 +18,8 @@ seeds show the dependence on the training texts.
 
 Finished steps are not repeated: an interrupted run is continued by the same command, and `--seeds` may grow. A seed
 takes ten times MODEL's size on disk in float32; the first one, which includes the published algorithm, fourteen times.
-Figures go to `results/reproduce/regmean.json`; the last line printed is the same as one JSON object.
+Figures go to `results/reproduce/regmean.json` (`regmean_LANGUAGE.json` for other questions than English ones); the last
+line printed is the same as one JSON object.
 """
 
 import functools
@@ -48,16 +52,21 @@ from common.runs import open_run
 from mindmerger.frozen_models import load_llm
 from regmean.compute import compute_grams
 from regmean.config import GramFlags, MergeFlags
+from regmean.layerwise_merge import merge_layer_by_layer
 from regmean.merge import merge
 from regmean.model_folder import open_checkpoint
 
-RESULTS = Path("results/reproduce/regmean.json")
+RESULTS = Path("results/reproduce")
 DOMAINS = ("math", "code")
 ALPHAS = [0.1, 0.5, 0.9, 0.95, 0.99]
 PUBLISHED_ALPHA = 0.1
+SEQUENTIAL = {"regmean++": "RegMean++", "regmean_asym": "asymmetric RegMean"}
+SEQUENTIAL_ALPHA = 0.9
 MAX_TOKENS = 160  # of a text; longer ones are left out
 HELD_OUT = 1000  # problems that are not used for training
+COMMAND = "python -m benchmarks.reproduce.regmean"
 AVERAGE = "average"
+REGMEAN = f"RegMean, alpha {SEQUENTIAL_ALPHA:g}"  # what other merges are compared with, beside the average
 # Figure: its name in the table, domain, numerator and denominator of each text, and True if it is a fraction.
 FIGURES = {
     "math_loss": ("math loss", "math", "loss", "tokens", False),
@@ -67,6 +76,9 @@ FIGURES = {
     "code_accuracy": ("code tokens, %", "code", "right", "tokens", True),
 }
 Scores = dict[str, dict[str, list]]  # results of `score_texts` by domain
+
+
+_NOT_SETTINGS = ("model", "math_data", "work_dir", "seeds", "overwrite")  # given by content, or free to change
 
 
 @dataclass
@@ -80,6 +92,9 @@ class ReproduceFlags:
     steps: int = flag(48, "steps of fine-tuning a specialist")
     batch_size: int = flag(8, "texts of a step")
     lr: float = flag(5e-5, "highest learning rate, of AdamW with warm-up and cosine decay")
+    language: str = flag("English", "language of the questions, as math.json names it; solutions are English")
+    same_packages: bool = flag(False, "hold out functions of the training packages, not whole packages")
+    dtype: str = flag("bfloat16", "of forward passes; float32 is faster on a CPU without bfloat16 instructions")
     num_examples: int = flag(192, "training texts that a Gram is computed from")
     test_num: int = flag(150, "held-out texts of each domain")
     overwrite: bool = flag(False, "replace a run of other settings in --work_dir")
@@ -91,6 +106,8 @@ class ReproduceFlags:
         for name in ("seeds", "steps", "batch_size", "num_examples"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise InputError("--dtype is bfloat16 or float32")
         if self.test_num < 2 or self.test_num > HELD_OUT:
             raise InputError(f"--test_num must be from 2 to {HELD_OUT}")
 
@@ -99,7 +116,7 @@ class ReproduceFlags:
         return {
             "model": open_checkpoint(self.model).fingerprint(),
             "math_data": sha256(Path(self.math_data)),
-            **{name: getattr(self, name) for name in ("steps", "batch_size", "lr", "num_examples", "test_num")},
+            **{name: value for name, value in vars(self).items() if name not in _NOT_SETTINGS},
         }
 
 
@@ -111,7 +128,7 @@ class Texts:
     held_out: dict[str, list[Text]]
 
 
-def write_all_texts(folder: Path, math_data: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def write_all_texts(folder: Path, flags: ReproduceFlags, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the texts of both domains with at most MAX_TOKENS tokens, in a fixed random order."""
 
     def short(texts: list[Text]) -> list[Text]:
@@ -120,15 +137,15 @@ def write_all_texts(folder: Path, math_data: Path, tokenizer: PreTrainedTokenize
         random.Random(0).shuffle(kept)
         return kept
 
-    learned, unseen = functions(TRAINING_PACKAGES), functions(HELD_OUT_PACKAGES)
-    bodies = {text.learned for text in learned}
-    asked = [text for text in short(problems(math_data)) if choices(text) is not None]
-    sets = {
-        "math_held_out": asked[:HELD_OUT],
-        "math_training": asked[HELD_OUT:],
-        "code_held_out": short([text for text in unseen if text.learned not in bodies]),
-        "code_training": short(learned),
-    }
+    asked = [text for text in short(problems(Path(flags.math_data), flags.language)) if choices(text) is not None]
+    learned = functions(TRAINING_PACKAGES)
+    bodies, training = {text.learned for text in learned}, short(learned)
+    held_out, training = training[:HELD_OUT], training[HELD_OUT:]
+    if not flags.same_packages:
+        training = held_out + training
+        held_out = short([text for text in functions(HELD_OUT_PACKAGES) if text.learned not in bodies])
+    sets = {"math_held_out": asked[:HELD_OUT], "math_training": asked[HELD_OUT:]}
+    sets |= {"code_held_out": held_out, "code_training": training}
     for name, texts in sets.items():
         write_json(folder / f"{name}.json", texts)
         print(f"{name}: {len(texts):,} texts", flush=True)
@@ -152,15 +169,13 @@ def read_all_texts(folder: Path, test_num: int, training_num: int) -> Texts:
 def specialist(flags: ReproduceFlags, texts: list[Text], seed: int, folder: Path) -> None:
     """Fine-tune a specialist; write the model, and its texts in the form that `compute_gram.py` reads."""
     drawn = training_order(texts, flags.steps, flags.batch_size, seed)
-    fine_tune(flags.model, drawn, flags.batch_size, flags.lr, folder / "model")
+    fine_tune(flags.model, drawn, flags.batch_size, flags.lr, folder / "model", getattr(torch, flags.dtype))
     lines = (json.dumps({"text": text.read + text.learned}) + "\n" for text in drawn)
     write_text(folder / "texts.jsonl", "".join(lines))
 
 
-def merged_models(flags: ReproduceFlags, home: Path, seed: int) -> dict[str, Path]:
-    """Compute one seed's Grams and merges; return the folders of all merged models, in the table's order."""
-    specialists = [str(home / domain / "model") for domain in DOMAINS]
-    process = start_process("cpu")
+def write_all_grams(flags: ReproduceFlags, home: Path) -> list[str]:
+    """Compute the Grams of one seed's specialists; return their folders."""
 
     def gram(domain: str, folder: Path) -> None:
         gram_flags = GramFlags(
@@ -170,56 +185,80 @@ def merged_models(flags: ReproduceFlags, home: Path, seed: int) -> dict[str, Pat
             num_examples=flags.num_examples,
             max_length=MAX_TOKENS,
             output_dir=str(folder / "gram"),
-            dtype="bfloat16",
+            dtype=flags.dtype,
             device="cpu",
         )
-        compute_grams(gram_flags, process)
+        compute_grams(gram_flags, start_process("cpu"))
 
-    def published_gram(domain: str, folder: Path) -> None:
+    for domain in DOMAINS:
+        step(home / f"gram_{domain}", functools.partial(gram, domain))
+    return [str(home / f"gram_{domain}" / "gram") for domain in DOMAINS]
+
+
+def merged_models(flags: ReproduceFlags, home: Path, seed: int) -> dict[str, Path]:
+    """Compute one seed's Grams and merges; return the folders of all merged models, in the table's order."""
+    specialists = [str(home / domain / "model") for domain in DOMAINS]
+
+    def merging(method: str, folder: Path, **options: Any) -> None:
+        output = str(folder / "model")
+        of = MergeFlags(method, specialists, device="cpu", embeddings="average", output_dir=output, **options)
+        if method in SEQUENTIAL:
+            merge_layer_by_layer(of, start_process("cpu"), COMMAND)
+        else:
+            merge(of, COMMAND)
+
+    grams = write_all_grams(flags, home)
+    step(home / "avg", functools.partial(merging, "avg"))
+    step(home / "regmean", functools.partial(merging, "regmean", grams=grams, alpha=ALPHAS))
+    folders = {AVERAGE: home / "avg" / "model"}
+    folders |= {f"RegMean, alpha {alpha:g}": home / "regmean" / f"model_{alpha:g}" for alpha in ALPHAS}
+    texts = [write_calibration(flags, home / domain / "texts.jsonl", home / f"{domain}.yaml") for domain in DOMAINS]
+    for method, name in SEQUENTIAL.items():
+        step(home / method, functools.partial(merging, method, calibration=texts, alpha=[SEQUENTIAL_ALPHA]))
+        folders[f"{name}, alpha {SEQUENTIAL_ALPHA:g}"] = home / method / "model"
+    one = {"grams": grams, "alpha": [PUBLISHED_ALPHA], "solver": "lstsq"}
+    step(home / "lstsq", functools.partial(merging, "regmean", **one))
+    folders[f"RegMean, alpha {PUBLISHED_ALPHA:g}, lstsq"] = home / "lstsq" / "model"
+    return folders | (published_merges(flags, home) if seed == 0 else {})
+
+
+def published_merges(flags: ReproduceFlags, home: Path) -> dict[str, Path]:
+    """Merge one seed's specialists by the published algorithm; return the folders of the merges."""
+    specialists = [str(home / domain / "model") for domain in DOMAINS]
+
+    def gram(domain: str, folder: Path) -> None:
         texts = read_texts(home / domain / "texts.jsonl")[: flags.num_examples]
         write_grams(str(home / domain / "model"), texts, MAX_TOKENS, folder / "gram.pkl")
 
     for domain in DOMAINS:
-        step(home / f"gram_{domain}", functools.partial(gram, domain))
-        if seed == 0:
-            step(home / f"published_gram_{domain}", functools.partial(published_gram, domain))
+        step(home / f"published_gram_{domain}", functools.partial(gram, domain))
+    pickles = [home / f"published_gram_{domain}" / "gram.pkl" for domain in DOMAINS]
 
-    def merging(folder: Path, **options: Any) -> None:
-        merge(
-            MergeFlags(models=specialists, device="cpu", output_dir=str(folder / "model"), **options),
-            command="python -m benchmarks.reproduce.regmean",
-        )
+    def merging(driver: str | None, folder: Path) -> None:
+        write_merge(specialists, pickles, PUBLISHED_ALPHA, driver, str(folder / "model"))
 
-    grams = [str(home / f"gram_{domain}" / "gram") for domain in DOMAINS]
-    step(home / "avg", functools.partial(merging, method="avg"))
-    # As published, embeddings are averaged.
-    as_published = functools.partial(merging, method="regmean", grams=grams, embeddings="average")
-    step(home / "regmean", functools.partial(as_published, alpha=ALPHAS))
-    step(home / "lstsq", functools.partial(as_published, alpha=[PUBLISHED_ALPHA], solver="lstsq"))
-    folders = {AVERAGE: home / "avg" / "model"}
-    folders |= {f"RegMean, alpha {alpha:g}": home / "regmean" / f"model_{alpha:g}" for alpha in ALPHAS}
-    folders[f"RegMean, alpha {PUBLISHED_ALPHA:g}, lstsq"] = home / "lstsq" / "model"
-
-    if seed == 0:
-        pickles = [home / f"published_gram_{domain}" / "gram.pkl" for domain in DOMAINS]
-
-        def published_merge(driver: str | None, folder: Path) -> None:
-            write_merge(specialists, pickles, PUBLISHED_ALPHA, driver, str(folder / "model"))
-
-        for place, name, driver in (("gels", "gels", "gels"), ("default", "torch's own choice", None)):
-            folder = home / f"published_{place}"
-            step(folder, functools.partial(published_merge, driver))
-            folders[f"published algorithm, alpha {PUBLISHED_ALPHA:g}, lstsq by {name}"] = folder / "model"
+    folders = {}
+    for place, name, driver in (("gels", "gels", "gels"), ("default", "torch's own choice", None)):
+        folder = home / f"published_{place}"
+        step(folder, functools.partial(merging, driver))
+        folders[f"published algorithm, alpha {PUBLISHED_ALPHA:g}, lstsq by {name}"] = folder / "model"
     return folders
 
 
-def scores_of(model: str | Path, folder: Path, texts: Texts) -> Scores:
+def write_calibration(flags: ReproduceFlags, texts: Path, path: Path) -> str:
+    """Write the texts of a specialist's Grams as settings of a layer-sequential merge; return the file."""
+    settings = {"text_column": "text", "num_examples": flags.num_examples, "max_length": MAX_TOKENS}
+    write_text(path, "".join(f"{name}: {value}\n" for name, value in ({"dataset": texts} | settings).items()))
+    return str(path)
+
+
+def scores_of(flags: ReproduceFlags, model: str | Path, folder: Path, texts: Texts) -> Scores:
     """Scores of one model on the held-out texts."""
 
     def score(to: Path) -> None:
         llm = load_llm(str(model), None, torch.float32, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(model)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", getattr(torch, flags.dtype), enabled=flags.dtype != "float32"):
             write_json(to / "scores.json", {d: score_texts(llm, tokenizer, texts.held_out[d]) for d in DOMAINS})
 
     step(folder, score)
@@ -236,7 +275,7 @@ def run_seed(flags: ReproduceFlags, home: Path, texts: Texts, seed: int) -> dict
             folders[f"{domain} model"] = home / domain / "model"
         folders |= merged_models(flags, home, seed)
         return {
-            name: scores_of(folder, home / f"scores_{number}", texts)
+            name: scores_of(flags, folder, home / f"scores_{number}", texts)
             for number, (name, folder) in enumerate(folders.items())
         }
 
@@ -249,15 +288,15 @@ def per_text(scores: Scores, figure: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def summary(by_seed: list[dict[str, Scores]]) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    """Figures of every model, and of every merge minus the average.
+    """Figures of every model, and of every merge minus the average and minus RegMean.
 
     Args:
         by_seed: the scores of each seed's models by name; some models may be missing for some seeds.
 
     Returns:
-        `models` and `less_average`: by model and figure `mean` over its seeds, `low` and `high`, the 95% interval of
-        that mean over texts, paired if models are compared; and `seeds`: `value`, `low` and `high` of each. Fractions
-        are from 0 to 1.
+        `models`, `less_average`, `less_regmean`: by model and figure `mean` over its seeds, `low` and `high`, the 95%
+        interval of that mean over texts, paired if models are compared; and `seeds`: `value`, `low` and `high` of each.
+        Fractions are from 0 to 1.
     """
 
     def interval(numerators: np.ndarray, denominators: np.ndarray) -> dict[str, float]:
@@ -280,9 +319,15 @@ def summary(by_seed: list[dict[str, Scores]]) -> dict[str, dict[str, dict[str, d
     names = list(by_seed[0])
     merges = names[names.index(AVERAGE) + 1 :]
     own = {name: [models for models in by_seed if name in models] for name in names}
+
+    def less(other: str) -> dict[str, dict[str, Any]]:
+        compared = [name for name in merges if name != other and other in names]
+        return {name: figures([(models[name], models[other]) for models in own[name]]) for name in compared}
+
     return {
         "models": {name: figures([(models[name], None) for models in own[name]]) for name in names},
-        "less_average": {name: figures([(m[name], m[AVERAGE]) for m in own[name]]) for name in merges},
+        "less_average": less(AVERAGE),
+        "less_regmean": less(REGMEAN),
     }
 
 
@@ -310,6 +355,7 @@ def table(result: dict[str, Any]) -> str:
             rows("mean of the seeds (95% interval over texts)", result["models"], whole),
             rows("each seed", result["models"], seeds),
             rows("less the average, paired", result["less_average"], functools.partial(whole, sign="+")),
+            rows(f"less {REGMEAN}, paired", result["less_regmean"], functools.partial(whole, sign="+")),
         ]
     )
 
@@ -318,7 +364,7 @@ def reproduce(flags: ReproduceFlags) -> dict[str, Any]:
     """Run all unfinished steps.
 
     Returns:
-        The content of `results/reproduce/regmean.json`: `settings`, the tables of `summary`, and for each of the
+        The content of `results_file`: `settings`, the tables of `summary`, and for each of the
         `steps` its `seconds` and its `cpu_seconds` over all threads.
 
     Raises:
@@ -329,9 +375,9 @@ def reproduce(flags: ReproduceFlags) -> dict[str, Any]:
     with open_run(work, settings, flags.overwrite, start_process("cpu")) as run:
         run.start()
         tokenizer = AutoTokenizer.from_pretrained(flags.model)
-        step(work / "texts", lambda folder: write_all_texts(folder, Path(flags.math_data), tokenizer))
+        step(work / "texts", lambda folder: write_all_texts(folder, flags, tokenizer))
         texts = read_all_texts(work / "texts", flags.test_num, flags.steps * flags.batch_size)
-        base = {"base": scores_of(flags.model, work / "scores_base", texts)}
+        base = {"base": scores_of(flags, flags.model, work / "scores_base", texts)}
         homes = [work / f"seed{seed}" for seed in range(flags.seeds)]
         by_seed = [base | run_seed(flags, home, texts, seed) for seed, home in enumerate(homes)]
 
@@ -342,14 +388,20 @@ def reproduce(flags: ReproduceFlags) -> dict[str, Any]:
         "steps": costs(work),
         "machine": machine(),
     }
-    write_json(RESULTS, result)
+    write_json(results_file(flags), result)
     return result
 
 
+def results_file(flags: ReproduceFlags) -> Path:
+    """The file of all figures."""
+    return RESULTS / ("regmean.json" if flags.language == "English" else f"regmean_{flags.language}.json")
+
+
 def main() -> None:
-    result = reproduce(parse_flags(ReproduceFlags))
+    flags = parse_flags(ReproduceFlags)
+    result = reproduce(flags)
     print(f"\n{cost_table(result['steps'])}")
-    print(f"\n{table(result)}\n\n{RESULTS}")
+    print(f"\n{table(result)}\n\n{results_file(flags)}")
     print(json.dumps(result))
 
 

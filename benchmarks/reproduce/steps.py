@@ -56,7 +56,14 @@ def training_order(texts: Sequence[Text], steps: int, batch_size: int, seed: int
     return [text for batch in batches for text in batch]
 
 
-def fine_tune(model_name: str, texts: Sequence[Text], batch_size: int, lr: float, folder: Path) -> None:
+def fine_tune(
+    model_name: str,
+    texts: Sequence[Text],
+    batch_size: int,
+    lr: float,
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
     """Fine-tune all weights on the learned part of texts, once and in order; write the model with its tokenizer.
 
     Args:
@@ -65,10 +72,11 @@ def fine_tune(model_name: str, texts: Sequence[Text], batch_size: int, lr: float
         batch_size: texts of a step.
         lr: the highest learning rate, of AdamW with warm-up and cosine decay.
         folder: output, a Hugging Face folder.
+        dtype: of the forward pass; weights are float32.
     """
     model = load_llm(model_name, None, torch.float32, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    model.forward = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)(model.forward)
     fit(model, causal_batches(iter(texts), tokenizer, batch_size), lr, len(texts) // batch_size, "fine-tuning")
     del model.forward
     model.save_pretrained(folder)

@@ -45,22 +45,22 @@ class Choices(NamedTuple):
     endings: tuple[str, str, str, str]
 
 
-def problems(math_data: Path) -> list[Text]:
-    """Read every English problem once, in the file's order.
+def problems(math_data: Path, language: str = "English") -> list[Text]:
+    """Read every problem with its question in one language once, in the file's order.
 
     Args:
-        math_data: MindMerger's `math.json`, a list of {query, response, lang}.
+        math_data: MindMerger's `math.json`, a list of {query, response, lang}; all responses are English.
 
     Raises:
-        InputError: it is no such list, or has no English.
+        InputError: it is no such list, or has no question in the language.
     """
     rows = read_json(math_data)
     try:
-        solutions = {row["query"]: row["response"] for row in rows if row["lang"] == "English"}
+        solutions = {row["query"]: row["response"] for row in rows if row["lang"] == language}
     except (TypeError, KeyError) as error:
         raise InputError(f"{math_data}: not a list of {{query, response, lang}}") from error
     if not solutions:
-        raise InputError(f"{math_data}: no row has the lang English")
+        raise InputError(f"{math_data}: no row has the lang {language}")
     return [Text(f"Question: {query}\nAnswer:", f" {response.strip()}") for query, response in solutions.items()]
 
 

@@ -195,26 +195,28 @@ def test_a_model_of_one_seed_is_compared_with_the_average_of_that_seed() -> None
         {
             "base": made_scores(20, 1),
             "average": made_scores(10, 5),
-            "better": made_scores(9, 6),
+            reproduce.REGMEAN: made_scores(9, 6),
             "first": made_scores(8, 5),
         },
-        {"base": made_scores(20, 1), "average": made_scores(14, 3), "better": made_scores(11, 4)},
+        {"base": made_scores(20, 1), "average": made_scores(14, 3), reproduce.REGMEAN: made_scores(11, 4)},
     ]
     result = reproduce.summary(seeds)
-    assert list(result["models"]) == ["base", "average", "better", "first"]
+    assert list(result["models"]) == ["base", "average", reproduce.REGMEAN, "first"]
     average = result["models"]["average"]["math_loss"]
     assert average["mean"] == pytest.approx(1.2) and [seed["value"] for seed in average["seeds"]] == [1.0, 1.4]
     assert (average["low"], average["high"]) == pytest.approx((1.2, 1.2))  # both texts have the same loss per token
-    assert list(result["less_average"]) == ["better", "first"]
-    assert result["less_average"]["better"]["math_loss"]["mean"] == pytest.approx(-0.2)
+    assert list(result["less_average"]) == [reproduce.REGMEAN, "first"]
+    assert result["less_average"][reproduce.REGMEAN]["math_loss"]["mean"] == pytest.approx(-0.2)
     assert result["less_average"]["first"]["code_loss"]["mean"] == pytest.approx(-0.2)
-    choice = result["models"]["better"]["forced_choice"]
+    assert result["less_regmean"]["first"]["math_loss"]["mean"] == pytest.approx(-0.1)
+    assert reproduce.REGMEAN not in result["less_regmean"]
+    choice = result["models"][reproduce.REGMEAN]["forced_choice"]
     assert (choice["mean"], choice["low"], choice["high"]) == (0.5, 0.0, 1.0)
 
     lines = reproduce.table(result).splitlines()
     assert "| average | 1.2000 (1.2000 to 1.2000) | 40.0 (40.0 to 40.0) | 50.0 (0.0 to 100.0) |" in "\n".join(lines)
     assert any(line.startswith("| average | 1.0000 / 1.4000 | 50.0 / 30.0 |") for line in lines)
-    assert any(line.startswith("| better | -0.2000 (-0.2000 to -0.2000) | +10.0 (") for line in lines)
+    assert any(line.startswith(f"| {reproduce.REGMEAN} | -0.2000 (-0.2000 to -0.2000) | +10.0 (") for line in lines)
 
 
 @pytest.fixture
@@ -246,6 +248,18 @@ def flags(work: Path, monkeypatch: pytest.MonkeyPatch) -> reproduce.ReproduceFla
     )
 
 
+def test_specialists_that_move_apart_have_other_questions_and_held_out_functions(flags, tokenizer) -> None:
+    rows = json.loads(Path("math.json").read_text())
+    rows += [row | {"query": f"Swali: {row['query']}", "lang": "Swahili"} for row in rows[:40]]
+    Path("math.json").write_text(json.dumps(rows))
+    reproduce.write_all_texts(Path("apart"), replace(flags, language="Swahili", same_packages=True), tokenizer)
+    found = reproduce.read_all_texts(Path("apart"), test_num=6, training_num=20)
+    for domain in reproduce.DOMAINS:
+        assert not set(found.training[domain]) & set(found.held_out[domain])
+    assert all(text.read.startswith("Question: Swali: ") for text in found.training["math"] + found.held_out["math"])
+    assert set(found.held_out["code"]) < set(texts.functions(["tqdm"]))
+
+
 def test_the_whole_is_done_once(flags, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -261,12 +275,13 @@ def test_the_whole_is_done_once(flags, monkeypatch: pytest.MonkeyPatch, capsys: 
     names = list(result["models"])
     assert names[:4] == ["base", "math model", "code model", "average"]
     assert names[4:9] == [f"RegMean, alpha {alpha}" for alpha in (0.1, 0.5, 0.9, 0.95, 0.99)]
-    assert len(names) == 12
+    assert names[9:11] == ["RegMean++, alpha 0.9", "asymmetric RegMean, alpha 0.9"]
+    assert len(names) == 14
     value = {name: figures["math_loss"]["mean"] for name, figures in result["models"].items()}
     assert value["math model"] < value["base"]
     assert value["RegMean, alpha 0.1"] == pytest.approx(value["RegMean, alpha 0.1, lstsq"], abs=1e-3)
     assert set(result["steps"]) >= {"texts", "seed0/math", "seed0/gram_code", "seed0/regmean", "seed0/scores_0"}
-    assert read_json(reproduce.RESULTS) == json.loads(json.dumps(result))
+    assert read_json(reproduce.results_file(flags)) == json.loads(json.dumps(result))
     assert not list(Path("work").rglob(".*"))
 
     with monkeypatch.context() as patch:

@@ -17,6 +17,7 @@ from quickstart.exercises import TASKS, Exercise
 from quickstart.specialists import make_tokenizer
 
 NAMES = ["base", "problems", "programs", "avg", "regmean_1e-05", "regmean_0.5", "regmean_1"]
+NAMES += ["regmean++_counts_0.99", "regmean_asym_0.5"]
 
 
 class Bar:
@@ -53,13 +54,17 @@ def make_model(tokenizer, seed: int) -> LlamaForCausalLM:
 
 @pytest.fixture
 def flags(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompareFlags:
-    """Seven random models in a working folder of their own, with short answers."""
+    """Random models in a working folder of their own, with short answers; a folder of an unfinished merge."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart.compare_merges, "MAX_NEW_TOKENS", 4)
     for seed, name in enumerate(NAMES):
-        folder = tmp_path / ("models" if name in NAMES[:3] else "merges") / name.replace("regmean_", "regmean/alpha_")
+        method, _, alpha = name.rpartition("_")
+        folder = (
+            tmp_path / ("models" if name in NAMES[:3] else "merges") / (f"{method}/alpha_{alpha}" if method else name)
+        )
         make_model(tokenizer, seed).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    (tmp_path / "merges/regmean_asym/alpha_0.9.steps").mkdir()
     return CompareFlags(models="models", merges="merges", split="dev", test_num=4)
 
 
@@ -93,6 +98,8 @@ def test_scores_count_what_is_right(flags, monkeypatch):
     }
     assert scores["base"] == scores["average"] == {"problems": 0.25, "programs": 0.0}
     assert list(scores["regmean"]) == ["1e-05", "0.5", "1"]
+    assert scores["regmean++_counts"] == {"0.99": {"problems": 0.25, "programs": 0.0}}
+    assert list(scores["regmean_asym"]) == ["0.5"] and "regmean_counts" not in scores
     low, high = wilson_interval(1, 4)
     assert scores["counts"]["avg"]["problems"] == {"right": 1, "count": 4, "low": low, "high": high}
     assert read_json(Path("results/quickstart-regmean/scores.json")) == scores

@@ -15,6 +15,7 @@ MERGES = {
     "specialists": {"problems": {"problems": 0.9, "programs": 0.1}, "programs": {"problems": 0.0, "programs": 0.8}},
     "average": {"problems": 0.4, "programs": 0.3},
     "regmean": {"0.5": {"problems": 0.6, "programs": 0.5}, "0.9": {"problems": 0.7, "programs": 0.7}},
+    "regmean_asym_counts": {"0.9": {"problems": 0.9, "programs": 0.8}},
 }
 
 
@@ -53,6 +54,7 @@ def test_results_hold_every_figure(home: Path) -> None:
     assert saved["regmean"] == MERGES
     assert saved["seconds"] == {"world": 3.0, "mapping stage": 60.0}
     assert "80.0" in text and "RegMean, alpha 0.9" in text and "70.0" in text
+    assert "asymmetric, counts, alpha 0.9" in text and "85.0" in text
 
 
 def test_the_page_shows_answers_as_text_and_both_charts(home: Path) -> None:
