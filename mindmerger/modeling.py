@@ -179,10 +179,7 @@ class MindMergerForCausalLM(PreTrainedModel):
         trust_remote_code: bool = False,
         mapping: dict[str, torch.Tensor] | None = None,
     ) -> "MindMergerForCausalLM":
-        """Load both frozen models that `config` names, in `dtype`.
-
-        The mapping is set to `mapping`, in `dtype`; None leaves a random one in float32.
-        """
+        """Load both frozen models of `config` in `dtype`, and set the mapping; None leaves a random one in float32."""
         encoder = load_encoder(config.mt_path, config.mt_revision, dtype, trust_remote_code, config.encoder_layer)
         llm = load_llm(config.llm_path, config.llm_revision, dtype, trust_remote_code)
         model = cls(config, encoder, llm)

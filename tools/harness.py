@@ -19,7 +19,7 @@ from mindmerger.batching import Tokens
 from mindmerger.checkpoint import switched_languages, warn_of_scale
 from mindmerger.config import EvaluationFlags
 from mindmerger.data import Example
-from mindmerger.evaluation.answerer import Answerer, pick_dtype, prepare_answerer
+from mindmerger.evaluation.answerer import pick_dtype, prepare_answerer
 from mindmerger.frozen_models import check_context
 from mindmerger.tasks import LANGUAGES, UNKNOWN, Language, Prompt, find_language, math_prompt
 
@@ -75,7 +75,7 @@ class MindMergerLM(LM):
         # For the harness's default device, each rank uses its own GPU, or the CPU if there is none.
         device = "auto" if device in (None, "cuda", "cuda:0") else device
         words = {"init_checkpoint": checkpoint, "eval_batch_size": batch_size, "device": device} | flags
-        self._flags = parse_flags(
+        self._flags = given = parse_flags(
             EvaluationFlags, [f"--{name}={value}" for name, value in words.items() if value is not None]
         )
         self._source_field = source_field
@@ -84,15 +84,13 @@ class MindMergerLM(LM):
         self._process = start_process(self._flags.device)
         quiet_libraries()
         self._rank, self._world_size, self._device = self._process.rank, self._process.world_size, self._process.device
-        given = self._flags
         dtype = pick_dtype(given.dtype, self._process.device)
         if given.switch == "decide":
             raise InputError("--model_args switch=decide: run_evaluation.py decides, here it is on or off")
         alone = switched_languages(Path(checkpoint), given.switch, self._process)
         parts = prepare_answerer(given.models, Path(checkpoint), given.limits, given.augmentation, alone, given.prompt)
         warn_of_scale(parts.models, Path(checkpoint), self._process)
-        self._models = parts.models
-        self._answerer: Answerer = parts.load(dtype, self._process.device)
+        self._models, self._answerer = parts.models, parts.load(dtype, self._process.device)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate greedy answers, each up to the first of its stop strings.
