@@ -25,7 +25,7 @@ from common.io import read_json, write_json
 from common.logging import progress, quiet_libraries, say
 from common.models import base_config, load_model, load_tokenizer
 from common.ranks import Process, available_memory, is_out_of_memory, synchronize
-from common.runs import open_run
+from common.runs import RUN, open_run
 from common.signals import StopSignals
 from regmean.architectures import auto_class, layer_tensors
 from regmean.batch_runner import BatchRunner, TooLargeError
@@ -129,6 +129,7 @@ def _compute_layerwise(
     with open_run(target.with_suffix(".partial"), identity, flags.overwrite, process) as run:
         run.start()
         parts, size = measured(checkpoint, model, found, calibration), flags.batch_tokens(process.device.type)
+        say(process, f"plan: {len(model.layers)} layers, one at a time, {len(parts.layers)} linear layers in them")
         grams = LayerwiseGrams(model, found, parts, calibration, size, flags.offload_dir, run.folder, process)
         grams.run(target, provenance)
 
@@ -141,13 +142,17 @@ def survey_if_large(
     Raises:
         InputError: `--layerwise on`, and the model cannot be run so.
     """
-    if flags.layerwise == "off" or (flags.layerwise == "auto" and flags.trust_remote_code):
+    # An unfinished run continues in its own way.
+    before = Path(flags.output_dir) / f"{Path(FILE_NAME).stem}.partial" / RUN
+    way = flags.layerwise
+    if way == "auto" and before.exists() and not flags.overwrite:
+        way = "on" if read_json(before)["settings"].get("layerwise") else "off"
+    if way == "off" or (way == "auto" and flags.trust_remote_code):
         return None
-    if flags.layerwise == "on":
+    if way == "on":
         return survey(model_class, config, checkpoint.name)
-    built = build_without_weights(
-        model_class, config, stored_dtype(checkpoint, config, flags.dtype), torch.device("cpu")
-    )
+    cpu = torch.device("cpu")
+    built = build_without_weights(model_class, config, stored_dtype(checkpoint, config, flags.dtype), cpu)
     weights = sum(parameter.nbytes for parameter in built.parameters())
     layers = linear_layers(built)
     free = memory_for_sums(available_memory(process.device) - weights, 0, process.device.type)
@@ -160,6 +165,7 @@ def survey_if_large(
         return None
     try:
         found = survey(model_class, config, checkpoint.name)
+        open_layerwise(checkpoint, built, cpu, found.tuple_length)
     except InputError as error:
         say(process, f"note: {error}")
         return None

@@ -24,6 +24,7 @@ from regmean.hooks import input_width, is_conv1d, table_positions
 from regmean.layer_survey import Survey, survey
 from regmean.layerwise import BEFORE, LayerwiseModel, build_without_weights, open_layerwise, stored_dtype
 from regmean.layerwise_grams import course_of, measured
+from regmean.merge import print_tensors
 from regmean.merge_plan import MergePlan, check_vocabularies, plan_merge
 from regmean.model_folder import Checkpoint, CheckpointWriter, open_checkpoint
 from regmean.report import Provenance, print_table, write_report
@@ -64,6 +65,11 @@ def merge_layer_by_layer(flags: MergeFlags, process: Process, command: str) -> N
         _gram_entries(*of) for of in zip(checkpoints, models, surveys, texts, sources, flags.calibration, strict=True)
     ]
     plan = plan_merge(checkpoints, flags.weights(), grams, flags.selects, flags.dtype, flags.counts_embeddings)
+    if process.is_main:
+        tokens = ", ".join(f"{of.tokens:,}" for of in texts)
+        layers = f"{len(models[0].layers)} layers, one at a time"
+        print(f"plan: {flags.method} of {len(models)} models, {layers}, {tokens} tokens of their texts")
+        print_tensors(plan)
     for alpha, path in outputs.items():
         _merge_one(flags, alpha, path, plan, models, build(0), surveys[0], texts, process, command)
     say(process, f"merged in {time.monotonic() - started:.1f} s")

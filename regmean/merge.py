@@ -225,9 +225,14 @@ def _print_plan(flags: MergeFlags, plan: MergePlan, outputs: int) -> None:
     print(
         f"plan: {flags.method} of {len(models)} models, {size}, at most about {peak / 1e9:.2f} GB of arrays in memory"
     )
+    print_tensors(plan)
+
+
+def print_tensors(plan: MergePlan) -> None:
+    """Print how many tensors are merged in each way, and the plan's notes."""
     layers = sum(len(group.tensors) for group in plan.groups)
     tables = f"{len(plan.tables)} embedding tables by token counts, " if plan.tables else ""
-    rest = f"{tables}{len(plan.averaged)} tensors averaged, {len(plan.copied)} copied from {models[0].name}"
+    rest = f"{tables}{len(plan.averaged)} tensors averaged, {len(plan.copied)} copied from {plan.models[0].name}"
     solved = f"{plan.solved_fraction():.1%} of the parameters by RegMean: " if plan.grams else ""
     print(f"plan: {solved}{layers} weights by RegMean in {len(plan.groups)} systems, {rest}")
     for note in plan.notes:
