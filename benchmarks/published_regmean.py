@@ -129,10 +129,14 @@ def first_states(model: nn.Module, tokenizer, text: str) -> tuple[torch.Tensor, 
 
 
 def solve_layer(target: nn.Module, layers: list[nn.Module], grams: list[dict[str, torch.Tensor]], alpha: float) -> None:
-    """Put the solution for each nn.Linear into a decoder layer."""
+    """Put the solution for each nn.Linear into a decoder layer, in float64.
+
+    A Gram's float32 inverse is useless at a condition of 6e6.
+    """
     for name in grams[0]:
         scaled = [theirs[name] * torch.full_like(theirs[name], alpha).fill_diagonal_(1.0) for theirs in grams]
-        weights = [layer.get_submodule(name).weight for layer in layers]
+        scaled = [matrix.double() for matrix in scaled]
+        weights = [layer.get_submodule(name).weight.double() for layer in layers]
         products = sum(gram @ weight.T for gram, weight in zip(scaled, weights, strict=True))
         target.get_submodule(name).weight.copy_((torch.linalg.inv(sum(scaled)) @ products).T)
 

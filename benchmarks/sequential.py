@@ -24,6 +24,7 @@ from benchmarks import regmean_inputs, side_by_side
 from benchmarks.published_regmean import published_regmean_plus_plus
 from benchmarks.side_by_side import measured
 from common.ranks import start_process
+from regmean.asymmetric import has_few_outputs
 from regmean.compute import compute_grams
 from regmean.config import GramFlags, MergeFlags
 from regmean.gram_file import FILE_NAME, GramFile
@@ -121,15 +122,21 @@ def multiply_adds(model: Path) -> dict[str, dict[str, int]]:
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     heads = config.num_attention_heads * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
     keys = heads * config.num_key_value_heads // config.num_attention_heads
-    # Products of each group of linear layers; the first three are run before the inputs of the fourth are there.
+    # Of each group of linear layers; the first three are run before the inputs of the fourth are there.
     work = [hidden * (heads + 2 * keys), heads * hidden, 2 * hidden * inner, inner * hidden]
     squares = layers * (2 * hidden**2 + heads**2 + inner**2)
     whole, until_last = layers * sum(work), layers * sum(work[:3])
     each = layers * sum(sum(work[:count]) for count in range(4))
+    # Layers of few outputs: T = X W_i - H M and H^T T in place of H^T X and X^T X.
+    asymmetric = {"H^T H": squares // 2, "H^T X": squares, "X^T X": squares // 2}
+    if has_few_outputs(hidden, inner, torch.device("cpu")):
+        asymmetric["H^T X"] -= layers * inner**2
+        asymmetric["X^T X"] -= layers * inner**2 // 2
+        asymmetric["T and H^T T"] = 3 * layers * hidden * inner
     counts = {
         "regmean": {"forward": whole - work[3], "X^T X": squares // 2},
         "regmean++": {"forward": until_last + whole + whole // SAMPLED, "H^T H": squares // 2},
-        "regmean_asym": {"forward": 2 * (each + whole), "H^T H": squares // 2, "H^T X": squares, "X^T X": squares // 2},
+        "regmean_asym": {"forward": 2 * (each + whole) - until_last, **asymmetric},
     }
     return {method: parts | {"sum": sum(parts.values())} for method, parts in counts.items()}
 

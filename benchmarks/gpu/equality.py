@@ -17,14 +17,19 @@ from transformers import AutoModelForCausalLM, AutoModelForTextEncoding, LlamaCo
 
 from benchmarks.gpu.measure import HALF, REPOSITORY, Bench, LeftOut, random_model, random_texts, relative
 from benchmarks.gpu.speed import write_pair
+from benchmarks.regmean_inputs import make_layer, make_sibling
+from common.ranks import start_process
 from mindmerger.batching import Tokens, lay_out
 from mindmerger.evaluation.decoding import greedy_steps, label_log_likelihoods
 from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM, Sequence
 from mindmerger.packing import packed_attention
 from regmean.calibration import collate, make_batches
-from regmean.config import MergeFlags
+from regmean.compute import compute_grams
+from regmean.config import SEQUENTIAL, GramFlags, MergeFlags
 from regmean.gram import GramSums, add_products, zeros
+from regmean.gram_file import FILE_NAME, GramFile
 from regmean.hooks import LinearInputs, linear_layers
+from regmean.layerwise_merge import merge_layer_by_layer
 from regmean.merge import merge
 from regmean.solve import System
 
@@ -166,6 +171,35 @@ def merged_files(bench: Bench) -> list[dict[str, Any]]:
     return [row("tensors of a layer", max(relative(ours[name], reference[name]) for name in reference), 2e-5)]
 
 
+def layer_by_layer(bench: Bench) -> list[dict[str, Any]]:
+    """Grams of a tiny LLaMA layer by layer, and its merges by both layer-sequential methods, from files to files."""
+    options = {"dtype": "float32", "tokens_per_batch": 256}
+    with tempfile.TemporaryDirectory() as work, contextlib.redirect_stdout(sys.stderr):
+        folder = Path(work)
+        models = [str(make_layer(folder / "A", 512, 700, torch.float32, layers=3))]
+        models.append(str(make_sibling(Path(models[0]), folder / "B")))
+        texts = [{"text": "".join(map(chr, (97 + n % 26 for n in ids)))} for ids in random_texts(40, 2, 60, VOCABULARY)]
+        (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
+        (folder / "texts.yaml").write_text(f"dataset: {folder / 'texts.jsonl'}\ntext_column: text\n")
+        found: dict[str, dict[str, dict[str, torch.Tensor]]] = {name: {} for name in ("grams", *SEQUENTIAL)}
+        for side, device in (("ours", bench.device.type), ("reference", "cpu")):
+            process, out = start_process(device), folder / side
+            source = {"dataset": str(folder / "texts.jsonl"), "text_column": "text", "layerwise": "on"}
+            compute_grams(GramFlags(model=models[0], **source, **options, device=device, output_dir=str(out)), process)
+            file = GramFile(out / FILE_NAME)
+            found["grams"][side] = {name: torch.from_numpy(file.read(name)) for name in file.grams}
+            for method in SEQUENTIAL:
+                target = {"output_dir": str(out / method), "calibration": [str(folder / "texts.yaml")] * 2}
+                flags = MergeFlags(method=method, models=models, **target, **options, device=device)
+                merge_layer_by_layer(flags, process, "benchmarks.gpu")
+                found[method][side] = load_file(out / method / "model.safetensors")
+    rows = []
+    for what, sides in found.items():
+        ours, reference = sides["ours"], sides["reference"]
+        rows.append(row(what, max(relative(ours[name], reference[name]) for name in reference), 2e-5))
+    return rows
+
+
 def attention(bench: Bench) -> list[dict[str, Any]]:
     """Packed attention of segments, output and gradients, in bfloat16, against float32 on the CPU."""
     lengths = [5, 64, 1, 130]
@@ -282,6 +316,7 @@ EQUALITY: dict[Callable[[Bench], list[dict[str, Any]]], float] = {
     grams: 10,
     merges: 15,
     merged_files: 30,
+    layer_by_layer: 40,
     attention: 10,
     packed_step: 15,
     answers: 20,
