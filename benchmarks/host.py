@@ -58,7 +58,7 @@ def mean_rows(folder: Path, elements: int) -> list[Row]:
             writer.write("a", values)
         models.append(Checkpoint(str(seed), folder, {}, TensorFile(folder / f"{seed}.safetensors").tensors))
     layout = {"a": ("BF16", (elements,))}
-    plan = MergePlan(models, [0.5, 0.5], [], layout, [], ["a"], [], False, [])
+    plan = MergePlan(models, [0.5, 0.5], [], layout, [], [], ["a"], [], False, [])
     sink = SimpleNamespace(write=lambda *values: None, holds=lambda name: True)
     return [("mean", *seconds_of(lambda: average.write_averages(plan, [sink], lambda count: None)), 6e-9 * elements)]
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from common.errors import InputError
 from common.io import sha256
-from mindmerger.batching import Tokens, lay_out
+from mindmerger.batching import Tokens, lay_out, without_sources
 from mindmerger.chat import is_thinking_tag, without_thinking
 from mindmerger.checkpoint import CONFIG, mapping_file, read_mapping, read_record, with_trained_layer
 from mindmerger.config import Limits, ModelPair
@@ -68,6 +68,7 @@ class Answerer:
     @torch.inference_mode()
     def read(self, rows: list[Tokens]) -> Sequence:
         """Compute the LLM's input for `rows`."""
+        rows = rows if self.model is not None else without_sources(rows)
         batch = lay_out(rows, self.tokenizer.bos_token_id, self.tokenizer.source_pad_id).to(self.llm.device)
         if self.model is not None:
             return Sequence(self.model.embed(batch), batch.mask)

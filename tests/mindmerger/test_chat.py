@@ -136,7 +136,7 @@ def test_ids_are_those_of_apply_chat_template(name: str) -> None:
         # The rest is a line break after the end of the turn.
         assert target == whole[: len(target)] and tokenizer.decode(whole[len(target) :]).strip() == ""
         # The mapped states stand where the user's text begins.
-        mapped = lay_out([replace(tokens, source=[5, 6], target=[])], chats.bos_token_id)
+        mapped = lay_out([replace(tokens, source=[5, 6], target=[], mapped=True)], chats.bos_token_id)
         start = int(mapped.mapped_positions[0])
         assert mapped.token_ids[0].tolist() == [*ids[:start], 0, 0, 0, *ids[start:]]
         # Decoding of a metaspace tokenizer drops the space before a text.
@@ -148,7 +148,9 @@ def test_ids_are_those_of_apply_chat_template(name: str) -> None:
 
 def test_without_augmentation_the_turn_holds_the_mapped_states_alone() -> None:
     tokenizer = tokenizer_of(TEMPLATES["gemma"])
-    [tokens] = example_tokenizer(tokenizer, augmentation=False)([row("Wie viele?")])
+    limits = {"max_seq_len": 99, "max_prompt_len": 300, "max_gen_len": 40}
+    chats = ExampleTokenizer(tokenizer, None, tokenizer, augmentation=False, chats=True, **limits)
+    [tokens] = chats([row("Wie viele?")])
     ids = [tokenizer.bos_token_id, *tokens.opening, *tokens.prompt]
     assert tokenizer.decode(ids) == "<s><|turn|>user\n<|/turn|>\n<|turn|>model\n"
     assert tokenizer.decode([tokenizer.bos_token_id, *tokens.opening]) == "<s><|turn|>user\n"
@@ -268,8 +270,12 @@ def test_training_and_evaluation_have_the_same_prompts(
     train_here(work, *words, "--stage_name", "mapping", "--prompt", "chat", "--save_name", "chat", "--languages", "de")
     chats = read_json(work / "outputs/chat/mapping/config.json")
     assert (chats["prompt_format"], chats["prompt"]) == ("chat", "<s>user:\n\nassistant:\n")
-    assert {text.split("MAPPED")[0] for text in seen["training"]} == {"<s>user:\n"}
-    assert {text.split("MAPPED")[1].split("English")[0] for text in seen["training"]} == {"\nassistant:\n"}
+    # Dev rows are read by the LLM alone, too, which has the text in its prompt.
+    mapped = [text.split("MAPPED") for text in seen["training"] if "MAPPED" in text]
+    assert {before for before, _ in mapped} == {"<s>user:\n"}
+    assert {after.split("English")[0] for _, after in mapped} == {"\nassistant:\n"}
+    alone = [text for text in seen["training"] if "MAPPED" not in text]
+    assert alone and all(text.startswith("<s>user:\nTranslate ") for text in alone)
     seen["training"].clear()
     train_here(work, *words, "--stage_name", "augmentation", "--prompt", "chat", "--save_name", "chat")
     start, *rest = seen["training"][0].split("MAPPED")[1].partition("\nassistant:\n")
@@ -297,7 +303,7 @@ def spy(seen: list[str], rows: list[Tokens], bos_token_id: int | None, *more: ob
     tokenizer = tiny_tokenizer(["<s>"], [])
     for row in rows:
         before, after = [bos_token_id, *row.opening], [*row.prompt, *row.target]
-        seen.append(tokenizer.decode(before) + "MAPPED" * options.get("mapped", True) + tokenizer.decode(after))
+        seen.append(tokenizer.decode(before) + "MAPPED" * row.mapped + tokenizer.decode(after))
     return batch
 
 
