@@ -122,7 +122,9 @@ class MergeFlags:
     include: list[str] = flag([], "regexes: only tensors whose name contains a match are merged")
     exclude: list[str] = flag([], "regexes: tensors whose name contains a match are the first model's, unmerged")
     embeddings: str | None = flag(
-        None, "embedding tables: counts (by the Gram files' token counts, RegMean's default) or average"
+        None,
+        "embedding tables: counts (by token counts) or average; default: counts, but average for a table that is "
+        "the output head, too",
     )
     solver: str = flag("cholesky", "cholesky, lstsq (as published) or inverse (as in the paper)")
     dtype: str = flag("auto", f"of the merged model: {', '.join(DTYPES)}; auto is the first model's")
@@ -178,9 +180,9 @@ class MergeFlags:
         _check_dtype(self.dtype)
 
     @property
-    def counts_embeddings(self) -> bool:
-        """True if embedding tables are merged by token counts."""
-        return self.method != "avg" and self.embeddings != "average"
+    def counts_embeddings(self) -> tuple[bool, bool]:
+        """True if embedding tables are merged by token counts; and if those are, too, that are the output head."""
+        return self.method != "avg" and self.embeddings != "average", self.embeddings == "counts"
 
     def _check_sequential(self) -> None:
         if self.method not in SEQUENTIAL:

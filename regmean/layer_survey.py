@@ -22,8 +22,8 @@ from regmean.hooks import LinearInputs, linear_layers
 from regmean.layerwise import (
     BEFORE,
     Batch,
+    EndForward,
     LayerwiseModel,
-    _EndForward,
     build_without_weights,
     decoder_layers,
     describe,
@@ -205,7 +205,7 @@ def _whole(model: PreTrainedModel, weights: dict, batch: Batch) -> torch.Tensor:
         try:
             inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
             return _real(functional_call(model, weights, (), inputs)[0], batch)
-        except _EndForward as end:
+        except EndForward as end:
             return _real(end.states, batch)
 
 

@@ -116,11 +116,8 @@ class LayerwiseModel:
         tensors: the stored tensor of each parameter, by name.
 
     Args:
-        tensors: the stored tensors by parameter; default: those of `checkpoint`.
+        tensors: the stored tensors by parameter; default: none.
         tuple_length: length of the tuple that a layer returns; None if it returns the hidden states alone.
-
-    Raises:
-        InputError: a parameter has no stored tensor.
     """
 
     def __init__(
@@ -144,9 +141,10 @@ class LayerwiseModel:
         """Names of the step's parameters and stored buffers. The steps before and after the layers have the same."""
         if BEFORE < step < len(self.layers):
             return [name for name in self._names if name.startswith(f"{self.prefix}.{step}.")]
-        # A forward pass ends before the head.
-        unused = [f"{name}." for name, module in self.model.named_modules() if module is self.head]
-        return [name for name in self._names if not name.startswith((f"{self.prefix}.", *unused))]
+        # A forward pass ends before the head, whose weight may be the embedding table.
+        head = tuple(f"{name}." for name, module in self.model.named_modules() if module is self.head)
+        outer = {name: names for name, names in self._names.items() if not name.startswith(f"{self.prefix}.")}
+        return [name for name, names in outer.items() if not all(each.startswith(head) for each in names)]
 
     def weights(self, step: int) -> dict[str, torch.Tensor]:
         """Read the weights of a step that have a stored tensor, by parameter, onto the device.
@@ -201,7 +199,7 @@ class LayerwiseModel:
             first.append(hidden) if not first else None
             batch.calls.append(_moved((args, kwargs), torch.device("cpu"), seen))
             if len(batch.calls) == len(self.layers):
-                raise _EndForward(hidden)
+                raise EndForward(hidden)
             return hidden
 
         self._run(weights, batch, record)
@@ -222,12 +220,12 @@ class LayerwiseModel:
         with _forward_of(self.layers, forward), ending_at(self.head):
             try:
                 output = functional_call(self.model, weights, (), inputs | {"use_cache": False})
-            except _EndForward as end:
+            except EndForward as end:
                 return end.states
         return output[0]
 
 
-class _EndForward(Exception):
+class EndForward(Exception):
     """Raised to end a forward pass; `states` are the hidden states there."""
 
     def __init__(self, states: torch.Tensor):
@@ -249,10 +247,10 @@ def _forward_of(layers: nn.ModuleList, forward: Callable) -> Iterator[None]:
 
 @contextmanager
 def ending_at(head: nn.Module | None) -> Iterator[None]:
-    """End forward passes before the output head, with `_EndForward`."""
+    """End forward passes before the output head, with `EndForward`."""
 
     def end(module: nn.Module, args: tuple) -> None:
-        raise _EndForward(args[0])
+        raise EndForward(args[0])
 
     handle = head.register_forward_pre_hook(end) if head is not None else None
     try:

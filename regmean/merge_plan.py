@@ -125,12 +125,12 @@ def plan_merge(
     grams: list[Grams],
     selects: Callable[[str], bool],
     dtype: str,
-    by_counts: bool = False,
+    by_counts: tuple[bool, bool] = (False, False),
 ) -> MergePlan:
     """Check that the models, and the Grams where there are any, fit together, and plan every tensor.
 
     `selects` is True for names of tensors to merge; `dtype` is that of the merged floats, "auto" the first model's. If
-    `by_counts`, embedding tables are merged by the token counts of the Gram files, else they are averaged.
+    `by_counts`, embedding tables are merged by the Gram files' token counts; the second value is for output heads.
 
     Raises:
         InputError: they do not fit together; the message lists every difference.
@@ -326,7 +326,7 @@ def _plan_solved(
     grams: list[Grams],
     found: list[dict[str, Gram]],
     merged: list[str],
-    by_counts: bool,
+    by_counts: tuple[bool, bool],
     problems: list[str],
     notes: list[str],
 ) -> tuple[list[LayerGroup], list[CountedTable]]:
@@ -334,7 +334,7 @@ def _plan_solved(
     counted = _counts_by_table(models, grams, merged)
     # Without counts, the Gram of a table that is also the head is of no use.
     groups = _group_layers(models, found, [name for name in merged if name not in counted])
-    tables = _plan_tables(models, grams, found, counted, problems, notes) if by_counts else []
+    tables = _plan_tables(models, grams, found, counted, by_counts[1], problems, notes) if by_counts[0] else []
     if grams and not groups and not tables and not problems:
         problems.append("none of the selected tensors has a Gram in every file")
     return groups, tables
@@ -374,6 +374,7 @@ def _plan_tables(
     grams: list[Grams],
     found: list[dict[str, Gram]],
     counted: dict[str, list[Counts | None]],
+    tied: bool,
     problems: list[str],
     notes: list[str],
 ) -> list[CountedTable]:
@@ -388,6 +389,9 @@ def _plan_tables(
         if None in own or (any(counts.tied for counts in own) and None in theirs):
             if not without:
                 notes.append(f"{name} is averaged: some Gram file lacks its token counts or its Gram")
+            continue
+        if any(counts.tied for counts in own) and not tied:
+            notes.append(f"{name} is averaged, since it is the output head, too; --embeddings counts merges both uses")
             continue
         for counts, info, file in zip(own, infos, grams, strict=True):
             if len(info.shape) != 2 or len(counts.values) != info.shape[0]:

@@ -105,7 +105,7 @@ class RegMean:
         for group, size in zip(self.plan.groups, elements, strict=True):
             blocks = {
                 number: block
-                for number, block in enumerate(self._blocks(group, size))
+                for number, block in enumerate(self.blocks(group, size))
                 if any(holds(piece.name) for piece in block)
             }
             if blocks:
@@ -146,7 +146,7 @@ class RegMean:
                     paths, layers = ", ".join(str(file.path) for file in grams), ", ".join(group.tensors)
                     raise InputError(f"alpha {alpha:g}, layers {layers}, Grams {paths}: {error}") from error
                 self._report(alpha, number, place, system)
-                reader.write(partial(_write_pieces, writer, self._encoded(block, group, merged, writer)))
+                reader.write(partial(write_pieces, writer, self.encoded(block, group, merged, writer)))
             self.advance(sum(piece.last - piece.first for piece in block if writer.holds(piece.name)) * group.width)
         reader.write(self._finish)
 
@@ -162,7 +162,7 @@ class RegMean:
         with self.lock:
             self.finished(self.layers)
 
-    def _blocks(self, group: LayerGroup, elements: int) -> Iterator[list[Piece]]:
+    def blocks(self, group: LayerGroup, elements: int) -> Iterator[list[Piece]]:
         """Yield the group's outputs in blocks of `elements`. A Conv1D weight, with outputs as columns, stays whole."""
         shapes = [self.plan.layout[name][1] for name in group.tensors]
         ends = list(accumulate(shape[1] if group.conv1d else shape[0] for shape in shapes))
@@ -172,7 +172,7 @@ class RegMean:
             pieces = [Piece(name, max(start - a, 0), min(start + step, b) - a) for name, a, b in spans]
             yield [piece for piece in pieces if piece.first < piece.last]
 
-    def _encoded(
+    def encoded(
         self, block: list[Piece], group: LayerGroup, merged: torch.Tensor, writer: CheckpointWriter
     ) -> list[tuple[str, np.ndarray, int]]:
         """Name, stored values and first element of each piece of a block that the writer holds."""
@@ -191,6 +191,7 @@ class RegMean:
         return pieces
 
 
-def _write_pieces(writer: CheckpointWriter, pieces: list[tuple[str, np.ndarray, int]]) -> None:
+def write_pieces(writer: CheckpointWriter, pieces: list[tuple[str, np.ndarray, int]]) -> None:
+    """Write pieces as from `RegMean.encoded`."""
     for piece in pieces:
         writer.write(*piece)

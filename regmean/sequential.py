@@ -32,7 +32,7 @@ from regmean.layer_survey import Survey
 from regmean.layerwise import BEFORE, Batch, Course, LayerwiseModel
 from regmean.merge_plan import LayerGroup, MergePlan
 from regmean.read_ahead import Reader
-from regmean.regmean import RegMean, _write_pieces
+from regmean.regmean import RegMean, write_pieces
 from regmean.report import LayerReport, TableReport
 from regmean.solve import BLOCK_ELEMENTS, SolveError
 from regmean.step_files import StepFiles, StepReport
@@ -233,7 +233,7 @@ class SequentialMerge:
     def _blocks(self, group: LayerGroup) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
         """Blocks of a group's outputs: the models' rows and their mean."""
         method = RegMean(self.plan, {}, self.solver, self.process.device, _ignore)
-        for block in method._blocks(group, BLOCK_ELEMENTS):
+        for block in method.blocks(group, BLOCK_ELEMENTS):
             *rows, mean = (values.to(self.process.device) for values in Reader(self.plan).rows(group, block))
             yield rows, mean
 
@@ -243,8 +243,8 @@ class SequentialMerge:
             merged, objective, solver = system.solve(self.solver)
         except SolveError as error:
             raise InputError(f"alpha {self.alpha:g}, layers {', '.join(group.tensors)}: {error}") from error
-        for block, rows in zip(method._blocks(group, BLOCK_ELEMENTS), merged, strict=True):
-            _write_pieces(writer, method._encoded(block, group, rows, writer))
+        for block, rows in zip(method.blocks(group, BLOCK_ELEMENTS), merged, strict=True):
+            write_pieces(writer, method.encoded(block, group, rows, writer))
         return LayerReport(group.tensors, self._tokens(group), solver.label, solver.condition, objective)
 
     def _advance(self, step: int) -> list[float]:

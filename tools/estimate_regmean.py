@@ -376,7 +376,7 @@ def estimate_merge(flags: MergeFlags, device: Device) -> Estimate:
     """Estimate a merge; for RegMean, with Grams of all inputs."""
     models = _models(flags)
     total, count, alphas = parameters(models[0]), len(models), len(flags.alpha)
-    inputs = _solved_inputs(models[0], flags.counts_embeddings) if flags.method == "regmean" else []
+    inputs = _solved_inputs(models[0], all(flags.counts_embeddings)) if flags.method == "regmean" else []
     weights_read, flops = float(sum(model.dtype.itemsize * total for model in models)), 0.0
     read = weights_read
     for each in inputs:

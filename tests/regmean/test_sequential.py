@@ -101,7 +101,7 @@ def merge_flags(folders: list[Path], out: Path, method: str, **options: Any) -> 
         alpha=[ALPHA],
         output_dir=str(out),
         device="cpu",
-        **{"tokens_per_batch": 24} | options,
+        **{"tokens_per_batch": 24, "embeddings": "counts"} | options,
     )
 
 
@@ -226,6 +226,7 @@ def test_merge_equals_models_merged_group_by_group(kind: str, method: str, pair:
         grams=[str(tmp_path / folder.name) for folder in folders],
         alpha=[ALPHA],
         output_dir=str(tmp_path / "regmean"),
+        embeddings="counts",
     )
     merge(flags, "command")
     by_grams = load64(tmp_path / "regmean").state_dict()
@@ -268,6 +269,7 @@ def as_words(flags: MergeFlags) -> list[str]:
         "cpu",
     ]
     words += ["--tokens_per_batch", str(flags.tokens_per_batch), "--alpha", str(ALPHA), "--dtype", flags.dtype]
+    words += ["--embeddings", flags.embeddings]
     return [*words, "--output_dir", str(flags.output_dir)]
 
 
