@@ -6,6 +6,7 @@ A stand-in for the LLM writes fixed keys and values into the cache and returns f
 of this repository, whose loop then runs in turn with this one's, and must give the same answers.
 """
 
+import importlib.util
 import sys
 import time
 from collections.abc import Iterator
@@ -68,13 +69,17 @@ class StandIn:
 
 
 def loop(folder: Path) -> ModuleType:
-    """Load the decoding loop of a checkout."""
-    for name in MODULES:
-        path = folder / "mindmerger/evaluation" / f"{name}.py"
-        module = ModuleType(f"{folder.name}_{name}")
-        sys.modules[module.__name__] = module
-        source = path.read_text(encoding="utf-8").replace("mindmerger.evaluation.slot", f"{folder.name}_slot")
-        exec(compile(source, str(path), "exec"), module.__dict__)
+    """Load the decoding loop of a checkout, with the modules that it is made of."""
+    names = {f"mindmerger.evaluation.{name}": name for name in MODULES}
+    kept = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    try:
+        for name, file in names.items():
+            spec = importlib.util.spec_from_file_location(name, folder / "mindmerger/evaluation" / f"{file}.py")
+            module = sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            module.__name__ = folder.name
+    finally:
+        sys.modules.update(kept)
     return module
 
 
@@ -101,7 +106,7 @@ def main() -> None:
     loops = [loop(Path(folder).resolve()) for folder in (HERE, flags.other) if folder]
     runs = [[microseconds(each, flags) for each in loops] for _ in range(flags.rounds)]
     for each, own in zip(loops, zip(*runs, strict=True), strict=True):
-        print(f"{each.__name__.removesuffix('_decoding')}: {min(time for time, _ in own):.2f} us a token")
+        print(f"{each.__name__}: {min(time for time, _ in own):.2f} us a token")
     print(f"identical: {all(found == runs[0][0][1] for run in runs for _, found in run)}; {machine()}")
 
 
