@@ -267,7 +267,7 @@ def _writer(
         del entry["name"]
     tables = {table.name: {"tensors": table.tensors, "tied": table.tied} for table in counts}
     texts = {"grams": json.dumps(entries), "counts": json.dumps(tables), "provenance": json.dumps(provenance)}
-    metadata = {"format": FORMAT, "version": VERSION} | texts
+    metadata = {"format": FORMAT, "version": VERSION if counts else READABLE[0]} | texts
     layout = {gram.name: ("F32", (packed_size(gram.width),)) for gram in grams}
     layout |= {table.name: ("I64", table.values.shape) for table in counts}
     with atomic_path(path) as partial, TensorWriter(partial, layout, metadata) as writer:
