@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,7 +59,9 @@ def mean_rows(folder: Path, elements: int) -> list[Row]:
             writer.write("a", values)
         models.append(Checkpoint(str(seed), folder, {}, TensorFile(folder / f"{seed}.safetensors").tensors))
     layout = {"a": ("BF16", (elements,))}
-    plan = MergePlan(models, [0.5, 0.5], [], layout, [], [], ["a"], [], False, [])
+    given = {"models": models, "model_weights": [0.5, 0.5], "layout": layout, "averaged": ["a"], "untied": False}
+    # Other checkouts have other lists.
+    plan = MergePlan(**{field.name: given.get(field.name, []) for field in fields(MergePlan)})
     sink = SimpleNamespace(write=lambda *values: None, holds=lambda name: True)
     return [("mean", *seconds_of(lambda: average.write_averages(plan, [sink], lambda count: None)), 6e-9 * elements)]
 
