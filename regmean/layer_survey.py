@@ -16,7 +16,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers import PretrainedConfig, PreTrainedModel
 
-from common.errors import InputError
+from common.errors import InputError, first_line
 from regmean.calibration import Calibration
 from regmean.hooks import LinearInputs, linear_layers
 from regmean.layerwise import (
@@ -26,7 +26,6 @@ from regmean.layerwise import (
     LayerwiseModel,
     build_without_weights,
     decoder_layers,
-    describe,
     ending_at,
 )
 from regmean.token_counts import Table, find_tables
@@ -96,7 +95,7 @@ def survey(auto_class: Any, config: PretrainedConfig, name: str) -> Survey:
         except InputError as error:
             raise InputError(f"model {name} cannot be run layer by layer: {error}") from error
         except Exception as error:  # model code may raise anything on sizes that do not fit together
-            reason = describe(error)
+            reason = f"{type(error).__name__}: {first_line(error)}"
     raise InputError(f"model {name} ({config.model_type}) cannot be run layer by layer: {reason}")
 
 

@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from common.errors import InputError, first_line
+from common.errors import InputError
 from regmean.architectures import parameter_tensors
 from regmean.calibration import Calibration, collate
 from regmean.model_folder import Checkpoint
@@ -369,8 +369,3 @@ def open_layerwise(
             "load it with transformers, save it, and take the saved folder"
         )
     return opened
-
-
-def describe(error: Exception) -> str:
-    """An exception in one line, with its type."""
-    return f"{type(error).__name__}: {first_line(error)}"

@@ -7,10 +7,10 @@ run that was stopped continues after the last whole step. The Grams are those of
 import shutil
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from common.errors import Stopped
@@ -162,14 +162,11 @@ class LayerwiseGrams:
             for index, batch in enumerate(self.course.batches):
                 sums.begin({})
                 real = None if batch.real is None else batch.real.to(self.model.device)
-                inputs.run(
-                    lambda index=index, **arguments: self._advance(step, weights, index), batch.ids, batch.mask, real
-                )
+                # `inputs` passes a whole model's arguments; a step takes none of them.
+                advance = partial(self.course.advance, step, weights, index)
+                inputs.run(lambda run=advance, **_: run(), batch.ids, batch.mask, real)
         if names and not is_done:
             sums.add_ranks(self.process)
             if self.process.is_main:
                 sums.write(self._part(step), self.parts.layers, self.parts.tensors, provenance, self.parts.counts)
         self.process.barrier()
-
-    def _advance(self, step: int, weights: dict[str, torch.Tensor], index: int, **arguments: Any) -> None:
-        self.course.advance(step, weights, index)

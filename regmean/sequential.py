@@ -29,7 +29,7 @@ from regmean.gram import GramSums, symmetrise_, zeros
 from regmean.gram_file import Counts, Gram, Grams
 from regmean.hooks import LinearInputs
 from regmean.layer_survey import Survey
-from regmean.layerwise import BEFORE, Batch, Course, LayerwiseModel
+from regmean.layerwise import BEFORE, Course, LayerwiseModel
 from regmean.merge_plan import LayerGroup, MergePlan
 from regmean.read_ahead import Reader
 from regmean.regmean import RegMean, write_pieces
@@ -168,16 +168,14 @@ class SequentialMerge:
     def _sum_inputs(self, step: int, model: LayerwiseModel, course: Course, grams: StepGrams, wanted: set[str]) -> None:
         layers = {name: model.model.get_submodule(name) for name in sorted(wanted)}
         weights, sums = model.weights(step), GramSums()
+        # The model's own layer, on the merge's states.
+        own = Course(model, course.batches, course.numbers, course.states)
         with LinearInputs(layers, None, sums.add, same_calls=True, alone=set(layers)) as inputs:
             for index, batch in enumerate(course.batches):
-                hidden = None if step == BEFORE else course.states[index].to(model.device)
                 real = None if batch.real is None else batch.real.to(model.device)
                 sums.begin({})
-
-                def run(hidden: torch.Tensor | None = hidden, batch: Batch = batch, **arguments: Any) -> None:
-                    model.forward(step, weights, batch, hidden)
-
-                inputs.run(run, batch.ids, batch.mask, real)
+                forward = partial(own.forward, step, weights, index)
+                inputs.run(lambda run=forward, **_: run(), batch.ids, batch.mask, real)
         for name in sorted(wanted):
             total = sums.totals.get(name)
             if total is None:
