@@ -44,7 +44,7 @@ from mindmerger.token_table import Rows, TokenTable, file_hashes, open_table
 from mindmerger.tokenization import ExampleTokenizer, load_example_tokenizer
 from mindmerger.train_state import TrainState
 from mindmerger.trainer import STATE, Schedule, Trainer, steps_per_epoch
-from mindmerger.zero import MappingState, deepspeed_config, weights_dtype
+from mindmerger.zero import MappingState, deepspeed_config, free_shared_memory, weights_dtype
 
 ALIGNED_START = "aligned_start"
 Mapping = dict[str, torch.Tensor]
@@ -67,6 +67,7 @@ def train(flags: TrainingFlags) -> None:
     quiet_libraries()
     # Reuses the process group, from which ZeRO-3 gets the number of ranks while a model loads.
     deepspeed.init_distributed()
+    free_shared_memory(process)
     stage = prepare(flags, process)
     folder = Path("outputs") / flags.save_name / flags.stage_name
     with open_run(folder, stage.settings, flags.overwrite, process) as run:

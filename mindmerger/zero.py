@@ -1,6 +1,7 @@
 """DeepSpeed's settings for training, and access to the mapping in ZeRO's partitions."""
 
 import contextlib
+import os
 import reprlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,17 @@ from mindmerger.config import BatchSizes
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
 # AdamW's state of every parameter; under Muon the second moment of a matrix stays zero.
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def free_shared_memory(process: Process) -> None:
+    """Remove the name of the shared memory that DeepSpeed opens on a CPU, 69 MB a rank.
+
+    DeepSpeed 0.19 keeps the name, and with it the memory, after the process. Without a name, the memory stays usable
+    and is freed with the processes.
+    """
+    process.barrier()  # every rank has opened the others' memory
+    group = "_".join(str(part) for part in (os.getuid(), *map(os.environ.get, ("MASTER_ADDR", "MASTER_PORT"))))
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{group}_{process.rank}").unlink(missing_ok=True)
 
 
 def deepspeed_config(path: str | None, sizes: BatchSizes, device: torch.device) -> dict[str, Any]:

@@ -103,7 +103,10 @@ def test_published_commands_verbatim(work: Path, pair: Words) -> None:
         "--epoch_num 3"
     )
     words = command.format(stage="mapping", n=100000, micro=8, accumulation=16).split()
-    run(deepspeed_command(1, "run_training.py", *words, "--dev_size", 24), work)
+    launcher = deepspeed_command(1, "run_training.py", *words, "--dev_size", 24)
+    run(launcher, work)
+    port = launcher[launcher.index("--master_port") + 1]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))
     after_mapping = (work / "outputs/MergeMinds/pytorch_model.bin").read_bytes()
     words = command.format(stage="augmentation", n=30000, micro=2, accumulation=64).split()
     printed = run(deepspeed_command(1, "run_training.py", *words, "--dev_size", 24), work)
