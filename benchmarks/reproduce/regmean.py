@@ -60,7 +60,10 @@ RESULTS = Path("results/reproduce")
 DOMAINS = ("math", "code")
 ALPHAS = [0.1, 0.5, 0.9, 0.95, 0.99]
 PUBLISHED_ALPHA = 0.1
-SEQUENTIAL = {"regmean++": "RegMean++", "regmean_asym": "asymmetric RegMean"}
+METHODS = {"regmean": "RegMean", "regmean++": "RegMean++", "regmean_asym": "asymmetric RegMean"}
+SEQUENTIAL = ("regmean++", "regmean_asym")
+# Merges at one alpha, beside RegMean's at every alpha: method, and how embeddings are merged.
+OTHER_MERGES = [("regmean", "counts"), ("regmean++", "average"), ("regmean_asym", "average"), ("regmean_asym", "counts")]
 SEQUENTIAL_ALPHA = 0.9
 MAX_TOKENS = 160  # of a text; longer ones are left out
 HELD_OUT = 1000  # problems that are not used for training
@@ -96,6 +99,8 @@ class ReproduceFlags:
     same_packages: bool = flag(False, "hold out functions of the training packages, not whole packages")
     dtype: str = flag("bfloat16", "of forward passes; float32 is faster on a CPU without bfloat16 instructions")
     num_examples: int = flag(192, "training texts that a Gram is computed from")
+    alphas: list[float] = flag(ALPHAS, f"alphas of RegMean, of which {SEQUENTIAL_ALPHA:g} is one")
+    published: bool = flag(True, "merge by the published solver, and the first pair by the published algorithm")
     test_num: int = flag(150, "held-out texts of each domain")
     overwrite: bool = flag(False, "replace a run of other settings in --work_dir")
 
@@ -106,6 +111,8 @@ class ReproduceFlags:
         for name in ("seeds", "steps", "batch_size", "num_examples"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1")
+        if SEQUENTIAL_ALPHA not in self.alphas:
+            raise InputError(f"--alphas must have {SEQUENTIAL_ALPHA:g}, which other merges are compared at")
         if self.dtype not in ("bfloat16", "float32"):
             raise InputError("--dtype is bfloat16 or float32")
         if self.test_num < 2 or self.test_num > HELD_OUT:
@@ -199,25 +206,29 @@ def merged_models(flags: ReproduceFlags, home: Path, seed: int) -> dict[str, Pat
     """Compute one seed's Grams and merges; return the folders of all merged models, in the table's order."""
     specialists = [str(home / domain / "model") for domain in DOMAINS]
 
-    def merging(method: str, folder: Path, **options: Any) -> None:
+    def merging(method: str, embeddings: str, folder: Path, **options: Any) -> None:
         output = str(folder / "model")
-        of = MergeFlags(method, specialists, device="cpu", embeddings="average", output_dir=output, **options)
+        of = MergeFlags(method, specialists, device="cpu", embeddings=embeddings, output_dir=output, **options)
         if method in SEQUENTIAL:
             merge_layer_by_layer(of, start_process("cpu"), COMMAND)
         else:
             merge(of, COMMAND)
 
     grams = write_all_grams(flags, home)
-    step(home / "avg", functools.partial(merging, "avg"))
-    step(home / "regmean", functools.partial(merging, "regmean", grams=grams, alpha=ALPHAS))
+    step(home / "avg", functools.partial(merging, "avg", "average"))
+    step(home / "regmean", functools.partial(merging, "regmean", "average", grams=grams, alpha=flags.alphas))
     folders = {AVERAGE: home / "avg" / "model"}
-    folders |= {f"RegMean, alpha {alpha:g}": home / "regmean" / f"model_{alpha:g}" for alpha in ALPHAS}
+    folders |= {f"RegMean, alpha {alpha:g}": home / "regmean" / f"model_{alpha:g}" for alpha in flags.alphas}
     texts = [write_calibration(flags, home / domain / "texts.jsonl", home / f"{domain}.yaml") for domain in DOMAINS]
-    for method, name in SEQUENTIAL.items():
-        step(home / method, functools.partial(merging, method, calibration=texts, alpha=[SEQUENTIAL_ALPHA]))
-        folders[f"{name}, alpha {SEQUENTIAL_ALPHA:g}"] = home / method / "model"
+    given = {"regmean": {"grams": grams}} | {method: {"calibration": texts} for method in SEQUENTIAL}
+    for method, embeddings in OTHER_MERGES:
+        folder, name = home / f"{method}_{embeddings}", f"{METHODS[method]}, alpha {SEQUENTIAL_ALPHA:g}"
+        step(folder, functools.partial(merging, method, embeddings, alpha=[SEQUENTIAL_ALPHA], **given[method]))
+        folders[name if embeddings == "average" else f"{name}, token counts"] = folder / "model"
+    if not flags.published:
+        return folders
     one = {"grams": grams, "alpha": [PUBLISHED_ALPHA], "solver": "lstsq"}
-    step(home / "lstsq", functools.partial(merging, "regmean", **one))
+    step(home / "lstsq", functools.partial(merging, "regmean", "average", **one))
     folders[f"RegMean, alpha {PUBLISHED_ALPHA:g}, lstsq"] = home / "lstsq" / "model"
     return folders | (published_merges(flags, home) if seed == 0 else {})
 
