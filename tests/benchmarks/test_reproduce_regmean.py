@@ -244,6 +244,7 @@ def flags(work: Path, monkeypatch: pytest.MonkeyPatch) -> reproduce.ReproduceFla
         steps=2,
         batch_size=4,
         num_examples=4,
+        alphas=[0.1, 0.9],
         test_num=6,
     )
 
@@ -274,9 +275,10 @@ def test_the_whole_is_done_once(flags, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert fine_tuned.stat().st_mtime_ns == made
     names = list(result["models"])
     assert names[:4] == ["base", "math model", "code model", "average"]
-    assert names[4:9] == [f"RegMean, alpha {alpha}" for alpha in (0.1, 0.5, 0.9, 0.95, 0.99)]
-    assert names[9:11] == ["RegMean++, alpha 0.9", "asymmetric RegMean, alpha 0.9"]
-    assert len(names) == 14
+    assert names[4:7] == ["RegMean, alpha 0.1", "RegMean, alpha 0.9", "RegMean, alpha 0.9, token counts"]
+    assert names[7:9] == ["RegMean++, alpha 0.9", "asymmetric RegMean, alpha 0.9"]
+    assert names[9] == "asymmetric RegMean, alpha 0.9, token counts"
+    assert len(names) == 13
     value = {name: figures["math_loss"]["mean"] for name, figures in result["models"].items()}
     assert value["math model"] < value["base"]
     assert value["RegMean, alpha 0.1"] == pytest.approx(value["RegMean, alpha 0.1, lstsq"], abs=1e-3)
@@ -287,9 +289,11 @@ def test_the_whole_is_done_once(flags, monkeypatch: pytest.MonkeyPatch, capsys: 
     with monkeypatch.context() as patch:
         for name in ("fine_tune", "merge", "compute_grams", "score_texts", "write_merge"):
             patch.setattr(reproduce, name, stop)
+        given = {name: value for name, value in vars(flags).items() if name not in ("overwrite", "published", "alphas")}
+        words = [*(f"--{name}={value}" for name, value in given.items()), "--alphas", *map(str, flags.alphas)]
         monkeypatch.setattr(
             "sys.argv",
-            ["regmean", *(f"--{name}={value}" for name, value in vars(flags).items() if name != "overwrite")],
+            ["regmean", *words],
         )
         capsys.readouterr()
         reproduce.main()

@@ -16,7 +16,7 @@ SHIPPED = Path("quickstart/models")
 
 
 @torch.inference_mode()
-def solved(folder: Path, code: str, count: int = 60) -> float:
+def solved(folder: Path, code: str, count: int = 25) -> float:
     """Fraction of dev problems in this language that the LLM solves without a mapping."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -31,7 +31,7 @@ def solved(folder: Path, code: str, count: int = 60) -> float:
 
 
 @torch.inference_mode()
-def translated(folder: Path, count: int = 20) -> float:
+def translated(folder: Path, count: int = 8) -> float:
     """Fraction of dev problems, in any language, whose translation into English has every word and digit right."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()

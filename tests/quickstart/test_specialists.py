@@ -13,7 +13,7 @@ from quickstart.specialists import make_tokenizer, task_lessons, train_all
 from tests.conftest import REPOSITORY
 
 SHIPPED = REPOSITORY / "quickstart" / "models" / "regmean"
-ASKED = 100
+ASKED = 40
 
 
 def accuracy(folder: Path, task: str) -> float:
