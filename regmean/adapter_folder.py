@@ -20,6 +20,8 @@ from regmean.adapters import AdaptedTensor, BiasTensor, LoraTensor, ReplacedTens
 from regmean.heads import HEAD, TABLE, is_copy, same_values
 from regmean.model_folder import (
     ADAPTER,
+    INDEX_NAME,
+    SINGLE_NAME,
     Checkpoint,
     commit,
     companions,
@@ -161,6 +163,26 @@ def open_adapter(name: str, folder: Path, base: str | None) -> AdapterCheckpoint
     tensors, untied = _Matching(model, folder, settings, own).tensors()
     config = untied_config(model.config) if untied else model.config
     return AdapterCheckpoint(name, model.folder, config, tensors, model, folder, own, settings, untied=untied)
+
+
+def config_name(name: str, revision: str | None, base: str | None) -> tuple[str, str | None]:
+    """Name and revision of the model whose config a model has, itself or an adapter's base; no weights are read."""
+    folder = Path(name) if Path(name).is_dir() else _downloaded_settings(name, revision)
+    return base_of(folder, read_settings(folder), base) if folder and is_adapter(folder) else (name, revision)
+
+
+def _downloaded_settings(name: str, revision: str | None) -> Path | None:
+    """Folder of the settings of an adapter of the hub; None for other models, or if the hub cannot be reached."""
+    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        files = set(list_repo_files(name, revision=revision))
+        if ADAPTER not in files or files & {SINGLE_NAME, INDEX_NAME}:
+            return None
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[ADAPTER]))
+    except (HfHubHTTPError, HFValidationError, OSError):
+        return None
 
 
 def base_of(folder: Path, settings: dict[str, Any], base: str | None) -> tuple[str, str | None]:
@@ -363,7 +385,11 @@ class _Matching:
     def _settled(self, adapted: dict[str, AdaptedTensor]) -> tuple[dict[str, TensorInfo], bool]:
         """All tensors. A tied head stays tied if table and head are updated alike, and by PEFT's rows of tokens."""
         tensors = self.base.tensors | adapted
-        if not any(HEAD.search(name) or TABLE.search(name) for name in adapted) or self._tied is None:
+        if not any(HEAD.search(name) or TABLE.search(name) for name in adapted):
+            return tensors, False
+        if self._built is None and not any(HEAD.search(name) for name in self.base.tensors):
+            raise InputError(f"{self.path}: the embedding table is updated, and transformers cannot build the base")
+        if self._tied is None:
             return tensors, False
         name, head_name = self._tied
         table, head = adapted.get(name), adapted.get(head_name)

@@ -221,7 +221,7 @@ def test_an_adapter_beside_the_weights_is_not_read(siblings: Callable, monkeypat
         loaded.append(options)
         return load_model(*args, **options)
 
-    monkeypatch.setattr("regmean.compute.load_model", load)
+    monkeypatch.setattr("regmean.architectures.load_model", load)
     assert grams(folder).exists() and len(loaded) == 1
 
 
