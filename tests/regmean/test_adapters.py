@@ -18,8 +18,10 @@ from common.errors import InputError
 from common.io import read_json
 from common.ranks import start_process
 from regmean.adapter_folder import open_models
-from regmean.config import MergeFlags
+from regmean.architectures import config_of
+from regmean.config import SEQUENTIAL, MergeFlags
 from regmean.gram_file import GramFile
+from regmean.layerwise import build_without_weights, open_layerwise
 from regmean.layerwise_merge import merge_layer_by_layer
 from regmean.tensor_file import decode
 from tests.regmean.conftest import make_gpt2, make_llama, make_tokenizer
@@ -238,16 +240,15 @@ def merged_folder(adapter: Adapter, base: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def specialists(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], list[Path]]:
-    """Two adapters of one base with their Grams, and the base merged with each."""
+    """Two adapters of one base, and the base merged with each; all but the second adapter have Grams."""
     root = tmp_path_factory.mktemp("specialists")
     adapters, whole = [], []
     for number, name in enumerate("AB"):
         adapter = make_adapter(bases["llama"], root / name, usual, seed=number)
         adapters.append(root / name)
         whole.append(merged_folder(adapter, bases["llama"], root / f"whole_{name}"))
-    for folders in zip(adapters, whole, strict=True):
-        for folder in folders:
-            grams(folder)
+    for folder in (adapters[0], *whole):
+        grams(folder)
     return adapters, whole
 
 
@@ -258,46 +259,68 @@ def assert_alike(one: Path, other: Path, tolerance: float = 1e-5) -> None:
         torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
+def gram_file(folder: Path) -> GramFile:
+    return GramFile(folder.with_suffix(".gram") / "gram.safetensors")
+
+
+def assert_same_grams(one: GramFile, other: GramFile) -> None:
+    assert {gram.tensors for gram in one.grams.values()} == {gram.tensors for gram in other.grams.values()}
+    for name in one.grams.keys() & other.grams.keys():
+        torch.testing.assert_close(*(torch.from_numpy(file.read(name)) for file in (one, other)), rtol=1e-4, atol=1e-4)
+
+
 def test_grams_and_merges_are_those_of_merged_models(
     specialists: tuple[list[Path], list[Path]], tmp_path: Path
 ) -> None:
     adapters, whole = specialists
-    own, theirs = (GramFile(of[0].with_suffix(".gram") / "gram.safetensors") for of in specialists)
-    for name in own.grams:
-        torch.testing.assert_close(*(torch.from_numpy(f.read(name)) for f in (own, theirs)), rtol=1e-4, atol=1e-4)
-    layerwise = shutil.copytree(adapters[0], tmp_path / "layerwise")
-    assert own.provenance["base"] and (grams(layerwise, layerwise="on") / "gram.safetensors").exists()
-    one_by_one = GramFile(layerwise.with_suffix(".gram") / "gram.safetensors")
-    for name in own.grams:
-        torch.testing.assert_close(*(torch.from_numpy(f.read(name)) for f in (own, one_by_one)), rtol=1e-4, atol=1e-4)
-    for method in ("avg", "regmean"):
-        outs = [run(folders, tmp_path / f"{method}{i}", method) for i, folders in enumerate(specialists)]
-        assert_alike(*outs)
-    # An adapter and a whole model, in both orders.
-    outs = [run(pair, tmp_path / f"mixed{i}", "avg") for i, pair in enumerate([[adapters[0], whole[1]], whole[:2]])]
+    assert_same_grams(gram_file(adapters[0]), gram_file(whole[0]))
+    assert gram_file(adapters[0]).provenance["base"]
+    assert_alike(*(run(folders, tmp_path / f"avg{i}", "avg") for i, folders in enumerate(specialists)))
+    # An adapter beside a whole model.
+    pairs = [[adapters[0], whole[1]], whole]
+    outs = [run(folders, tmp_path / f"regmean{i}") for i, folders in enumerate(pairs)]
     assert_alike(*outs)
     report, card = read_json(outs[0] / "merge_report.json"), (outs[0] / "README.md").read_text()
     base = report["models"][0]["base"]
     assert report["models"][0]["model"] == str(adapters[0]) and "base" not in report["models"][1]
     assert f"`{adapters[0]}`, an adapter of `{base}`" in card
-    assert (outs[0] / "config.json").exists() and AutoTokenizer.from_pretrained(outs[0])
     with pytest.raises(InputError, match=r"holds the Grams of .*A, not of .*B"):
-        run(adapters, tmp_path / "swapped", grams=[str(folder.with_suffix(".gram")) for folder in adapters[::-1]])
+        run(adapters[::-1], tmp_path / "swapped", grams=[str(adapters[0].with_suffix(".gram"))] * 2)
 
 
-def test_layer_sequential_merges_are_those_of_merged_models(
-    specialists: tuple[list[Path], list[Path]], tmp_path: Path
+def test_layers_alone_have_the_merged_weights(specialists: tuple[list[Path], list[Path]]) -> None:
+    weights = load_file(specialists[1][0] / "model.safetensors")
+    (checkpoint,) = open_models([str(specialists[0][0])], [], None)
+    built = build_without_weights(AutoModelForCausalLM, config_of(checkpoint), torch.float32, torch.device("cpu"))
+    model = open_layerwise(checkpoint, built, torch.device("cpu"), None)
+    for step in range(3):
+        for name, value in model.weights(step).items():
+            torch.testing.assert_close(value, weights[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_passes_layer_by_layer_are_those_of_merged_models(
+    specialists: tuple[list[Path], list[Path]], bases: dict[str, Path], tmp_path: Path
 ) -> None:
+    layerwise = shutil.copytree(specialists[0][0], tmp_path / "layerwise")
+    grams(layerwise, layerwise="on")
+    assert_same_grams(gram_file(layerwise), gram_file(specialists[0][0]))
+    make_adapter(bases["tied"], tmp_path / "untied", both_apart)
+    shutil.copytree(tmp_path / "untied", tmp_path / "untied_layerwise")
+    for name, way in (("untied", "off"), ("untied_layerwise", "on")):
+        grams(tmp_path / name, layerwise=way)
+    assert_same_grams(*(gram_file(tmp_path / name) for name in ("untied", "untied_layerwise")))
     texts = tmp_path / "texts.yaml"
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:8]))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     texts.write_text(f"dataset: {tmp_path / 'texts.jsonl'}\ntext_column: text\n")
-    outs = []
-    for number, folders in enumerate(specialists):
-        names, outs = list(map(str, folders)), [*outs, tmp_path / f"out{number}"]
-        flags = MergeFlags(method="regmean_asym", models=names, calibration=[str(texts)] * 2, alpha=[0.9], device="cpu",
-                           output_dir=str(outs[-1]))  # fmt: skip
-        merge_layer_by_layer(flags, start_process("cpu"), "command")
-    assert_alike(*outs, tolerance=1e-4)
+    for method in SEQUENTIAL:
+        outs = []
+        for number, folders in enumerate(specialists):
+            names, outs = list(map(str, folders)), [*outs, tmp_path / f"{method}{number}"]
+            flags = MergeFlags(method=method, models=names, calibration=[str(texts)] * 2, alpha=[0.9], device="cpu",
+                               output_dir=str(outs[-1]))  # fmt: skip
+            merge_layer_by_layer(flags, start_process("cpu"), "command")
+        assert_alike(*outs, tolerance=1e-4)
 
 
 def test_an_untied_head_is_in_grams_and_merge(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -313,10 +336,6 @@ def test_an_untied_head_is_in_grams_and_merge(bases: dict[str, Path], tmp_path: 
     torch.testing.assert_close(values[f"{TABLE}.weight"], means[f"{TABLE}.weight"], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(values[f"{HEAD}.weight"], means[f"{HEAD}.weight"], atol=1e-3)
     assert AutoModelForCausalLM.from_pretrained(out).lm_head.weight.equal(values[f"{HEAD}.weight"])
-    layerwise = shutil.copytree(folders[0], tmp_path / "L")
-    grams(layerwise, layerwise="on")
-    files = [GramFile(folder.with_suffix(".gram") / "gram.safetensors") for folder in (folders[0], layerwise)]
-    assert {gram.tensors for gram in files[0].grams.values()} == {gram.tensors for gram in files[1].grams.values()}
 
 
 def test_a_bfloat16_base_is_rounded_once(bases: dict[str, Path], tmp_path: Path) -> None:
