@@ -30,7 +30,7 @@ from regmean.model_folder import (
     open_checkpoint,
     untied_config,
 )
-from regmean.tensor_file import TensorFile, TensorInfo, decode
+from regmean.tensor_file import FLOATS, TensorFile, TensorInfo, decode
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -225,6 +225,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
     alphas = [alpha, *pattern.values()] if isinstance(pattern, dict) else [None]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in alphas):
         raise InputError(f"{path}: lora_alpha and alpha_pattern must be numbers")
+    for key in pattern:
+        try:
+            re.compile(key)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InputError(f"{path}: alpha_pattern {key!r}: not a regular expression: {error}") from error
     return settings
 
 
@@ -239,6 +244,8 @@ class _Matching:
         for key, info in own.items():
             name = key.removeprefix(PREFIX)
             part = next((part for part in PARTS if name.endswith(f".{part}")), None)
+            if info.dtype not in FLOATS:
+                raise InputError(f"{self.path}: tensor {key} is of {info.dtype}; adapters of floats are read")
             if part:
                 self.modules[name.removesuffix(f".{part}")][PARTS[part]] = info
             elif "lora_" in name:
@@ -266,20 +273,23 @@ class _Matching:
         return self._settled(adapted)
 
     def _update(self, module: str, parts: dict[str, TensorInfo], base: TensorInfo) -> AdaptedTensor:
+        kinds = [{"rows"}, {"a of a table", "b of a table"}, {"a", "b"}, {"a", "b", "bias"}]
+        if parts.keys() - {"magnitude"} not in kinds:
+            raise InputError(
+                f"{self.path}: the update of {module} is not whole: {', '.join(i.name for i in parts.values())}"
+            )
         if "rows" in parts:
             return self._with_rows(module, parts["rows"], base)
-        of_table = " of a table" if "a of a table" in parts or "b of a table" in parts else ""
-        a, b = (parts.get(f"{part}{of_table}") for part in "ab")
-        if a is None or b is None:
-            raise InputError(f"{self.path}: one of the two factors of {module} is missing")
+        of_table = "a of a table" in parts
+        a, b = (parts[f"{part} of a table" if of_table else part] for part in "ab")
         if len(base.shape) != 2:
             raise InputError(
-                f"{self.path}: {module} is no linear layer: its weight in {base.path} is {list(base.shape)}"
+                f"{self.path}: {module} is no linear layer: {base.name} in {base.path} is {list(base.shape)}"
             )
-        shape, rank = (*b.shape[:1], *a.shape[1:]), a.shape[0]
-        transposed = bool(of_table) or (shape[::-1] == base.shape and (shape != base.shape or self._is_conv1d))
-        if len(a.shape) != 2 or b.shape[1:] != (rank,) or (shape[::-1] if transposed else shape) != base.shape:
-            self._refuse(f"the factors {list(a.shape)} and {list(b.shape)} of {module}", base.shape, base)
+        shape, rank = (*b.shape[:1], *a.shape[1:]), math.prod(a.shape[:1])
+        transposed = of_table or (shape[::-1] == base.shape and (shape != base.shape or self._is_conv1d))
+        if not rank or b.shape[1:] != (rank,) or (shape[::-1] if transposed else shape) != base.shape:
+            self._refuse(f"the product of {list(b.shape)} and {list(a.shape)} of {module}", base.shape, base)
         magnitude = parts.get("magnitude")
         if bool(self.settings.get("use_dora")) != (magnitude is not None):
             raise InputError(
@@ -324,7 +334,7 @@ class _Matching:
         found = bool(self.settings.get("fan_in_fan_out"))
         for module, parts in self.modules.items():
             if parts.keys() >= {"a", "b"}:
-                shape = (parts["b"].shape[0], parts["a"].shape[-1])
+                shape = (*parts["b"].shape[:1], *parts["a"].shape[1:])
                 found |= shape != shape[::-1] == self._target(f"{module}.weight")[1].shape
         return found
 
@@ -392,13 +402,13 @@ class _Matching:
         if self._tied is None:
             return tensors, False
         name, head_name = self._tied
-        table, head = adapted.get(name), adapted.get(head_name)
-        if head is None and table is None:
+        if name not in adapted and head_name not in adapted:
             return tensors, False
-        if isinstance(table, TokenTensor) and head is None:
-            head = table
-        if table is not None and head is not None and (table is head or same_values(table, head)):
+        shared = replace(self.base.tensors[name], name=head_name)
+        table, head = adapted.get(name, self.base.tensors[name]), adapted.get(head_name, shared)
+        only_tokens = isinstance(table, TokenTensor) and head is shared
+        if only_tokens or same_values(table, head):
             tensors.pop(head_name, None)
             return tensors, False
-        tensors[head_name] = head or replace(self.base.tensors[name], name=head_name)
+        tensors[head_name] = head
         return tensors, True

@@ -110,7 +110,7 @@ def locate_model(name: str, revision: str | None = None, adapter: bool = False) 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = {"allow_patterns": [*COMPANIONS, *FOLDERS, "*.safetensors"], "ignore_patterns": [*NOT_DOWNLOADED]}
-    patterns = {"allow_patterns": ["adapter_model*"]} if adapter else patterns
+    patterns = {"allow_patterns": ["adapter_model.safetensors"]} if adapter else patterns
     try:
         return Path(snapshot_download(name, revision=revision, **patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

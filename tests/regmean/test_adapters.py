@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import InputError
 from common.io import read_json
 from common.ranks import start_process
-from regmean.adapter_folder import open_models
+from regmean.adapter_folder import config_name, open_models
 from regmean.architectures import config_of
 from regmean.config import SEQUENTIAL, MergeFlags
 from regmean.gram_file import GramFile
@@ -393,6 +394,34 @@ def test_base_replaces_that_of_the_settings(
         run([bases["llama"]] * 2, tmp_path / "none", "avg", base=str(bases["llama"]))
 
 
+def test_an_adapter_of_the_hub_and_its_base_are_downloaded(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter(bases["llama"], tmp_path / "lora", usual, base_model_name_or_path="owner/base", revision="r1")
+    sources, asked = {"owner/base": bases["llama"], "owner/lora": tmp_path / "lora"}, []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str], ignore_patterns: Any = None) -> str:
+        asked.append((name, revision))
+        folder = tmp_path / name / "snapshots" / "commit"
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [str(path.relative_to(sources[name])) for path in sources[name].iterdir()]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            shutil.copy(sources[name] / file, folder / file)
+        return str(folder)
+
+    def listed(name: str, revision: str | None) -> list[str]:
+        return [path.name for path in sources[name].iterdir()]
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", listed)
+    assert config_name("owner/lora", "main", None) == ("owner/base", "r1")
+    assert config_name("owner/base", "r1", None) == ("owner/base", "r1")
+    (model,) = open_models(["owner/lora"], ["main"], None)
+    assert asked[1:] == [("owner/lora", "main"), ("owner/lora", "commit"), ("owner/base", "r1")]
+    assert model.revision() == "commit" and model.origin() == {"model": "owner/lora", "base": "owner/base"}
+    assert len(model.changed()) == 3
+
+
 def test_names_of_weights_change_with_base_and_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
     """A Gram file belongs to one fingerprint, and a merge continues with files that have not changed."""
     base = shutil.copytree(bases["llama"], tmp_path / "base")
@@ -421,7 +450,7 @@ REFUSED: dict[str, tuple[Callable[[Adapter], None], dict[str, Any], str]] = {
     "half": (
         lambda adapter: [adapter.lora(QUERY), adapter.file.pop(f"{QUERY}.lora_B.weight")],
         {},
-        "one of the two factors of model.layers.0.self_attn.q_proj is missing",
+        "the update of model.layers.0.self_attn.q_proj is not whole",
     ),
     "part": (
         lambda adapter: adapter.file.update({f"{QUERY}.lora_E": rounded(2)}),
@@ -448,7 +477,7 @@ REFUSED: dict[str, tuple[Callable[[Adapter], None], dict[str, Any], str]] = {
             {f"{QUERY}.lora_A.weight": rounded(2, 9), f"{QUERY}.lora_B.weight": rounded(16, 2)}
         ),
         {},
-        r"the factors \[2, 9\] and \[16, 2\] of .* does not fit",
+        r"the product of \[16, 2\] and \[2, 9\] of .* does not fit",
     ),
     "tokens": (tokens, {"trainable_token_indices": [30, 2, 70]}, "no token ids of model.embed_tokens, or ids beyond"),
 }
