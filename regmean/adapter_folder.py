@@ -53,17 +53,9 @@ TOKENS = ("trainable_token_indices", "token_indices")
 WITHOUT_EFFECT = {
     *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"),
     *("r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *(
-        "lora_dropout",
-        "bias",
-        "lora_bias",
-        "modules_to_save",
-        "ensure_weight_tying",
-        "megatron_config",
-        "megatron_core",
-    ),
-    *("init_lora_weights", "init_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    "qalora_group_size",
+    *("modules_to_save", "lora_dropout", "bias", "lora_bias", "ensure_weight_tying", "megatron_config"),
+    *("megatron_core", "init_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("init_lora_weights", "qalora_group_size"),
 }
 # Other initialisations take a part of the base's weights away.
 INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")

@@ -216,7 +216,7 @@ def print_table(
 
 
 def _named(model: dict[str, Any]) -> str:
-    base = f", an adapter of `{model['base']}`" if "base" in model else ""
+    base = f", an adapter of {_code(model['base'])}" if "base" in model else ""
     return f"`{model['model']}`{base}"
 
 
@@ -229,5 +229,5 @@ def _describe(gram: dict[str, Any]) -> str:
 
 
 def _code(text: str) -> str:
-    """Format `text`, which may be from a foreign Gram file, as an inline code span without active Markdown or HTML."""
+    """Format `text`, which may be from a foreign file, as an inline code span without active Markdown or HTML."""
     return "`" + " ".join(text.replace("`", "'").replace("|", "/").split()) + "`"
