@@ -13,7 +13,7 @@ from regmean.tensor_file import decode
 from tests.regmean.conftest import make_gpt2, make_llama
 from tests.regmean.folders import run, save
 
-peft = pytest.importorskip("peft")
+peft = pytest.importorskip("peft", reason="pip install -r requirements-peft.txt")
 
 IDS = torch.arange(2, 14)[None]
 LINEAR = ["q_proj", "o_proj", "down_proj"]
