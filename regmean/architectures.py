@@ -38,9 +38,9 @@ from transformers.core_model_loading import (
 from transformers.initialization import no_init_weights
 
 from common.errors import InputError
-from common.models import base_config
+from common.models import base_config, load_model
 from regmean.model_folder import Checkpoint
-from regmean.tensor_file import JoinedTensor, TensorInfo
+from regmean.tensor_file import JoinedTensor, TensorInfo, decode
 
 # Auto classes of encoders, by the end of the name of the class that wrote the folder. Others are built without a head.
 ENCODERS = {
@@ -74,14 +74,62 @@ def auto_class(checkpoint: Checkpoint, config: PretrainedConfig) -> Any:
     return AutoModelForCausalLM
 
 
+def config_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a model as transformers reads it, untied where an adapter unties the output head.
+
+    Raises:
+        InputError: transformers cannot read it.
+    """
+    config = base_config(str(checkpoint.folder), trust_remote_code=trust_remote_code)
+    if checkpoint.untied:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    return config
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, model_class: Any, config: PretrainedConfig, **options: Any
+) -> PreTrainedModel:
+    """Load a model with all of its weights but those of an output head apart, which may be missing.
+
+    Raises:
+        InputError: weights are missing, or an adapter changes some that the class does not have.
+    """
+    changed, used = checkpoint.changed(), set()
+    options |= {"config": config} if checkpoint.untied else {}
+    # An adapter stored beside the weights is not part of the model; this folder has none.
+    options |= {"needs_head": False, "adapter_kwargs": {"subfolder": "no adapter"}}
+    model = load_model(model_class, str(checkpoint.folder), **options)
+    state = model.state_dict() if changed else {}
+    for name, info in parameter_tensors(model, checkpoint.tensors).items() if changed else ():
+        parts = {part.name for part, _, _ in info.parts} if isinstance(info, JoinedTensor) else {info.name}
+        if parts & changed:
+            state[name].copy_(torch.from_numpy(decode(info.read(), info.dtype)).view(state[name].shape))
+            used |= parts
+    if unused := sorted(changed - used):
+        raise InputError(f"model {checkpoint.name} changes {unused[0]}, which {type(model).__name__} does not have")
+    return model
+
+
 def build_on_meta(checkpoint: Checkpoint) -> PreTrainedModel | None:
     """Build the model of a folder as shapes without data; None if transformers has no class for it."""
     try:
-        config = base_config(str(checkpoint.folder))
+        config = config_of(checkpoint)
         with torch.device("meta"), no_init_weights():
             return auto_class(checkpoint, config).from_config(config)
     except Exception:  # model code may raise anything on an unknown config
         return None
+
+
+def parameter_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+    """The parameter that transformers reads each stored name into, and the pattern of its conversion if it has one."""
+    state, transforms, found = model.state_dict(), get_model_conversion_mapping(model), {}
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    for stored in names:
+        found[stored] = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+        if found[stored][0] not in state and stored in state:
+            found[stored] = rename_source_key(stored, [], [], model.base_model_prefix, state)
+    return found
 
 
 def parameter_rows(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, np.ndarray]]:
@@ -91,15 +139,10 @@ def parameter_rows(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) ->
     changes more than the order of rows.
     """
     state, starts = model.state_dict(), dict(zip(tensors, _row_starts(tensors.values()), strict=False))
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    converters = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightConverter)]
     converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     sources: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
-    for stored in sorted(tensors, key=dot_natural_key):
-        name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
-        if name not in state and stored in state:
-            name, pattern = rename_source_key(stored, [], [], model.base_model_prefix, state)
+    for stored, (name, pattern) in parameter_names(model, sorted(tensors, key=dot_natural_key)).items():
         if name in state:
             sources[name].append((stored, pattern))
     for name, of_parameter in sources.items():
@@ -198,13 +241,16 @@ def _joined(info: TensorInfo, rows: np.ndarray, stored: list[TensorInfo], starts
         source, row = stored[owner[begin]], rows[begin] - starts[owner[begin]]
         parts.append((source, int(row) * width, int(row + end - begin) * width))
     sources = {source.name: source for source, _, _ in parts}.values()
-    if {source.dtype for source in sources} != {stored[owner[0]].dtype} or any(
+    dtypes = {source.dtype for source in sources}
+    # Of a tensor's parts, an adapter may have updated some.
+    dtype = next(iter(dtypes)) if len(dtypes) == 1 else "F32"
+    if not dtypes <= {dtype, "BF16", "F16"} or any(
         source.size != _row_count(source.shape) * width for source in sources
     ):
         return None
     if len(parts) == 1 and parts[0][0].shape == info.shape:
         return parts[0][0]
-    return JoinedTensor(parts[0][0].path, info.name, parts[0][0].dtype, info.shape, 0, tuple(parts))
+    return JoinedTensor(parts[0][0].path, info.name, dtype, info.shape, 0, tuple(parts))
 
 
 def _row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

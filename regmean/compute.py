@@ -23,11 +23,12 @@ from common import snapshots
 from common.errors import InputError, Stopped
 from common.io import read_json, write_json
 from common.logging import progress, quiet_libraries, say
-from common.models import base_config, load_model, load_tokenizer
+from common.models import load_tokenizer
 from common.ranks import Process, available_memory, is_out_of_memory, synchronize
 from common.runs import RUN, open_run
 from common.signals import StopSignals
-from regmean.architectures import auto_class, layer_tensors
+from regmean.adapter_folder import open_models
+from regmean.architectures import auto_class, config_of, layer_tensors, load_checkpoint
 from regmean.batch_runner import BatchRunner, TooLargeError
 from regmean.calibration import Calibration, check_length, check_tokens, collate, load_calibration, make_batches
 from regmean.config import GramFlags, TextSource
@@ -46,7 +47,7 @@ from regmean.layer_survey import Survey, survey
 from regmean.layerwise import BEFORE, build_without_weights, open_layerwise, stored_dtype
 from regmean.layerwise_grams import LayerwiseGrams, measured
 from regmean.merge_plan import compact
-from regmean.model_folder import Checkpoint, open_checkpoint
+from regmean.model_folder import Checkpoint
 from regmean.token_counts import find_tables
 
 SNAPSHOT_SECONDS = 600.0
@@ -81,20 +82,19 @@ def compute_grams(
     target = Path(flags.output_dir) / FILE_NAME
     if target.exists() and not flags.overwrite:
         raise InputError(f"{target} exists already: --overwrite it, or choose another --output_dir")
-    checkpoint = open_checkpoint(flags.model, flags.revision)
+    (checkpoint,) = open_models([flags.model], [flags.revision], flags.base)
     quiet_libraries()
-    path, trusted = str(checkpoint.folder), {"trust_remote_code": flags.trust_remote_code}
-    config = base_config(path, **trusted)
+    trusted = {"trust_remote_code": flags.trust_remote_code}
+    config = config_of(checkpoint, **trusted)
     model_class = auto_class(checkpoint, config)
-    calibration = load_calibration(flags.texts(), tokenizer := load_tokenizer(path, **trusted))
+    tokenizer = load_tokenizer(str(checkpoint.tokenizer_folder), **trusted)
+    calibration = load_calibration(flags.texts(), tokenizer)
     say(process, calibration.summary(flags.max_length))
     found = None if model else survey_if_large(flags, checkpoint, model_class, config, process)
     if found is not None:
         _compute_layerwise(flags, process, checkpoint, model_class, config, found, tokenizer, calibration)
         return
-    # An adapter stored beside the weights is not part of the model; this folder has none.
-    options = trusted | {"dtype": flags.dtype, "adapter_kwargs": {"subfolder": "no adapter"}}
-    model = model or load_model(model_class, path, needs_head=False, **options)
+    model = model or load_checkpoint(checkpoint, model_class, config, dtype=flags.dtype, **trusted)
     check_tokens(calibration, model.get_input_embeddings())
     check_length(calibration, table_positions(model))
     identity = _identity(checkpoint, calibration, model.dtype, process)
@@ -483,11 +483,9 @@ def _provenance(
 ) -> dict[str, Any]:
     """Origin of the Grams, for their file."""
     is_chat, template = "text" not in source.columns, str(tokenizer.chat_template).encode()
-    # A downloaded model lies in a folder named by its commit.
-    is_downloaded = checkpoint.folder.parent.name == "snapshots"
     return {
-        "model": checkpoint.name,
-        "revision": checkpoint.folder.name if is_downloaded else None,
+        **checkpoint.origin(),
+        "revision": checkpoint.revision(),
         "fingerprint": identity["fingerprint"],
         "dataset": source.dataset,
         "dataset_revision": source.revision,

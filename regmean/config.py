@@ -34,8 +34,9 @@ class TextSource:
 class GramFlags:
     """Compute a model's Grams: inner products of the inputs of its linear layers, summed over a data set's tokens."""
 
-    model: str = flag(None, "hub id or local folder")
+    model: str = flag(None, "hub id or local folder of a model or a LoRA adapter")
     revision: str | None = flag(None, "branch, tag or commit of a hub model")
+    base: str | None = flag(None, "base model of an adapter; default: the one that its adapter_config.json names")
     dataset: str = flag(None, "hub id, local folder, or a .json, .jsonl or .parquet file")
     dataset_revision: str | None = flag(None, "branch, tag or commit of a hub data set")
     split: str = flag("train", "split of the data set")
@@ -114,8 +115,11 @@ class MergeFlags:
     """Merge models of one architecture into one, by averaging or by RegMean."""
 
     method: str = flag(None, f"one of {', '.join(METHODS)}; the last two run the models layer by layer")
-    models: list[str] = flag([], "hub ids or local folders; the first provides config and tokenizer")
+    models: list[str] = flag(
+        [], "hub ids or local folders of models or LoRA adapters; the first provides config and tokenizer"
+    )
     revisions: list[str] = flag([], "branch, tag or commit of each hub model")
+    base: str | None = flag(None, "base model of all adapters; default: those that their adapter_config.json name")
     grams: list[str] = flag([], "each model's Gram file, or the folder that holds it, in the models' order")
     alpha: list[float] = flag([0.1], "factor on the Grams' off-diagonals, from 0 to 1; one merge for each value")
     model_weights: list[float] = flag([], "weight of each model; default: equal weights")

@@ -65,7 +65,7 @@ def _differ(first: Checkpoint, other: Checkpoint, a: bool | None, b: bool | None
 
 def _state(model: Checkpoint, explicit: bool | None) -> str:
     head = _head(model)
-    if head is not None and (explicit is False or not _is_copy(head, model)):
+    if head is not None and (explicit is False or not is_copy(head, model)):
         return OWN
     if explicit or (explicit is None and _tied_by_default(model)):
         return TIED
@@ -97,17 +97,18 @@ def _tied_by_default(model: Checkpoint) -> bool:
     return bool(getattr(config, "tie_word_embeddings", getattr(config.get_text_config(), "tie_word_embeddings", False)))
 
 
-def _is_copy(head: TensorInfo, model: Checkpoint) -> bool:
+def is_copy(head: TensorInfo, model: Checkpoint) -> bool:
     """True if the head has the values of an embedding table of the model."""
     alike = [
         info
         for name, info in model.tensors.items()
         if info.shape == head.shape and info.dtype in FLOATS and TABLE.search(name) and not HEAD.search(name)
     ]
-    return head.dtype in FLOATS and any(_same_values(head, table) for table in alike)
+    return head.dtype in FLOATS and any(same_values(head, table) for table in alike)
 
 
-def _same_values(a: TensorInfo, b: TensorInfo) -> bool:
+def same_values(a: TensorInfo, b: TensorInfo) -> bool:
+    """True if two tensors of one shape have the same values."""
     for start in range(0, a.size, CHUNK_ELEMENTS):
         stop = min(start + CHUNK_ELEMENTS, a.size)
         if not np.array_equal(decode(a.read(start, stop), a.dtype), decode(b.read(start, stop), b.dtype)):

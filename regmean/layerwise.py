@@ -55,7 +55,9 @@ def stored_dtype(checkpoint: Checkpoint, config: PretrainedConfig, dtype: str) -
     """The torch dtype of this name; for "auto" the one that the config names, else that of the largest tensor."""
     if dtype == "auto":
         largest = max(checkpoint.tensors.values(), key=lambda info: info.size)
-        dtype = getattr(config, "dtype", None) or {"BF16": "bfloat16", "F16": "float16"}.get(largest.dtype, "float32")
+        dtype = getattr(config, "dtype", None) or {"BF16": "bfloat16", "F16": "float16"}.get(
+            largest.file_dtype, "float32"
+        )
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 

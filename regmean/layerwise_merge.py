@@ -12,10 +12,11 @@ from transformers import PretrainedConfig
 
 from common.io import atomic_folder, read_json, refuse_existing
 from common.logging import quiet_libraries, say
-from common.models import base_config, load_tokenizer
+from common.models import load_tokenizer
 from common.ranks import Process
 from common.runs import open_run
-from regmean.architectures import auto_class
+from regmean.adapter_folder import open_models
+from regmean.architectures import auto_class, config_of
 from regmean.average import CHUNK_ELEMENTS
 from regmean.calibration import Calibration, check_length, check_tokens, load_calibration, make_batches
 from regmean.config import MergeFlags, TextSource
@@ -26,7 +27,7 @@ from regmean.layerwise import BEFORE, LayerwiseModel, build_without_weights, ope
 from regmean.layerwise_grams import course_of, measured
 from regmean.merge import print_tensors
 from regmean.merge_plan import MergePlan, check_vocabularies, plan_merge
-from regmean.model_folder import Checkpoint, CheckpointWriter, open_checkpoint
+from regmean.model_folder import Checkpoint, CheckpointWriter
 from regmean.report import Provenance, print_table, write_report
 from regmean.sequential import SAMPLED, SequentialMerge, StepGrams
 from regmean.step_files import StepFiles, StepReport
@@ -43,12 +44,11 @@ def merge_layer_by_layer(flags: MergeFlags, process: Process, command: str) -> N
     """
     started = time.monotonic()
     sources, outputs = flags.texts(), _open_outputs(flags, process, command)
-    revisions = flags.revisions or [None] * len(flags.models)
-    checkpoints = [open_checkpoint(name, revision) for name, revision in zip(flags.models, revisions, strict=True)]
+    checkpoints = open_models(flags.models, flags.revisions, flags.base)
     # The merge reads the texts of all models.
     check_vocabularies(checkpoints)
     quiet_libraries()
-    configs = [base_config(str(checkpoint.folder)) for checkpoint in checkpoints]
+    configs = [config_of(checkpoint) for checkpoint in checkpoints]
     classes = [auto_class(*pair) for pair in zip(checkpoints, configs, strict=True)]
     surveys = [survey(*of, c.name) for *of, c in zip(classes, configs, checkpoints, strict=True)]
     texts = [_texts(checkpoint, source) for checkpoint, source in zip(checkpoints, sources, strict=True)]
@@ -89,7 +89,7 @@ def _open_outputs(flags: MergeFlags, process: Process, command: str) -> dict[flo
 
 
 def _texts(checkpoint: Checkpoint, source: TextSource) -> Calibration:
-    return load_calibration(source, load_tokenizer(str(checkpoint.folder)))
+    return load_calibration(source, load_tokenizer(str(checkpoint.tokenizer_folder)))
 
 
 def _run_dtype(first: Checkpoint, config: PretrainedConfig, dtype: str, device: torch.device) -> torch.dtype:

@@ -16,11 +16,12 @@ from common.devices import launched_world_size
 from common.locks import locked
 from common.logging import progress
 from regmean import shards
+from regmean.adapter_folder import open_models
 from regmean.average import AVERAGERS, CHUNK_ELEMENTS, write_averages
 from regmean.config import MergeFlags
 from regmean.gram_file import Grams, open_grams
 from regmean.merge_plan import MergePlan, compact, plan_merge
-from regmean.model_folder import Checkpoint, CheckpointWriter, open_checkpoint, split_layout
+from regmean.model_folder import Checkpoint, CheckpointWriter, split_layout
 from regmean.report import LayerReport, Provenance, TableReport, print_table, write_report
 from regmean.tensor_file import STORAGE
 
@@ -60,8 +61,7 @@ def merge(flags: MergeFlags, command: str) -> None:
         InputError: models or Grams that do not fit together or are damaged; values that are not finite.
     """
     started = time.monotonic()
-    revisions = flags.revisions or [None] * len(flags.models)
-    models = [open_checkpoint(name, revision) for name, revision in zip(flags.models, revisions, strict=True)]
+    models = open_models(flags.models, flags.revisions, flags.base)
     grams = [open_grams(Path(path)) for path in flags.grams]
     outputs, model_weights = flags.output_dirs(), flags.weights()
     plan = plan_merge(models, model_weights, grams, flags.selects, flags.dtype, flags.counts_embeddings)
@@ -125,6 +125,7 @@ def _settings(flags: MergeFlags, alpha: float | None, models: list[Checkpoint], 
     names = (
         "method",
         "models",
+        "base",
         "grams",
         "model_weights",
         "include",
@@ -134,7 +135,7 @@ def _settings(flags: MergeFlags, alpha: float | None, models: list[Checkpoint], 
         "max_shard_size",
         "embeddings",
     )
-    paths = [{info.path for info in model.tensors.values()} for model in models] + [{file.path} for file in grams]
+    paths = [model.files() for model in models] + [{file.path} for file in grams]
     read = [sorted(map(str, (path.resolve() for path in some))) for some in paths]
     stats = [[(path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in some] for some in read]
     return {

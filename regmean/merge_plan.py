@@ -161,7 +161,7 @@ def plan_merge(
     solved = {name for group in groups for name in group.tensors} | {table.tensor for table in tables}
     averaged = [name for name in merged if name not in solved]
     copied = [name for name in infos if name not in selected]
-    layout = {name: (_written_as(info.dtype, dtype), info.shape) for name, info in infos.items()}
+    layout = {name: (_written_as(info.file_dtype, dtype), info.shape) for name, info in infos.items()}
     return MergePlan(models, model_weights, grams, layout, groups, tables, averaged, copied, untied, notes)
 
 

@@ -40,12 +40,41 @@ NOT_DOWNLOADED = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk: its name as the user wrote it, its folder and `config.json`. Tensors are headers until read."""
+    """A model on disk: its name as the user wrote it, its folder and `config.json`. Tensors are headers until read.
+
+    `untied` is True if `config` unties output head and table, and the folder's own does not.
+    """
 
     name: str
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo] = field(repr=False)
+    untied: bool = field(default=False, kw_only=True)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Folder of the tokenizer."""
+        return self.folder
+
+    def files(self) -> set[Path]:
+        """All files that the weights are read from."""
+        return {info.path for info in self.tensors.values()}
+
+    def changed(self) -> set[str]:
+        """Names of tensors that differ from those in the folder."""
+        return set()
+
+    def origin(self) -> dict[str, Any]:
+        """Names, for reports."""
+        return {"model": self.name}
+
+    def revision(self) -> str | None:
+        """Commit of a downloaded model, which its folder is named by; None for others."""
+        return commit(self.folder)
+
+    def companions(self) -> dict[Path, Path]:
+        """Files to copy into a merge, with their paths there."""
+        return companions(self.folder)
 
     def fingerprint(self) -> str:
         """Hex digest of the first elements of every tensor in bfloat16, which identifies the weights.
@@ -65,8 +94,12 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def locate_model(name: str, revision: str | None = None) -> Path:
-    """Local folder of a model, which is downloaded first if `name` is a hub id.
+def commit(folder: Path) -> str | None:
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def locate_model(name: str, revision: str | None = None, adapter: bool = False) -> Path:
+    """Local folder of a model, which is downloaded first if `name` is a hub id; of an `adapter`, its weights alone.
 
     Raises:
         InputError: neither a folder nor a model that can be downloaded.
@@ -77,23 +110,29 @@ def locate_model(name: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = {"allow_patterns": [*COMPANIONS, *FOLDERS, "*.safetensors"], "ignore_patterns": [*NOT_DOWNLOADED]}
+    patterns = {"allow_patterns": ["adapter_model.safetensors"]} if adapter else patterns
     try:
         return Path(snapshot_download(name, revision=revision, **patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(f"model {name}: no such folder here, and the download failed: {first_line(error)}") from error
 
 
-def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
-    """Read and check the config and the headers of the model `name`.
+def is_adapter(folder: Path) -> bool:
+    """True if a folder holds an adapter and no whole weights. Beside whole weights an adapter is ignored."""
+    return (folder / ADAPTER).exists() and not any((folder / file).exists() for file in (SINGLE_NAME, INDEX_NAME))
+
+
+def open_checkpoint(name: str, revision: str | None = None, folder: Path | None = None) -> Checkpoint:
+    """Read and check the config and the headers of the model `name`, which is no adapter, in its `folder` if known.
 
     Raises:
         InputError: no config, no safetensors weights, a shard missing, truncated or outside the folder.
     """
-    folder = locate_model(name, revision)
+    folder = folder or locate_model(name, revision)
     weights = [file for file in (SINGLE_NAME, INDEX_NAME) if (folder / file).exists()]
-    if not weights and (folder / ADAPTER).exists():
+    if is_adapter(folder):
         raise InputError(
-            f"model {name} is an adapter ({ADAPTER}) and no model: merge it into its base model, as with peft's "
+            f"model {name} is an adapter ({ADAPTER}) and no whole model: merge it into its base model, as with peft's "
             "merge_and_unload, save that, and take the saved folder"
         )
     config = read_json(folder / "config.json")
@@ -129,6 +168,14 @@ def split_layout(layout: dict[str, tuple[str, tuple[int, ...]]], max_shard_size:
         return split_state_dict_into_shards_factory(sizes, **options, max_shard_size=max_shard_size)
     except ValueError as error:
         raise InputError(f"--max_shard_size {max_shard_size}: {error}; as in 5GB or 500MB") from error
+
+
+def untied_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The content of a `config.json` with an output head apart from the embedding table."""
+    config, text = config | {"tie_word_embeddings": False}, config.get("text_config")
+    if isinstance(text, dict) and "tie_word_embeddings" in text:
+        config["text_config"] = text | {"tie_word_embeddings": False}
+    return config
 
 
 class CheckpointWriter:
@@ -169,14 +216,9 @@ class CheckpointWriter:
         if dtype is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = dtype
-        if untied:
-            config["tie_word_embeddings"] = False
-            text = config.get("text_config")
-            if isinstance(text, dict) and "tie_word_embeddings" in text:
-                config["text_config"] = text | {"tie_word_embeddings": False}
-        write_json(folder / "config.json", config)
-        for path in _companions(source.folder):
-            target = folder / path.relative_to(source.folder)
+        write_json(folder / "config.json", untied_config(config) if untied else config)
+        for path, relative in source.companions().items():
+            target = folder / relative
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
 
@@ -205,6 +247,11 @@ class CheckpointWriter:
             write_json(self._folder / INDEX_NAME, index)
 
 
+def companions(folder: Path) -> dict[Path, Path]:
+    """Files beside the weights to copy into a merge, with their paths relative to `folder`."""
+    return {path: path.relative_to(folder) for path in _companions(folder)}
+
+
 def _companions(folder: Path) -> Iterator[Path]:
     for path in (path for pattern in COMPANIONS for path in folder.glob(pattern)):
         if path.is_file() and not any(path.match(other) for other in NOT_COMPANIONS):
@@ -221,13 +268,13 @@ def _companions(folder: Path) -> Iterator[Path]:
 
 def same_tokenizer_file(first: Checkpoint, second: Checkpoint) -> bool:
     """True if both have a `tokenizer.json` with identical bytes."""
-    paths = [checkpoint.folder / "tokenizer.json" for checkpoint in (first, second)]
+    paths = [checkpoint.tokenizer_folder / "tokenizer.json" for checkpoint in (first, second)]
     return all(path.is_file() for path in paths) and filecmp.cmp(*paths, shallow=False)
 
 
 def base_vocabulary(checkpoint: Checkpoint) -> tuple[Any, dict[int, str]] | None:
     """The tokenizer's base vocabulary and its added tokens by id; None if there is no `tokenizer.json`."""
-    path = checkpoint.folder / "tokenizer.json"
+    path = checkpoint.tokenizer_folder / "tokenizer.json"
     if not path.exists():
         return None
     content = read_json(path)

@@ -119,7 +119,7 @@ class Provenance:
     ) -> "Provenance":
         """Collect the origin from the stored models; without Grams there is no solver."""
         weighted = zip(models, model_weights, strict=True)
-        described = [{"model": model.name, "weight": w, "fingerprint": model.fingerprint()} for model, w in weighted]
+        described = [{**model.origin(), "weight": w, "fingerprint": model.fingerprint()} for model, w in weighted]
         files = [{**file.provenance, "file": str(file.path)} for file in grams]
         versions = {name: version(name) for name in ("torch", "numpy")}
         return cls(method, alpha, solver if grams else None, command, described, files, versions, solved_fraction)
@@ -170,11 +170,12 @@ def _plot(names: list[str], distances: list[list[float]]) -> "Figure":
 def model_card(provenance: Provenance, tables: list[TableReport] | None = None, has_plot: bool = False) -> str:
     """The model card of a merged model; `tables` are the embedding tables merged by token counts."""
     title, names = TITLES[provenance.method], [model["model"] for model in provenance.models]
+    bases = dict.fromkeys(model["base"] for model in provenance.models if "base" in model)
     # The hub looks these up; a local folder may have a name of the same form.
-    hub_ids = [name for name in names if HUB_ID.fullmatch(name) and not Path(name).exists()]
+    hub_ids = [name for name in (*names, *bases) if HUB_ID.fullmatch(name) and not Path(name).exists()]
     header = ModelCardData(base_model=hub_ids or None, library_name="transformers", tags=["merge", provenance.method])
     alpha = "" if provenance.alpha is None else f" with alpha {provenance.alpha:g}"
-    rows = [f"| `{model['model']}` | {model['weight']:.4g} |" for model in provenance.models]
+    rows = [f"| {_named(model)} | {model['weight']:.4g} |" for model in provenance.models]
     lines = [f"# {title} of {len(names)} models", f"Merged by {title}{alpha}."]
     lines += ["\n".join(["| model | weight |", "| --- | --- |", *rows])]
     if provenance.grams:
@@ -214,6 +215,11 @@ def print_table(
         print(table)
 
 
+def _named(model: dict[str, Any]) -> str:
+    base = f", an adapter of {_code(model['base'])}" if "base" in model else ""
+    return f"`{model['model']}`{base}"
+
+
 def _describe(gram: dict[str, Any]) -> str:
     """Origin of a Gram file, from its provenance."""
     if "dataset" not in gram:
@@ -223,5 +229,5 @@ def _describe(gram: dict[str, Any]) -> str:
 
 
 def _code(text: str) -> str:
-    """Format `text`, which may be from a foreign Gram file, as an inline code span without active Markdown or HTML."""
+    """Format `text`, which may be from a foreign file, as an inline code span without active Markdown or HTML."""
     return "`" + " ".join(text.replace("`", "'").replace("|", "/").split()) + "`"

@@ -47,6 +47,11 @@ class TensorInfo:
         """Number of bytes on disk."""
         return self.size * STORAGE[self.dtype].itemsize
 
+    @property
+    def file_dtype(self) -> str:
+        """Dtype in the model's file; that of the values read may be wider."""
+        return self.dtype
+
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Elements `start` to `stop` in row-major order, as a flat array in storage dtype.
 
@@ -88,12 +93,18 @@ class JoinedTensor(TensorInfo):
 
     parts: tuple[tuple[TensorInfo, int, int], ...] = ()
 
+    @property
+    def file_dtype(self) -> str:
+        return self.parts[0][0].file_dtype
+
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         stop, begin, pieces = self.size if stop is None else stop, 0, []
         for info, first, last in self.parts:
             end = begin + last - first
             if begin < stop and start < end:
-                pieces.append(info.read(first + max(start - begin, 0), first + min(stop, end) - begin))
+                values = info.read(first + max(start - begin, 0), first + min(stop, end) - begin)
+                wider = info.dtype != self.dtype
+                pieces.append(decode(values, info.dtype).astype(STORAGE[self.dtype]) if wider else values)
             begin = end
         return np.concatenate(pieces)
 

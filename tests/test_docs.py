@@ -62,6 +62,11 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(seed)
         changed = {key: tensor + 0.01 * torch.randn_like(tensor) for key, tensor in weights.items()}
         save_file(changed, folder / name / "model.safetensors", {"format": "pt"})
+    for name in ("LORA_A", "LORA_B"):
+        settings = {"peft_type": "LORA", "base_model_name_or_path": "LLM"}
+        write_lines(folder / name / "adapter_config.json", [json.dumps(settings)])
+        factors = {f"model.layers.0.self_attn.q_proj.lora_{part}.weight": torch.ones(32, 32) for part in "AB"}
+        save_file(factors, folder / name / "adapter_model.safetensors")
     for name in ("B", *CHAT_MODELS):
         (folder / name / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     shutil.copytree(folder / "MT", folder / MTS[1])

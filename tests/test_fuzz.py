@@ -30,6 +30,7 @@ from mindmerger.config import EvaluationFlags, TrainingFlags
 from mindmerger.data import read_evaluation, read_training
 from mindmerger.evaluation.answerer import trained_models
 from mindmerger.tasks import EVALUATION_TASKS, LANGUAGES, TRAINING_TASKS, select_languages
+from regmean.adapter_folder import base_of, open_models, read_settings
 from regmean.config import GramFlags, MergeFlags
 from regmean.gram_file import Gram, open_grams, write_grams
 from regmean.merge_plan import plan_merge
@@ -323,6 +324,43 @@ def test_model_folders(tmp_path: Path, name: str) -> None:
             model.fingerprint()
             for info in model.tensors.values():
                 info.read()
+
+        try_reading(tmp_path, read)
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_adapter_folders(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regmean.architectures.build_on_meta", lambda model: None)
+    for folder in (tmp_path / "base", tmp_path / "lora"):
+        folder.mkdir()
+    model_folder(tmp_path / "base")
+    settings_of_adapter = {"peft_type": "LORA", "base_model_name_or_path": "owner/base", "revision": None, "r": 2,
+                           "lora_alpha": 4, "alpha_pattern": {"up_proj": 3}, "use_rslora": True, "use_dora": True,
+                           "trainable_token_indices": {"b": [0, 1]}, "init_lora_weights": True}  # fmt: skip
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(settings_of_adapter))
+    factors = {
+        "lora_A.weight": torch.ones(2, 2),
+        "lora_B.weight": torch.ones(3, 2),
+        "lora_magnitude_vector": torch.ones(3),
+    }
+    tensors = {f"base_model.model.model.layers.0.mlp.up_proj.{part}": value for part, value in factors.items()}
+    (tmp_path / "lora" / "adapter_model.safetensors").write_bytes(save(tensors | {"b": torch.ones(4)}))
+    path, whole = tmp_path / "lora" / name, (tmp_path / "lora" / name).read_bytes()
+
+    @settings()
+    @given(spoilt_safetensors(whole) if name.endswith(".safetensors") else spoilt_file(whole))
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+
+        def read() -> None:
+            base_of(path.parent, read_settings(path.parent), None)
+            (model,) = open_models([str(path.parent)], [], str(tmp_path / "base"))
+            model.fingerprint()
+            with np.errstate(all="ignore"):
+                for info in model.tensors.values():
+                    info.read()
 
         try_reading(tmp_path, read)
 

@@ -115,7 +115,8 @@ FOREIGN = {
 
 def test_a_model_card_is_not_written_by_others() -> None:
     gram = {"file": "gram.safetensors", **FOREIGN}
-    card = model_card(Provenance("regmean", 0.1, "cholesky", "command", [{"model": "./M", "weight": 1}], [gram], {}))
+    model = {"model": "./M", "weight": 1, "base": FOREIGN["dataset"]}
+    card = model_card(Provenance("regmean", 0.1, "cholesky", "command", [model], [gram], {}))
     assert yaml.safe_load(card.split("---\n")[1]).keys() == {"library_name", "tags"}  # "./M" is no id of the hub
     outside_code = re.sub(r"`[^`\n]*`", "", card)
     for trace in ("<", "script", "tracker", "# Title", "item", "cell"):

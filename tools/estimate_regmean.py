@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from common.devices import HERE
 from common.errors import InputError
 from common.logging import quiet_libraries
+from regmean.adapter_folder import config_name
 from regmean.average import AVERAGERS
 from regmean.compute import BATCH_MARGIN, LIBRARIES, memory_for_sums, plan_passes
 from regmean.config import SEQUENTIAL, GramFlags, MergeFlags
@@ -84,7 +85,7 @@ def plan_grams(flags: GramFlags) -> None:
     """
     quiet_libraries()
     device = find_device(flags.plan, flags.device)
-    model = _model(flags.model, flags.revision, flags.dtype, flags.trust_remote_code)
+    model = _model(*config_name(flags.model, flags.revision, flags.base), flags.dtype, flags.trust_remote_code)
     planned = estimate_grams(flags, model, device)
     # As in a run: layer by layer where the sums do not fit beside the model.
     if flags.layerwise == "on" or (flags.layerwise == "auto" and planned.counts.get("passes") != 1):
@@ -364,7 +365,8 @@ def _models(flags: MergeFlags) -> list[PreTrainedModel]:
         InputError: they differ in size.
     """
     revisions = flags.revisions[: len(flags.models)]
-    models = [_model(name, revision, "auto") for name, revision in zip_longest(flags.models, revisions)]
+    names = [config_name(name, revision, flags.base) for name, revision in zip_longest(flags.models, revisions)]
+    models = [_model(name, revision, "auto") for name, revision in names]
     sizes = {name: parameters(model) for name, model in zip(flags.models, models, strict=True)}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())

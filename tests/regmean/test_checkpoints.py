@@ -221,7 +221,7 @@ def test_an_adapter_beside_the_weights_is_not_read(siblings: Callable, monkeypat
         loaded.append(options)
         return load_model(*args, **options)
 
-    monkeypatch.setattr("regmean.compute.load_model", load)
+    monkeypatch.setattr("regmean.architectures.load_model", load)
     assert grams(folder).exists() and len(loaded) == 1
 
 
@@ -271,12 +271,13 @@ def test_models_that_have_no_grams_of_texts_are_refused(config: Any, message: st
         grams(tmp_path / "model")
 
 
-def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+def test_an_adapter_is_no_base(tmp_path: Path) -> None:
     folder = tmp_path / "lora"
     folder.mkdir()
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(folder)}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
     save_file({"weight": torch.zeros(1)}, folder / "adapter_model.safetensors")
-    with pytest.raises(InputError, match=r"model .*lora is an adapter .* merge it into its base model"):
+    with pytest.raises(InputError, match=r"adapter .*lora, base .*lora: model .* is an adapter .* no whole model"):
         grams(folder)
     with pytest.raises(InputError, match="is an adapter"):
         run([folder, folder], tmp_path / "out", "avg")

@@ -16,6 +16,7 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._yaml_loader import load_yaml
+from safetensors.torch import save_file
 
 import compute_gram
 import merge_model
@@ -124,10 +125,15 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, save: Callable) -
 def test_an_average_needs_no_torch(save: Callable, tmp_path: Path) -> None:
     for seed, name in enumerate("AB"):
         save(make_llama(seed), name)
+    (tmp_path / "C").mkdir()
+    (tmp_path / "C/adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "A"}')
+    query = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {f"{query}.lora_{part}.weight": torch.ones(16, 16) for part in "AB"}
+    save_file(factors, tmp_path / "C/adapter_model.safetensors")
     words = f"""
 import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-sys.argv = ["merge_model.py", "avg", "--models", "A", "B"]
+sys.argv = ["merge_model.py", "avg", "--models", "A", "B", "C"]
 import merge_model
 merge_model.main()
 assert "torch" not in sys.modules
