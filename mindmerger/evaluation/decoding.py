@@ -177,7 +177,7 @@ class _Slots:
             return []
         for answer, token in zip(answers, tokens, strict=True):
             answer.ids.append(token)
-        if not self._masked or self._longest == self._limits.max_new_tokens or self._limits.may_end(tokens):
+        if self._longest == self._limits.max_new_tokens or self._limits.may_end(tokens):
             for answer in answers:
                 answer.is_done = self._limits.ends(answer.ids)
             self._settle()
@@ -213,19 +213,26 @@ class _Slots:
             lengths, self._can_begin = [sequence.mask.shape[1]] * len(slots), False
         for slot, answer, length in zip(slots, answers, lengths, strict=True):
             self._answers[slot], self._lengths[slot] = answer, length
-        self._masked = 0
+        self._free = self._free[len(slots) :]
+        self._resize(max(self._columns, *lengths), max(self._longest, 1))
         return tokens
 
     def _settle(self) -> None:
-        """Find the free slots and the longest rows, after answers have begun or ended."""
-        rows = list(zip(self._answers, self._lengths, strict=True))
-        self._free = [slot for slot, (answer, _) in enumerate(rows) if answer.is_done]
-        self._longest = max((len(answer.ids) for answer, _ in rows if not answer.is_done), default=0)
+        """Find the free slots and the longest rows, after answers have ended."""
+        sizes = [
+            (len(answer.ids), length)
+            for answer, length in zip(self._answers, self._lengths, strict=True)
+            if not answer.is_done
+        ]
+        self._free = [slot for slot, answer in enumerate(self._answers) if answer.is_done]
         # The last token of each answer is not in the cache yet.
-        columns = (length + len(answer.ids) - 1 for answer, length in rows if not answer.is_done)
-        self._columns, self._masked = max(columns, default=0), 0
+        self._resize(max(map(sum, sizes), default=1) - 1, max(sizes, default=(0, 0))[0])
+
+    def _resize(self, columns: int, longest: int) -> None:
+        """Set the columns of the longest active row, and the tokens of the longest active answer."""
+        self._columns, self._longest, self._masked = columns, longest, 0
         if self._takes_rows:
-            self._cache.trim(self._columns)
+            self._cache.trim(columns)
 
     def _drop(self) -> None:
         """Remove the free slots."""
