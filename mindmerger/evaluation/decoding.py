@@ -84,19 +84,11 @@ def greedy_steps(
         The answers that have one more token.
     """
     waiting = deque(Answer(problem, lengths[problem] if lengths else 0) for problem in problems)
-    total = sum(answer.length for answer in waiting)
-    limits = _Limits(
-        max_new_tokens, eos_token_ids, has_ended, slots, slots * (total / max(len(waiting), 1) + max_new_tokens)
-    )
-    # One context for all passes: making one takes longer than entering it.
-    inference = torch.inference_mode()
+    mean = sum(answer.length for answer in waiting) / max(len(waiting), 1)
+    limits = _Limits(max_new_tokens, eos_token_ids, has_ended, slots, slots * (mean + max_new_tokens))
     while waiting:
         batch = _Slots(llm, limits)
-        while True:
-            with inference:
-                answers = batch.advance(waiting, prefill)
-            if not answers:
-                break
+        while answers := batch.advance(waiting, prefill):
             yield answers
 
 
@@ -147,10 +139,12 @@ class _Slots:
 
     def __init__(self, llm: PreTrainedModel, limits: _Limits):
         self._llm, self._limits = llm, limits
+        # One context for all passes: making one takes longer than entering it.
+        self._inference = torch.inference_mode()
         self._cache: Cache = DynamicCache(config=llm.config)
         self._takes_rows = SlotCache.can_hold(self._cache)
         if self._takes_rows:
-            self._cache = SlotCache(self._cache)
+            self._cache = SlotCache(self._cache, limits.max_new_tokens)
         self._can_begin = True
         self._answers: list[Answer] = []
         # Slots whose answers have ended, and the columns of the cache that the input of each slot took.
@@ -168,13 +162,14 @@ class _Slots:
         Returns:
             The answers in the pass, which have one more token; none if all have ended and none can start.
         """
-        if answers := self._next_of(waiting):
-            tokens = self._begin(answers, prefill([answer.problem for answer in answers]))
-        elif len(self._free) < len(self._answers):
-            self._drop()
-            answers, tokens = list(self._answers), self._continue()
-        else:
-            return []
+        with self._inference:
+            if answers := self._next_of(waiting):
+                tokens = self._begin(answers, prefill([answer.problem for answer in answers]))
+            elif len(self._free) < len(self._answers):
+                self._drop()
+                answers, tokens = list(self._answers), self._continue()
+            else:
+                return []
         for answer, token in zip(answers, tokens, strict=True):
             answer.ids.append(token)
         if self._longest == self._limits.max_new_tokens or self._limits.may_end(tokens):

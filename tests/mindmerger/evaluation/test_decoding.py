@@ -132,8 +132,8 @@ def test_the_cache_holds_no_more_than_the_longest_row_and_its_room(
     caches: list[SlotCache] = []
 
     class Watched(SlotCache):
-        def __init__(self, like: DynamicCache):
-            super().__init__(like)
+        def __init__(self, like: DynamicCache, most: int):
+            super().__init__(like, most)
             caches.append(self)
 
     monkeypatch.setattr(decoding, "SlotCache", Watched)
