@@ -42,7 +42,7 @@ class DecodingFlags:
 
 
 class StandIn:
-    """An LLM that computes nothing; about one token in 60 ends an answer."""
+    """An LLM that computes nothing; answers have 124 tokens on average."""
 
     # Operations on tensors of another mode take longer, and an LLM's own are of this one.
     @torch.inference_mode()
