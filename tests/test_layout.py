@@ -21,7 +21,7 @@ ALLOWED = {
 }
 LONGEST_FUNCTION, LONGEST_CLASS = 45, 220
 # Current lines of the packages, rounded. An increase needs a reason.
-LINES = {("mindmerger",): 7014, ("regmean",): 6665, ("common",): 1310, PACKAGES: 17650}
+LINES = {("mindmerger",): 7014, ("regmean",): 6665, ("common",): 1310, PACKAGES: 17661}
 
 
 def path_of(module: str) -> Path | None:
