@@ -15,11 +15,11 @@ from mindmerger.modeling import Sequence
 
 # Number of problems in a prefill, which pads them to the longest and has all their activations in memory.
 _BEGIN_AT_ONCE = 4
-# Free columns of a new mask: the number of steps before it is made anew.
+# Later columns of a mask: the number of steps before it is made anew.
 _ROOM = 64
 
 
-@dataclass
+@dataclass(slots=True)
 class Answer:
     """The LLM's answer to one problem so far.
 
@@ -50,7 +50,6 @@ def greedy(llm: PreTrainedModel, sequence: Sequence, max_new_tokens: int, eos_to
     return outputs
 
 
-@torch.inference_mode()
 def greedy_steps(
     llm: PreTrainedModel,
     problems: Iterable[int],
@@ -85,34 +84,41 @@ def greedy_steps(
         The answers that have one more token.
     """
     waiting = deque(Answer(problem, lengths[problem] if lengths else 0) for problem in problems)
-    total = sum(answer.length for answer in waiting)
-    room = _Room(slots, max_new_tokens, slots * (total / max(len(waiting), 1) + max_new_tokens))
+    mean = sum(answer.length for answer in waiting) / max(len(waiting), 1)
+    limits = _Limits(max_new_tokens, eos_token_ids, has_ended, slots, slots * (mean + max_new_tokens))
     while waiting:
-        batch = _Slots(llm, room)
-        while passed := batch.advance(waiting, prefill):
-            for answer, token in zip(*passed, strict=True):
-                ids = answer.ids
-                ids.append(token)
-                if token in eos_token_ids or len(ids) == max_new_tokens or (has_ended is not None and has_ended(ids)):
-                    answer.is_done = True
-            yield passed[0]
+        batch = _Slots(llm, limits)
+        while answers := batch.advance(waiting, prefill):
+            yield answers
 
 
 @dataclass(frozen=True)
-class _Room:
-    """Limits of active problems.
+class _Limits:
+    """Conditions that end an answer, and limits of active problems.
 
     Attributes:
-        slots: maximum number.
-        max_new_tokens: maximum tokens of an answer.
+        max_new_tokens, eos_token_ids, has_ended: see `greedy_steps`.
+        slots: maximum number of active problems.
         cells: maximum product of their number and the largest possible length of input and answer.
     """
 
-    slots: int
     max_new_tokens: int
+    eos_token_ids: set[int]
+    has_ended: Callable[[list[int]], bool] | None
+    slots: int
     cells: float
 
-    def left(self, active: list[Answer], waiting: Iterable[Answer]) -> int:
+    def may_end(self, tokens: list[int]) -> bool:
+        """False if no answer ends with its next token, of these, unless by its length."""
+        return self.has_ended is not None or not self.eos_token_ids.isdisjoint(tokens)
+
+    def ends(self, ids: list[int]) -> bool:
+        """True if an answer ends with the last of these tokens."""
+        if ids[-1] in self.eos_token_ids or len(ids) == self.max_new_tokens:
+            return True
+        return self.has_ended is not None and self.has_ended(ids)
+
+    def room(self, active: list[Answer], waiting: Iterable[Answer]) -> int:
         """Count the waiting problems that can start now, in their order; one can always if none is active."""
         count, longest = len(active), max((answer.length for answer in active), default=0)
         for answer in waiting:
@@ -128,68 +134,66 @@ class _Slots:
 
     Args:
         llm: a causal language model.
-        room: limits of active problems.
+        limits: conditions that end an answer, and limits of active problems.
     """
 
-    def __init__(self, llm: PreTrainedModel, room: _Room):
-        self._llm, self._room = llm, room
+    def __init__(self, llm: PreTrainedModel, limits: _Limits):
+        self._llm, self._limits = llm, limits
+        # One context for all passes: making one takes longer than entering it.
+        self._inference = torch.inference_mode()
         self._cache: Cache = DynamicCache(config=llm.config)
         self._takes_rows = SlotCache.can_hold(self._cache)
         if self._takes_rows:
-            self._cache = SlotCache(self._cache)
+            self._cache = SlotCache(self._cache, limits.max_new_tokens)
         self._can_begin = True
         self._answers: list[Answer] = []
-        # Number of steps so far, and for each row that number less its tokens.
-        self._steps, self._starts = 0, []
-        # The last token of each row and its position, [rows, 1], and a mask whose last column in use is at `_end`.
+        # Slots whose answers have ended, and the columns of the cache that the input of each slot took.
+        self._free, self._lengths = [], []
+        # Columns of the longest active row, and tokens of the longest active answer.
+        self._columns = self._longest = 0
+        # The last token of each row and its position, [rows, 1].
         self._tokens, self._positions = torch.zeros(2, 0, 1, dtype=torch.int64, device=llm.device)
-        self._mask, self._end = torch.zeros(0, 0, dtype=torch.int64, device=llm.device), -1
-        # Numbers of the mask's columns.
-        self._axis = torch.arange(0, device=llm.device)
+        # A mask of the columns in use and of later ones, and the number of its columns; 0 if rows have changed.
+        self._mask, self._masked = torch.zeros(0, 0, dtype=torch.int64, device=llm.device), 0
 
-    def advance(
-        self, waiting: deque[Answer], prefill: Callable[[list[int]], Sequence]
-    ) -> tuple[list[Answer], list[int]] | None:
+    def advance(self, waiting: deque[Answer], prefill: Callable[[list[int]], Sequence]) -> list[Answer]:
         """Run one forward pass: a prefill of waiting problems if they can start, else a step of all active ones.
 
         Returns:
-            The answers in the pass, and the next token of each; None if all have ended and none can start.
+            The answers in the pass, which have one more token; none if all have ended and none can start.
         """
-        free = [slot for slot, answer in enumerate(self._answers) if answer.is_done]
-        for slot in free:
-            self._starts[slot] = self._steps
-        if waiting and self._can_begin and (free or not self._answers):
-            active = [answer for answer in self._answers if not answer.is_done]
-            if count := self._room.left(active, waiting):
-                free += self._add(count - len(free))
-                count = min(count, _BEGIN_AT_ONCE) if self._takes_rows else count
-                answers = [waiting.popleft() for _ in range(count)]
-                return answers, self._begin(free[:count], answers, prefill([answer.problem for answer in answers]))
-        if len(free) == len(self._answers):
-            return None
-        if free:
-            self._drop(free)
-        return list(self._answers), self._continue()
+        with self._inference:
+            if answers := self._next_of(waiting):
+                tokens = self._begin(answers, prefill([answer.problem for answer in answers]))
+            elif len(self._free) < len(self._answers):
+                self._drop()
+                answers, tokens = list(self._answers), self._continue()
+            else:
+                return []
+        for answer, token in zip(answers, tokens, strict=True):
+            answer.ids.append(token)
+        if self._longest == self._limits.max_new_tokens or self._limits.may_end(tokens):
+            for answer in answers:
+                answer.is_done = self._limits.ends(answer.ids)
+            self._settle()
+        return answers
 
-    @property
-    def _columns(self) -> int:
-        """Tokens of the longest active row."""
-        return self._steps - min(self._starts)
+    def _next_of(self, waiting: deque[Answer]) -> list[Answer]:
+        """Take the waiting problems that can start now, and add the slots that they need."""
+        if not waiting or not self._can_begin or (self._answers and not self._free):
+            return []
+        active = [answer for answer in self._answers if not answer.is_done]
+        count = self._limits.room(active, waiting)
+        if (more := count - len(self._free)) > 0:
+            self._free += range(len(self._answers), len(self._answers) + more)
+            self._answers += [Answer(-1, is_done=True)] * more
+            self._lengths += [0] * more
+            self._tokens, self._positions = (F.pad(part, (0, 0, 0, more)) for part in (self._tokens, self._positions))
+        return [waiting.popleft() for _ in range(min(count, _BEGIN_AT_ONCE) if self._takes_rows else count)]
 
-    def _add(self, count: int) -> range:
-        """Add free slots; return them."""
-        rows = len(self._answers)
-        if count <= 0:
-            return range(0)
-        self._answers += [Answer(-1, is_done=True)] * count
-        self._starts += [self._steps] * count
-        self._tokens, self._positions, self._mask = (
-            F.pad(part, (0, 0, 0, count)) for part in (self._tokens, self._positions, self._mask)
-        )
-        return range(rows, rows + count)
-
-    def _begin(self, slots: list[int], answers: list[Answer], sequence: Sequence) -> list[int]:
+    def _begin(self, answers: list[Answer], sequence: Sequence) -> list[int]:
         """Start problems in free slots; return the first token of each."""
+        slots = self._free[: len(answers)]
         index, positions = torch.tensor(slots, device=self._tokens.device), sequence.position_ids
         if self._takes_rows:
             self._cache.begin(index, len(self._answers), self._columns)
@@ -198,55 +202,60 @@ class _Slots:
         self._tokens.index_copy_(0, index, tokens)
         self._positions.index_copy_(0, index, last)
         # The only values that the host reads.
-        tokens, positions = map(list, zip(*torch.cat([tokens, last], dim=1).tolist(), strict=True))
+        tokens, lengths = map(list, zip(*torch.cat([tokens, last + 1], dim=1).tolist(), strict=True))
         if not self._takes_rows:
             # The cache keeps all columns.
-            positions = [sequence.mask.shape[1] - 1] * len(slots)
-        for slot, answer, position in zip(slots, answers, positions, strict=True):
-            self._answers[slot], self._starts[slot] = answer, self._steps - position - 1
-        if max(positions) > self._end:
-            self._renew_mask()
-        else:
-            self._mask.index_copy_(0, index, self._mask_of(last))
-        if self._takes_rows:
-            self._cache.trim(self._columns)
-        else:
-            self._can_begin = False
+            lengths, self._can_begin = [sequence.mask.shape[1]] * len(slots), False
+        for slot, answer, length in zip(slots, answers, lengths, strict=True):
+            self._answers[slot], self._lengths[slot] = answer, length
+        self._free = self._free[len(slots) :]
+        self._resize(max(self._columns, *lengths), max(self._longest, 1))
         return tokens
 
-    def _drop(self, slots: list[int]) -> None:
-        """Remove these slots."""
-        kept = [slot for slot in range(len(self._answers)) if slot not in slots]
-        index = torch.tensor(kept, device=self._tokens.device)
-        self._answers, self._starts = ([part[slot] for slot in kept] for part in (self._answers, self._starts))
-        self._tokens, self._positions, self._mask = (
-            part.index_select(0, index) for part in (self._tokens, self._positions, self._mask)
-        )
-        self._cache.reorder_cache(index)
+    def _settle(self) -> None:
+        """Find the free slots and the longest rows, after answers have ended."""
+        sizes = [
+            (len(answer.ids), length)
+            for answer, length in zip(self._answers, self._lengths, strict=True)
+            if not answer.is_done
+        ]
+        self._free = [slot for slot, answer in enumerate(self._answers) if answer.is_done]
+        # The last token of each answer is not in the cache yet.
+        self._resize(max(map(sum, sizes), default=1) - 1, max(sizes, default=(0, 0))[0])
+
+    def _resize(self, columns: int, longest: int) -> None:
+        """Set the columns of the longest active row, and the tokens of the longest active answer."""
+        self._columns, self._longest, self._masked = columns, longest, 0
         if self._takes_rows:
-            self._cache.trim(self._columns)
+            self._cache.trim(columns)
+
+    def _drop(self) -> None:
+        """Remove the free slots."""
+        if not self._free:
+            return
+        kept = [slot for slot, answer in enumerate(self._answers) if not answer.is_done]
+        index = torch.tensor(kept, device=self._tokens.device)
+        self._answers, self._lengths = ([part[slot] for slot in kept] for part in (self._answers, self._lengths))
+        self._tokens, self._positions = (part.index_select(0, index) for part in (self._tokens, self._positions))
+        self._cache.reorder_cache(index)
+        self._free = []
 
     def _continue(self) -> list[int]:
         """Compute the next token of every slot; no slot is free."""
-        self._steps, self._end = self._steps + 1, self._end + 1
+        self._columns, self._longest = self._columns + 1, self._longest + 1
         self._positions += 1
-        if self._end == len(self._axis):
+        if self._columns > self._masked:
             self._renew_mask()
-        columns = self._columns
-        mask = self._mask.narrow(1, self._end + 1 - columns, columns)
-        logits = _next(self._llm, {"input_ids": self._tokens}, mask, self._positions, self._cache)
-        self._tokens = logits.argmax(dim=-1, keepdim=True)
-        return self._tokens.flatten().tolist()
+        mask = self._mask.narrow(1, 0, self._columns)
+        tokens = _next(self._llm, {"input_ids": self._tokens}, mask, self._positions, self._cache).argmax(dim=-1)
+        self._tokens = tokens.unsqueeze(1)
+        return tokens.tolist()
 
     def _renew_mask(self) -> None:
-        """Make the mask of all rows, with free columns after the one in use."""
-        self._end = self._columns - 1
-        self._axis = torch.arange(self._columns + _ROOM, device=self._positions.device)
-        self._mask = self._mask_of(self._positions)
-
-    def _mask_of(self, positions: torch.Tensor) -> torch.Tensor:
-        """Mask of rows with these last positions; all rows end in the same column."""
-        return (self._axis >= self._end - positions).long()
+        """Make the mask of all rows, which end in the same column, with later columns."""
+        self._masked = self._columns + _ROOM
+        columns = torch.arange(self._masked, device=self._positions.device)
+        self._mask = (columns >= self._columns - 1 - self._positions).long()
 
 
 @torch.inference_mode()
@@ -311,7 +320,7 @@ def _next(
     llm: PreTrainedModel, inputs: dict[str, torch.Tensor], mask: torch.Tensor, positions: torch.Tensor, cache: Cache
 ) -> torch.Tensor:
     """Compute logits [rows, vocabulary] of the next token, and add the inputs to the cache."""
-    return read(llm, inputs, mask, positions, cache, logits_to_keep=1)[:, -1]
+    return read(llm, inputs, mask, positions, cache, logits_to_keep=1).select(1, -1)
 
 
 def read(

@@ -7,7 +7,7 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-# Free columns of a new buffer: the number of steps before its content is copied to a larger one.
+# Maximum free columns of a new buffer: the number of steps before its content is copied to another place.
 _ROOM = 64
 # Columns whose views are made together, which takes less time than one view for each token.
 _VIEWS = 16
@@ -21,10 +21,11 @@ class SlotCache(Cache):
 
     Args:
         like: an empty cache of the LLM for which `can_hold` is True.
+        most: maximum number of steps of a row, above which free columns would be of no use.
     """
 
-    def __init__(self, like: DynamicCache):
-        super().__init__(layers=[SlotLayer(layer) for layer in like.layers])
+    def __init__(self, like: DynamicCache, most: int):
+        super().__init__(layers=[SlotLayer(layer, min(most, _ROOM)) for layer in like.layers])
 
     @staticmethod
     def can_hold(cache: DynamicCache) -> bool:
@@ -61,15 +62,16 @@ class SlotLayer(DynamicLayer):
 
     Args:
         like: an empty layer of the LLM's cache.
+        room: free columns of a new buffer.
 
     Attributes:
         columns: columns of the longest row.
         new: in a prefill, the slots of its rows and the number of all slots; None in a step.
     """
 
-    def __init__(self, like: DynamicLayer):
+    def __init__(self, like: DynamicLayer, room: int):
         super().__init__()
-        self.is_sliding = like.is_sliding
+        self.is_sliding, self._room = like.is_sliding, room
         # Columns that a token attends to beside its own.
         self._window = like.sliding_window - 1 if like.is_sliding else None
         self.columns = self._end = self._capacity = 0
@@ -95,16 +97,29 @@ class SlotLayer(DynamicLayer):
         start = self._end - kept
         self._end += 1
         self.columns += 1
-        return self.keys.narrow(2, start, kept + 1), self.values.narrow(2, start, kept + 1)
+        return _columns(self.keys, start, kept + 1), _columns(self.values, start, kept + 1)
 
     def _next_free(self, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Make views of the next free columns; return those of the first."""
         if self._end == self._capacity:
-            self._move(len(self.keys), kept, kept)
+            self._make_room(kept)
         count = min(_VIEWS, self._capacity - self._end)
         columns = (buffer.narrow(2, self._end, count).split(1, dim=2) for buffer in (self.keys, self.values))
         self._free = zip(*columns, strict=True)
         return next(self._free)
+
+    def _make_room(self, kept: int) -> None:
+        """Move the last `kept` columns to the front, inside the buffers if that fits their size."""
+        free = self._end - kept
+        if not self._room // 2 < free <= 2 * self._room:
+            self._move(len(self.keys), kept, kept)
+            return
+        for buffer in (self.keys, self.values):
+            # Pieces that do not overlap.
+            for start in range(0, kept, free):
+                count = min(free, kept - start)
+                buffer.narrow(2, start, count).copy_(buffer.narrow(2, start + free, count))
+        self._end = kept
 
     def _fill(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, rows: int) -> None:
         """Put new rows into slots; see `SlotCache.begin`."""
@@ -124,13 +139,13 @@ class SlotLayer(DynamicLayer):
         for name in ("keys", "values"):
             old = getattr(self, name)
             # Free columns are written before they are read.
-            new = old.new_empty(rows, old.shape[1], end + _ROOM, old.shape[3])
+            new = old.new_empty(rows, old.shape[1], end + self._room, old.shape[3])
             # Zeros, since masked values are multiplied by 0 and must be finite.
             new[:, :, : end - kept] = 0
             new[len(old) :, :, end - kept : end] = 0
             new[: len(old), :, end - kept : end] = old[:, :, self._end - kept : self._end]
             setattr(self, name, new)
-        self._end, self._capacity = end, end + _ROOM
+        self._end, self._capacity = end, end + self._room
         self._free = iter(())
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -148,3 +163,9 @@ class SlotLayer(DynamicLayer):
             return query_length, 0
         kept = self._cut(self.columns)
         return kept + query_length, self.columns - kept
+
+
+def _columns(buffer: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """Columns of a contiguous buffer; `narrow` takes longer."""
+    rows, heads, _, width = buffer.shape
+    return buffer.as_strided((rows, heads, count, width), buffer.stride(), start * width)

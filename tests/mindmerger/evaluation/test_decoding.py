@@ -132,8 +132,8 @@ def test_the_cache_holds_no_more_than_the_longest_row_and_its_room(
     caches: list[SlotCache] = []
 
     class Watched(SlotCache):
-        def __init__(self, like: DynamicCache):
-            super().__init__(like)
+        def __init__(self, like: DynamicCache, most: int):
+            super().__init__(like, most)
             caches.append(self)
 
     monkeypatch.setattr(decoding, "SlotCache", Watched)
@@ -147,6 +147,19 @@ def test_the_cache_holds_no_more_than_the_longest_row_and_its_room(
             assert layer.keys.shape[2] <= 5 + MAX_NEW_TOKENS + slot_cache._ROOM
     # Three times as many columns were written as the one cache has.
     assert len(done) == 60 and len(caches) == 1 and step > 3 * layer.keys.shape[2]
+
+
+def test_a_new_buffer_has_no_more_free_columns_than_steps() -> None:
+    """Short answers have no memory of long ones, and columns keep their content wherever they move."""
+    cache, written = SlotCache(DynamicCache(config=LLMS["llama"]), most=3), torch.randn(2, 2, 40, 8)
+    cache.begin(torch.arange(2), 2, 0)
+    cache.update(written[:, :, :5], written[:, :, :5], 0)
+    for column in range(5, 40):
+        # The longest row ends often, and another of five columns stays.
+        cache.trim(5 if column % 4 == 0 else cache.layers[0].columns or 5)
+        keys, values = cache.update(*[written[:, :, column : column + 1]] * 2, 0)
+        assert torch.equal(keys, values) and torch.equal(keys, written[:, :, column + 1 - keys.shape[2] : column + 1])
+        assert cache.layers[0].keys.shape[2] <= 5 + 4 + 3
 
 
 def test_an_llm_with_states_of_another_kind_is_told_apart() -> None:
