@@ -63,7 +63,12 @@ PUBLISHED_ALPHA = 0.1
 METHODS = {"regmean": "RegMean", "regmean++": "RegMean++", "regmean_asym": "asymmetric RegMean"}
 SEQUENTIAL = ("regmean++", "regmean_asym")
 # Merges at one alpha, beside RegMean's at every alpha: method, and how embeddings are merged.
-OTHER_MERGES = [("regmean", "counts"), ("regmean++", "average"), ("regmean_asym", "average"), ("regmean_asym", "counts")]
+OTHER_MERGES = [
+    ("regmean", "counts"),
+    ("regmean++", "average"),
+    ("regmean_asym", "average"),
+    ("regmean_asym", "counts"),
+]
 SEQUENTIAL_ALPHA = 0.9
 MAX_TOKENS = 160  # of a text; longer ones are left out
 HELD_OUT = 1000  # problems that are not used for training
