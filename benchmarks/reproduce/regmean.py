@@ -105,6 +105,7 @@ class ReproduceFlags:
     dtype: str = flag("bfloat16", "of forward passes; float32 is faster on a CPU without bfloat16 instructions")
     num_examples: int = flag(192, "training texts that a Gram is computed from")
     alphas: list[float] = flag(ALPHAS, f"alphas of RegMean, of which {SEQUENTIAL_ALPHA:g} is one")
+    token_counts: bool = flag(True, "merge with embeddings by token counts, too")
     published: bool = flag(True, "merge by the published solver, and the first pair by the published algorithm")
     test_num: int = flag(150, "held-out texts of each domain")
     overwrite: bool = flag(False, "replace a run of other settings in --work_dir")
@@ -227,6 +228,8 @@ def merged_models(flags: ReproduceFlags, home: Path, seed: int) -> dict[str, Pat
     texts = [write_calibration(flags, home / domain / "texts.jsonl", home / f"{domain}.yaml") for domain in DOMAINS]
     given = {"regmean": {"grams": grams}} | {method: {"calibration": texts} for method in SEQUENTIAL}
     for method, embeddings in OTHER_MERGES:
+        if embeddings == "counts" and not flags.token_counts:
+            continue
         folder, name = home / f"{method}_{embeddings}", f"{METHODS[method]}, alpha {SEQUENTIAL_ALPHA:g}"
         step(folder, functools.partial(merging, method, embeddings, alpha=[SEQUENTIAL_ALPHA], **given[method]))
         folders[name if embeddings == "average" else f"{name}, token counts"] = folder / "model"

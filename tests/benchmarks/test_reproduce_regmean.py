@@ -289,7 +289,11 @@ def test_the_whole_is_done_once(flags, monkeypatch: pytest.MonkeyPatch, capsys: 
     with monkeypatch.context() as patch:
         for name in ("fine_tune", "merge", "compute_grams", "score_texts", "write_merge"):
             patch.setattr(reproduce, name, stop)
-        given = {name: value for name, value in vars(flags).items() if name not in ("overwrite", "published", "alphas")}
+        given = {
+            name: value
+            for name, value in vars(flags).items()
+            if name not in ("overwrite", "token_counts", "published", "alphas")
+        }
         words = [*(f"--{name}={value}" for name, value in given.items()), "--alphas", *map(str, flags.alphas)]
         monkeypatch.setattr(
             "sys.argv",
