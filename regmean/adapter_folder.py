@@ -43,9 +43,10 @@ PARTS = {
     "lora_embedding_B": "b of a table",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
-    "token_adapter.trainable_tokens_delta": "rows",
     "trainable_tokens_delta": "rows",
 }
+# Parts of names that modules around the base's have, and the values from before training that they keep.
+WRAPPERS, UNTRAINED = re.compile(r"\.(base_layer|modules_to_save|token_adapter)(?=\.)"), ".original_module."
 # Settings that the updates depend on.
 USED = ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out")
 TOKENS = ("trainable_token_indices", "token_indices")
@@ -234,7 +235,7 @@ class _Matching:
         self.modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
         self.whole: dict[str, TensorInfo] = {}
         for key, info in own.items():
-            name = key.removeprefix(PREFIX)
+            name = WRAPPERS.sub("", key.removeprefix(PREFIX))
             part = next((part for part in PARTS if name.endswith(f".{part}")), None)
             if info.dtype not in FLOATS:
                 raise InputError(f"{self.path}: tensor {key} is of {info.dtype}; adapters of floats are read")
@@ -242,8 +243,8 @@ class _Matching:
                 self.modules[name.removesuffix(f".{part}")][PARTS[part]] = info
             elif "lora_" in name:
                 raise InputError(f"{self.path}: tensor {key} is no part of an update that is known here")
-            else:
-                self.whole[name.replace(".base_layer.", ".")] = info
+            elif UNTRAINED not in name:
+                self.whole[name] = info
 
     def tensors(self) -> tuple[dict[str, TensorInfo], bool]:
         """The tensors, and True if an output head that is the base's embedding table is so no more."""
@@ -302,7 +303,10 @@ class _Matching:
     def _with_rows(self, module: str, rows: TensorInfo, base: TensorInfo) -> TokenTensor:
         tokens = next((self.settings[key] for key in TOKENS if self.settings.get(key)), None)
         if isinstance(tokens, dict):
-            tokens = next((ids for name, ids in tokens.items() if f".{module}".endswith(f".{name}")), None)
+            found = [ids for name, ids in tokens.items() if f".{module}".endswith(f".{name}")]
+            # A tied head without ids of its own has those of its table.
+            found += tokens.values() if HEAD.search(f"{module}.weight") else []
+            tokens = found[0] if found else None
         if not isinstance(tokens, list) or not all(isinstance(id, int) and 0 <= id < base.shape[0] for id in tokens):
             raise InputError(
                 f"{self.path.with_name(ADAPTER)}: no token ids of {module}, or ids beyond its table's rows"

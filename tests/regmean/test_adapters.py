@@ -161,6 +161,20 @@ def tokens_of_both(adapter: Adapter) -> None:
     adapter.weights[f"{HEAD}.weight"] = adapter.weights[f"{TABLE}.weight"]
 
 
+def wrapped(adapter: Adapter) -> None:
+    """Tables by the names that they have after the vocabulary was resized."""
+    adapter.file[f"{TABLE}.token_adapter.base_layer.weight"] = adapter.weights[f"{TABLE}.weight"].float()
+    adapter.tokens(TABLE, [30, 2, 7])
+    adapter.whole(f"{HEAD}.weight", f"{HEAD}.modules_to_save.weight")
+    adapter.file[f"{HEAD}.original_module.weight"] = rounded(32, 16)
+
+
+def same_rows_of_the_head(adapter: Adapter) -> None:
+    tokens_of_both(adapter)
+    end = "token_adapter.trainable_tokens_delta"
+    adapter.file[f"{HEAD}.{end}"] = adapter.file[f"{TABLE}.{end}"].clone()
+
+
 def other_rows_of_the_head(adapter: Adapter) -> None:
     adapter.tokens(TABLE, [30, 2])
     adapter.tokens(HEAD, [4])
@@ -182,12 +196,18 @@ CASES: dict[str, tuple[str, Callable[[Adapter], None], dict[str, Any]]] = {
     "biases": ("biased", biases, {"lora_bias": True}),
     "tokens": ("llama", tokens, {"trainable_token_indices": [30, 2, 7]}),
     "tokens alone": ("llama", tokens, {"peft_type": "TRAINABLE_TOKENS", "token_indices": [30, 2, 7]}),
+    "wrapped": ("llama", wrapped, {"trainable_token_indices": [30, 2, 7]}),
     "tied, table": ("tied", lambda adapter: adapter.table(TABLE), {}),
     "tied, head": ("tied", lambda adapter: adapter.lora(HEAD), {}),
     "tied, both": ("tied", both_apart, {}),
     "tied, alike": ("tied", both_alike, {"ensure_weight_tying": True}),
     "tied, whole table": ("tied", lambda adapter: adapter.whole(f"{TABLE}.weight"), {}),
     "tied, tokens": ("tied", tokens_of_both, {"trainable_token_indices": {"embed_tokens": [30, 2, 7]}}),
+    "tied, same tokens": (
+        "tied",
+        same_rows_of_the_head,
+        {"trainable_token_indices": {"embed_tokens": [30, 2, 7]}},
+    ),
     "tied, other tokens": (
         "tied",
         other_rows_of_the_head,
