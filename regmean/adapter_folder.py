@@ -48,7 +48,7 @@ PARTS = {
 # Parts of names that modules around the base's have, and the values from before training that they keep.
 WRAPPERS, UNTRAINED = re.compile(r"\.(base_layer|modules_to_save|token_adapter)(?=\.)"), ".original_module."
 # Settings that the updates depend on.
-USED = ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out")
+USED = ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora")
 TOKENS = ("trainable_token_indices", "token_indices")
 # Settings of training, and those that the file's tensors show.
 WITHOUT_EFFECT = {
@@ -56,10 +56,10 @@ WITHOUT_EFFECT = {
     *("r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "lora_dropout", "bias", "lora_bias", "ensure_weight_tying", "megatron_config"),
     *("megatron_core", "init_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("init_lora_weights", "qalora_group_size"),
+    *("init_lora_weights", "qalora_group_size", "fan_in_fan_out"),
 }
 # Other initialisations take a part of the base's weights away.
-INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+INITIALISATIONS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 # Files of a tokenizer, among the companions of a model.
 TOKENIZER = re.compile(
     r"tokenizer|vocab|merges\.txt|special_tokens_map|added_tokens|(additional_)?chat_template|.*\.(model|tiktoken|codes|bpe|spm)$"
@@ -209,7 +209,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if used := [key for key in unknown if settings[key]]:
         raise InputError(f"{path}: {used[0]} is not supported: merge the adapter into its base with peft first")
     start = settings.get("init_lora_weights")
-    if start not in INITIALISATIONS:
+    if str(start).lower() not in INITIALISATIONS:
         raise InputError(
             f"{path}: init_lora_weights {start} changes the base's weights: save the adapter again with peft's "
             "path_initial_model_for_weight_conversion, or merge it into its base with peft first"
@@ -320,19 +320,18 @@ class _Matching:
 
     def _refuse(self, found: str, shape: tuple[int, ...], base: TensorInfo) -> None:
         raise InputError(
-            f"{self.path}: {found} does not fit {base.name} in {base.path}, which takes {list(shape)}: if the "
-            "vocabulary was resized, resize that of the base, too, and save it for --base"
+            f"{self.path}: {found} does not fit {base.name} in {base.path}, which takes {list(shape)}: give the "
+            "adapter's own base by --base; if the vocabulary was resized, a base resized alike"
         )
 
     @cached_property
     def _is_conv1d(self) -> bool:
-        """True if square weights are stored as (inputs, outputs): by the settings, or as others of the adapter are."""
-        found = bool(self.settings.get("fan_in_fan_out"))
-        for module, parts in self.modules.items():
-            if parts.keys() >= {"a", "b"}:
-                shape = (*parts["b"].shape[:1], *parts["a"].shape[1:])
-                found |= shape != shape[::-1] == self._target(f"{module}.weight")[1].shape
-        return found
+        """True if the base has weights stored as (inputs, outputs): the length of their biases is their width."""
+        for name, info in self.base.tensors.items():
+            bias = self.base.tensors.get(f"{name.removesuffix('weight')}bias") if len(info.shape) == 2 else None
+            if bias is not None and bias.shape == info.shape[1:] != info.shape[:1]:
+                return True
+        return False
 
     @cached_property
     def _built(self) -> Any:
@@ -384,8 +383,8 @@ class _Matching:
             table, head = self._tied
             return head, replace(self.base.tensors[table], name=head)
         raise InputError(
-            f"{self.path}: no tensor of the base {self.base.name} holds {name} and no more: load the base with "
-            "transformers, save it, and give the saved folder by --base"
+            f"{self.path}: no tensor of the base {self.base.name} holds {name} and no more: if this is the "
+            "adapter's base, load it with the class that the adapter was trained on, save it, and give that by --base"
         )
 
     def _settled(self, adapted: dict[str, AdaptedTensor]) -> tuple[dict[str, TensorInfo], bool]:

@@ -115,9 +115,13 @@ def patterns(adapter: Adapter) -> None:
 
 
 def square(adapter: Adapter) -> None:
-    """The square weight is stored like the other, which shows that it is transposed."""
-    adapter.lora(CONV1D, conv1d=True)
+    """Nothing but the base's other weights shows that the square one is transposed."""
     adapter.lora(SQUARE, conv1d=True)
+
+
+def conv1d(adapter: Adapter) -> None:
+    square(adapter)
+    adapter.lora(CONV1D, conv1d=True)
 
 
 def more(adapter: Adapter) -> None:
@@ -189,8 +193,8 @@ CASES: dict[str, tuple[str, Callable[[Adapter], None], dict[str, Any]]] = {
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.0\.mlp\.down_proj": 2}},
     ),
     "dora": ("llama", usual, {"use_dora": True}),
-    "conv1d": ("gpt2", square, {}),
-    "conv1d dora": ("gpt2", square, {"use_dora": True, "fan_in_fan_out": True}),
+    "conv1d": ("gpt2", square, {"init_lora_weights": "mica"}),
+    "conv1d dora": ("gpt2", conv1d, {"use_dora": True, "fan_in_fan_out": True}),
     "tables": ("llama", more, {}),
     "dora of a table": ("llama", lambda adapter: adapter.table(TABLE), {"use_dora": True}),
     "biases": ("biased", biases, {"lora_bias": True}),
@@ -374,7 +378,7 @@ def test_names_of_other_classes_and_of_older_folders_are_found(tmp_path: Path) -
     config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=64)
     base = save(transformers.GPT2Model(config), tmp_path / "base")
     assert "h.0.attn.c_attn.weight" in load_file(base / "model.safetensors")
-    adapter = make_adapter(base, tmp_path / "lora", square)
+    adapter = make_adapter(base, tmp_path / "lora", conv1d)
     (model,) = open_models([str(tmp_path / "lora")], [], None)
     assert model.changed() == {"h.0.attn.c_attn.weight", "h.1.attn.c_proj.weight"}
     read = torch.from_numpy(model.tensors["h.0.attn.c_attn.weight"].read()).double()
@@ -490,7 +494,7 @@ REFUSED: dict[str, tuple[Callable[[Adapter], None], dict[str, Any], str]] = {
     "vocabulary": (
         lambda adapter: adapter.file.update({f"{TABLE}.weight": rounded(40, 16)}),
         {},
-        r"embed_tokens.weight of \[40, 16\] does not fit .* \[32, 16\]: if the vocabulary was resized",
+        r"embed_tokens.weight of \[40, 16\] does not fit .* \[32, 16\]: .* if the vocabulary was resized",
     ),
     "shape": (
         lambda adapter: adapter.file.update(
