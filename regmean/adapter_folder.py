@@ -58,11 +58,14 @@ WITHOUT_EFFECT = {
     *("megatron_core", "init_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("init_lora_weights", "qalora_group_size", "fan_in_fan_out"),
 }
+LARGEST = 1e30  # alpha: beyond it, float32 overflows
+ALPHA_FOR = r"(.*\.)?({})$"  # pattern of the names of modules that a key of alpha_pattern is for
 # Other initialisations take a part of the base's weights away.
 INITIALISATIONS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
-# Files of a tokenizer, among the companions of a model.
+# Files of a tokenizer, among the companions of a model, and those of them that hold its vocabulary.
+VOCABULARY = re.compile(r"tokenizer\.json|vocab|.*\.(model|tiktoken|codes|bpe|spm)$")
 TOKENIZER = re.compile(
-    r"tokenizer|vocab|merges\.txt|special_tokens_map|added_tokens|(additional_)?chat_template|.*\.(model|tiktoken|codes|bpe|spm)$"
+    rf"{VOCABULARY.pattern}|tokenizer|merges\.txt|special_tokens_map|added_tokens|(additional_)?chat_template"
 )
 LOADED = 32  # factors kept in memory: those of the layers of one Gram, of a few models
 
@@ -85,8 +88,9 @@ class AdapterCheckpoint(Checkpoint):
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The adapter's folder if it has a tokenizer, else the base's."""
-        return self.own_folder if (self.own_folder / "tokenizer_config.json").exists() else self.folder
+        """The adapter's folder if it has a whole tokenizer, else the base's."""
+        whole = any(VOCABULARY.match(path.name) for path in self.own_folder.iterdir())
+        return self.own_folder if whole and (self.own_folder / "tokenizer_config.json").exists() else self.folder
 
     def files(self) -> set[Path]:
         return self.base.files() | {self.own_folder / ADAPTER, self.own_folder / WEIGHTS}
@@ -216,11 +220,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
         )
     alpha, pattern = settings.get("lora_alpha", 8), settings.get("alpha_pattern") or {}
     alphas = [alpha, *pattern.values()] if isinstance(pattern, dict) else [None]
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in alphas):
+    if not all(isinstance(value, int | float) and abs(value) < LARGEST for value in alphas):
         raise InputError(f"{path}: lora_alpha and alpha_pattern must be numbers")
     for key in pattern:
         try:
-            re.compile(key)
+            re.compile(ALPHA_FOR.format(key))
         except (re.error, OverflowError, RecursionError) as error:
             raise InputError(f"{path}: alpha_pattern {key!r}: not a regular expression: {error}") from error
     return settings
@@ -242,7 +246,10 @@ class _Matching:
             if part:
                 self.modules[name.removesuffix(f".{part}")][PARTS[part]] = info
             elif "lora_" in name:
-                raise InputError(f"{self.path}: tensor {key} is no part of an update that is known here")
+                raise InputError(
+                    f"{self.path}: tensor {key} is no part of an update that is known here: "
+                    "save the adapter by peft's save_pretrained, or merge it into its base with peft first"
+                )
             elif UNTRAINED not in name:
                 self.whole[name] = info
 
@@ -277,7 +284,8 @@ class _Matching:
         a, b = (parts[f"{part} of a table" if of_table else part] for part in "ab")
         if len(base.shape) != 2:
             raise InputError(
-                f"{self.path}: {module} is no linear layer: {base.name} in {base.path} is {list(base.shape)}"
+                f"{self.path}: {module} is no linear layer: {base.name} in {base.path} is {list(base.shape)}; "
+                "merge the adapter into its base with peft first"
             )
         shape, rank = (*b.shape[:1], *a.shape[1:]), math.prod(a.shape[:1])
         transposed = of_table or (shape[::-1] == base.shape and (shape != base.shape or self._is_conv1d))
@@ -296,7 +304,7 @@ class _Matching:
     def _scale(self, module: str, rank: int) -> float:
         """alpha / r, with the first alpha whose pattern fits the end of the module's name."""
         patterns = self.settings.get("alpha_pattern") or {}
-        found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+        found = (value for key, value in patterns.items() if re.match(ALPHA_FOR.format(key), module))
         alpha = next(found, self.settings.get("lora_alpha", 8))
         return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 

@@ -400,6 +400,8 @@ def test_an_adapters_tokenizer_takes_the_place_of_the_bases(bases: dict[str, Pat
     assert not (out / "added_tokens.json").exists() and (out / "LICENSE").exists()
     assert not list(out.glob("adapter*")) and not (out / "trainer_state.json").exists()
     assert (out / "generation_config.json").exists()
+    (tmp_path / "A" / "tokenizer.json").unlink()
+    assert open_models([str(tmp_path / "A")], [], None)[0].tokenizer_folder == base
 
 
 def test_base_replaces_that_of_the_settings(
@@ -469,6 +471,9 @@ REFUSED: dict[str, tuple[Callable[[Adapter], None], dict[str, Any], str]] = {
     "unknown": (usual, {"of_tomorrow": True}, "of_tomorrow is not supported"),
     "start": (usual, {"init_lora_weights": "pissa"}, "init_lora_weights pissa changes the base's weights"),
     "alpha": (lambda adapter: None, {"lora_alpha": "8"}, "lora_alpha and alpha_pattern must be numbers"),
+    "huge": (lambda adapter: None, {"lora_alpha": 10**400}, "lora_alpha and alpha_pattern must be numbers"),
+    "pattern": (usual, {"alpha_pattern": {"(?i)q_proj": 2}}, r"alpha_pattern '\(\?i\)q_proj': not a regular expr"),
+    "long": (usual, {"base_model_name_or_path": "a" * 5000}, "no such folder here, .* --base names another base"),
     "base": (usual, {"base_model_name_or_path": None}, "no base_model_name_or_path; give the base by --base"),
     "nothing": (lambda adapter: None, {}, "no tensor of an adapter"),
     "half": (
