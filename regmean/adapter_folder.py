@@ -45,7 +45,7 @@ PARTS = {
     "lora_magnitude_vector.weight": "magnitude",
     "trainable_tokens_delta": "rows",
 }
-# Parts of names that modules around the base's have, and the values from before training that they keep.
+# Parts of names that PEFT's wrappers of a module add, and the one of the wrapped module's untrained values.
 WRAPPERS, UNTRAINED = re.compile(r"\.(base_layer|modules_to_save|token_adapter)(?=\.)"), ".original_module."
 # Settings that the updates depend on.
 USED = ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora")
@@ -147,11 +147,10 @@ def open_adapter(name: str, folder: Path, base: str | None) -> AdapterCheckpoint
     """
     settings = read_settings(folder)
     named, revision = base_of(folder, settings, base)
+    if not (folder / WEIGHTS).exists() and commit(folder):
+        folder = locate_model(name, folder.name, adapter=True)
     if not (folder / WEIGHTS).exists():
-        if commit(folder):
-            folder = locate_model(name, folder.name, adapter=True)
-        if not (folder / WEIGHTS).exists():
-            raise InputError(f"adapter {name}: {folder} holds no {WEIGHTS}; save it in that form with peft first")
+        raise InputError(f"adapter {name}: {folder} holds no {WEIGHTS}; save it in that form with peft first")
     try:
         model = open_checkpoint(named, revision)
     except InputError as error:
@@ -396,7 +395,7 @@ class _Matching:
         )
 
     def _settled(self, adapted: dict[str, AdaptedTensor]) -> tuple[dict[str, TensorInfo], bool]:
-        """All tensors. A tied head stays tied if table and head are updated alike, and by PEFT's rows of tokens."""
+        """All tensors. A tied head stays tied if both are updated alike, or if only rows of the table are replaced."""
         tensors = self.base.tensors | adapted
         if not any(HEAD.search(name) or TABLE.search(name) for name in adapted):
             return tensors, False
