@@ -133,7 +133,7 @@ def layer_tensors(
     Raises:
         InputError: the weight of a layer that is not optional is not found.
     """
-    infos, starts = list(tensors.values()), _row_starts(tensors.values())
+    names, infos, starts = list(tensors), list(tensors.values()), _row_starts(tensors.values())
     left: Counter[str] = Counter()
     owners: dict[str, set[str]] = defaultdict(set)
     parameters, missing = model.state_dict(), defaultdict(list)
@@ -147,7 +147,7 @@ def layer_tensors(
                 np.searchsorted(starts, own, "right") - 1, return_index=True, return_counts=True
             )
             for index, first, count in zip(found.tolist(), firsts.tolist(), counts.tolist(), strict=True):
-                stored, size = infos[index].name, _row_count(infos[index].shape)
+                stored, size = names[index], _row_count(infos[index].shape)
                 if len(infos[index].shape) > 2:
                     size //= infos[index].shape[0]
                     stored = slice_name(stored, int(own[first] - starts[index]) // size)
