@@ -82,10 +82,12 @@ def run_experts(
     if top_k_index is None:
         inputs = hidden_states.view(count, -1, hidden_states.shape[-1])
         routed = inputs.any(-1) if real is None else inputs.any(-1) & real
-        if inputs.is_meta:
-            return torch.cat(list(_outputs(experts, receive, inputs.flatten(0, 1).chunk(count))))
+        # On the meta device, which has no data, as if all tokens were routed to the first expert.
+        rows = inputs[:1] if inputs.is_meta else inputs[routed].split(routed.sum(1).tolist())
+        results = torch.cat([*_outputs(experts, receive, rows)])
         outputs = torch.zeros_like(inputs)
-        outputs[routed] = torch.cat(list(_outputs(experts, receive, inputs[routed].split(routed.sum(1).tolist()))))
+        if not inputs.is_meta:
+            outputs[routed] = results
         return outputs.view_as(hidden_states)
     top_k = top_k_index.shape[-1]
     # One more number is that of no expert.
@@ -101,10 +103,9 @@ def run_experts(
 
 
 def _sizes(numbers: torch.Tensor, count: int) -> list[int]:
-    """Number of rows of each expert, and of none; on the meta device, which has no data, all experts have as many."""
+    """Number of rows of each expert, and of none; on the meta device as if all were the first one's."""
     if numbers.is_meta:
-        each, rest = divmod(numbers.numel(), count)
-        return [each + (number < rest) for number in range(count)] + [0]
+        return [numbers.numel()] + count * [0]
     return numbers.reshape(-1).bincount(minlength=count + 1).tolist()
 
 
