@@ -314,6 +314,8 @@ def estimate_sequential(flags: MergeFlags, device: Device) -> Estimate:
     tokens = sum(source.num_examples * source.max_length for source in sources)
     longest = max(source.max_length for source in sources)
     steps = Steps.of(model, flags.batch_tokens(device.type), longest, device)
+    # These methods average experts.
+    steps = replace(steps, layers=[[group for group in groups if group.share == 1] for groups in steps.layers])
     is_asymmetric = flags.method == "regmean_asym"
     each, last = steps.repeated()
     squares = sum(group.width**2 for groups in steps.layers for group in groups)

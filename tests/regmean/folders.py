@@ -289,15 +289,21 @@ def load(folder: Path, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
     return auto.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager").eval()
 
 
-def assert_merged(out: Path, folders: list[Path], auto: Any = AutoModelForCausalLM) -> None:
+def assert_merged(
+    out: Path,
+    folders: list[Path],
+    auto: Any = AutoModelForCausalLM,
+    texts: list[str] = TEXTS,
+    tolerance: float = 1e-3,
+) -> None:
     """Assert that a merge equals the oracle, relative to the models' difference, and solves the same tensors."""
     a, b = models = [load(folder, auto) for folder in folders]
-    expected, merged = oracle(models), load(out, auto).state_dict()
+    expected, merged = oracle(models, texts), load(out, auto).state_dict()
     a, b = a.state_dict(), b.state_dict()
     for name, value in expected.items():
         if value.is_floating_point():
             error = (merged[name] - value).norm() / ((a[name] - b[name]).norm() + 1e-6)
-            assert error < 1e-3, (name, error)
+            assert error < tolerance, (name, error)
 
 
 def rename(folder: Path, change: Callable[[str], str]) -> None:
