@@ -21,7 +21,7 @@ ALLOWED = {
 }
 LONGEST_FUNCTION, LONGEST_CLASS = 45, 220
 # Current lines of the packages, rounded. An increase needs a reason.
-LINES = {("mindmerger",): 6985, ("regmean",): 6665, ("common",): 1310, PACKAGES: 17650}
+LINES = {("mindmerger",): 6985, ("regmean",): 7140, ("common",): 1310, PACKAGES: 18150}
 
 
 def path_of(module: str) -> Path | None:
