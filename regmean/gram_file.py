@@ -151,11 +151,12 @@ class GramFile(Grams):
                 name: Gram(name, **entry, **of) for (name, entry), of in zip(entries.items(), lists, strict=True)
             }
             for gram in self.grams.values():
-                texts = (*gram.modules, *gram.tensors)
+                texts = (*gram.modules, *gram.tensors, gram.pool)
                 types = (type(gram.tokens), type(gram.width), type(gram.conv1d), *map(type, texts))
-                least = 0 if gram.pool in self.grams else 1
-                if types != (int, int, bool, *(str for _ in texts)) or gram.tokens < least or gram.width < 1:
+                if types != (int, int, bool, *(str for _ in texts)) or min(gram.tokens, gram.width - 1) < 0:
                     raise ValueError(f"{gram} is not a Gram")
+                if self.grams[gram.pool].width != gram.width if gram.pool else not gram.tokens:
+                    raise ValueError(f"{gram} has no tokens, or a pool of another width")
                 packed = self._tensors[gram.name]
                 if (packed.dtype, packed.shape) != ("F32", (gram.packed_size,)):
                     raise ValueError(f"tensor {gram.name} is {packed.dtype} of shape {packed.shape}")

@@ -205,10 +205,11 @@ class LinearInputs:
 
         def forward(hidden_states: torch.Tensor, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
             tokens, real = token_count(experts, hidden_states), None
-            if tokens != self._shapes[1][0]:
+            aligned = tokens == self._shapes[1][0]
+            if not aligned:
                 self.unaligned.update(names.values())
             if self._real is not None:
-                if self.unaligned:
+                if not aligned:
                     raise InputError(f"{next(iter(names.values()))} reads {tokens} rows: padding cannot be identified")
                 real = torch.zeros(tokens, dtype=torch.bool, device=hidden_states.device)
                 real[self._real] = True

@@ -150,16 +150,15 @@ def plan_merge(
     """Check that the models, and the Grams where there are any, fit together, and plan every tensor.
 
     `selects` is True for names of tensors to merge; `dtype` is that of the merged floats, "auto" the first model's. If
-    `by_counts`, embedding tables are merged by the Gram files' token counts; the second value is for output heads.
-    `router` is the index of the model whose routers are copied, None to merge them.
+    `by_counts`, embedding tables are merged by the Gram files' token counts; the second value is for output heads. The
+    routers of model `router`, an index, are copied; None merges them.
 
     Raises:
         InputError: they do not fit together; the message lists every difference.
     """
     problems: list[str] = []
     notes: list[str] = []
-    stored = models
-    models, unused = _aligned(models, selects)
+    stored, (models, unused) = models, _aligned(models, selects)
     copies, untied = settle_heads(models, selects, problems, notes)
     first, *others = models
     names = [set(model.tensors) - copies for model in models]
@@ -175,14 +174,13 @@ def plan_merge(
     _refuse(problems)
 
     infos = {name: info for name, info in first.tensors.items() if name in names[0]}
-    copied = {name: 0 for name in infos if name not in selected} | _routers(selected & infos.keys(), router, problems)
+    copied = _copied(infos, selected, router, problems, notes)
     merged = [name for name in infos if name not in copied]
     found = [_grams_by_tensor(*each, copies, problems) for each in zip(stored, grams, strict=bool(grams))]
     models, parts = _with_slices(models, found, merged)
     groups, tables = _plan_solved(models, grams, found, parts, by_counts, problems, notes)
     _refuse(problems)
-    solved = {name for group in groups for name in group.tensors} | {table.tensor for table in tables}
-    averaged = _without(solved, merged, parts)
+    averaged = _averaged(merged, parts, groups, tables)
     layout = {name: (_written_as(info.dtype, dtype), info.shape) for name, info in infos.items()}
     return MergePlan(models, model_weights, grams, layout, groups, tables, averaged, copied, untied, notes)
 
@@ -199,14 +197,18 @@ def _written_as(stored: str, dtype: str) -> str:
     return STORED_AS.get(dtype, stored) if stored in FLOATS else stored
 
 
-def _routers(selected: set[str], model: int | None, problems: list[str]) -> dict[str, int]:
-    """The routers' tensors, with the index of the model that they are copied from, which is None to merge them."""
-    if model is None:
-        return {}
-    routers = dict.fromkeys((name for name in sorted(selected) if ROUTER.search(name)), model)
-    if not routers:
-        problems.append(f"--router {model + 1}: none of the selected tensors belongs to a router")
-    return routers
+def _copied(
+    names: Iterable[str], selected: set[str], router: int | None, problems: list[str], notes: list[str]
+) -> dict[str, int]:
+    """The tensors that are copied, with the index of the model: the first, or `router` for routers if it is given."""
+    copied = {name: 0 for name in names if name not in selected}
+    if router is not None:
+        routers = [name for name in names if name in selected and ROUTER.search(name)]
+        if not routers:
+            problems.append(f"--router {router + 1}: none of the selected tensors belongs to a router")
+        notes.append(f"routers are those of model {router + 1}: {', '.join(compact(routers))}")
+        copied |= dict.fromkeys(routers, router)
+    return copied
 
 
 def _with_slices(
@@ -228,8 +230,9 @@ def _with_slices(
     return divided, [part for name in merged for part in slices.get(name, [name])]
 
 
-def _without(solved: set[str], merged: list[str], parts: list[str]) -> list[str]:
+def _averaged(merged: list[str], parts: list[str], groups: list[LayerGroup], tables: list[CountedTable]) -> list[str]:
     """The tensors of `merged` that are not solved; of those that are in part, the slices among `parts`."""
+    solved = {name for group in groups for name in group.tensors} | {table.tensor for table in tables}
     begun = {split_name(name)[0] for name in solved - set(merged)}
     whole = [name for name in merged if name not in solved and name not in begun]
     return whole + [name for name in parts if name not in solved and split_name(name)[0] in begun]

@@ -160,6 +160,14 @@ def test_pools_of_several_passes_are_added_up(tmp_path: Path) -> None:
     assert TensorFile(tmp_path / "all").metadata["version"] == "3"
 
 
+@pytest.mark.parametrize("pool", ["none", "wide"])
+def test_a_pool_that_does_not_fit_is_damage(pool: str, tmp_path: Path) -> None:
+    found = [Gram("e.0.up_proj", ("e.0.up_proj",), 3, 2, pool=pool), Gram("wide", ("x",), 3, 3)]
+    write_grams(tmp_path / "g", found, lambda name: np.ones((3, 3), np.float32), {})
+    with pytest.raises(InputError, match="header is damaged"):
+        GramFile(tmp_path / "g")
+
+
 def test_routers_are_taken_from_one_model(tmp_path: Path) -> None:
     folders = pair("mixtral", tmp_path)
     out = run(folders, tmp_path / "out", router=2)
