@@ -27,9 +27,14 @@ def sliced(info: TensorInfo, number: int) -> TensorInfo:
     name, shape = slice_name(info.name, number), info.shape[1:]
     if type(info) is TensorInfo:
         return replace(info, name=name, shape=shape, offset=info.offset + number * (info.nbytes // info.shape[0]))
-    size = math.prod(shape)
-    part = (info, number * size, (number + 1) * size)
-    return JoinedTensor(info.path, name, info.dtype, shape, info.offset, (part,))
+    parts, begin = [], 0
+    start, stop = (place * math.prod(shape) for place in (number, number + 1))
+    for source, first, last in info.parts if isinstance(info, JoinedTensor) else [(info, 0, info.size)]:
+        end = begin + last - first
+        if begin < stop and start < end:
+            parts.append((source, first + max(start - begin, 0), first + min(stop, end) - begin))
+        begin = end
+    return JoinedTensor(info.path, name, info.dtype, shape, 0, tuple(parts))
 
 
 def slices_within(tensor: TensorInfo, first: int, last: int) -> list[str]:
