@@ -43,11 +43,12 @@ PARTS = {
     "lora_embedding_B": "b of a table",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
-    "token_adapter.trainable_tokens_delta": "rows",
     "trainable_tokens_delta": "rows",
 }
+# Parts of names that PEFT's wrappers of a module add, and the one of the wrapped module's untrained values.
+WRAPPERS, UNTRAINED = re.compile(r"\.(base_layer|modules_to_save|token_adapter)(?=\.)"), ".original_module."
 # Settings that the updates depend on.
-USED = ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out")
+USED = ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora")
 TOKENS = ("trainable_token_indices", "token_indices")
 # Settings of training, and those that the file's tensors show.
 WITHOUT_EFFECT = {
@@ -55,13 +56,16 @@ WITHOUT_EFFECT = {
     *("r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "lora_dropout", "bias", "lora_bias", "ensure_weight_tying", "megatron_config"),
     *("megatron_core", "init_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("init_lora_weights", "qalora_group_size"),
+    *("init_lora_weights", "qalora_group_size", "fan_in_fan_out"),
 }
+LARGEST = 1e30  # alpha: beyond it, float32 overflows
+ALPHA_FOR = r"(.*\.)?({})$"  # pattern of the names of modules that a key of alpha_pattern is for
 # Other initialisations take a part of the base's weights away.
-INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
-# Files of a tokenizer, among the companions of a model.
+INITIALISATIONS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
+# Files of a tokenizer, among the companions of a model, and those of them that hold its vocabulary.
+VOCABULARY = re.compile(r"tokenizer\.json|vocab|.*\.(model|tiktoken|codes|bpe|spm)$")
 TOKENIZER = re.compile(
-    r"tokenizer|vocab|merges\.txt|special_tokens_map|added_tokens|(additional_)?chat_template|.*\.(model|tiktoken|codes|bpe|spm)$"
+    rf"{VOCABULARY.pattern}|tokenizer|merges\.txt|special_tokens_map|added_tokens|(additional_)?chat_template"
 )
 LOADED = 32  # factors kept in memory: those of the layers of one Gram, of a few models
 
@@ -84,8 +88,9 @@ class AdapterCheckpoint(Checkpoint):
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The adapter's folder if it has a tokenizer, else the base's."""
-        return self.own_folder if (self.own_folder / "tokenizer_config.json").exists() else self.folder
+        """The adapter's folder if it has a whole tokenizer, else the base's."""
+        whole = any(VOCABULARY.match(path.name) for path in self.own_folder.iterdir())
+        return self.own_folder if whole and (self.own_folder / "tokenizer_config.json").exists() else self.folder
 
     def files(self) -> set[Path]:
         return self.base.files() | {self.own_folder / ADAPTER, self.own_folder / WEIGHTS}
@@ -142,11 +147,10 @@ def open_adapter(name: str, folder: Path, base: str | None) -> AdapterCheckpoint
     """
     settings = read_settings(folder)
     named, revision = base_of(folder, settings, base)
+    if not (folder / WEIGHTS).exists() and commit(folder):
+        folder = locate_model(name, folder.name, adapter=True)
     if not (folder / WEIGHTS).exists():
-        if commit(folder):
-            folder = locate_model(name, folder.name, adapter=True)
-        if not (folder / WEIGHTS).exists():
-            raise InputError(f"adapter {name}: {folder} holds no {WEIGHTS}; save it in that form with peft first")
+        raise InputError(f"adapter {name}: {folder} holds no {WEIGHTS}; save it in that form with peft first")
     try:
         model = open_checkpoint(named, revision)
     except InputError as error:
@@ -208,18 +212,18 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if used := [key for key in unknown if settings[key]]:
         raise InputError(f"{path}: {used[0]} is not supported: merge the adapter into its base with peft first")
     start = settings.get("init_lora_weights")
-    if start not in INITIALISATIONS:
+    if str(start).lower() not in INITIALISATIONS:
         raise InputError(
             f"{path}: init_lora_weights {start} changes the base's weights: save the adapter again with peft's "
             "path_initial_model_for_weight_conversion, or merge it into its base with peft first"
         )
     alpha, pattern = settings.get("lora_alpha", 8), settings.get("alpha_pattern") or {}
     alphas = [alpha, *pattern.values()] if isinstance(pattern, dict) else [None]
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in alphas):
+    if not all(isinstance(value, int | float) and abs(value) < LARGEST for value in alphas):
         raise InputError(f"{path}: lora_alpha and alpha_pattern must be numbers")
     for key in pattern:
         try:
-            re.compile(key)
+            re.compile(ALPHA_FOR.format(key))
         except (re.error, OverflowError, RecursionError) as error:
             raise InputError(f"{path}: alpha_pattern {key!r}: not a regular expression: {error}") from error
     return settings
@@ -234,16 +238,19 @@ class _Matching:
         self.modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
         self.whole: dict[str, TensorInfo] = {}
         for key, info in own.items():
-            name = key.removeprefix(PREFIX)
+            name = WRAPPERS.sub("", key.removeprefix(PREFIX))
             part = next((part for part in PARTS if name.endswith(f".{part}")), None)
             if info.dtype not in FLOATS:
                 raise InputError(f"{self.path}: tensor {key} is of {info.dtype}; adapters of floats are read")
             if part:
                 self.modules[name.removesuffix(f".{part}")][PARTS[part]] = info
             elif "lora_" in name:
-                raise InputError(f"{self.path}: tensor {key} is no part of an update that is known here")
-            else:
-                self.whole[name.replace(".base_layer.", ".")] = info
+                raise InputError(
+                    f"{self.path}: tensor {key} is no part of an update that is known here: "
+                    "save the adapter by peft's save_pretrained, or merge it into its base with peft first"
+                )
+            elif UNTRAINED not in name:
+                self.whole[name] = info
 
     def tensors(self) -> tuple[dict[str, TensorInfo], bool]:
         """The tensors, and True if an output head that is the base's embedding table is so no more."""
@@ -276,7 +283,8 @@ class _Matching:
         a, b = (parts[f"{part} of a table" if of_table else part] for part in "ab")
         if len(base.shape) != 2:
             raise InputError(
-                f"{self.path}: {module} is no linear layer: {base.name} in {base.path} is {list(base.shape)}"
+                f"{self.path}: {module} is no linear layer: {base.name} in {base.path} is {list(base.shape)}; "
+                "merge the adapter into its base with peft first"
             )
         shape, rank = (*b.shape[:1], *a.shape[1:]), math.prod(a.shape[:1])
         transposed = of_table or (shape[::-1] == base.shape and (shape != base.shape or self._is_conv1d))
@@ -295,14 +303,17 @@ class _Matching:
     def _scale(self, module: str, rank: int) -> float:
         """alpha / r, with the first alpha whose pattern fits the end of the module's name."""
         patterns = self.settings.get("alpha_pattern") or {}
-        found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+        found = (value for key, value in patterns.items() if re.match(ALPHA_FOR.format(key), module))
         alpha = next(found, self.settings.get("lora_alpha", 8))
         return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 
     def _with_rows(self, module: str, rows: TensorInfo, base: TensorInfo) -> TokenTensor:
         tokens = next((self.settings[key] for key in TOKENS if self.settings.get(key)), None)
         if isinstance(tokens, dict):
-            tokens = next((ids for name, ids in tokens.items() if f".{module}".endswith(f".{name}")), None)
+            found = [ids for name, ids in tokens.items() if f".{module}".endswith(f".{name}")]
+            # A tied head without ids of its own has those of its table.
+            found += tokens.values() if HEAD.search(f"{module}.weight") else []
+            tokens = found[0] if found else None
         if not isinstance(tokens, list) or not all(isinstance(id, int) and 0 <= id < base.shape[0] for id in tokens):
             raise InputError(
                 f"{self.path.with_name(ADAPTER)}: no token ids of {module}, or ids beyond its table's rows"
@@ -316,19 +327,18 @@ class _Matching:
 
     def _refuse(self, found: str, shape: tuple[int, ...], base: TensorInfo) -> None:
         raise InputError(
-            f"{self.path}: {found} does not fit {base.name} in {base.path}, which takes {list(shape)}: if the "
-            "vocabulary was resized, resize that of the base, too, and save it for --base"
+            f"{self.path}: {found} does not fit {base.name} in {base.path}, which takes {list(shape)}: give the "
+            "adapter's own base by --base; if the vocabulary was resized, a base resized alike"
         )
 
     @cached_property
     def _is_conv1d(self) -> bool:
-        """True if square weights are stored as (inputs, outputs): by the settings, or as others of the adapter are."""
-        found = bool(self.settings.get("fan_in_fan_out"))
-        for module, parts in self.modules.items():
-            if parts.keys() >= {"a", "b"}:
-                shape = (*parts["b"].shape[:1], *parts["a"].shape[1:])
-                found |= shape != shape[::-1] == self._target(f"{module}.weight")[1].shape
-        return found
+        """True if the base has weights stored as (inputs, outputs): the length of their biases is their width."""
+        for name, info in self.base.tensors.items():
+            bias = self.base.tensors.get(f"{name.removesuffix('weight')}bias") if len(info.shape) == 2 else None
+            if bias is not None and bias.shape == info.shape[1:] != info.shape[:1]:
+                return True
+        return False
 
     @cached_property
     def _built(self) -> Any:
@@ -380,12 +390,12 @@ class _Matching:
             table, head = self._tied
             return head, replace(self.base.tensors[table], name=head)
         raise InputError(
-            f"{self.path}: no tensor of the base {self.base.name} holds {name} and no more: load the base with "
-            "transformers, save it, and give the saved folder by --base"
+            f"{self.path}: no tensor of the base {self.base.name} holds {name} and no more: if this is the "
+            "adapter's base, load it with the class that the adapter was trained on, save it, and give that by --base"
         )
 
     def _settled(self, adapted: dict[str, AdaptedTensor]) -> tuple[dict[str, TensorInfo], bool]:
-        """All tensors. A tied head stays tied if table and head are updated alike, and by PEFT's rows of tokens."""
+        """All tensors. A tied head stays tied if both are updated alike, or if only rows of the table are replaced."""
         tensors = self.base.tensors | adapted
         if not any(HEAD.search(name) or TABLE.search(name) for name in adapted):
             return tensors, False

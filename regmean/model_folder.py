@@ -104,14 +104,14 @@ def locate_model(name: str, revision: str | None = None, adapter: bool = False) 
     Raises:
         InputError: neither a folder nor a model that can be downloaded.
     """
-    if Path(name).is_dir():
-        return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = {"allow_patterns": [*COMPANIONS, *FOLDERS, "*.safetensors"], "ignore_patterns": [*NOT_DOWNLOADED]}
     patterns = {"allow_patterns": ["adapter_model.safetensors"]} if adapter else patterns
     try:
+        if Path(name).is_dir():
+            return Path(name)
         return Path(snapshot_download(name, revision=revision, **patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(f"model {name}: no such folder here, and the download failed: {first_line(error)}") from error

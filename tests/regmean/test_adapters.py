@@ -115,9 +115,13 @@ def patterns(adapter: Adapter) -> None:
 
 
 def square(adapter: Adapter) -> None:
-    """The square weight is stored like the other, which shows that it is transposed."""
-    adapter.lora(CONV1D, conv1d=True)
+    """Nothing but the base's other weights shows that the square one is transposed."""
     adapter.lora(SQUARE, conv1d=True)
+
+
+def conv1d(adapter: Adapter) -> None:
+    square(adapter)
+    adapter.lora(CONV1D, conv1d=True)
 
 
 def more(adapter: Adapter) -> None:
@@ -161,6 +165,20 @@ def tokens_of_both(adapter: Adapter) -> None:
     adapter.weights[f"{HEAD}.weight"] = adapter.weights[f"{TABLE}.weight"]
 
 
+def wrapped(adapter: Adapter) -> None:
+    """Tables by the names that they have after the vocabulary was resized."""
+    adapter.file[f"{TABLE}.token_adapter.base_layer.weight"] = adapter.weights[f"{TABLE}.weight"].float()
+    adapter.tokens(TABLE, [30, 2, 7])
+    adapter.whole(f"{HEAD}.weight", f"{HEAD}.modules_to_save.weight")
+    adapter.file[f"{HEAD}.original_module.weight"] = rounded(32, 16)
+
+
+def same_rows_of_the_head(adapter: Adapter) -> None:
+    tokens_of_both(adapter)
+    end = "token_adapter.trainable_tokens_delta"
+    adapter.file[f"{HEAD}.{end}"] = adapter.file[f"{TABLE}.{end}"].clone()
+
+
 def other_rows_of_the_head(adapter: Adapter) -> None:
     adapter.tokens(TABLE, [30, 2])
     adapter.tokens(HEAD, [4])
@@ -175,19 +193,25 @@ CASES: dict[str, tuple[str, Callable[[Adapter], None], dict[str, Any]]] = {
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.0\.mlp\.down_proj": 2}},
     ),
     "dora": ("llama", usual, {"use_dora": True}),
-    "conv1d": ("gpt2", square, {}),
-    "conv1d dora": ("gpt2", square, {"use_dora": True, "fan_in_fan_out": True}),
+    "conv1d": ("gpt2", square, {"init_lora_weights": "mica"}),
+    "conv1d dora": ("gpt2", conv1d, {"use_dora": True, "fan_in_fan_out": True}),
     "tables": ("llama", more, {}),
     "dora of a table": ("llama", lambda adapter: adapter.table(TABLE), {"use_dora": True}),
     "biases": ("biased", biases, {"lora_bias": True}),
     "tokens": ("llama", tokens, {"trainable_token_indices": [30, 2, 7]}),
     "tokens alone": ("llama", tokens, {"peft_type": "TRAINABLE_TOKENS", "token_indices": [30, 2, 7]}),
+    "wrapped": ("llama", wrapped, {"trainable_token_indices": [30, 2, 7]}),
     "tied, table": ("tied", lambda adapter: adapter.table(TABLE), {}),
     "tied, head": ("tied", lambda adapter: adapter.lora(HEAD), {}),
     "tied, both": ("tied", both_apart, {}),
     "tied, alike": ("tied", both_alike, {"ensure_weight_tying": True}),
     "tied, whole table": ("tied", lambda adapter: adapter.whole(f"{TABLE}.weight"), {}),
     "tied, tokens": ("tied", tokens_of_both, {"trainable_token_indices": {"embed_tokens": [30, 2, 7]}}),
+    "tied, same tokens": (
+        "tied",
+        same_rows_of_the_head,
+        {"trainable_token_indices": {"embed_tokens": [30, 2, 7]}},
+    ),
     "tied, other tokens": (
         "tied",
         other_rows_of_the_head,
@@ -354,7 +378,7 @@ def test_names_of_other_classes_and_of_older_folders_are_found(tmp_path: Path) -
     config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=64)
     base = save(transformers.GPT2Model(config), tmp_path / "base")
     assert "h.0.attn.c_attn.weight" in load_file(base / "model.safetensors")
-    adapter = make_adapter(base, tmp_path / "lora", square)
+    adapter = make_adapter(base, tmp_path / "lora", conv1d)
     (model,) = open_models([str(tmp_path / "lora")], [], None)
     assert model.changed() == {"h.0.attn.c_attn.weight", "h.1.attn.c_proj.weight"}
     read = torch.from_numpy(model.tensors["h.0.attn.c_attn.weight"].read()).double()
@@ -376,6 +400,8 @@ def test_an_adapters_tokenizer_takes_the_place_of_the_bases(bases: dict[str, Pat
     assert not (out / "added_tokens.json").exists() and (out / "LICENSE").exists()
     assert not list(out.glob("adapter*")) and not (out / "trainer_state.json").exists()
     assert (out / "generation_config.json").exists()
+    (tmp_path / "A" / "tokenizer.json").unlink()
+    assert open_models([str(tmp_path / "A")], [], None)[0].tokenizer_folder == base
 
 
 def test_base_replaces_that_of_the_settings(
@@ -445,6 +471,9 @@ REFUSED: dict[str, tuple[Callable[[Adapter], None], dict[str, Any], str]] = {
     "unknown": (usual, {"of_tomorrow": True}, "of_tomorrow is not supported"),
     "start": (usual, {"init_lora_weights": "pissa"}, "init_lora_weights pissa changes the base's weights"),
     "alpha": (lambda adapter: None, {"lora_alpha": "8"}, "lora_alpha and alpha_pattern must be numbers"),
+    "huge": (lambda adapter: None, {"lora_alpha": 10**400}, "lora_alpha and alpha_pattern must be numbers"),
+    "pattern": (usual, {"alpha_pattern": {"(?i)q_proj": 2}}, r"alpha_pattern '\(\?i\)q_proj': not a regular expr"),
+    "long": (usual, {"base_model_name_or_path": "a" * 5000}, "no such folder here, .* --base names another base"),
     "base": (usual, {"base_model_name_or_path": None}, "no base_model_name_or_path; give the base by --base"),
     "nothing": (lambda adapter: None, {}, "no tensor of an adapter"),
     "half": (
@@ -470,7 +499,7 @@ REFUSED: dict[str, tuple[Callable[[Adapter], None], dict[str, Any], str]] = {
     "vocabulary": (
         lambda adapter: adapter.file.update({f"{TABLE}.weight": rounded(40, 16)}),
         {},
-        r"embed_tokens.weight of \[40, 16\] does not fit .* \[32, 16\]: if the vocabulary was resized",
+        r"embed_tokens.weight of \[40, 16\] does not fit .* \[32, 16\]: .* if the vocabulary was resized",
     ),
     "shape": (
         lambda adapter: adapter.file.update(

@@ -34,6 +34,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all biases": ({"attention_bias": True}, {"target_modules": ["q_proj"], "bias": "all"}),
     "layers": ({}, {"target_modules": LINEAR, "layers_to_transform": [1]}),
     "gpt2": ({"gpt2": True}, {"target_modules": ["c_attn", "c_proj"]}),
+    "gpt2 biases": ({"gpt2": True}, {"target_modules": ["c_attn"], "bias": "all", "modules_to_save": ["ln_f"]}),
     "gpt2 dora": ({"gpt2": True}, {"target_modules": ["c_proj", "c_fc"], "use_dora": True}),
 }
 TIED: dict[str, dict[str, Any]] = {
