@@ -26,16 +26,18 @@ def sliced(info: TensorInfo, number: int) -> TensorInfo:
     """A slice of a tensor."""
     name, shape = slice_name(info.name, number), info.shape[1:]
     size = math.prod(shape)
-    if not isinstance(info, JoinedTensor):
+    if type(info) is TensorInfo:
         each = info.nbytes // info.shape[0]
         return replace(info, name=name, shape=shape, offset=info.offset + number * each)
+    # Other kinds of tensors compute what they read.
+    sources = info.parts if isinstance(info, JoinedTensor) else ((info, 0, info.size),)
     parts, begin, start, stop = [], 0, number * size, (number + 1) * size
-    for source, first, last in info.parts:
+    for source, first, last in sources:
         end = begin + last - first
         if begin < stop and start < end:
             parts.append((source, first + max(start - begin, 0), first + min(stop, end) - begin))
         begin = end
-    return replace(info, name=name, shape=shape, parts=tuple(parts))
+    return JoinedTensor(info.path, name, info.dtype, shape, 0, tuple(parts))
 
 
 def slices_within(tensor: TensorInfo, first: int, last: int) -> list[str]:
