@@ -25,11 +25,14 @@ def split_name(name: str) -> tuple[str, int | None]:
 def sliced(info: TensorInfo, number: int) -> TensorInfo:
     """A slice of a tensor."""
     name, shape = slice_name(info.name, number), info.shape[1:]
+    size = math.prod(shape)
     if type(info) is TensorInfo:
-        return replace(info, name=name, shape=shape, offset=info.offset + number * (info.nbytes // info.shape[0]))
-    parts, begin = [], 0
-    start, stop = (place * math.prod(shape) for place in (number, number + 1))
-    for source, first, last in info.parts if isinstance(info, JoinedTensor) else [(info, 0, info.size)]:
+        each = info.nbytes // info.shape[0]
+        return replace(info, name=name, shape=shape, offset=info.offset + number * each)
+    # Other kinds of tensors compute what they read.
+    sources = info.parts if isinstance(info, JoinedTensor) else ((info, 0, info.size),)
+    parts, begin, start, stop = [], 0, number * size, (number + 1) * size
+    for source, first, last in sources:
         end = begin + last - first
         if begin < stop and start < end:
             parts.append((source, first + max(start - begin, 0), first + min(stop, end) - begin))

@@ -1,6 +1,7 @@
 """Mixtures of experts against experts written as separate linear layers, in float64."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from regmean.config import MergeFlags
 from regmean.experts import run_experts
 from regmean.gram_file import Gram, GramFile, join_files, write_grams
 from regmean.slices import sliced
-from regmean.tensor_file import TensorFile
+from regmean.tensor_file import TensorFile, TensorInfo
 from tests.regmean.folders import TEXTS, assert_merged, build, grams, load, run, save, watch_experts
 
 KINDS = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "olmoe", "llama4")
@@ -189,4 +190,14 @@ def test_a_slice_reads_as_part_of_its_tensor(tmp_path: Path) -> None:
     info = tensors["model.layers.1.mlp.experts.down_proj"]
     part = sliced(info, 2)
     assert (part.name, part.shape) == (f"{info.name}[2]", info.shape[1:])
-    assert np.array_equal(part.read(), info.read().reshape(info.shape)[2].reshape(-1))
+    expected = info.read().reshape(info.shape)[2].reshape(-1)
+    assert np.array_equal(part.read(), expected)
+
+    class Doubled(TensorInfo):
+        """A tensor that is computed as it is read."""
+
+        def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+            return 2 * super().read(start, stop)
+
+    doubled = sliced(Doubled(*(getattr(info, field.name) for field in fields(TensorInfo))), 2)
+    assert np.array_equal(doubled.read(), 2 * expected)
