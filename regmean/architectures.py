@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,9 @@ from transformers.initialization import no_init_weights
 
 from common.errors import InputError
 from common.models import base_config, load_model
+from regmean.experts import parameter_of
 from regmean.model_folder import Checkpoint
+from regmean.slices import slice_name
 from regmean.tensor_file import JoinedTensor, TensorInfo, decode
 
 # Auto classes of encoders, by the end of the name of the class that wrote the folder. Others are built without a head.
@@ -167,29 +170,40 @@ def layer_tensors(
     """Match linear layers with stored tensors of the model `name`.
 
     Returns:
-        The layers of each stored tensor that holds only weights of linear layers; and the `optional` layers that are
-        not stored.
+        The layers of each stored tensor that holds only weights of linear layers, or of each slice of a tensor that
+        holds all experts; and the `optional` layers that are not stored.
 
     Raises:
         InputError: the weight of a layer that is not optional is not found.
     """
-    names, starts = list(tensors), _row_starts(tensors.values())
-    left = Counter({stored: _row_count(info.shape) for stored, info in tensors.items()})
+    names, infos, starts = list(tensors), list(tensors.values()), _row_starts(tensors.values())
+    left: Counter[str] = Counter()
     owners: dict[str, set[str]] = defaultdict(set)
-    missing = {f"{layer}.weight": layer for layer in layers}
+    parameters, missing = model.state_dict(), defaultdict(list)
+    for layer in layers:
+        weight = f"{layer}.weight"
+        missing[weight if weight in parameters else parameter_of(layer)].append(layer)
     for parameter, rows in parameter_rows(model, tensors):
-        if (layer := missing.pop(parameter, None)) is not None:
-            found, counts = np.unique(np.searchsorted(starts, rows, "right") - 1, return_counts=True)
-            for index, count in zip(found.tolist(), counts.tolist(), strict=True):
-                owners[names[index]].add(layer)
-                left[names[index]] -= count
-    if lost := [layer for layer in missing.values() if layer not in optional]:
+        sharing = missing.pop(parameter, [])
+        for layer, own in zip(sharing, np.split(rows, len(sharing)) if sharing else (), strict=True):
+            found, firsts, counts = np.unique(
+                np.searchsorted(starts, own, "right") - 1, return_index=True, return_counts=True
+            )
+            for index, first, count in zip(found.tolist(), firsts.tolist(), counts.tolist(), strict=True):
+                stored, size = names[index], _row_count(infos[index].shape)
+                if len(infos[index].shape) > 2:
+                    size //= infos[index].shape[0]
+                    stored = slice_name(stored, int(own[first] - starts[index]) // size)
+                owners[stored].add(layer)
+                left[stored] = left.get(stored, size) - count
+    lost = [layer for sharing in missing.values() for layer in sharing if layer not in optional]
+    if lost:
         listed = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
         raise InputError(
             f"--model {name}: no tensors of its files were found for layers of {type(model).__name__}: {listed}; "
             f"load it with transformers {transformers.__version__}, save it, and take the saved folder"
         )
-    return {stored: theirs for stored, theirs in owners.items() if not left[stored]}, set(missing.values())
+    return {stored: theirs for stored, theirs in owners.items() if not left[stored]}, set(chain(*missing.values()))
 
 
 def parameter_tensors(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

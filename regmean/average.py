@@ -46,10 +46,10 @@ def write_averages(
                 chunk = next(chunks, None)
             if chunk is None:
                 return
-            infos, model_weights, start, stop = chunk
-            values = _mean_of(infos, model_weights, start, stop, plan)
+            name, infos, model_weights, start, stop = chunk
+            values, (tensor, first) = _mean_of(name, infos, model_weights, start, stop, plan), plan.place(name)
             for writer in writers:
-                writer.write(infos[0].name, values, start)
+                writer.write(tensor, values, first + start)
             advance(stop - start)
             if stop == infos[0].size:
                 finished()
@@ -117,20 +117,24 @@ def read_mean(
             info.read_floats(start, stop)
 
 
-def _chunks(plan: MergePlan, holds: Callable[[str], bool]) -> Iterator[tuple[list[TensorInfo], list[float], int, int]]:
-    """Yield chunks of all tensors held: the models' tensors, their weights, and the first and last element."""
-    tensors = [(name, plan.models[:1], [1.0]) for name in plan.copied]
+def _chunks(
+    plan: MergePlan, holds: Callable[[str], bool]
+) -> Iterator[tuple[str, list[TensorInfo], list[float], int, int]]:
+    """Yield chunks of all tensors held: name, the models' tensors, their weights, and the first and last element."""
+    tensors = [(name, [plan.models[index]], [1.0]) for name, index in plan.copied.items()]
     tensors += [(name, plan.models, plan.model_weights) for name in plan.averaged]
-    for name, models, model_weights in (each for each in tensors if holds(each[0])):
+    for name, models, model_weights in (each for each in tensors if holds(plan.place(each[0])[0])):
         infos = [model.tensors[name] for model in models]
         for start in range(0, infos[0].size, CHUNK_ELEMENTS):
-            yield infos, model_weights, start, min(start + CHUNK_ELEMENTS, infos[0].size)
+            yield name, infos, model_weights, start, min(start + CHUNK_ELEMENTS, infos[0].size)
 
 
-def _mean_of(infos: list[TensorInfo], weights: list[float], start: int, stop: int, plan: MergePlan) -> np.ndarray:
+def _mean_of(
+    name: str, infos: list[TensorInfo], weights: list[float], start: int, stop: int, plan: MergePlan
+) -> np.ndarray:
     """Mean of a chunk, in the dtype that it is written in."""
     first, *others = infos
-    dtype = plan.layout[first.name][0]
+    dtype = plan.layout[plan.place(name)[0]][0]
     if dtype in FLOATS and (others or first.dtype != dtype):
         arrays = [decode(info.read(start, stop), info.dtype) for info in infos]
         mean = weighted_mean(arrays, weights, [info.dtype for info in infos])
@@ -140,7 +144,7 @@ def _mean_of(infos: list[TensorInfo], weights: list[float], start: int, stop: in
             if not (np.isfinite(mean) | alike).all():
                 for info in infos:
                     info.read_floats(start, stop)
-        return plan.encode(first.name, mean)
+        return plan.encode(name, mean)
     values = first.read(start, stop)
     for info in others:
         if not np.array_equal(values, info.read(start, stop)):

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Self
 
 import torch
-from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -12,7 +11,7 @@ from common.errors import InputError
 from common.ranks import is_out_of_memory
 from regmean.calibration import Calibration, collate
 from regmean.gram import Added, GramSums
-from regmean.hooks import LinearInputs
+from regmean.hooks import Layer, LinearInputs
 
 
 class TooLargeError(Exception):
@@ -32,7 +31,7 @@ class BatchRunner:
     def __init__(
         self,
         model: PreTrainedModel,
-        layers: dict[str, nn.Module],
+        layers: dict[str, Layer],
         calibration: Calibration,
         device: torch.device,
         sums: GramSums,

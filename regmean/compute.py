@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,9 +31,11 @@ from regmean.architectures import auto_class, config_of, layer_tensors, load_che
 from regmean.batch_runner import BatchRunner, TooLargeError
 from regmean.calibration import Calibration, check_length, check_tokens, collate, load_calibration, make_batches
 from regmean.config import GramFlags, TextSource
+from regmean.experts import ExpertLayer
 from regmean.gram import GramSums, product_bytes
 from regmean.gram_file import FILE_NAME, Counts, GramFile, join_files
 from regmean.hooks import (
+    Layer,
     LinearInputs,
     input_width,
     linear_layers,
@@ -101,7 +102,7 @@ def compute_grams(
     provenance = _provenance(identity, checkpoint, flags.texts(), tokenizer, calibration)
     with open_run(target.with_suffix(".partial"), identity, flags.overwrite, process) as run:
         run.start()
-        layers, tensors, counts = _prepare(model, checkpoint, calibration, process.device)
+        layers, tensors, counts = _prepare(model, checkpoint, calibration, process)
         size = flags.batch_tokens(process.device.type)
         passes = _Passes(model, layers, tensors, counts, calibration, size, run.folder, process, snapshot_seconds)
         passes.run(target, provenance)
@@ -185,9 +186,9 @@ def _identity(checkpoint: Checkpoint, calibration: Calibration, dtype: torch.dty
 
 
 def _prepare(
-    model: PreTrainedModel, checkpoint: Checkpoint, calibration: Calibration, device: torch.device
-) -> tuple[dict[str, nn.Module], dict[str, set[str]], list[Counts]]:
-    """Put the model on `device`, without an output head of its own.
+    model: PreTrainedModel, checkpoint: Checkpoint, calibration: Calibration, process: Process
+) -> tuple[dict[str, Layer], dict[str, set[str]], list[Counts]]:
+    """Put the model on this rank's device, without an output head of its own.
 
     Returns:
         The layers that have a Gram, by name; the names of the tensors that hold their weights, as `layer_tensors`; and
@@ -195,17 +196,22 @@ def _prepare(
     """
     share_modules(model)
     head, layers = untied_head(model), linear_layers(model)
-    model.to(device).eval()
+    model.to(process.device).eval()
     tables = find_tables(model, calibration)
     optional = {name for name, layer in layers.items() if layer is model.get_output_embeddings()}
     optional |= {table.module for table in tables}
+    optional |= {name for name, layer in layers.items() if isinstance(layer, ExpertLayer)}
     names = [*layers, *(table.module for table in tables)]
     tensors, missing = layer_tensors(checkpoint.name, model, names, optional, checkpoint.tensors)
     counts = [table.counts(calibration, tensors) for table in tables]
+    unknown = [name for name in missing if isinstance(layers.get(name), ExpertLayer)]
+    if unknown:
+        listed = ", ".join(compact(unknown))
+        say(process, f"note: stored in a form of their own, which a merge averages: {listed}")
+    for name in missing if head is not None else unknown:
+        # A base model's checkpoint has no head: this one is random, and no merge uses its Gram.
+        layers.pop(name, None)
     if head is not None:
-        for name in missing:
-            # A base model's checkpoint has no head: this one is random, and no merge uses its Gram.
-            layers.pop(name, None)
         # Forward passes end before the head, and that of Llama-3-8B is as large as a layer's sums.
         head.to("meta")
     return layers, tensors, counts
@@ -240,11 +246,11 @@ class Probe(NamedTuple):
     nbytes: int
 
 
-def probe(model: PreTrainedModel, layers: dict[str, nn.Module], ids: list[int], device: torch.device) -> Probe:
+def probe(model: PreTrainedModel, layers: dict[str, Layer], ids: list[int], device: torch.device) -> Probe:
     """Run one example to find which layers share an input, and if the rows of every layer are the example's tokens.
 
-    If they are not (an expert gets some of the tokens, in its own order), padding rows cannot be identified inside the
-    model, and batches must not contain padding.
+    If they are not (as in experts that are modules of their own, each with some of the tokens), padding rows cannot be
+    identified inside the model, and batches must not contain padding.
     """
     example, mask = (tensor.to(device) for tensor in collate([ids]))
     head = model.get_output_embeddings()
@@ -260,7 +266,8 @@ def probe(model: PreTrainedModel, layers: dict[str, nn.Module], ids: list[int], 
         inputs.receive = lambda name, rows: None
         real = mask.flatten().nonzero().flatten() if inputs.aligned else None
         nbytes = peak_bytes(device, lambda: inputs.run(model, example, mask, real))
-    padding = inputs.aligned and len(inputs.shared_name) == len(layers)
+    modules = {name for name, layer in layers.items() if not isinstance(layer, ExpertLayer)}
+    padding = inputs.aligned and inputs.shared_name.keys() >= modules
     return Probe(inputs.groups(), padding, sorted(inputs.alone), seconds, nbytes)
 
 
@@ -314,7 +321,7 @@ class _Passes:
     """
 
     model: PreTrainedModel
-    layers: dict[str, nn.Module]
+    layers: dict[str, Layer]
     tensors: dict[str, set[str]]
     counts: list[Counts]
     calibration: Calibration
@@ -337,7 +344,7 @@ class _Passes:
                     continue
                 sums.add_ranks(process)
                 if process.is_main:
-                    sums.write(part, self.layers, self.tensors, provenance, self.counts)
+                    sums.write(part, self._layers(plan, number), self.tensors, provenance, self.counts)
                 # The next pass is planned to fill the memory.
                 del sums
                 process.barrier()
@@ -377,6 +384,7 @@ class _Passes:
         runs, sums = len(plan.passes), sum(4 * width**2 for width in widths)
         minutes = seconds / len(longest) * self.calibration.tokens * runs / self.process.world_size / 60
         found = f"{len(self.layers)} layers with {len(widths)} distinct inputs, {sums / 1e9:.2f} GB of sums"
+        found += ", half of that on disk,"
         passes = "1 pass" if runs == 1 else f"{runs} passes"
         alike = "" if padding else "; only examples of equal length share a batch"
         free = f"where {memory / 1e9:.1f} GB are free"
@@ -409,6 +417,9 @@ class _Passes:
     def _widths(self, inputs: list[list[str]]) -> list[int]:
         return [input_width(self.layers[names[0]]) for names in inputs]
 
+    def _layers(self, plan: Plan, number: int) -> dict[str, Layer]:
+        return {name: self.layers[name] for name in plan.passes[number]}
+
     def _part(self, number: int) -> Path:
         """The Gram file of pass `number`."""
         return self.folder / f"pass{number}.safetensors"
@@ -428,7 +439,7 @@ class _Passes:
         if snapshot := snapshots.newest(root, tqdm.write):
             done, sums = snapshots.step_of(snapshot), GramSums.read(snapshot / SUMS_NAME, process.device)
             say(process, f"continuing after {done} of {len(batches)} batches")
-        layers = {name: self.layers[name] for name in plan.passes[number]}
+        layers = self._layers(plan, number)
         runner = BatchRunner(
             self.model, layers, self.calibration, process.device, sums, plan.padding, self.tokens_per_batch, plan.alone
         )
@@ -445,7 +456,7 @@ class _Passes:
                 bar.update(tokens[position])
                 signal = signals.received
                 if signal or time.monotonic() - saved >= self.snapshot_seconds:
-                    snapshots.save(root, position + 1, lambda to: sums.write(to / SUMS_NAME, self.layers, {}, {}))
+                    snapshots.save(root, position + 1, lambda to: sums.write(to / SUMS_NAME, layers, {}, {}))
                     saved = time.monotonic()
                 if signal:
                     raise Stopped(
@@ -457,12 +468,14 @@ class _Passes:
 
     def _report(self, target: Path, seconds: float) -> None:
         grams, size = GramFile(target).grams.values(), target.stat().st_size / 1e9
+        grams = [gram for gram in grams if gram.tokens and not gram.is_pool]
         covered = {module for gram in grams for module in gram.modules}
         say(self.process, f"{target}: {len(grams)} Grams of {len(covered)} layers, {size:.2f} GB, {seconds:.1f} s")
         if unseen := [name for name in self.layers if name not in covered]:
             say(
                 self.process,
-                f"no token reached {len(unseen)} layers, which a merge will average: {', '.join(compact(unseen))}",
+                f"no token reached {len(unseen)} layers, which a merge will average, but for experts that another "
+                f"model's tokens reach: {', '.join(compact(unseen))}",
             )
 
 

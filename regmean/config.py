@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.cli import flag, parse_flags
 from common.devices import HERE, PLAN_HELP, parse_devices
@@ -130,6 +131,9 @@ class MergeFlags:
         "embedding tables: counts (by token counts) or average; default: counts, but average for a table that is "
         "the output head, too",
     )
+    router: int | None = flag(
+        None, "of mixtures of experts: number of the model, from 1, whose routers are taken; default: they are merged"
+    )
     solver: str = flag("cholesky", "cholesky, lstsq (as published) or inverse (as in the paper)")
     dtype: str = flag("auto", f"of the merged model: {', '.join(DTYPES)}; auto is the first model's")
     device: str = flag("auto", "device of the solver, and of the layers: auto (GPU if there is one), cpu, cuda")
@@ -165,6 +169,8 @@ class MergeFlags:
         self._check_sequential()
         if self.solver not in ("cholesky", "lstsq", "inverse"):
             raise InputError("--solver is cholesky, lstsq or inverse")
+        if self.router is not None and not 1 <= self.router <= len(self.models):
+            raise InputError(f"--router is a number of --models: 1 to {len(self.models)}")
         if not self.alpha or not all(0 <= alpha <= 1 for alpha in self.alpha):
             raise InputError("--alpha must lie between 0 and 1")
         if len(set(self.alpha)) < len(self.alpha):
@@ -187,6 +193,12 @@ class MergeFlags:
     def counts_embeddings(self) -> tuple[bool, bool]:
         """True if embedding tables are merged by token counts; and if those are, too, that are the output head."""
         return self.method != "avg" and self.embeddings != "average", self.embeddings == "counts"
+
+    @property
+    def plan_options(self) -> tuple[Any, ...]:
+        """The last arguments of `plan_merge`."""
+        router = None if self.router is None else self.router - 1
+        return self.selects, self.dtype, self.counts_embeddings, router
 
     def _check_sequential(self) -> None:
         if self.method not in SEQUENTIAL:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from common.errors import InputError
 from common.ranks import Process
+from regmean.experts import ExpertLayer, parameter_of
 from regmean.gram_file import Counts, Gram, GramFile, write_grams
+from regmean.hooks import Layer, input_width, is_conv1d
 
 PANEL = 512  # rows of a sum that a batch is added to at a time, at most on a CPU and at least on a GPU
 TILE = (128, 256)  # rows and columns of a large product that one multiprocessor of a GPU computes at a time
@@ -176,19 +176,45 @@ class GramSums:
     def write(
         self,
         path: Path,
-        layers: dict[str, nn.Module],
+        layers: dict[str, Layer],
         tensors: dict[str, set[str]],
         provenance: dict[str, Any],
         counts: Iterable[Counts] = (),
     ) -> None:
-        """Write the sums as a Gram file; `layers` are the model's by name, `tensors` as from `layer_tensors`."""
-        grams = []
-        for name, total in self.totals.items():
-            modules = tuple(module for module, shared in self.shared_name.items() if shared == name)
-            stored = tuple(tensor for tensor, owners in tensors.items() if owners.issubset(modules))
-            conv1d = isinstance(layers[name], Conv1D)
-            grams.append(Gram(name, modules, self.tokens[name], len(total), conv1d, stored))
-        write_grams(path, grams, lambda name: self.totals[name].cpu().numpy(), provenance, counts)
+        """Write the sums as a Gram file, experts without tokens and pools of experts included; `layers` are those of
+        the sums by name, `tensors` as from `layer_tensors`.
+        """
+        grams = self._entries(layers, tensors)
+        pools = {gram.name: gram.modules for gram in grams if gram.is_pool}
+
+        def read(name: str) -> Any:
+            first, *others = (self.totals[each] for each in pools.get(name, [name]) if each in self.totals)
+            return sum(others, start=first).cpu().numpy()
+
+        write_grams(path, grams, read, provenance, counts)
+
+    def _entries(self, layers: dict[str, Layer], tensors: dict[str, set[str]]) -> list[Gram]:
+        sharing: dict[str, list[str]] = {}
+        for module, shared in self.shared_name.items():
+            sharing.setdefault(shared, []).append(module)
+        stored: dict[str, list[str]] = {}
+        for tensor, owners in tensors.items():
+            names = {self.shared_name.get(owner, owner) for owner in owners}
+            if len(names) == 1:
+                stored.setdefault(names.pop(), []).append(tensor)
+        grams, pools = [], {}
+        experts = [name for name, layer in layers.items() if isinstance(layer, ExpertLayer)]
+        for name in dict.fromkeys([*self.totals, *experts]):
+            pool = parameter_of(name) if isinstance(layers[name], ExpertLayer) else ""
+            form = (input_width(layers[name]), is_conv1d(layers[name]))
+            modules, own = tuple(sharing.get(name, [name])), tuple(stored.get(name, ()))
+            grams.append(Gram(name, modules, self.tokens.get(name, 0), *form, own, pool))
+            if pool:
+                pools.setdefault(pool, []).append(grams[-1])
+        for pool, theirs in pools.items():
+            tokens, names = sum(gram.tokens for gram in theirs), tuple(gram.name for gram in theirs)
+            grams.append(Gram(pool, names, tokens, theirs[0].width, theirs[0].conv1d, (), pool))
+        return grams
 
     @classmethod
     def read(cls, path: Path, device: torch.device) -> Self:
@@ -196,6 +222,8 @@ class GramSums:
         file = GramFile(path)
         sums = cls()
         for gram in file.grams.values():
+            if gram.is_pool or not gram.tokens:
+                continue
             sums.totals[gram.name] = torch.from_numpy(file.read(gram.name)).to(device)
             sums.tokens[gram.name] = gram.tokens
             sums.shared_name |= dict.fromkeys(gram.modules, gram.name)

@@ -3,7 +3,9 @@
 `gram.safetensors` holds one float32 tensor per distinct layer input: the lower triangle, row by row, of the *sum* of
 x x^T over tokens. Sums add: the Grams of two data sets are the sum of their files' tensors and of their token counts.
 The header's metadata says which modules share each Gram, how many tokens it sums, and where it came from. Since version
-2 there is also one int64 tensor per embedding table, with the number of tokens that read each row; version 1 is read.
+2 there is also one int64 tensor per embedding table, with the number of tokens that read each row. Since version 3
+there are experts: each has Grams of the tokens routed to it, which may be none, and a pool is the sum over a layer's
+experts. A file has the lowest version that its contents need.
 
 The published form, `gram.pkl`, is a pickled dict of module name to mean Gram. It is read too, by an unpickler that
 builds tensors and containers and nothing else.
@@ -15,7 +17,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,7 @@ from common.io import atomic_path
 from regmean.tensor_file import TensorFile, TensorWriter
 
 FORMAT = "regmean-gram"
-VERSION = "2"
-READABLE = ("1", VERSION)
+PLAIN, COUNTED, WITH_EXPERTS = READABLE = ("1", "2", "3")
 FILE_NAME = "gram.safetensors"
 PUBLISHED_NAME = "gram.pkl"
 BLOCK_ROWS = 128  # of a Gram, packed or unpacked at a time by each thread
@@ -44,7 +45,8 @@ class Gram:
     """One distinct input of `width` features: the modules that receive it, and how many tokens were summed.
 
     `conv1d` is True if those modules store their weight as (in, out), as GPT-2's Conv1D does, not as (out, in).
-    `tensors` are the names under which their weights are stored; files of older versions have none.
+    `tensors` are the names under which their weights are stored; files of older versions have none. `pool` is the name
+    of the sum over all experts, for an expert's Gram and for that sum itself; of Grams with a pool, 0 tokens are none.
     """
 
     name: str
@@ -53,6 +55,17 @@ class Gram:
     width: int
     conv1d: bool = False
     tensors: tuple[str, ...] = ()
+    pool: str = ""
+
+    @property
+    def is_pool(self) -> bool:
+        """True for a sum over experts."""
+        return self.pool == self.name
+
+    @property
+    def packed_size(self) -> int:
+        """Elements of its tensor."""
+        return packed_size(self.width) if self.tokens else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,12 +151,14 @@ class GramFile(Grams):
                 name: Gram(name, **entry, **of) for (name, entry), of in zip(entries.items(), lists, strict=True)
             }
             for gram in self.grams.values():
-                texts = (*gram.modules, *gram.tensors)
+                texts = (*gram.modules, *gram.tensors, gram.pool)
                 types = (type(gram.tokens), type(gram.width), type(gram.conv1d), *map(type, texts))
-                if types != (int, int, bool, *(str for _ in texts)) or min(gram.tokens, gram.width) < 1:
+                if types != (int, int, bool, *(str for _ in texts)) or min(gram.tokens, gram.width - 1) < 0:
                     raise ValueError(f"{gram} is not a Gram")
+                if self.grams[gram.pool].width != gram.width if gram.pool else not gram.tokens:
+                    raise ValueError(f"{gram} has no tokens, or a pool of another width")
                 packed = self._tensors[gram.name]
-                if (packed.dtype, packed.shape) != ("F32", (packed_size(gram.width),)):
+                if (packed.dtype, packed.shape) != ("F32", (gram.packed_size,)):
                     raise ValueError(f"tensor {gram.name} is {packed.dtype} of shape {packed.shape}")
             tables = json.loads(metadata.get("counts", "{}"))
             self.counts = {name: self._read_counts(name, **entry) for name, entry in tables.items()}
@@ -165,6 +180,9 @@ class GramFile(Grams):
     def _read_square(self, name: str, empty: Empty) -> np.ndarray:
         width = self.grams[name].width
         square = empty((width, width), np.float32)
+        if not self.grams[name].tokens:
+            square[...] = 0
+            return square
 
         def unpack(first: int, last: int) -> None:
             packed = self.read_packed(name, packed_size(first), packed_size(last))
@@ -224,7 +242,8 @@ def write_grams(
     grams = list(grams)
     with _writer(path, grams, provenance, counts) as writer:
         for gram in grams:
-            _write_packed(writer, gram, read(gram.name))
+            if gram.tokens:
+                _write_packed(writer, gram, read(gram.name))
 
 
 def _write_packed(writer: TensorWriter, gram: Gram, square: np.ndarray) -> None:
@@ -241,20 +260,28 @@ def _write_packed(writer: TensorWriter, gram: Gram, square: np.ndarray) -> None:
 
 
 def join_files(path: Path, files: list[GramFile], provenance: dict[str, Any]) -> None:
-    """Write the Grams of all `files`, which have none in common, as one file, whole or not at all, packed as they are.
+    """Write the Grams of all `files` as one file, whole or not at all, packed as they are. Only pools may be in several
+    files, and are added up.
 
     Counts are those of the first file.
 
     Raises:
         InputError: a file cannot be read, or `path` cannot be written.
     """
-    grams = [gram for file in files for gram in file.grams.values()]
-    with _writer(path, grams, provenance, files[0].counts.values()) as writer:
-        for file in files:
-            for gram in file.grams.values():
-                for start in range(0, packed_size(gram.width), BLOCK_ELEMENTS):
-                    stop = min(start + BLOCK_ELEMENTS, packed_size(gram.width))
-                    writer.write(gram.name, file.read_packed(gram.name, start, stop), start)
+    grams: dict[str, Gram] = {}
+    sources: dict[str, list[GramFile]] = {}
+    for file in files:
+        for name, gram in file.grams.items():
+            if known := grams.get(name):
+                gram = replace(gram, modules=known.modules + gram.modules, tokens=known.tokens + gram.tokens)
+            grams[name] = gram
+            sources.setdefault(name, []).extend([file] if file.grams[name].tokens else [])
+    with _writer(path, list(grams.values()), provenance, files[0].counts.values()) as writer:
+        for name, gram in grams.items():
+            for start in range(0, gram.packed_size, BLOCK_ELEMENTS):
+                stop = min(start + BLOCK_ELEMENTS, gram.packed_size)
+                packed = [file.read_packed(name, start, stop) for file in sources[name]]
+                writer.write(name, sum(packed[1:], start=packed[0]), start)
 
 
 @contextlib.contextmanager
@@ -265,10 +292,14 @@ def _writer(
     entries = {gram.name: asdict(gram) for gram in grams}
     for entry in entries.values():
         del entry["name"]
+        if not entry["pool"]:
+            del entry["pool"]
     tables = {table.name: {"tensors": table.tensors, "tied": table.tied} for table in counts}
     texts = {"grams": json.dumps(entries), "counts": json.dumps(tables), "provenance": json.dumps(provenance)}
-    metadata = {"format": FORMAT, "version": VERSION if counts else READABLE[0]} | texts
-    layout = {gram.name: ("F32", (packed_size(gram.width),)) for gram in grams}
+    version = COUNTED if counts else PLAIN
+    version = WITH_EXPERTS if any(gram.pool for gram in grams) else version
+    metadata = {"format": FORMAT, "version": version} | texts
+    layout = {gram.name: ("F32", (gram.packed_size,)) for gram in grams}
     layout |= {table.name: ("I64", table.values.shape) for table in counts}
     with atomic_path(path) as partial, TensorWriter(partial, layout, metadata) as writer:
         for table in counts:

@@ -1,8 +1,11 @@
-"""Inputs of a model's linear layers, collected during a forward pass by hooks that one object owns."""
+"""Inputs of a model's linear layers, collected during a forward pass by hooks that one object owns.
+
+Experts whose weights are slices of one parameter have no modules of their own: experts.py runs them in its place.
+"""
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -15,19 +18,24 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from common.errors import InputError
+from regmean.experts import ExpertLayer, expert_layers, run_experts, token_count
 
+Layer = nn.Module | ExpertLayer
 # Names of tables with one row for each position of a text.
 POSITIONS = re.compile(r"(^|\.)(position_embeddings|positions_embed|embed_positions|pos_encoding|wpe)(\.weight)?$")
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """All linear layers by name. Of those whose weight is the embedding table, only the output head is included."""
+def linear_layers(model: PreTrainedModel) -> dict[str, Layer]:
+    """All linear layers by name, projections of experts among them. Of those whose weight is the embedding table, only
+    the output head is included.
+    """
     table, head = getattr(model.get_input_embeddings(), "weight", None), model.get_output_embeddings()
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if is_linear(module) and (module.weight is not table or module is head)
-    }
+    layers: dict[str, Layer] = {}
+    for name, module in model.named_modules():
+        if is_linear(module) and (module.weight is not table or module is head):
+            layers[name] = module
+        layers |= expert_layers(name, module)
+    return layers
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -57,14 +65,14 @@ def untied_head(model: PreTrainedModel) -> nn.Module | None:
     return None if head is None or head.weight is model.get_input_embeddings().weight else head
 
 
-def is_conv1d(layer: nn.Module) -> bool:
-    """True for layers that store their weight as (in, out), as GPT-2's."""
-    return isinstance(layer, Conv1D)
+def is_conv1d(layer: Layer) -> bool:
+    """True for layers that store their weight as (in, out), as GPT-2's, and not as (out, in)."""
+    return layer.is_transposed if isinstance(layer, ExpertLayer) else isinstance(layer, Conv1D)
 
 
-def input_width(layer: nn.Module) -> int:
-    """Input features of a linear layer; Conv1D stores its weight as (in, out), nn.Linear as (out, in)."""
-    return layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
+def input_width(layer: Layer) -> int:
+    """Input features of a linear layer."""
+    return layer.weight.shape[0 if is_conv1d(layer) else 1]
 
 
 def nominal_positions(model: PreTrainedModel) -> int | None:
@@ -91,7 +99,7 @@ class LinearInputs:
     """Context manager whose hooks pass each distinct input of a model's linear layers to `receive`.
 
     Layers share an input if they read the same tensor. The input has the name of the first layer that reads it in a
-    forward pass.
+    forward pass. Experts share none, and count as called when their module is, with tokens or without.
 
     Attributes:
         layers: the layers to watch, by name.
@@ -105,7 +113,7 @@ class LinearInputs:
         unaligned: the layers with other rows.
     """
 
-    layers: dict[str, nn.Module]
+    layers: dict[str, Layer]
     head: nn.Module | None
     receive: Callable[[str, torch.Tensor], None]
     same_calls: bool = False
@@ -121,9 +129,16 @@ class LinearInputs:
 
     def __enter__(self) -> Self:
         self._order: list[str] = []
+        experts: dict[nn.Module, dict[tuple[str, int], str]] = {}
         with ExitStack() as hooks:
             for name, layer in self.layers.items():
+                if isinstance(layer, ExpertLayer):
+                    experts.setdefault(layer.experts, {})[layer.parameter, layer.number] = name
+                    continue
                 hooks.enter_context(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+            for module, names in experts.items():
+                module.forward = self._forward_of(module, names)
+                hooks.callback(delattr, module, "forward")
             if self.head is not None:
                 hooks.enter_context(self.head.register_forward_pre_hook(_end_forward))
             self._hooks = hooks.pop_all()
@@ -171,11 +186,38 @@ class LinearInputs:
             if x.numel() == 0:
                 return
             self._hand_over(name, x)
-            self.called.append(name)
-            if self.called == self._order:
-                raise _AllRead
+            self._called([name])
 
         return hook
+
+    def _called(self, names: Iterable[str]) -> None:
+        self.called += names
+        if self.called == self._order:
+            raise _AllRead
+
+    def _forward_of(self, experts: nn.Module, names: dict[tuple[str, int], str]) -> Callable:
+        """A forward function of a layer's experts that hands over the inputs of projections with these names."""
+
+        def receive(parameter: str, number: int, rows: torch.Tensor) -> None:
+            if name := names.get((parameter, number)):
+                self.shared_name[name] = name
+                self.receive(name, rows)
+
+        def forward(hidden_states: torch.Tensor, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+            tokens, real = token_count(experts, hidden_states), None
+            aligned = tokens == self._shapes[1][0]
+            if not aligned:
+                self.unaligned.update(names.values())
+            if self._real is not None:
+                if not aligned:
+                    raise InputError(f"{next(iter(names.values()))} reads {tokens} rows: padding cannot be identified")
+                real = torch.zeros(tokens, dtype=torch.bool, device=hidden_states.device)
+                real[self._real] = True
+            states = run_experts(experts, receive, real, hidden_states, *args, **kwargs)
+            self._called(names.values())
+            return states
+
+        return forward
 
     def _hand_over(self, name: str, x: torch.Tensor) -> None:
         # A weak reference keeps the storage's identity from being used again, without keeping its data: another

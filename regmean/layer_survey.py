@@ -7,6 +7,7 @@ step: a model whose layers exchange more than the hidden states, and arguments t
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -237,8 +238,8 @@ def _with_groups(found: Survey, model: PreTrainedModel, weights: dict, batch: Ba
         calls = list(inputs.called)
     of_input: dict[str, list[str]] = {}
     for name in dict.fromkeys(calls):
-        of_input.setdefault(inputs.shared_name[name], []).append(name)
-    irregular = {name for name in calls if calls.count(name) > 1} | inputs.unaligned
+        of_input.setdefault(inputs.shared_name.get(name, name), []).append(name)
+    irregular = {name for name, count in Counter(calls).items() if count > 1} | inputs.unaligned
     start = re.compile(rf"^{re.escape(found.prefix)}\.(\d+)\.")
     groups: list[list[list[str]]] = [[] for _ in first]
     before, after, reached = [], [], False

@@ -11,17 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from common.errors import Stopped
 from common.logging import progress, say
 from common.ranks import Process
 from common.signals import StopSignals
 from regmean.architectures import layer_tensors
 from regmean.calibration import Calibration, make_batches
+from regmean.experts import ExpertLayer
 from regmean.gram import GramSums
 from regmean.gram_file import FILE_NAME, Counts, GramFile, join_files
-from regmean.hooks import LinearInputs, linear_layers
+from regmean.hooks import Layer, LinearInputs, linear_layers
 from regmean.layer_survey import Survey
 from regmean.layerwise import BEFORE, Batch, Course, LayerwiseModel, States
 from regmean.model_folder import Checkpoint
@@ -61,7 +60,7 @@ class Measured:
         counts: token counts of embedding tables.
     """
 
-    layers: dict[str, nn.Module]
+    layers: dict[str, Layer]
     tensors: dict[str, set[str]]
     counts: list[Counts]
 
@@ -79,7 +78,7 @@ def measured(checkpoint: Checkpoint, model: LayerwiseModel, found: Survey, texts
     layers = {name: layer for name, layer in linear.items() if name in called}
     rows = {name: len(parameter) for name, parameter in model.model.named_parameters()}
     tables = [replace(table, rows=rows[f"{table.module}.weight"]) for table in found.tables]
-    heads = {name for name, layer in layers.items() if layer is model.head}
+    heads = {name for name, layer in layers.items() if layer is model.head or isinstance(layer, ExpertLayer)}
     modules = [table.module for table in tables]
     tensors, missing = layer_tensors(
         checkpoint.name, model.model, [*layers, *modules], heads | set(modules), checkpoint.tensors
@@ -168,5 +167,6 @@ class LayerwiseGrams:
         if names and not is_done:
             sums.add_ranks(self.process)
             if self.process.is_main:
-                sums.write(self._part(step), self.parts.layers, self.parts.tensors, provenance, self.parts.counts)
+                own = {name: self.parts.layers[name] for name in names}
+                sums.write(self._part(step), own, self.parts.tensors, provenance, self.parts.counts)
         self.process.barrier()

@@ -20,6 +20,7 @@ from regmean.architectures import auto_class, config_of
 from regmean.average import CHUNK_ELEMENTS
 from regmean.calibration import Calibration, check_length, check_tokens, load_calibration, make_batches
 from regmean.config import MergeFlags, TextSource
+from regmean.experts import ExpertLayer
 from regmean.gram_file import Gram
 from regmean.hooks import input_width, is_conv1d, table_positions
 from regmean.layer_survey import Survey, survey
@@ -64,7 +65,7 @@ def merge_layer_by_layer(flags: MergeFlags, process: Process, command: str) -> N
     grams = [
         _gram_entries(*of) for of in zip(checkpoints, models, surveys, texts, sources, flags.calibration, strict=True)
     ]
-    plan = plan_merge(checkpoints, flags.weights(), grams, flags.selects, flags.dtype, flags.counts_embeddings)
+    plan = plan_merge(checkpoints, flags.weights(), grams, *flags.plan_options)
     if process.is_main:
         tokens = ", ".join(f"{of.tokens:,}" for of in texts)
         layers = f"{len(models[0].layers)} layers, one at a time"
@@ -110,8 +111,9 @@ def _gram_entries(
     parts, grams = measured(checkpoint, model, found, texts), {}
     for step in range(BEFORE, len(model.layers) + 1):
         for group in found.groups_of(step):
-            # Layers that read other rows than the tokens are averaged.
-            if group := [layer for layer in group if layer in parts.layers and not found.is_irregular(layer)]:
+            # Layers that read other rows than the tokens are averaged, and experts.
+            group = [layer for layer in group if layer in parts.layers and not found.is_irregular(layer)]
+            if group and not isinstance(parts.layers[group[0]], ExpertLayer):
                 stored = tuple(tensor for tensor, owners in parts.tensors.items() if owners.issubset(group))
                 first = parts.layers[group[0]]
                 entry = (texts.tokens, input_width(first), is_conv1d(first), stored)

@@ -64,7 +64,7 @@ def merge(flags: MergeFlags, command: str) -> None:
     models = open_models(flags.models, flags.revisions, flags.base)
     grams = [open_grams(Path(path)) for path in flags.grams]
     outputs, model_weights = flags.output_dirs(), flags.weights()
-    plan = plan_merge(models, model_weights, grams, flags.selects, flags.dtype, flags.counts_embeddings)
+    plan = plan_merge(models, model_weights, grams, *flags.plan_options)
     files = split_layout(plan.layout, flags.max_shard_size).filename_to_tensors
     process = _start_process(flags)
     if process.is_main:
@@ -134,6 +134,7 @@ def _settings(flags: MergeFlags, alpha: float | None, models: list[Checkpoint], 
         "dtype",
         "max_shard_size",
         "embeddings",
+        "router",
     )
     paths = [model.files() for model in models] + [{file.path} for file in grams]
     read = [sorted(map(str, (path.resolve() for path in some))) for some in paths]
@@ -193,7 +194,12 @@ def _write(
 
 def _layers_of(plan: MergePlan, names: list[str], layers: shards.Layers) -> shards.Layers:
     """The reports of the groups that have one of these tensors."""
-    chosen = {str(number) for number, group in enumerate(plan.groups) if not set(names).isdisjoint(group.tensors)}
+    held = set(names)
+    chosen = {
+        str(number)
+        for number, group in enumerate(plan.groups)
+        if any(plan.place(name)[0] in held for name in group.tensors)
+    }
     return {number: layers[number] for number in chosen & layers.keys()}
 
 
@@ -206,6 +212,7 @@ def _reports(
         LayerReport.of_blocks(
             group.tensors,
             [file.grams[name].tokens for file, name in zip(grams, group.grams, strict=True)],
+            pool=group.pools[0] if group.pools else "",
             **layers[str(number)],
         )
         for number, group in enumerate(plan.groups)
@@ -217,7 +224,7 @@ def _print_plan(flags: MergeFlags, plan: MergePlan, outputs: int) -> None:
     models = plan.models
     read = sum(model.tensors[name].nbytes for model in models for name in plan.layout if name in model.tensors)
     written = sum(math.prod(shape) * STORAGE[dtype].itemsize for dtype, shape in plan.layout.values())
-    peak = array_bytes(len(models), plan.systems(), outputs, flags.device)
+    peak = array_bytes(len(models), plan.systems(), outputs, flags.device) + plan.pool_bytes()
     if plan.tables:
         from regmean.tables import table_bytes  # imports torch, as RegMean does
 
@@ -233,11 +240,13 @@ def print_tensors(plan: MergePlan) -> None:
     """Print how many tensors are merged in each way, and the plan's notes."""
     layers = sum(len(group.tensors) for group in plan.groups)
     tables = f"{len(plan.tables)} embedding tables by token counts, " if plan.tables else ""
-    rest = f"{tables}{len(plan.averaged)} tensors averaged, {len(plan.copied)} copied from {plan.models[0].name}"
+    rest = f"{tables}{len(plan.averaged)} tensors averaged"
+    for index in sorted({0, *plan.copied.values()}):
+        rest += f", {list(plan.copied.values()).count(index)} copied from {plan.models[index].name}"
     solved = f"{plan.solved_fraction():.1%} of the parameters by RegMean: " if plan.grams else ""
     print(f"plan: {solved}{layers} weights by RegMean in {len(plan.groups)} systems, {rest}")
     for note in plan.notes:
         print(f"note: {note}")
-    matrices = [name for name in plan.averaged if len(plan.layout[name][1]) > 1] if plan.grams else []
+    matrices = [name for name in plan.averaged if len(plan.shape(name)) > 1] if plan.grams else []
     if matrices:
         print(f"note: no Gram, averaged instead: {', '.join(compact(matrices))}")

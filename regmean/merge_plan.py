@@ -4,7 +4,7 @@ every difference, before a tensor is read."""
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from common.errors import InputError
 from regmean.gram_file import Counts, Gram, Grams
 from regmean.heads import settle_heads
 from regmean.model_folder import Checkpoint, base_vocabulary, same_tokenizer_file
+from regmean.slices import slice_name, sliced, slices_within, split_name
 from regmean.tensor_file import FLOATS, JoinedTensor, TensorInfo, encode
 
 MAX_LISTED = 20
@@ -27,7 +28,8 @@ UNRELATED = {
     *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout"),
 }
-NUMBERED = re.compile(r"(?<=\.)\d+(?=\.|$)")  # number of a layer in the name of a tensor
+NUMBERED = re.compile(r"(?<=[.\[])\d+(?=[.\]]|$)")  # number of a layer or slice in the name of a tensor
+ROUTER = re.compile(r"\.(gate|router)\.[\w.]+$")  # names of a router's tensors
 STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -35,13 +37,15 @@ STORED_AS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 class LayerGroup:
     """Tensors that share a Gram in every model, and so one system of `width` inputs; `grams` has its name in each file.
 
-    If `conv1d`, the weights are stored as (in, out).
+    If `conv1d`, the weights are stored as (in, out). Of experts, `pools` has the name of the sum over all experts in
+    each file, and a tensor may be a slice of one (slices.py).
     """
 
     grams: tuple[str, ...]
     tensors: list[str]
     width: int
     conv1d: bool
+    pools: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,14 +70,14 @@ class MergePlan:
     """Models and Grams of a merge, and the plan for every tensor.
 
     Attributes:
-        models: the models to merge; the first provides the layout.
+        models: the models to merge; the first provides the layout. Their tensors include the slices of `groups`.
         model_weights: the models' weights, which sum to 1.
         grams: the Grams of each model, for RegMean; empty for an average.
         layout: dtype and shape of each tensor written, in the first model's order.
         groups: tensors that RegMean solves.
         tables: embedding tables merged by token counts.
-        averaged: tensors averaged over all models.
-        copied: tensors that are not selected, copied from the first model.
+        averaged: tensors, or slices of tensors, averaged over all models.
+        copied: tensors copied from one model, with its index: the first for those that are not selected.
         untied: True if the output head is no embedding table and the config must untie them.
         notes: differences that are not errors.
     """
@@ -85,22 +89,37 @@ class MergePlan:
     groups: list[LayerGroup]
     tables: list[CountedTable]
     averaged: list[str]
-    copied: list[str]
+    copied: dict[str, int]
     untied: bool
     notes: list[str]
 
     def systems(self) -> list[tuple[int, int]]:
         """(inputs, outputs) of each group."""
-        return [(g.width, sum(math.prod(self.layout[name][1]) for name in g.tensors) // g.width) for g in self.groups]
+        return [(g.width, sum(map(self.size, g.tensors)) // g.width) for g in self.groups]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor or slice."""
+        return self.layout[name][1] if name in self.layout else self.layout[split_name(name)[0]][1][1:]
 
     def size(self, name: str) -> int:
-        """Number of elements of a tensor."""
-        return math.prod(self.layout[name][1])
+        """Number of elements of a tensor or slice."""
+        return math.prod(self.shape(name))
+
+    def place(self, name: str) -> tuple[str, int]:
+        """The tensor that a tensor or slice is written to, and the first element there."""
+        if name in self.layout:
+            return name, 0
+        tensor, number = split_name(name)
+        return tensor, number * self.size(name)
+
+    def pool_bytes(self) -> int:
+        """Bytes of the widest sum over experts of all models."""
+        return 4 * len(self.models) * max((group.width**2 for group in self.groups if group.pools), default=0)
 
     def solved_fraction(self) -> float:
         """Fraction of the floating-point parameters that RegMean solves, without rows that stay at the mean."""
         sizes = {name: math.prod(shape) for name, (dtype, shape) in self.layout.items() if dtype in FLOATS}
-        solved = sum(sizes[name] for group in self.groups for name in group.tensors)
+        solved = sum(self.size(name) for group in self.groups for name in group.tensors)
         for table in self.tables:
             # A tied table's unread rows are solved as those of a head.
             unread = 0 if table.grams else table.unread
@@ -114,7 +133,7 @@ class MergePlan:
             InputError: a value does not fit.
         """
         try:
-            return encode(values, self.layout[name][0])
+            return encode(values, self.layout[self.place(name)[0]][0])
         except OverflowError as error:
             raise InputError(f"tensor {name}: {error}; choose a wider --dtype") from error
 
@@ -126,19 +145,20 @@ def plan_merge(
     selects: Callable[[str], bool],
     dtype: str,
     by_counts: tuple[bool, bool] = (False, False),
+    router: int | None = None,
 ) -> MergePlan:
     """Check that the models, and the Grams where there are any, fit together, and plan every tensor.
 
     `selects` is True for names of tensors to merge; `dtype` is that of the merged floats, "auto" the first model's. If
-    `by_counts`, embedding tables are merged by the Gram files' token counts; the second value is for output heads.
+    `by_counts`, embedding tables are merged by the Gram files' token counts; the second value is for output heads. The
+    routers of model `router`, an index, are copied; None merges them.
 
     Raises:
         InputError: they do not fit together; the message lists every difference.
     """
     problems: list[str] = []
     notes: list[str] = []
-    stored = models
-    models, unused = _aligned(models, selects)
+    stored, (models, unused) = models, _aligned(models, selects)
     copies, untied = settle_heads(models, selects, problems, notes)
     first, *others = models
     names = [set(model.tensors) - copies for model in models]
@@ -154,13 +174,13 @@ def plan_merge(
     _refuse(problems)
 
     infos = {name: info for name, info in first.tensors.items() if name in names[0]}
-    merged = [name for name in infos if name in selected]
+    copied = _copied(infos, selected, router, problems, notes)
+    merged = [name for name in infos if name not in copied]
     found = [_grams_by_tensor(*each, copies, problems) for each in zip(stored, grams, strict=bool(grams))]
-    groups, tables = _plan_solved(models, grams, found, merged, by_counts, problems, notes)
+    models, parts = _with_slices(models, found, merged)
+    groups, tables = _plan_solved(models, grams, found, parts, by_counts, problems, notes)
     _refuse(problems)
-    solved = {name for group in groups for name in group.tensors} | {table.tensor for table in tables}
-    averaged = [name for name in merged if name not in solved]
-    copied = [name for name in infos if name not in selected]
+    averaged = _averaged(merged, parts, groups, tables)
     layout = {name: (_written_as(info.file_dtype, dtype), info.shape) for name, info in infos.items()}
     return MergePlan(models, model_weights, grams, layout, groups, tables, averaged, copied, untied, notes)
 
@@ -175,6 +195,47 @@ def compact(names: Iterable[str]) -> list[str]:
 
 def _written_as(stored: str, dtype: str) -> str:
     return STORED_AS.get(dtype, stored) if stored in FLOATS else stored
+
+
+def _copied(
+    names: Iterable[str], selected: set[str], router: int | None, problems: list[str], notes: list[str]
+) -> dict[str, int]:
+    """The tensors that are copied, with the index of the model: the first, or `router` for routers if it is given."""
+    copied = {name: 0 for name in names if name not in selected}
+    if router is not None:
+        routers = [name for name in names if name in selected and ROUTER.search(name)]
+        if not routers:
+            problems.append(f"--router {router + 1}: none of the selected tensors belongs to a router")
+        notes.append(f"routers are those of model {router + 1}: {', '.join(compact(routers))}")
+        copied |= dict.fromkeys(routers, router)
+    return copied
+
+
+def _with_slices(
+    models: list[Checkpoint], found: list[dict[str, Gram]], merged: list[str]
+) -> tuple[list[Checkpoint], list[str]]:
+    """Divide the tensors of all experts into slices, if the first model's slices have Grams: the models with slices
+    among their tensors; and the names, in order.
+    """
+    whole = {split_name(name)[0] for name in found[0]} - found[0].keys() if found else set()
+    slices = {
+        name: [slice_name(name, number) for number in range(models[0].tensors[name].shape[0])]
+        for name in merged
+        if name in whole
+    }
+    divided = []
+    for model in models:
+        parts = {part: sliced(model.tensors[name], n) for name, own in slices.items() for n, part in enumerate(own)}
+        divided.append(replace(model, tensors=model.tensors | parts) if parts else model)
+    return divided, [part for name in merged for part in slices.get(name, [name])]
+
+
+def _averaged(merged: list[str], parts: list[str], groups: list[LayerGroup], tables: list[CountedTable]) -> list[str]:
+    """The tensors of `merged` that are not solved; of those that are in part, the slices among `parts`."""
+    solved = {name for group in groups for name in group.tensors} | {table.tensor for table in tables}
+    begun = {split_name(name)[0] for name in solved - set(merged)}
+    whole = [name for name in merged if name not in solved and name not in begun]
+    return whole + [name for name in parts if name not in solved and split_name(name)[0] in begun]
 
 
 def _aligned(models: list[Checkpoint], selects: Callable[[str], bool]) -> tuple[list[Checkpoint], set[str]]:
@@ -333,25 +394,41 @@ def _plan_solved(
     """Groups and tables that RegMean solves; `found` has the Gram of each stored tensor, for each model."""
     counted = _counts_by_table(models, grams, merged)
     # Without counts, the Gram of a table that is also the head is of no use.
-    groups = _group_layers(models, found, [name for name in merged if name not in counted])
+    groups = _group_layers(models, grams, found, [name for name in merged if name not in counted], notes)
     tables = _plan_tables(models, grams, found, counted, by_counts[1], problems, notes) if by_counts[0] else []
     if grams and not groups and not tables and not problems:
         problems.append("none of the selected tensors has a Gram in every file")
     return groups, tables
 
 
-def _group_layers(models: list[Checkpoint], found: list[dict[str, Gram]], selected: list[str]) -> list[LayerGroup]:
-    """Group the selected tensors that have a Gram in every file."""
+def _group_layers(
+    models: list[Checkpoint], grams: list[Grams], found: list[dict[str, Gram]], selected: list[str], notes: list[str]
+) -> list[LayerGroup]:
+    """Group the selected tensors that have a Gram in every file; experts that no model's tokens reach are left out."""
     if not found:
         return []
     groups: dict[tuple[str, ...], LayerGroup] = {}
+    unreached = []
     for name in selected:
         theirs = [_gram_of(model.tensors[name], of) for model, of in zip(models, found, strict=True)]
-        if None not in theirs:
-            key = tuple(gram.name for gram in theirs)
-            conv1d = any(gram.conv1d for gram in theirs)
-            groups.setdefault(key, LayerGroup(key, [], theirs[0].width, conv1d)).tensors.append(name)
-    return list(groups.values())
+        if None in theirs:
+            continue
+        pools = tuple(gram.pool for gram in theirs if gram.pool)
+        pooled = [file.grams[pool].tokens for file, pool in zip(grams, pools, strict=False)]
+        if pools and (not any(gram.tokens for gram in theirs) or not all(pooled)):
+            unreached.append(name)
+            continue
+        key = tuple(gram.name for gram in theirs)
+        form = (theirs[0].width, any(gram.conv1d for gram in theirs), pools)
+        groups.setdefault(key, LayerGroup(key, [], *form)).tensors.append(name)
+    if unreached:
+        listed = ", ".join(compact(unreached))
+        notes.append(f"experts that no model's texts reach, averaged: {len(unreached)} weights: {listed}")
+    # The groups of a pool follow each other, so that the pool is read once.
+    order: dict[tuple[str, ...], int] = {}
+    for group in groups.values():
+        order.setdefault(group.pools or group.grams, len(order))
+    return sorted(groups.values(), key=lambda group: order[group.pools or group.grams])
 
 
 def _counts_by_table(
@@ -403,8 +480,11 @@ def _plan_tables(
 
 
 def _gram_of(info: TensorInfo, grams: dict[str, Gram]) -> Gram | None:
-    """The one Gram of all stored tensors that `info` consists of."""
-    sources = [part.name for part, _, _ in info.parts] if isinstance(info, JoinedTensor) else [info.name]
+    """The one Gram of all stored tensors, or slices of them, that `info` consists of."""
+    sources = [info.name]
+    if isinstance(info, JoinedTensor):
+        parts = [[part.name] if part.name in grams else slices_within(part, *span) for part, *span in info.parts]
+        sources = [name for names in parts for name in names]
     found = {grams[name].name: grams[name] for name in sources if name in grams}
     return next(iter(found.values())) if len(found) == 1 and all(name in grams for name in sources) else None
 
@@ -418,17 +498,18 @@ def _grams_by_tensor(model: Checkpoint, file: Grams, copies: set[str], problems:
             "--grams goes in the order of --models"
         )
     found: dict[str, Gram] = {}
-    for gram in file.grams.values():
+    for gram in (gram for gram in file.grams.values() if not gram.is_pool):
         for name in gram.tensors or (f"{module}.weight" for module in gram.modules):
             # Files without tensors' names have those of layers, and some models are stored without the prefix of the
             # base model: "h.0..." for "transformer.h.0...".
             candidates = (name, *(() if gram.tensors else (name.partition(".")[2],)))
             name = next((candidate for candidate in candidates if candidate in model.tensors), name)
-            if name not in model.tensors:
+            tensor, number = (name, None) if name in model.tensors else split_name(name)
+            shape = model.tensors[tensor].shape[0 if number is None else 1 :] if tensor in model.tensors else ()
+            if not shape or (number or 0) >= model.tensors[tensor].shape[0]:
                 if name not in copies:
                     problems.append(f"{file.path}: {model.name} has no layer {name.removesuffix('.weight')}")
                 continue
-            shape = model.tensors[name].shape
             if len(shape) != 2 or shape[0 if gram.conv1d else 1] != gram.width:
                 own = f"its weight in {model.name} is {list(shape)}"
                 layer = name.removesuffix(".weight")

@@ -12,8 +12,12 @@ import numpy as np
 import torch
 
 from regmean.average import CHUNK_ELEMENTS, read_mean
+from regmean.gram_file import Empty
 from regmean.merge_plan import LayerGroup, MergePlan
 
+# Tokens of the sum over all experts that are added to each expert's, for each input of the projection: few enough to
+# change nothing in an expert with many tokens, and enough to decide where one has none.
+POOLED = 1 / 8
 READERS = min(8, os.cpu_count() or 1)  # threads that read and average the chunks of a block
 
 
@@ -31,6 +35,7 @@ class Reader:
 
     def __init__(self, plan: MergePlan):
         self._plan = plan
+        self._pools: dict[int, tuple[str, np.ndarray]] = {}  # the last one read, by model
 
     def rows(self, group: LayerGroup, block: list[Piece]) -> list[torch.Tensor]:
         """Weights of a block of outputs of each model, and their weighted mean: float32 (outputs, inputs), which the
@@ -43,8 +48,23 @@ class Reader:
         return read_block(self._plan, group, block, [torch.empty(size) for _ in range(len(self._plan.models) + 1)])
 
     def gram(self, group: LayerGroup, index: int) -> np.ndarray:
-        """The group's Gram of model `index`, see `Grams.read`."""
-        return self._plan.grams[index].read(group.grams[index])
+        """The group's Gram of model `index`, see `Grams.read`; that of an expert has `POOLED` more tokens for each of
+        its inputs, as the layer's experts have on average.
+        """
+        return self._read_gram(group, index)
+
+    def _read_gram(self, group: LayerGroup, index: int, empty: Empty = np.empty) -> np.ndarray:
+        file = self._plan.grams[index]
+        square = file.read(group.grams[index], empty)
+        if group.pools:
+            name = group.pools[index]
+            known = self._pools.get(index)
+            if known is None or known[0] != name:
+                known = name, file.read(name)
+                known[1][...] *= POOLED * group.width / file.grams[name].tokens
+                self._pools[index] = known
+            square += known[1]
+        return square
 
     def write(self, work: Callable[[], None]) -> None:
         """Call `work`, which writes what was solved."""
@@ -146,10 +166,10 @@ class AheadReader(Reader):
         if group is not None and len(self._plan.models) == 2:
             self._ahead = group, [self._background.submit(self._read_gram, group, index) for index in range(2)]
 
-    def _read_gram(self, group: LayerGroup, index: int) -> np.ndarray:
+    def _read_gram(self, group: LayerGroup, index: int, empty: Empty = np.empty) -> np.ndarray:
         # A GPU copies from pinned memory several times as fast.
-        pinned = (lambda shape, dtype: torch.empty(shape, pin_memory=True).numpy()) if self._is_cuda else np.empty
-        return self._plan.grams[index].read(group.grams[index], pinned)
+        pinned = (lambda shape, dtype: torch.empty(shape, pin_memory=True).numpy()) if self._is_cuda else empty
+        return super()._read_gram(group, index, pinned)
 
 
 def read_block(

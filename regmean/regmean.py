@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 
 import numpy as np
@@ -101,16 +101,19 @@ class RegMean:
 
         A block may have rows of two files. Each file's writer solves it, so that no result depends on the files.
         """
-        holds, work = next(iter(self.writers.values())).holds, []
+        work = []
         for group, size in zip(self.plan.groups, elements, strict=True):
             blocks = {
                 number: block
                 for number, block in enumerate(self.blocks(group, size))
-                if any(holds(piece.name) for piece in block)
+                if any(self._holds(piece) for piece in block)
             }
             if blocks:
                 work.append((group, blocks))
         return work
+
+    def _holds(self, piece: Piece) -> bool:
+        return next(iter(self.writers.values())).holds(self.plan.place(piece.name)[0])
 
     def _elements(self, side_by_side: bool) -> list[int]:
         """Number of elements of a block of each group."""
@@ -126,15 +129,24 @@ class RegMean:
         grams = 4 * len(self.plan.models) * following.width**2
         if self.device.type == "cuda":
             return grams < HOST_PART * available_memory(torch.device("cpu"))
-        models, systems, alphas = len(self.plan.models), self.plan.systems(), len(self.writers)
-        own = [system for each, system in zip(self.plan.groups, systems, strict=True) if each is group]
+        return grams + self._system_bytes[self._numbers[id(group)]] <= max(self._system_bytes)
+
+    @cached_property
+    def _numbers(self) -> dict[int, int]:
+        """Number of each group in the plan."""
+        return {id(group): number for number, group in enumerate(self.plan.groups)}
+
+    @cached_property
+    def _system_bytes(self) -> list[int]:
+        models, alphas = len(self.plan.models), len(self.writers)
         block = block_elements(models, side_by_side=False)
-        return grams + system_bytes(models, own, alphas, block) <= system_bytes(models, systems, alphas, block)
+        return [system_bytes(models, [system], alphas, block) for system in self.plan.systems()]
 
     def _write_group(self, group: LayerGroup, blocks: dict[int, list[Piece]], reader: Reader) -> None:
         """Write the weights of one group, block by block, and keep its report."""
-        grams, number = self.plan.grams, str(next(n for n, each in enumerate(self.plan.groups) if each is group))
-        tokens = [file.grams[name].tokens for file, name in zip(grams, group.grams, strict=True)]
+        grams, number = self.plan.grams, str(self._numbers[id(group)])
+        # All experts' tokens count: of two models, that whose tokens reach an expert more often has the larger weight.
+        tokens = [file.grams[name].tokens for file, name in zip(grams, group.pools or group.grams, strict=True)]
         system = System(lambda index: reader.gram(group, index), tokens, self.plan.model_weights, self.solver)
         for place, block in blocks.items():
             *values, mean = reader.rows(group, block)
@@ -147,7 +159,7 @@ class RegMean:
                     raise InputError(f"alpha {alpha:g}, layers {layers}, Grams {paths}: {error}") from error
                 self._report(alpha, number, place, system)
                 reader.write(partial(write_pieces, writer, self.encoded(block, group, merged, writer)))
-            self.advance(sum(piece.last - piece.first for piece in block if writer.holds(piece.name)) * group.width)
+            self.advance(sum(piece.last - piece.first for piece in block if self._holds(piece)) * group.width)
         reader.write(self._finish)
 
     def _report(self, alpha: float, number: str, place: int, system: System) -> None:
@@ -164,7 +176,7 @@ class RegMean:
 
     def blocks(self, group: LayerGroup, elements: int) -> Iterator[list[Piece]]:
         """Yield the group's outputs in blocks of `elements`. A Conv1D weight, with outputs as columns, stays whole."""
-        shapes = [self.plan.layout[name][1] for name in group.tensors]
+        shapes = [self.plan.shape(name) for name in group.tensors]
         ends = list(accumulate(shape[1] if group.conv1d else shape[0] for shape in shapes))
         step = ends[-1] if group.conv1d else max(1, elements // group.width)
         for start in range(0, ends[-1], step):
@@ -175,19 +187,20 @@ class RegMean:
     def encoded(
         self, block: list[Piece], group: LayerGroup, merged: torch.Tensor, writer: CheckpointWriter
     ) -> list[tuple[str, np.ndarray, int]]:
-        """Name, stored values and first element of each piece of a block that the writer holds."""
+        """Tensor, stored values and first element of each piece of a block that the writer holds."""
         pieces, row = [], 0
         for piece in block:
             rows = merged[row : row + piece.last - piece.first]
             row += len(rows)
-            if not writer.holds(piece.name):
+            tensor, start = self.plan.place(piece.name)
+            if not writer.holds(tensor):
                 continue
-            dtype, values = self.plan.layout[piece.name][0], rows.T if group.conv1d else rows
+            dtype, values = self.plan.layout[tensor][0], rows.T if group.conv1d else rows
             stored = values.to(TORCH_DTYPES[dtype]).cpu()
             stored = (stored.view(torch.uint16) if dtype == "BF16" else stored).numpy()
             if not is_finite_stored(stored, dtype):
                 stored = self.plan.encode(piece.name, values.cpu().numpy())  # names the value
-            pieces.append((piece.name, stored, piece.first * group.width))
+            pieces.append((tensor, stored, start + piece.first * group.width))
         return pieces
 
 

@@ -1,7 +1,9 @@
 """The report of a merge: a table on the terminal, `merge_report.json`, and the model card."""
 
 import re
-from dataclasses import asdict, dataclass
+from collections import Counter
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -43,7 +45,7 @@ class _Report:
 class LayerReport(_Report):
     """Results for the layers of one shared Gram: names of their weights, and the token count of each model's Gram;
     the solver, with dtype and jitter; the system's condition number, estimated, where the solver gives one; RegMean's
-    objective at the mean, at each model's weights and at the merge.
+    objective at the mean, at each model's weights and at the merge; for an expert, the name of all experts' Gram.
     """
 
     tensors: list[str]
@@ -51,6 +53,7 @@ class LayerReport(_Report):
     solver: str
     condition: float | None
     objective: "Objective"
+    pool: str = ""
 
     @classmethod
     def of_blocks(
@@ -60,6 +63,7 @@ class LayerReport(_Report):
         solver: str,
         condition: float | None,
         objectives: dict[str, dict[str, Any]],
+        pool: str = "",
     ) -> "LayerReport":
         """Add up the objectives of blocks of outputs, which are given by number, in their order."""
         from regmean.solve import Objective
@@ -67,7 +71,7 @@ class LayerReport(_Report):
         total = Objective()
         for number in sorted(objectives, key=int):
             total.add(Objective(**objectives[number]))
-        return cls(tensors, tokens, solver, condition, total)
+        return cls(tensors, tokens, solver, condition, total, pool)
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,8 @@ def write_report(
     `distances` are those of a layer-sequential merge: for the embeddings and each layer, |H - X| / |X| of the states
     after it, of every model.
     """
-    of_tensors = {"averaged": plan.averaged, "copied_from_first": plan.copied, "notes": plan.notes}
+    copied = [name for name, index in plan.copied.items() if not index]
+    of_tensors = {"averaged": plan.averaged, "copied_from_first": copied, "notes": plan.notes}
     report = asdict(provenance) | {"layers": [asdict(layer) for layer in layers]} | of_tensors
     report["tables"] = [asdict(table) for table in tables]
     if distances is not None:
@@ -203,8 +208,8 @@ def print_table(
     print(f"\nalpha {alpha:g}, {solved_fraction:.1%} of the parameters; {measured}")
     names = [Path(model).name[:14] for model in models]
     print(f"{'layers':<58} {'solver':<26} {'condition':>9} {'mean':>10} {' '.join(f'{n:>14}' for n in names)}  merged")
-    for layer in layers:
-        title = layer.tensors[0].removesuffix(".weight")
+    for layer in _with_pools(layers):
+        title = layer.pool or layer.tensors[0].removesuffix(".weight")
         title += f" +{len(layer.tensors) - 1}" if len(layer.tensors) > 1 else ""
         condition = "-" if layer.condition is None else f"{layer.condition:.2g}"
         at_mean = layer.objective.mean
@@ -218,6 +223,25 @@ def print_table(
 def _named(model: dict[str, Any]) -> str:
     base = f", an adapter of {_code(model['base'])}" if "base" in model else ""
     return f"`{model['model']}`{base}"
+
+
+def _with_pools(layers: list[LayerReport]) -> list[LayerReport]:
+    """The reports, with one for all experts of a layer: their objectives added up, the most frequent solver, and the
+    largest condition number.
+    """
+    sharing: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        sharing.setdefault(layer.pool or layer.tensors[0], []).append(layer)
+    joined = []
+    for theirs in sharing.values():
+        first, objective = theirs[0], deepcopy(theirs[0].objective)
+        for layer in theirs[1:]:
+            objective.add(layer.objective)
+        tensors = [name for layer in theirs for name in layer.tensors]
+        solver = Counter(layer.solver for layer in theirs).most_common(1)[0][0]
+        condition = max((layer.condition for layer in theirs if layer.condition is not None), default=None)
+        joined.append(replace(first, tensors=tensors, solver=solver, condition=condition, objective=objective))
+    return joined
 
 
 def _describe(gram: dict[str, Any]) -> str:

@@ -142,7 +142,7 @@ class SequentialMerge:
             groups=[group for group in self.plan.groups if chosen.issuperset(group.tensors)],
             tables=[table for table in self.plan.tables if table.tensor in chosen],
             averaged=[name for name in self.plan.averaged if name in chosen],
-            copied=[name for name in self.plan.copied if name in chosen],
+            copied={name: index for name, index in self.plan.copied.items() if name in chosen},
         )
 
     def _solve_symmetric(self, step: int, part: MergePlan, writer: TensorWriter | None) -> list[LayerReport]:

@@ -24,14 +24,15 @@ def divide(plan: MergePlan, files: dict[str, list[str]], ranks: int) -> list[lis
 
     A group of layers costs width^3 for its factor, in each file that has layers of it, and width^2 for each output.
     """
-    group_of = {name: group for group in plan.groups for name in group.tensors}
-    costs = dict.fromkeys(files, 0)
-    for file, names in files.items():
-        groups = {id(group_of[name]): group_of[name] for name in names if name in group_of}
-        costs[file] = sum(group.width**3 for group in groups.values())
-        for name in names:
-            width = group_of[name].width if name in group_of else 1
-            costs[file] += plan.size(name) * width
+    file_of = {name: file for file, names in files.items() for name in names}
+    costs = {file: sum(map(plan.size, names)) for file, names in files.items()}
+    for group in plan.groups:
+        sizes: dict[str, int] = {}
+        for name in group.tensors:
+            file = file_of[plan.place(name)[0]]
+            sizes[file] = sizes.get(file, 0) + plan.size(name)
+        for file, size in sizes.items():
+            costs[file] += group.width**3 + size * (group.width - 1)
     divided: list[list[str]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for file in sorted(files, key=lambda file: -costs[file]):

@@ -115,7 +115,7 @@ def cost_of(run: Callable[[], Any], *given: nn.Module) -> Cost:
 
 
 def cost_of_layers(run: Callable[[], Any], model: PreTrainedModel, *given: nn.Module) -> Cost:
-    """Cost of a model of many layers, extrapolated from runs of `cost_of` with few layers.
+    """Cost of a model of many layers, extrapolated from runs of `cost_of` with few layers, of the most frequent shapes.
 
     Raises:
         InputError: the model cannot run without data.
@@ -135,10 +135,13 @@ def cost_of_layers(run: Callable[[], Any], model: PreTrainedModel, *given: nn.Mo
     every = getattr(parent, name)
     if len(every) <= MORE:
         return cost_of(run_or_refuse, model, *given)
+    kinds = [[parameter.shape for parameter in layer.parameters()] for layer in every]
+    usual = max(kinds, key=kinds.count)
+    alike = nn.ModuleList(layer for layer, kind in zip(every, kinds, strict=True) if kind == usual)
     costs = []
     try:
         for count in (FEW, MORE):
-            setattr(parent, name, every[:count])
+            setattr(parent, name, (alike if len(alike) >= MORE else every)[:count])
             costs.append(cost_of(run_or_refuse, model, *given))
     finally:
         setattr(parent, name, every)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from common.devices import HERE
@@ -19,9 +18,10 @@ from regmean.adapter_folder import config_name
 from regmean.average import AVERAGERS
 from regmean.compute import BATCH_MARGIN, LIBRARIES, memory_for_sums, plan_passes
 from regmean.config import SEQUENTIAL, GramFlags, MergeFlags
+from regmean.experts import ExpertLayer
 from regmean.gram import PANEL
 from regmean.gram_file import packed_size
-from regmean.hooks import LinearInputs, input_width, linear_layers, untied_head
+from regmean.hooks import Layer, LinearInputs, input_width, linear_layers, untied_head
 from regmean.layerwise import decoder_layers
 from regmean.merge import array_bytes
 from regmean.read_ahead import READERS
@@ -60,16 +60,28 @@ class LayerInput:
         layers: names of the layers with this input.
         width: number of its features.
         outputs: total number of outputs of these layers.
+        share: fraction of the tokens that reach it, which is below 1 for experts, on average.
     """
 
     layers: list[str]
     width: int
     outputs: int
+    share: float = 1.0
 
     @property
     def sum_bytes(self) -> int:
         """Bytes of its float32 sum in memory."""
         return 4 * self.width**2
+
+    @property
+    def token_products(self) -> float:
+        """Operations for its sum, for a token: only one half of a symmetric product is computed."""
+        return self.share * self.width**2
+
+    @property
+    def token_macs(self) -> float:
+        """Multiplications of its layers, for a token."""
+        return self.share * self.width * self.outputs
 
     @property
     def file_bytes(self) -> int:
@@ -114,8 +126,8 @@ def estimate_grams(flags: GramFlags, model: PreTrainedModel, device: Device) -> 
     tokens = flags.num_examples * flags.max_length
     layers = linear_layers(model)
     forwards = _forward_passes(inputs, passes, layers, model.get_output_embeddings()) if passes else 1.0
-    # Only one half of a symmetric product is computed.
-    token_flops = batch.flops / (batch_tokens // length * length) * forwards + sum(width**2 for width in widths)
+    token_flops = batch.flops / (batch_tokens // length * length) * forwards
+    token_flops += sum(each.token_products for each in inputs)
     all_sums, file = (sum(getattr(each, name) for each in inputs) for name in ("sum_bytes", "file_bytes"))
     return Estimate(
         parameters={"model": parameters(model)},
@@ -174,12 +186,12 @@ class Steps:
 
     def repeated(self) -> tuple[float, float]:
         """Work of forward passes that end at each group, and of those that end at each last one, in whole ones."""
-        each = last = whole = 0
+        each = last = whole = 0.0
         for groups in self.layers[:-1]:
             done = 0
             for group in groups:
                 each, last = each + done, last + (done if group is groups[-1] else 0)
-                done += group.width * group.outputs
+                done += group.token_macs
             whole += done
         return each / whole, last / whole
 
@@ -189,7 +201,7 @@ def estimate_layerwise_grams(flags: GramFlags, model: PreTrainedModel, device: D
     steps = Steps.of(model, flags.batch_tokens(device.type), flags.max_length, device)
     inputs = [each for groups in steps.layers for each in groups]
     tokens = flags.num_examples * flags.max_length
-    flops = tokens * (steps.token_flops + sum(each.width**2 for each in inputs))
+    flops = tokens * (steps.token_flops + sum(each.token_products for each in inputs))
     states, file = tokens * steps.state_bytes, sum(each.file_bytes for each in inputs)
     margin = (BATCH_MARGIN - 1) * steps.activations + (LIBRARIES if device.type == "cuda" else 0)
     copied = 2 * len(steps.layers) * states / device.count
@@ -222,15 +234,15 @@ def _place(offload_dir: str | None) -> str:
 
 
 def _forward_passes(
-    inputs: list[LayerInput], passes: list[list[str]], layers: dict[str, nn.Module], head: nn.Module | None
+    inputs: list[LayerInput], passes: list[list[str]], layers: dict[str, Layer], head: torch.nn.Module | None
 ) -> float:
     """Work of `passes` in whole forward passes, since each pass ends at its last layer."""
-    before: dict[str, int] = {}
-    done = 0
+    before: dict[str, float] = {}
+    done = 0.0
     for layer_input in inputs:
         before |= dict.fromkeys(layer_input.layers, done)
         if layers[layer_input.layers[0]] is not head:
-            done += layer_input.width * layer_input.outputs
+            done += layer_input.token_macs
     return sum(before[names[-1]] for names in passes) / done
 
 
@@ -238,7 +250,7 @@ def layer_inputs(model: PreTrainedModel) -> list[LayerInput]:
     """Find every distinct input of a meta model's linear layers, in the model's order.
 
     Raises:
-        InputError: the inputs of layers depend on the data, as with experts.
+        InputError: the inputs of layers depend on the data, as with experts that are modules of their own.
     """
     layers = linear_layers(model)
     inputs = LinearInputs(layers, model.get_output_embeddings(), lambda name, x: None)
@@ -253,9 +265,17 @@ def layer_inputs(model: PreTrainedModel) -> list[LayerInput]:
             names,
             input_width(layers[names[0]]),
             sum(layers[name].weight.numel() // input_width(layers[name]) for name in names),
+            _share(model, layers[names[0]]),
         )
         for names in inputs.groups()
     ]
+
+
+def _share(model: PreTrainedModel, layer: Layer) -> float:
+    """Fraction of the tokens that reach a layer."""
+    if not isinstance(layer, ExpertLayer):
+        return 1.0
+    return getattr(model.config.get_text_config(), "num_experts_per_tok", 1) / len(layer.experts.down_proj)
 
 
 def batch_cost(model: PreTrainedModel, rows: int, length: int, device: Device) -> Cost:
@@ -295,6 +315,8 @@ def estimate_sequential(flags: MergeFlags, device: Device) -> Estimate:
     tokens = sum(source.num_examples * source.max_length for source in sources)
     longest = max(source.max_length for source in sources)
     steps = Steps.of(model, flags.batch_tokens(device.type), longest, device)
+    # These methods average experts.
+    steps = replace(steps, layers=[[group for group in groups if group.share == 1] for groups in steps.layers])
     is_asymmetric = flags.method == "regmean_asym"
     each, last = steps.repeated()
     squares = sum(group.width**2 for groups in steps.layers for group in groups)

@@ -28,6 +28,7 @@ TEXT = {
 }  # fmt: skip
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
            "norm_topk_prob": True}  # fmt: skip
+TRANSPOSED = ("GptOssExperts", "Llama4TextExperts")  # weights stored as (in, out)
 VISION = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
 # Names of the config's and the model's class, and settings.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -43,6 +44,21 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", TEXT),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", TEXT | EXPERTS),
     "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", TEXT | EXPERTS),
+    "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", TEXT | EXPERTS),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        TEXT | EXPERTS | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        TEXT
+        | EXPERTS
+        | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+        | {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+        | {"num_key_value_heads": 4},
+    ),
     "phimoe": ("PhimoeConfig", "PhimoeForCausalLM", TEXT | EXPERTS | {"lm_head_bias": True, "attention_bias": True}),
     "gemma3": (
         "Gemma3Config",
@@ -146,10 +162,85 @@ def run(folders: list[Path], output: Path, method: str = "regmean", **options: A
     return output
 
 
+def split_experts(module: nn.Module) -> dict[str, list[nn.Linear]]:
+    """Every expert's projections as linear layers of their own, by the name of the parameter of all experts."""
+    names = ("gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj", "down_proj")
+    layers: dict[str, list[nn.Linear]] = {}
+    for name in names:
+        weights = getattr(module, name).detach()
+        weights = weights.mT if type(module).__name__ in TRANSPOSED else weights
+        biases = getattr(module, f"{name}_bias", [None] * len(weights))
+        for weight, bias in zip(weights, biases, strict=True):
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, dtype=weight.dtype)
+            layer.weight.data, layer.bias = weight, None if bias is None else nn.Parameter(bias.detach())
+            layers.setdefault(name, []).append(layer)
+    return layers
+
+
+def gated(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The experts' activation, as in each model's paper."""
+    if type(module).__name__ == "GptOssExperts":
+        gate, up = x[..., ::2].clamp(max=7.0), x[..., 1::2].clamp(-7.0, 7.0)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    if not hasattr(module, "gate_up_proj"):
+        return module.act_fn(x)
+    gate, up = x.chunk(2, -1)
+    return nn.functional.silu(gate) * up
+
+
+def expert_rows(module: nn.Module, args: tuple) -> list[torch.Tensor]:
+    """The rows that each expert reads."""
+    count = len(module.down_proj)
+    if len(args) == 1:
+        return [rows[rows.abs().sum(1) > 0] for rows in args[0].chunk(count)]
+    return [args[0][(args[1] == number).any(1)] for number in range(count)]
+
+
+def watch_experts(model: nn.Module, sums: dict[str, list], counts: dict[str, list[int]]) -> list:
+    """Sum x x^T and count tokens for each expert of each parameter of experts, in forward passes of the model."""
+    handles = []
+    for path, module in model.named_modules():
+        if not isinstance(getattr(module, "down_proj", None), nn.Parameter):
+            continue
+
+        def add(module: nn.Module, args: tuple, path: str = path, layers: dict | None = None) -> None:
+            layers = split_experts(module)
+            (up, ups), (down, _) = layers.items()
+            for number, rows in enumerate(expert_rows(module, args)):
+                inner = gated(module, ups[number](rows))
+                for name, x in ((up, rows), (down, inner)):
+                    zeros = [torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype) for _ in ups]
+                    sums.setdefault(f"{path}.{name}", zeros)[number] += x.T @ x
+                    counts.setdefault(f"{path}.{name}", [0] * len(ups))[number] += len(x)
+
+        handles.append(module.register_forward_pre_hook(add))
+    return handles
+
+
+def merged_experts(
+    values: list[torch.Tensor], sums: list[list[torch.Tensor]], counts: list[list[int]], transposed: bool
+) -> torch.Tensor:
+    """RegMean of every expert: each model's sum, and an eighth of the width in tokens of the mean over all experts."""
+    merged = sum(values) / 2
+    for number in range(len(merged)):
+        if not any(count[number] for count in counts):
+            continue
+        grams = []
+        for own, count in zip(sums, counts, strict=True):
+            every = sum(own) / sum(count)
+            gram = (own[number] + len(every) / 8 * every) / sum(count)
+            grams.append(ALPHA * gram + (1 - ALPHA) * torch.diag(gram.diagonal()))
+        columns = [value[number] if transposed else value[number].T for value in values]
+        solved = torch.linalg.solve(sum(grams), sum(g @ w for g, w in zip(grams, columns, strict=True)))
+        merged[number] = solved if transposed else solved.T
+    return merged
+
+
 @torch.no_grad()
 def oracle(models: list[PreTrainedModel], texts: list[str] = TEXTS) -> dict[str, torch.Tensor]:
     """RegMean of two float64 models: one text at a time, Grams summed over all layers that have one weight."""
     sums, weights = [], []
+    of_experts: list[tuple[dict, dict]] = []
     for model in models:
         tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
         totals: dict[int, torch.Tensor] = {}
@@ -169,6 +260,8 @@ def oracle(models: list[PreTrainedModel], texts: list[str] = TEXTS) -> dict[str,
         }
         layers = {name: layer for name, layer in layers.items() if layer.weight is not table}
         handles = [layer.register_forward_pre_hook(add) for layer in set(layers.values())]
+        of_experts.append(({}, {}))
+        handles += watch_experts(model, *of_experts[-1])
         for text in texts:
             model(input_ids=torch.tensor([tokenizer(text)["input_ids"]]))
         for handle in handles:
@@ -184,6 +277,10 @@ def oracle(models: list[PreTrainedModel], texts: list[str] = TEXTS) -> dict[str,
             scaled = [ALPHA * g + (1 - ALPHA) * torch.diag(g.diagonal()) for g in (theirs[name] for theirs in sums)]
             right = sum(g @ value.T for g, value in zip(scaled, values, strict=True))
             merged[name] = torch.linalg.solve(sum(scaled), right).T
+        if name in of_experts[0][0]:
+            transposed = type(models[0].get_submodule(name.rpartition(".")[0])).__name__ in TRANSPOSED
+            theirs = [[of[name] for of in kind] for kind in zip(*of_experts, strict=True)]
+            merged[name] = merged_experts(values, *theirs, transposed)
     return merged
 
 
@@ -192,15 +289,21 @@ def load(folder: Path, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
     return auto.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager").eval()
 
 
-def assert_merged(out: Path, folders: list[Path], auto: Any = AutoModelForCausalLM) -> None:
+def assert_merged(
+    out: Path,
+    folders: list[Path],
+    auto: Any = AutoModelForCausalLM,
+    texts: list[str] = TEXTS,
+    tolerance: float = 1e-3,
+) -> None:
     """Assert that a merge equals the oracle, relative to the models' difference, and solves the same tensors."""
     a, b = models = [load(folder, auto) for folder in folders]
-    expected, merged = oracle(models), load(out, auto).state_dict()
+    expected, merged = oracle(models, texts), load(out, auto).state_dict()
     a, b = a.state_dict(), b.state_dict()
     for name, value in expected.items():
         if value.is_floating_point():
             error = (merged[name] - value).norm() / ((a[name] - b[name]).norm() + 1e-6)
-            assert error < 1e-3, (name, error)
+            assert error < tolerance, (name, error)
 
 
 def rename(folder: Path, change: Callable[[str], str]) -> None:

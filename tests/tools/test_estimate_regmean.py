@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
 
 from common.devices import HERE
 from regmean.average import AVERAGERS, CHUNK_ELEMENTS
@@ -39,6 +39,37 @@ def test_layers_share_inputs_as_in_a_run(save: Callable[..., Path], make: Callab
     probed = probe(real, linear_layers(real), [1, 5, 6], torch.device("cpu"))
     planned = layer_inputs(causal_lm_on_meta(str(folder)))
     assert [each.layers for each in planned] == probed.inputs
+
+
+QWEN3_30B = {
+    "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936,
+    "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "layers", "others"),
+    [
+        pytest.param(Qwen3MoeConfig(**QWEN3_30B, num_hidden_layers=2), 2, 0, id="few layers"),
+        pytest.param(Qwen3MoeConfig(**QWEN3_30B, num_hidden_layers=48), 48, 0, marks=pytest.mark.slow, id="qwen3-30b"),
+        pytest.param(DeepseekV3Config(), 58, 3, marks=pytest.mark.slow, id="deepseek-v3"),
+    ],
+)
+def test_a_mixture_of_experts(
+    config: Qwen3MoeConfig | DeepseekV3Config, layers: int, others: int, tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path)
+    model = causal_lm_on_meta(str(tmp_path), dtype=torch.bfloat16)
+    wide, narrow, count = config.hidden_size, config.moe_intermediate_size, config.num_local_experts
+    experts = [each for each in layer_inputs(model) if each.share < 1]
+    assert len(experts) == layers * 2 * count
+    assert {each.share for each in experts} == {config.num_experts_per_tok / count}
+    assert sum(each.file_bytes for each in experts) == layers * count * 2 * (wide * (wide + 1) + narrow * (narrow + 1))
+    planned = estimate_grams(GramFlags(model=str(tmp_path), plan="h200"), model, known_device("h200", 1))
+    active = sum(each.token_macs for each in layer_inputs(model)) - wide * config.vocab_size
+    sums = sum(each.token_products for each in layer_inputs(model))
+    assert planned.flops / planned.counts["tokens"] == pytest.approx(2 * active + sums, rel=0.1)
+    assert planned.memory["activations"] < 10e9
 
 
 def test_a_batch_takes_what_its_plan_says(save: Callable[..., Path]) -> None:
