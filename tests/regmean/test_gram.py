@@ -113,7 +113,7 @@ def compute(save: Callable, texts: Path, tmp_path: Path, monkeypatch: pytest.Mon
             save(MODELS[name](), name)
         if name == "experts":
             loaded = make_experts()
-            monkeypatch.setattr(compute_module, "load_model", lambda *a, **k: loaded)
+            monkeypatch.setattr("regmean.architectures.load_model", lambda *a, **k: loaded)
         # Several passes, where memory is short; layers one by one are tested in test_sequential.py.
         settings = {"dataset": str(texts), "text_column": "text", "device": "cpu", "layerwise": "off"} | options
         flags = GramFlags(model=str(folder), output_dir=str(tmp_path / output), **settings)
@@ -272,7 +272,7 @@ def test_sums_of_two_data_sets_add(compute: Callable, texts: Path, tmp_path: Pat
 
 def test_no_logits_are_computed(compute: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama()
-    monkeypatch.setattr(compute_module, "load_model", lambda *args, **options: model)
+    monkeypatch.setattr("regmean.architectures.load_model", lambda *args, **options: model)
     products: list[tuple] = []
     model.lm_head.register_forward_hook(lambda module, args, output: products.append(output.shape))
     file = compute("llama")
@@ -331,7 +331,7 @@ def test_a_forward_pass_ends_where_nothing_more_is_read(compute: Callable, monke
             layer.register_forward_hook(lambda *_, name=name: computed.update([name]))
         return model
 
-    monkeypatch.setattr(compute_module, "load_model", load)
+    monkeypatch.setattr("regmean.architectures.load_model", load)
     whole = compute("tied", tokens_per_batch=60)
     batches = computed["first"] - 3
     assert batches > 1
@@ -771,7 +771,7 @@ def test_activations_that_are_not_finite_are_named(
     model = make_llama()
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight[3] = torch.inf
-    monkeypatch.setattr(compute_module, "load_model", lambda *args, **options: model)
+    monkeypatch.setattr("regmean.architectures.load_model", lambda *args, **options: model)
     with pytest.raises(InputError, match=r"input of model\.layers\.1\.self_attn\.q_proj is NaN or infinite in row"):
         compute("llama")
     assert not (tmp_path / "gram" / "gram.safetensors").exists()
@@ -787,7 +787,7 @@ def test_the_example_of_a_non_finite_activation_is_named(
     texts.write_text("\n".join(lines))
     with torch.no_grad():
         model.model.embed_tokens.weight[make_tokenizer().unk_token_id] = torch.nan
-    monkeypatch.setattr(compute_module, "load_model", lambda *args, **options: model)
+    monkeypatch.setattr("regmean.architectures.load_model", lambda *args, **options: model)
     named = r"(7|30|30, 7|7, 30)" if tokens_per_batch < 10_000 else r"(30, 7|7, 30)"
     message = rf"input of model\.layers\.0\.self_attn\.q_proj is NaN or infinite in row\(s\) {named} of the data set"
     with pytest.raises(InputError, match=message):
