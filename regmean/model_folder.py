@@ -1,5 +1,6 @@
 """Model folders in Hugging Face's layout: read tensor by tensor, and written whole."""
 
+import contextlib
 import filecmp
 import hashlib
 import math
@@ -104,14 +105,15 @@ def locate_model(name: str, revision: str | None = None, adapter: bool = False) 
     Raises:
         InputError: neither a folder nor a model that can be downloaded.
     """
+    with contextlib.suppress(OSError):  # the name may be too long for a path
+        if Path(name).is_dir():
+            return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = {"allow_patterns": [*COMPANIONS, *FOLDERS, "*.safetensors"], "ignore_patterns": [*NOT_DOWNLOADED]}
     patterns = {"allow_patterns": ["adapter_model.safetensors"]} if adapter else patterns
     try:
-        if Path(name).is_dir():
-            return Path(name)
         return Path(snapshot_download(name, revision=revision, **patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(f"model {name}: no such folder here, and the download failed: {first_line(error)}") from error
