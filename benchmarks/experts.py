@@ -4,17 +4,14 @@
 
 The quickstart's base becomes a Mixtral of four experts, two for each token: copies of its feed-forward layer, with a
 random router that is trained with all other weights. Two specialists are fine-tuned from it for each seed. Costs are
-those of a dense model with as many active parameters beside it: CPU seconds, and the largest resident memory, of whole
+those of a dense model with as many active parameters beside it: seconds, and the largest resident memory, of whole
 processes. Results of an earlier run are kept. The last line is one JSON object.
 """
 
 import argparse
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,6 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
+from benchmarks import side_by_side
 from benchmarks.quickstart_regmean import BASE, run
 from common.io import read_json
 from common.logging import quiet_libraries
@@ -120,12 +118,9 @@ def accuracies(work: Path, test_num: int) -> dict[str, float]:
 
 
 def cost(*words: str | Path) -> dict[str, float]:
-    """CPU seconds and largest resident MB of a Python process."""
-    process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"failed: {' '.join(map(str, words))}")
-    return {"cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2), "mb": round(usage.ru_maxrss / 1024)}
+    """Seconds and largest resident MB of a Python process."""
+    found = side_by_side.run([*map(str, words)])
+    return {"seconds": round(found.seconds, 2), "mb": round(found.peak_bytes / 1e6)}
 
 
 def costs(work: Path, mixtures: list[Path]) -> dict[str, dict[str, dict[str, float]]]:
