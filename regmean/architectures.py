@@ -89,9 +89,7 @@ def config_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Pretra
     return config
 
 
-def load_checkpoint(
-    checkpoint: Checkpoint, model_class: Any, config: PretrainedConfig, **options: Any
-) -> PreTrainedModel:
+def load_updated(checkpoint: Checkpoint, model_class: Any, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     """Load a model with all of its weights but those of an output head apart, which may be missing.
 
     Raises:

@@ -27,7 +27,7 @@ from common.ranks import Process, available_memory, is_out_of_memory, synchroniz
 from common.runs import RUN, open_run
 from common.signals import StopSignals
 from regmean.adapter_folder import open_models
-from regmean.architectures import auto_class, config_of, layer_tensors, load_checkpoint
+from regmean.architectures import auto_class, config_of, layer_tensors, load_updated
 from regmean.batch_runner import BatchRunner, TooLargeError
 from regmean.calibration import Calibration, check_length, check_tokens, collate, load_calibration, make_batches
 from regmean.config import GramFlags, TextSource
@@ -95,7 +95,7 @@ def compute_grams(
     if found is not None:
         _compute_layerwise(flags, process, checkpoint, model_class, config, found, tokenizer, calibration)
         return
-    model = model or load_checkpoint(checkpoint, model_class, config, dtype=flags.dtype, **trusted)
+    model = model or load_updated(checkpoint, model_class, config, dtype=flags.dtype, **trusted)
     check_tokens(calibration, model.get_input_embeddings())
     check_length(calibration, table_positions(model))
     identity = _identity(checkpoint, calibration, model.dtype, process)

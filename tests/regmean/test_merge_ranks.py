@@ -150,7 +150,7 @@ def test_an_error_leaves_nothing_though_files_were_whole(
 def test_files_are_divided_by_their_work(ranks: int, most: float) -> None:
     layout = {f"{n}.{name}": ("BF16", shape) for n in range(16) for name, shape in (("q", (8, 8)), ("down", (8, 32)))}
     groups = [LayerGroup((name,), [name], shape[1], False) for name, (_, shape) in layout.items()]
-    plan = MergePlan([], [], [], layout | {"embed": ("BF16", (100, 8))}, groups, [], ["embed"], [], False, [])
+    plan = MergePlan([], [], [], layout | {"embed": ("BF16", (100, 8))}, groups, [], ["embed"], {}, False, [])
     files: dict[str, list[str]] = {"embed.safetensors": ["embed"]}
     for number, name in enumerate(layout):
         files.setdefault(f"{number // 3}.safetensors", []).append(name)
