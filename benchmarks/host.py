@@ -59,12 +59,10 @@ def mean_rows(folder: Path, elements: int) -> list[Row]:
             writer.write("a", values)
         models.append(Checkpoint(str(seed), folder, {}, TensorFile(folder / f"{seed}.safetensors").tensors))
     layout = {"a": ("BF16", (elements,))}
-    given = {"models": models, "model_weights": [0.5, 0.5], "layout": layout, "averaged": ["a"], "untied": False}
-    given["copied"] = {}
+    given = {"models": models, "model_weights": [0.5, 0.5], "layout": layout, "averaged": ["a"], "copied": {}}
+    given["untied"] = False
     # Other checkouts have other lists.
-    plan = MergePlan(
-        **{field.name: given.get(field.name, {} if field.name == "copied" else []) for field in fields(MergePlan)}
-    )
+    plan = MergePlan(**{field.name: given.get(field.name, []) for field in fields(MergePlan)})
     sink = SimpleNamespace(write=lambda *values: None, holds=lambda name: True)
     return [("mean", *seconds_of(lambda: average.write_averages(plan, [sink], lambda count: None)), 6e-9 * elements)]
 
