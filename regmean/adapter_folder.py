@@ -20,6 +20,7 @@ from regmean.adapters import AdaptedTensor, BiasTensor, LoraTensor, ReplacedTens
 from regmean.heads import HEAD, TABLE, is_copy, same_values
 from regmean.model_folder import (
     ADAPTER,
+    ADAPTER_WEIGHTS,
     INDEX_NAME,
     SINGLE_NAME,
     Checkpoint,
@@ -32,7 +33,6 @@ from regmean.model_folder import (
 )
 from regmean.tensor_file import FLOATS, TensorFile, TensorInfo, decode
 
-WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Ends of names in the adapter's file, and the part of an update that each is.
 PARTS = {
@@ -93,7 +93,7 @@ class AdapterCheckpoint(Checkpoint):
         return self.own_folder if whole and (self.own_folder / "tokenizer_config.json").exists() else self.folder
 
     def files(self) -> set[Path]:
-        return self.base.files() | {self.own_folder / ADAPTER, self.own_folder / WEIGHTS}
+        return self.base.files() | {self.own_folder / ADAPTER, self.own_folder / ADAPTER_WEIGHTS}
 
     def changed(self) -> set[str]:
         return {name for name, info in self.tensors.items() if info is not self.base.tensors.get(name)}
@@ -147,15 +147,15 @@ def open_adapter(name: str, folder: Path, base: str | None) -> AdapterCheckpoint
     """
     settings = read_settings(folder)
     named, revision = base_of(folder, settings, base)
-    if not (folder / WEIGHTS).exists() and commit(folder):
+    if not (folder / ADAPTER_WEIGHTS).exists() and commit(folder):
         folder = locate_model(name, folder.name, adapter=True)
-    if not (folder / WEIGHTS).exists():
-        raise InputError(f"adapter {name}: {folder} holds no {WEIGHTS}; save it in that form with peft first")
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        raise InputError(f"adapter {name}: {folder} holds no {ADAPTER_WEIGHTS}; save it in that form with peft first")
     try:
         model = open_checkpoint(named, revision)
     except InputError as error:
         raise InputError(f"adapter {name}, base {named}: {error}; --base names another base") from error
-    own = TensorFile(inside(folder, WEIGHTS)).tensors
+    own = TensorFile(inside(folder, ADAPTER_WEIGHTS)).tensors
     tensors, untied = _Matching(model, folder, settings, own).tensors()
     config = untied_config(model.config) if untied else model.config
     return AdapterCheckpoint(name, model.folder, config, tensors, model, folder, own, settings, untied=untied)
@@ -233,7 +233,7 @@ class _Matching:
     """Tensors of a base with the updates of an adapter."""
 
     def __init__(self, base: Checkpoint, folder: Path, settings: dict[str, Any], own: dict[str, TensorInfo]):
-        self.base, self.settings, self.path = base, settings, folder / WEIGHTS
+        self.base, self.settings, self.path = base, settings, folder / ADAPTER_WEIGHTS
         self.load = lru_cache(LOADED)(lambda info: decode(info.read(), info.dtype).reshape(info.shape))
         self.modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
         self.whole: dict[str, TensorInfo] = {}

@@ -31,6 +31,7 @@ COMPANIONS = (
 # Folders of further chat templates and of Sentence-Transformers modules, which are copied whole.
 FOLDERS = ("additional_chat_templates/*", "[0-9]_*/*")
 ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NOT_COMPANIONS = ("*.index.json", "config.json", "merge_report.json", "trainer_state.json", ADAPTER)
 # A second copy of the weights in some repositories, adapters, and other folders; * in a pattern also matches slashes.
 NOT_DOWNLOADED = (
@@ -112,7 +113,7 @@ def locate_model(name: str, revision: str | None = None, adapter: bool = False) 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = {"allow_patterns": [*COMPANIONS, *FOLDERS, "*.safetensors"], "ignore_patterns": [*NOT_DOWNLOADED]}
-    patterns = {"allow_patterns": ["adapter_model.safetensors"]} if adapter else patterns
+    patterns = {"allow_patterns": [ADAPTER_WEIGHTS]} if adapter else patterns
     try:
         return Path(snapshot_download(name, revision=revision, **patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
