@@ -274,9 +274,13 @@ def _aligned_start(
 
 def _with_replay(flags: TrainingFlags, stage: Stage, dtype: torch.dtype, process: Process) -> Stage:
     """Add replayed rows to the training rows; before the models load, so that the LLM is in memory once."""
-    task, is_translation = find_task(flags.task, TRAINING_TASKS), flags.stage_name == "mapping"
-    answers = OwnAnswers(stage.models, task, is_translation, stage.tokenizer, dtype, flags.eval_batch_size)
-    train = answers.replay(stage.table, stage.train, flags.replay, flags.seed, process)
+    task, languages = find_task(flags.task, TRAINING_TASKS), select_languages(flags.replay_languages)
+    keeps_all = flags.stage_name == "mapping" or languages is not None
+    answers = OwnAnswers(stage.models, task, keeps_all, stage.tokenizer, dtype, flags.eval_batch_size)
+    names = languages and [language.name for language in languages]
+    if missing := set(names or ()) - set(stage.train.languages()):
+        raise InputError(f"--replay_languages {flags.replay_languages}: no training row is in {missing.pop()}")
+    train = answers.replay(stage.table, stage.train, flags.replay, flags.seed, process, names)
     return replace(stage, train=train)
 
 
@@ -349,6 +353,8 @@ def run_settings(
         del settings["prompt"]
     if not flags.replay:
         del settings["replay"], settings["replay_weight"], settings["kl_weight"]
+    if flags.replay_languages is None:
+        del settings["replay_languages"]
     return settings | {
         "augmentation": flags.uses_prompt,
         "deepspeed": ds_config,

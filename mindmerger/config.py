@@ -148,6 +148,9 @@ class TrainingFlags(ModelFlags):
     replay: float = flag(
         0.0, "additional rows, as a fraction of the training rows: right answers of the LLM to the prompt alone"
     )
+    replay_languages: str | None = flag(
+        None, "languages that the LLM reads: only their rows are answered, and every answer that ends is kept"
+    )
     replay_weight: float = flag(1.0, "weight of the cross entropy of replayed rows; 0 leaves only --kl_weight")
     kl_weight: float = flag(0.0, "weight of KL(LLM alone || with the mapping) on the targets of replayed rows")
     seed: int = flag(0, "seed of the mapping's start, the dev rows, the replayed rows and the shuffles")
@@ -188,6 +191,8 @@ class TrainingFlags(ModelFlags):
                 raise InputError(f"--{name} {getattr(self, name)} must be a number of at least 0")
         if self.kl_weight and not self.replay:
             raise InputError(f"--kl_weight {self.kl_weight} needs --replay: its rows are the replayed ones")
+        if self.replay_languages is not None and not self.replay:
+            raise InputError(f"--replay_languages {self.replay_languages} needs --replay")
         if self.replay and not (self.replay_weight or self.kl_weight):
             raise InputError("--replay_weight 0 leaves replayed rows without a loss: set --kl_weight")
         if self.replay and not self.uses_prompt:

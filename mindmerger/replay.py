@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class OwnAnswers:
     Attributes:
         models: names of the models.
         task: task of the training rows.
-        is_translation: True in the mapping stage, where every answer is kept.
+        keeps_all: True to keep every answer that ended, not only right ones.
         tokenizer: tokenizer of examples.
         dtype: dtype of the LLM.
         slots: rows that a rank answers at once.
@@ -44,13 +45,21 @@ class OwnAnswers:
 
     models: ModelPair
     task: Task
-    is_translation: bool
+    keeps_all: bool
     tokenizer: ExampleTokenizer
     dtype: torch.dtype
     slots: int
 
-    def replay(self, table: TokenTable, train: Rows, fraction: float, seed: int, process: Process) -> Rows:
-        """Add to `train` a copy of some of its rows, with the LLM's own right answers as targets.
+    def replay(
+        self,
+        table: TokenTable,
+        train: Rows,
+        fraction: float,
+        seed: int,
+        process: Process,
+        languages: Collection[str] | None = None,
+    ) -> Rows:
+        """Add to `train` a copy of some of its rows, with the LLM's own answers as targets.
 
         Args:
             table: table of all rows.
@@ -58,12 +67,14 @@ class OwnAnswers:
             fraction: number of answered rows by that of training rows.
             seed: seed of the choice.
             process: this rank.
+            languages: English names of the languages of answered rows; None for all.
 
         Raises:
             InputError: out of memory, or the LLM cannot be loaded.
         """
-        count = round(fraction * len(train))
-        asked = train.index[sorted(random.Random(f"{seed} replay").sample(range(len(train)), count))]
+        rows = [row for row, name in enumerate(train.row_languages()) if languages is None or name in languages]
+        count = min(round(fraction * len(train)), len(rows))
+        asked = train.index[sorted(random.Random(f"{seed} replay").sample(rows, count))]
         folder = table.folder.parent / self._key(table, asked)
         answers: dict[int, list[int]] = {}
         (known,) = process.sum(folder.exists())
@@ -71,7 +82,7 @@ class OwnAnswers:
             answers = self._answer(table.rows(asked), process)
         own = open_replaced(folder, table, {int(asked[row]): ids for row, ids in answers.items()})
         process.barrier()
-        say(process, f"replay: {len(own)} of {count} answers of the LLM alone are right, in {folder}")
+        say(process, f"replay: {len(own)} of {count} answers of the LLM alone are kept, in {folder}")
         return train.joined(own)
 
     def _key(self, table: TokenTable, asked: np.ndarray) -> str:
@@ -84,11 +95,12 @@ class OwnAnswers:
             "llm": [self.models.llm_path, getattr(config, "_commit_hash", None), config.to_dict()],
             "files": [[path.name, path.stat().st_size, _digest(path)] for path in local],
             "dtype": str(self.dtype),
+            "keeps_all": self.keeps_all,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
     def _answer(self, rows: Rows, process: Process) -> dict[int, list[int]]:
-        """Answer `rows` by the LLM alone, each rank its part; return the ids of right answers by row, on every rank."""
+        """Answer `rows` by the LLM alone, each rank its part; return the ids of kept answers by row, on every rank."""
         llm = load_llm(self.models.llm_path, self.models.llm_revision, self.dtype, self.models.trust_remote_code)
         llm.to(process.device)
         check_answers(llm)
@@ -104,7 +116,7 @@ class OwnAnswers:
             with progress(process, total=len(tokens), desc="the LLM's own answers", unit="row") as bar:
                 for answers in greedy_steps(llm, tokens, prefill, self.slots, limit, ends):
                     done = {answer.problem: answer.ids for answer in answers if answer.is_done}
-                    found |= {row: ids for row, ids in done.items() if self._is_right(ids, tokens[row].target, ends)}
+                    found |= {row: ids for row, ids in done.items() if self._is_kept(ids, tokens[row].target, ends)}
                     bar.update(len(done))
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -114,13 +126,13 @@ class OwnAnswers:
             ) from error
         return {row: ids for own in process.gather(found) for row, ids in own.items()}
 
-    def _is_right(self, ids: list[int], target: np.ndarray, ends: set[int]) -> bool:
-        """True if an answer ended and has the label or the number of the target; any ended translation is kept."""
+    def _is_kept(self, ids: list[int], target: np.ndarray, ends: set[int]) -> bool:
+        """True if an answer ended, and has the label or the number of the target unless all such are kept."""
         if ids[-1] not in ends:
             return False
         own, wanted = (self.tokenizer.llm_tokenizer.decode(row, skip_special_tokens=True) for row in (ids, target))
         own = without_thinking(own)
-        if self.is_translation:
+        if self.keeps_all:
             return bool(own.strip())
         if self.task.labels:
             return own.strip() == wanted.strip()

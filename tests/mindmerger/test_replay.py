@@ -40,14 +40,14 @@ def table(build: Callable, located: list[Example], tmp_path: Path) -> TokenTable
 
 def answers_of(build: Callable, models: dict[str, Path], **more: object) -> OwnAnswers:
     pair = ModelPair(str(models["llama"]), str(models["mt5"]))
-    given = {"is_translation": True, "tokenizer": build(max_gen_len=12)[1], "dtype": torch.float32, "slots": 2}
+    given = {"keeps_all": True, "tokenizer": build(max_gen_len=12)[1], "dtype": torch.float32, "slots": 2}
     return OwnAnswers(pair, TRAINING_TASKS["math"], **(given | more))
 
 
 def test_replayed_targets_are_the_llms_own_greedy_answers(
     build: Callable, models: dict[str, Path], table: TokenTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(OwnAnswers, "_is_right", lambda *_: True)
+    monkeypatch.setattr(OwnAnswers, "_is_kept", lambda *_: True)
     train = table.rows(np.array([4, 0, 2]))
     joined = answers_of(build, models).replay(table, train, 0.67, 0, HERE)
     assert joined.replayed.tolist() == [False] * 3 + [True] * 2
@@ -71,8 +71,20 @@ def test_replayed_targets_are_the_llms_own_greedy_answers(
     assert [list(row.target) for row in again.tokens([3, 4])] == [list(row.target) for row in joined.tokens([3, 4])]
 
 
+def test_rows_of_given_languages_are_replayed(
+    build: Callable, models: dict[str, Path], table: TokenTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OwnAnswers, "_is_kept", lambda *_: True)
+    train = table.rows(np.arange(len(table)))
+    languages = train.row_languages()
+    chosen = languages[-1]
+    joined = answers_of(build, models).replay(table, train, 1, 0, HERE, [chosen])
+    assert joined.row_languages() == [*languages, *[chosen] * languages.count(chosen)]
+    assert 0 < languages.count(chosen) < len(languages)
+
+
 @pytest.mark.parametrize(
-    ("task", "is_translation", "answer", "target", "right"),
+    ("task", "keeps_all", "answer", "target", "right"),
     [
         ("math", False, "3 + 4 = 7. The answer is: 7", "The answer is: 7", True),
         ("math", False, "The answer is: 8", "The answer is: 7", False),
@@ -85,13 +97,13 @@ def test_replayed_targets_are_the_llms_own_greedy_answers(
     ],
 )
 def test_right_answers_are_kept(
-    build: Callable, models: dict[str, Path], task: str, is_translation: bool, answer: str, target: str, right: bool
+    build: Callable, models: dict[str, Path], task: str, keeps_all: bool, answer: str, target: str, right: bool
 ) -> None:
-    own = replace(answers_of(build, models, is_translation=is_translation), task=TRAINING_TASKS[task])
+    own = replace(answers_of(build, models, keeps_all=keeps_all), task=TRAINING_TASKS[task])
     ids = [own.tokenizer.llm_tokenizer(text, add_special_tokens=False).input_ids for text in (answer, target)]
-    assert own._is_right([*ids[0], 2], np.array([*ids[1], 2]), {2}) == right
+    assert own._is_kept([*ids[0], 2], np.array([*ids[1], 2]), {2}) == right
     # An answer that did not end is none.
-    assert not own._is_right(ids[0], np.array([*ids[1], 2]), {2})
+    assert not own._is_kept(ids[0], np.array([*ids[1], 2]), {2})
 
 
 def reference_loss(
@@ -171,7 +183,7 @@ def small(models: dict[str, Path]) -> Words:
 def reference(work: Path, small: Words) -> dict[str, torch.Tensor]:
     """The mapping of one rank, every row of a step at once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OwnAnswers, "_is_right", lambda *_: True)
+        patch.setattr(OwnAnswers, "_is_kept", lambda *_: True)
         seen = keep_trainers(patch, lambda trainer: int(trainer.train.replayed.sum()))
         train_here(work, *small, "--train_micro_batch_size_per_gpu", 8, "--save_name", "one")
     assert seen == [20]
@@ -223,6 +235,8 @@ def test_a_run_with_replay_continues(
         (("--replay", 0), "--kl_weight 0.7 needs --replay"),
         (("--replay_weight", 0, "--kl_weight", 0), "--replay_weight 0 leaves replayed rows without a loss"),
         (("--augmentation", "False"), "--replay needs --augmentation True"),
+        (("--replay_languages", "tr"), "--replay_languages tr: no training row is in Turkish"),
+        (("--replay", 0, "--kl_weight", 0, "--replay_languages", "de"), "--replay_languages de needs --replay"),
     ],
 )
 def test_bad_flags_are_one_line(work: Path, small: Words, words: Words, message: str) -> None:
