@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, Literal
 from zlib import crc32
 
 import numpy as np
@@ -100,6 +100,9 @@ class MiniatureFlags:
     dev_size: int = flag(50, "rows held out in each stage")
     translations: int = flag(6, "held-out pairs of each language to translate")
     test_num: int = flag(50, "problems of each benchmark and language to answer")
+    dtype: Literal["bfloat16", "float32"] = flag(
+        "bfloat16", "of forward passes; float32 is faster without AVX-512 or AMX"
+    )
     overwrite: bool = flag(False, "replace a run of other settings in --work_dir")
 
     def __post_init__(self) -> None:
@@ -217,7 +220,7 @@ def write_llm(flags: MiniatureFlags, data: Path, folder: Path) -> None:
     """Fine-tune the LLM on its problems, in the prompt of the evaluation."""
     tokenizer = AutoTokenizer.from_pretrained(flags.llm_path)
     texts = [as_read(Text(*row), tokenizer) for row in read_json(data / LLM_PROBLEMS)]
-    fine_tune(flags.llm_path, texts, LLM_BATCH_SIZE, flags.llm_lr, folder / "model")
+    fine_tune(flags.llm_path, texts, LLM_BATCH_SIZE, flags.llm_lr, folder / "model", getattr(torch, flags.dtype))
 
 
 def as_read(problem: Text, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -239,7 +242,7 @@ def stage_flags(flags: MiniatureFlags, stage: str) -> StartFlags:
         train_num=flags.mapping_num if of_mapping else flags.augmentation_num,
         dev_size=flags.dev_size,
         train_batch_size=BATCH_SIZES[stage],
-        dtype="bfloat16",
+        dtype=flags.dtype,
         eval_steps=ROWS_BETWEEN_EVALUATIONS // BATCH_SIZES[stage],
         max_len=QUESTION_TOKENS if of_mapping else MAX_TOKENS,
         eval_batch_size=12,
@@ -264,10 +267,12 @@ def held_out(flags: MiniatureFlags, stage: str, seed: int) -> dict[str, list[Exa
     return found
 
 
-def train_stage(flags: MiniatureFlags, stage: str, start: str, seed: int, name: str, folder: Path) -> None:
-    """Train one stage in outputs/`name`; write the result of `train`."""
+def train_stage(
+    flags: MiniatureFlags, stage: str, start: str, seed: int, name: str, folder: Path, more: str = ""
+) -> None:
+    """Train one stage in outputs/`name`, with more flags of training; write the result of `train`."""
     shared = stage_flags(flags, stage)
-    words = f"{STARTS[start][stage]} {BOTH_STARTS[stage]} --max_prompt_len {shared.max_len}"
+    words = f"{STARTS[start][stage]} {BOTH_STARTS[stage]} --max_prompt_len {shared.max_len} {more}"
     if flags.encoder_layer is not None and stage == "mapping":
         words += f" --encoder_layer {flags.encoder_layer}"
     write_json(folder / RESULT, train(shared, stage, name, words, seed))
@@ -279,7 +284,7 @@ def read_alone(flags: MiniatureFlags, seed: int, folder: Path) -> None:
     The LLM must be supported by `token_scores`.
     """
     llm_path = stage_flags(flags, "augmentation").llm_path
-    llm = load_llm(llm_path, None, torch.bfloat16, trust_remote_code=False)
+    llm = load_llm(llm_path, None, getattr(torch, flags.dtype), trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(llm_path)
     found: dict[str, float] = {}
     for language, rows in held_out(flags, "augmentation", seed).items():
@@ -300,7 +305,7 @@ def ask(flags: MiniatureFlags, name: str, words: str, folder: Path) -> None:
             f"--task {task} --save_name {name} --llm_path {quote(stage_flags(flags, 'augmentation').llm_path)} "
             f"--data_dir {quote(flags.data_dir)} --languages {languages} --test_num {flags.test_num} "
             f"--max_seq_len {MAX_TOKENS} --max_prompt_len {MAX_TOKENS} --max_gen_len {ANSWER_TOKENS} "
-            f"--dtype bfloat16 {words}",
+            f"--dtype {flags.dtype} {words}",
         )
         results = Path("results") / (f"{name}-baseline" if "--baseline" in words else name) / task
         scores, right = read_json(results / SCORES), {}
