@@ -4,10 +4,10 @@
         --work_dir runs/without_harm --best "replay and KL"
 
 LLM, data and mapping stage (aligned start, one mapping for all) are those of `benchmarks.reproduce.mindmerger`. The
-augmentation stage is then trained as there and in each other way of `WAYS` with seed 0, and in the way `--best` with all
-seeds. Perplexities are of held-out solutions, over their tokens, with the question's own source and with
-that of another row. Finished steps are not repeated. Figures go to `results/reproduce/without_harm.json`; the last line
-printed is the same as one JSON object.
+augmentation stage is then trained as there and in each other way of `WAYS` with seed 0, and in the way `--best` with
+all seeds. Perplexities are of held-out solutions, over their tokens, with the question's own source and with that of
+another row. Finished steps are not repeated. Figures go to `results/reproduce/without_harm.json`; the last line printed
+is the same as one JSON object.
 """
 
 import functools
