@@ -1,6 +1,7 @@
 """MindMerger's tables in miniature: assignment of problems, gains, and a whole run on very small models."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from transformers import AutoTokenizer
 
 import benchmarks.aligned_start
 import benchmarks.reproduce.mindmerger as reproduce
+import benchmarks.reproduce.without_harm as without_harm
 import tests.mindmerger.datas as datas
 from benchmarks.reproduce.texts import Text
 from common.cli import parse_flags
@@ -94,6 +96,27 @@ def test_a_gain_is_of_problems_and_not_of_english() -> None:
     found = reproduce.gain(alone, [first, second])
     assert found["value"] == pytest.approx((2 + 0 + 0.5) / 2 / 3)  # problem by problem, two languages, three problems
     assert found["low"] == 0.0 and found["high"] == pytest.approx(1.0)
+
+
+def test_a_ways_gain_is_over_tokens_and_not_of_english() -> None:
+    nats = {"English": (9.0, 9.0, 9.0, 50), "German": (2.0, 1.5, 2.5, 10), "Swahili": (4.0, 3.0, 4.0, 30)}
+    found = {
+        "end": {
+            "languages": {
+                name: {"perplexity": math.exp(own), "shuffled": math.exp(shuffled), "tokens": tokens}
+                for name, (_, own, shuffled, tokens) in nats.items()
+            }
+        },
+        "verdicts": {name: {"alone": alone, "verdict": "helps"} for name, (alone, *_) in nats.items()},
+    }
+    assert without_harm.gain(found) == pytest.approx((10 * 0.5 + 30 * 1.0) / 40)
+    assert without_harm.gain(found, "shuffled") == pytest.approx((10 * -0.5 + 30 * 0.0) / 40)
+    alone = {name: math.exp(alone) for name, (alone, *_) in nats.items()}
+    lines = without_harm.table({"alone": [alone], "ways": {"KL": [found]}}).splitlines()
+    assert lines[2].startswith("| KL, seed 0 | 8103.084 (8103.084), helps | 4.482 (12.182), helps |")
+    assert lines[2].endswith("| 0.875 (-0.125) |")
+    with pytest.raises(InputError, match="--best 'nothing' is none of: as published, replay"):
+        without_harm.HarmFlags(llm_path="a", mt_path="b", best="nothing")
 
 
 def test_the_whole_is_done_once(
