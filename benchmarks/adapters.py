@@ -35,10 +35,10 @@ from benchmarks.reproduce.regmean import (
 )
 from benchmarks.reproduce.steps import costs, step, training_order
 from benchmarks.reproduce.tables import markdown
-from benchmarks.reproduce.texts import Text
+from benchmarks.reproduce.texts import Text, write_jsonl
 from common.cli import flag, parse_flags
 from common.errors import exit_with_message
-from common.io import write_json, write_text
+from common.io import write_json
 from common.locks import locked
 from common.logging import quiet_libraries
 from mindmerger.frozen_models import load_llm
@@ -74,7 +74,7 @@ def specialist(flags: AdapterFlags, texts: Sequence[Text], folder: Path) -> None
     model = peft.get_peft_model(load_llm(flags.model, None, torch.float32, trust_remote_code=False), settings)
     fit(model, causal_batches(iter(drawn), tokenizer, flags.batch_size), flags.lr, flags.steps, "training")
     model.save_pretrained(folder / "model")
-    write_text(folder / "texts.jsonl", "".join(json.dumps({"text": t.read + t.learned}) + "\n" for t in drawn))
+    write_jsonl(folder / "texts.jsonl", drawn)
 
 
 def merge_by_peft(base: str, adapters: Sequence[str]) -> None:

@@ -40,7 +40,15 @@ from benchmarks.reproduce.bootstrap import ratio_interval
 from benchmarks.reproduce.scoring import score_texts
 from benchmarks.reproduce.steps import costs, fine_tune, step, training_order
 from benchmarks.reproduce.tables import cost_table, markdown
-from benchmarks.reproduce.texts import HELD_OUT_PACKAGES, TRAINING_PACKAGES, Text, choices, functions, problems
+from benchmarks.reproduce.texts import (
+    HELD_OUT_PACKAGES,
+    TRAINING_PACKAGES,
+    Text,
+    choices,
+    functions,
+    problems,
+    write_jsonl,
+)
 from benchmarks.side_by_side import machine
 from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
@@ -183,8 +191,7 @@ def specialist(flags: ReproduceFlags, texts: list[Text], seed: int, folder: Path
     """Fine-tune a specialist; write the model, and its texts in the form that `compute_gram.py` reads."""
     drawn = training_order(texts, flags.steps, flags.batch_size, seed)
     fine_tune(flags.model, drawn, flags.batch_size, flags.lr, folder / "model", getattr(torch, flags.dtype))
-    lines = (json.dumps({"text": text.read + text.learned}) + "\n" for text in drawn)
-    write_text(folder / "texts.jsonl", "".join(lines))
+    write_jsonl(folder / "texts.jsonl", drawn)
 
 
 def write_all_grams(flags: ReproduceFlags, home: Path) -> list[str]:

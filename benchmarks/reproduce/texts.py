@@ -5,6 +5,7 @@ body), as in GSM8K and HumanEval.
 """
 
 import ast
+import json
 import random
 import re
 import sysconfig
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import InputError
-from common.io import read_json
+from common.io import read_json, write_text
 
 # Python's own library and packages that requirements.txt pins; the functions of the second line are held out.
 TRAINING_PACKAGES = ("stdlib", "numpy", "matplotlib")
@@ -31,6 +32,11 @@ class Text(NamedTuple):
 
     read: str
     learned: str
+
+
+def write_jsonl(path: Path, texts: Iterable[Text]) -> None:
+    """Write texts in the form that `compute_gram.py` reads."""
+    write_text(path, "".join(json.dumps({"text": text.read + text.learned}) + "\n" for text in texts))
 
 
 class Choices(NamedTuple):
