@@ -1,6 +1,7 @@
 """Launch of the scripts that run on several ranks, with a user's commands."""
 
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,9 @@ def launch(script: str, words: str, ranks: int = 2) -> None:
     name, *flags = LAUNCHERS[script].split()
     command = [Path(sys.executable).with_name(name), *flags, str(ranks), script, *shlex.split(words)]
     if script == "run_training.py":
+        with socket.socket() as free:  # by default all runs of a machine have one port
+            free.bind(("127.0.0.1", 0))
+            command[1:1] = ["--master_port", str(free.getsockname()[1])]
         command.append("--deepspeed")
     code = subprocess.run(command).returncode
     if code:
