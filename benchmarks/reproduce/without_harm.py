@@ -45,9 +45,9 @@ _ROWS = "--replay 0.1 --replay_languages en"
 PUBLISHED = "as published"
 WAYS = {
     PUBLISHED: "",
+    "replay and KL": f"{_ROWS} --kl_weight 1",
     "replay": _ROWS,
     "KL": f"{_ROWS} --replay_weight 0 --kl_weight 1",
-    "replay and KL": f"{_ROWS} --kl_weight 1",
 }
 
 
