@@ -1,7 +1,7 @@
 """Ways to train without harm in English, on real weights: perplexity with the mapping and of the LLM alone.
 
     python -m benchmarks.reproduce.without_harm --llm_path LLM --mt_path MT --data_dir ./datas \\
-        --work_dir runs/without_harm --best "replay and KL"
+        --work_dir runs/without_harm
 
 LLM, data and mapping stage (aligned start, one mapping for all) are those of `benchmarks.reproduce.mindmerger`. The
 augmentation stage is then trained as there and in each other way of `WAYS` with seed 0, and in the way `--best` with
@@ -56,8 +56,7 @@ class HarmFlags(MiniatureFlags):
     """Train the augmentation stage in several ways, and compare perplexities with those of the LLM alone."""
 
     work_dir: str = flag("runs/without_harm", "folder for the LLM and for the results of each step")
-    best: str = flag("replay and KL", "way that is trained with all seeds")
-    baseline_seeds: int = flag(1, "seeds that are trained as published")
+    best: str = flag(PUBLISHED, "way that is trained with all seeds")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,12 +65,7 @@ class HarmFlags(MiniatureFlags):
 
     def settings(self) -> dict[str, Any]:
         """Settings that identify a run."""
-        own = {"best", "baseline_seeds"}
-        return {name: value for name, value in super().settings().items() if name not in own} | {"ways": WAYS}
-
-    def seeds_of(self, way: str) -> int:
-        """Number of seeds of a way."""
-        return self.seeds if way == self.best else self.baseline_seeds if way == PUBLISHED else 1
+        return {name: value for name, value in super().settings().items() if name != "best"} | {"ways": WAYS}
 
 
 def compare(flags: HarmFlags) -> dict[str, Any]:
@@ -94,7 +88,7 @@ def compare(flags: HarmFlags) -> dict[str, Any]:
         step(work / "mapping", functools.partial(train_stage, flags, "mapping", START, 0, run_name))
         ways: dict[str, list[dict[str, Any]]] = {}
         for number, (way, words) in enumerate(WAYS.items()):
-            for seed in range(flags.seeds_of(way)):
+            for seed in range(flags.seeds if way == flags.best else 1):
                 step(work / f"alone_{seed}", functools.partial(read_alone, flags, seed))
                 name = f"{run_name}-{number}-{seed}"
                 more = f"--init_checkpoint outputs/{run_name}/mapping {words}"
