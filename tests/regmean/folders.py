@@ -187,6 +187,15 @@ MODELS["qwen3_vl_moe"] = (
         | {"out_hidden_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
     },
 )
+MODELS["llava"] = (
+    "LlavaConfig",
+    "LlavaForConditionalGeneration",
+    {
+        "text_config": TEXT | {"model_type": "llama"},
+        "vision_config": VISION | {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4},
+        "image_token_index": 5,
+    },
+)
 MODELS["step3p7"] = (
     "Step3p7Config",
     "Step3p7ForConditionalGeneration",
@@ -326,10 +335,9 @@ def oracle(models: list[PreTrainedModel], texts: list[str] = TEXTS) -> dict[str,
         layers = {
             name: module
             for name, module in model.named_modules(remove_duplicate=False)
-            if isinstance(module, nn.Linear | Conv1D)
-            or (type(module).__name__.endswith("Router") and getattr(module, "weight", None) is not None)
+            if isinstance(module, nn.Linear | Conv1D) or type(module).__name__.endswith("Router")
         }
-        layers = {name: layer for name, layer in layers.items() if layer.weight is not table}
+        layers = {n: layer for n, layer in layers.items() if getattr(layer, "weight", table) is not table}
         handles = [layer.register_forward_pre_hook(add) for layer in set(layers.values())]
         of_experts.append(({}, {}))
         handles += watch_experts(model, *of_experts[-1])

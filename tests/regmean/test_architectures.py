@@ -26,6 +26,7 @@ from tests.regmean.folders import MODELS, assert_merged, build, grams, in_older_
 
 FAST = ("neox", "qwen3_moe", "zamba2")
 AUTO = {
+    "llava": AutoModelForImageTextToText,
     "qwen3_vl_moe": AutoModelForImageTextToText,
     "step3p7": AutoModelForImageTextToText,
     "bert": AutoModelForSequenceClassification,
