@@ -2,14 +2,16 @@
 transformers' own conversion of names and shapes.
 
 Conversions join, split and reorder tensors by rows: all but the last dimension, or a vector's elements. They are run
-on row numbers instead of weights, which shows where each row of a parameter is stored.
+on row numbers instead of weights, which shows where each row of a parameter is stored. Those that exchange the last two
+dimensions of a tensor are apart.
 """
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
+from inspect import signature
 from itertools import chain
 from typing import Any
 
@@ -18,9 +20,11 @@ import torch
 import transformers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
@@ -31,8 +35,10 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Transpose,
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     dot_natural_key,
     rename_source_key,
 )
@@ -43,7 +49,7 @@ from common.models import base_config, load_model
 from regmean.experts import parameter_of
 from regmean.model_folder import Checkpoint
 from regmean.slices import slice_name
-from regmean.tensor_file import JoinedTensor, TensorInfo, decode
+from regmean.tensor_file import JoinedTensor, TensorInfo, TransposedTensor, decode
 
 # Auto classes of encoders, by the end of the name of the class that wrote the folder. Others are built without a head.
 ENCODERS = {
@@ -56,7 +62,7 @@ ENCODERS = {
 
 
 def auto_class(checkpoint: Checkpoint, config: PretrainedConfig) -> Any:
-    """The auto class that builds a model: a causal language model, or an encoder with or without a head.
+    """The auto class that builds a model: a causal language model, also of images, or an encoder.
 
     Raises:
         InputError: the model is neither.
@@ -72,9 +78,17 @@ def auto_class(checkpoint: Checkpoint, config: PretrainedConfig) -> Any:
         has_head = any(re.search(r"\bpredictions\.|lm_head|pred_layer", name) for name in checkpoint.tensors)
         if not causal or (written_by != causal and (written_by or not has_head)):
             return next((of_end for end, of_end in ENCODERS.items() if written_by.endswith(end)), AutoModel)
+    elif not is_causal and _reads_text_alone(config):
+        return AutoModelForImageTextToText
     elif not is_causal and type(config).__module__.startswith("transformers."):
         raise InputError(f"{kind} is no causal language model and no text encoder, and has no Grams of texts")
     return AutoModelForCausalLM
+
+
+def _reads_text_alone(config: PretrainedConfig) -> bool:
+    """True for models of images and text whose first argument is token ids; of others it is an image."""
+    model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    return model_class is not None and list(signature(model_class.forward).parameters)[1] == "input_ids"
 
 
 def config_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -140,18 +154,16 @@ def parameter_rows(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) ->
     changes more than the order of rows.
     """
     state, starts = model.state_dict(), dict(zip(tensors, _row_starts(tensors.values()), strict=False))
-    converters = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightConverter)]
-    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    sources: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
-    for stored, (name, pattern) in parameter_names(model, sorted(tensors, key=dot_natural_key)).items():
-        if name in state:
-            sources[name].append((stored, pattern))
-    for name, of_parameter in sources.items():
-        stored, pattern = of_parameter[0]
-        transform = WeightRenaming(stored, name) if pattern is None else deepcopy(converter_of[pattern])
-        for stored, pattern in of_parameter:
-            rows = torch.arange(starts[stored], starts[stored] + _row_count(tensors[stored].shape))
-            transform.add_tensor(name, stored, pattern or stored, rows.reshape(_row_shape(tensors[stored].shape)))
+    for name, transform, sources in _conversions(model, state, tensors):
+        numbers = {stored: starts[stored] + np.arange(_row_count(tensors[stored].shape)) for stored, _ in sources}
+        if operation := _transposition(transform):
+            (stored,) = numbers
+            if operation.check_dims and tensors[stored].shape == tuple(state[name].shape):
+                yield name, numbers[stored]
+            continue
+        for stored, pattern in sources:
+            rows = torch.from_numpy(numbers[stored]).reshape(_row_shape(tensors[stored].shape))
+            transform.add_tensor(name, stored, pattern or stored, rows)
         try:
             converted = transform.convert(name, model=model, config=model.config)
         except Exception:  # an operation that does not take rows of one element
@@ -160,6 +172,39 @@ def parameter_rows(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) ->
             values = values[0] if isinstance(values, list) else values
             if parameter in state and values.shape == _row_shape(state[parameter].shape):
                 yield parameter, values.numpy().reshape(-1)
+
+
+def transposed_tensors(model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """The stored tensor of each parameter that is stored with its last two dimensions exchanged."""
+    state, found = model.state_dict(), {}
+    for name, transform, sources in _conversions(model, state, tensors):
+        stored, shape = sources[0][0], tuple(state[name].shape)
+        if _transposition(transform) and tensors[stored].shape == (*shape[:-2], *shape[:-3:-1]) != shape:
+            found[name] = stored
+    return found
+
+
+def _conversions(
+    model: PreTrainedModel, state: Collection[str], tensors: Mapping[str, TensorInfo]
+) -> Iterator[tuple[str, WeightTransform, list[tuple[str, str | None]]]]:
+    """Yield the name of a parameter, the conversion to it, and the stored names that it is made of with their patterns
+    of the conversion.
+    """
+    converters = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightConverter)]
+    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    sources: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
+    for stored, (name, pattern) in parameter_names(model, sorted(tensors, key=dot_natural_key)).items():
+        if name in state:
+            sources[name].append((stored, pattern))
+    for name, of_parameter in sources.items():
+        stored, pattern = of_parameter[0]
+        yield name, WeightRenaming(stored, name) if pattern is None else deepcopy(converter_of[pattern]), of_parameter
+
+
+def _transposition(transform: WeightTransform) -> Transpose | None:
+    """The operation of a conversion that exchanges two dimensions of a tensor and does no more."""
+    operations = getattr(transform, "operations", None) or [None]
+    return operations[0] if len(operations) == 1 and isinstance(operations[0], Transpose) else None
 
 
 def layer_tensors(
@@ -194,6 +239,10 @@ def layer_tensors(
                     stored = slice_name(stored, int(own[first] - starts[index]) // size)
                 owners[stored].add(layer)
                 left[stored] = left.get(stored, size) - count
+    for parameter, stored in transposed_tensors(model, tensors).items():
+        sharing = missing.pop(parameter, [])
+        for number, layer in enumerate(sharing):
+            owners[stored if len(tensors[stored].shape) == 2 else slice_name(stored, number)].add(layer)
     lost = [layer for sharing in missing.values() for layer in sharing if layer not in optional]
     if lost:
         listed = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
@@ -213,7 +262,8 @@ def parameter_tensors(model: PreTrainedModel, tensors: Mapping[str, TensorInfo])
         info = _joined(TensorInfo(infos[0].path, name, "", shape, 0), rows, infos, starts) if rows.size else None
         if info is not None:
             found[name] = info
-    return found
+    turned = transposed_tensors(model, tensors).items()
+    return found | {name: TransposedTensor.of(tensors[stored]) for name, stored in turned}
 
 
 def in_layout_of(first: Checkpoint, other: Checkpoint, model: PreTrainedModel) -> tuple[Checkpoint, set[str]]:
@@ -232,10 +282,24 @@ def in_layout_of(first: Checkpoint, other: Checkpoint, model: PreTrainedModel) -
         if joined is not None:
             tensors[info.name] = joined
             taken |= _names(rows, infos, starts)
+    turned = [transposed_tensors(model, checkpoint.tensors) for checkpoint in (first, other)]
+    if turned[0].keys() != turned[1].keys():
+        tensors |= _turned(turned[0], *(parameter_tensors(model, of.tensors) for of in (first, other)))
+        taken |= set(turned[1].values())
     tensors |= {name: info for name, info in other.tensors.items() if name not in taken and name not in tensors}
     used = {name for rows in own.values() for name in _names(rows, own_infos, own_starts)}
     used |= {name for rows in theirs.values() for name in _names(rows, infos, starts)}
+    used |= {name for found in turned for name in found.values()}
     return replace(other, tensors=tensors), {*first.tensors, *other.tensors} - used
+
+
+def _turned(
+    own_turned: dict[str, str], own: dict[str, TensorInfo], theirs: dict[str, TensorInfo]
+) -> dict[str, TensorInfo]:
+    """Tensors of parameters that one of two models stores with the last two dimensions exchanged, as the first does."""
+    found = {stored: TransposedTensor.of(theirs[name]) for name, stored in own_turned.items() if name in theirs}
+    others = [name for name, info in theirs.items() if isinstance(info, TransposedTensor) and name in own]
+    return found | {own[name].name: theirs[name] for name in others if name not in own_turned}
 
 
 def _names(rows: np.ndarray, infos: list[TensorInfo], starts: np.ndarray) -> set[str]:

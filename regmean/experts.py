@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Classes outside the registry that are run here, too: inputs (experts * tokens, width), weights (experts, in, out).
+# Classes outside the registry that are run here, too. DENSE: inputs (experts * tokens, width), weights (experts, in,
+# out). ALIKE: as in the registry.
 DENSE = ("Llama4TextExperts",)
+ALIKE = ("Step3p7Experts",)
 # Called with the parameter's name, the expert's number, and the rows that the expert reads.
 Receive = Callable[[str, int, torch.Tensor], None]
 
@@ -39,7 +41,9 @@ class ExpertLayer:
 
 def expert_layers(name: str, module: nn.Module) -> dict[str, ExpertLayer]:
     """The projections of all experts in a module of this name, by names `NAME.NUMBER.PARAMETER`; none in others."""
-    if type(module).__name__ not in DENSE and not (hasattr(module, "is_transposed") and hasattr(module, "has_gate")):
+    if type(module).__name__ not in (*DENSE, *ALIKE) and not (
+        hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+    ):
         return {}
     parameters = {key: getattr(module, key, None) for key in (_up_name(module), "down_proj")}
     if not all(isinstance(parameter, nn.Parameter) and parameter.ndim == 3 for parameter in parameters.values()):
@@ -143,4 +147,4 @@ def _up_name(experts: nn.Module) -> str:
 
 
 def _is_transposed(experts: nn.Module) -> bool:
-    return getattr(experts, "is_transposed", True)
+    return getattr(experts, "is_transposed", type(experts).__name__ in DENSE)

@@ -419,7 +419,8 @@ def _group_layers(
             unreached.append(name)
             continue
         key = tuple(gram.name for gram in theirs)
-        form = (theirs[0].width, any(gram.conv1d for gram in theirs), pools)
+        conv1d = theirs[0].conv1d if pools else any(gram.conv1d for gram in theirs)
+        form = (theirs[0].width, conv1d, pools)
         groups.setdefault(key, LayerGroup(key, [], *form)).tensors.append(name)
     if unreached:
         listed = ", ".join(compact(unreached))
@@ -510,6 +511,9 @@ def _grams_by_tensor(model: Checkpoint, file: Grams, copies: set[str], problems:
                 if name not in copies:
                     problems.append(f"{file.path}: {model.name} has no layer {name.removesuffix('.weight')}")
                 continue
+            if number is not None and gram.width in shape and len(set(shape)) == 2:
+                # A file may hold the transpose of a module's weights.
+                gram = replace(gram, conv1d=shape[0] == gram.width)
             if len(shape) != 2 or shape[0 if gram.conv1d else 1] != gram.width:
                 own = f"its weight in {model.name} is {list(shape)}"
                 layer = name.removesuffix(".weight")

@@ -109,6 +109,32 @@ class JoinedTensor(TensorInfo):
         return np.concatenate(pieces)
 
 
+@dataclass(frozen=True)
+class TransposedTensor(TensorInfo):
+    """The tensor `stored` with its last two dimensions exchanged."""
+
+    stored: TensorInfo
+
+    @classmethod
+    def of(cls, stored: TensorInfo) -> TensorInfo:
+        """The tensor with its dimensions exchanged, which is the stored one if that has exchanged them before."""
+        if isinstance(stored, cls):
+            return stored.stored
+        *outer, rows, columns = stored.shape
+        return cls(stored.path, stored.name, stored.dtype, (*outer, columns, rows), 0, stored)
+
+    @property
+    def file_dtype(self) -> str:
+        return self.stored.file_dtype
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        stop, shape = self.size if stop is None else stop, self.stored.shape[-2:]
+        size = math.prod(shape)
+        first, last = start // size, -(-stop // size)
+        values = self.stored.read(first * size, last * size).reshape(-1, *shape).swapaxes(1, 2).reshape(-1)
+        return values[start - first * size : stop - first * size]
+
+
 def is_finite(values: np.ndarray) -> bool:
     """True if no value is NaN or infinite."""
     return bool(np.isfinite(values).all())

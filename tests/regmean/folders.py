@@ -59,7 +59,6 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
         | {"num_key_value_heads": 4},
     ),
-    "phimoe": ("PhimoeConfig", "PhimoeForCausalLM", TEXT | EXPERTS | {"lm_head_bias": True, "attention_bias": True}),
     "gemma3": (
         "Gemma3Config",
         "Gemma3ForConditionalGeneration",
@@ -127,6 +126,86 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"adapter_rank": 4, "attention_head_dim": 8, "attention_hidden_size": 32},
     ),
 }
+MLA = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+LINEAR_ATTENTION = {"layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 4,
+                    "linear_value_head_dim": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 2}  # fmt: skip
+# Further mixtures of experts: the start of the names of their classes, and settings beside TEXT and EXPERTS.
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "phimoe": ("Phimoe", {"lm_head_bias": True, "attention_bias": True}),
+    "granitemoe": ("GraniteMoe", {}),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        MAMBA | {"shared_intermediate_size": 8, "layer_types": ["mamba", "attention"]},
+    ),
+    "jamba": (
+        "Jamba",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+        | {"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+    ),
+    "minimax": ("MiniMax", {"layer_types": ["linear_attention", "full_attention"], "block_size": 8}),
+    "minimax_m2": ("MiniMaxM2", {}),
+    "glm4_moe": ("Glm4Moe", ROUTED),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
+    ),
+    "hunyuan_v1_moe": ("HunYuanMoEV1", {"moe_topk": 2}),
+    "qwen2_moe": ("Qwen2Moe", {"shared_expert_intermediate_size": 8}),
+    "qwen3_next": ("Qwen3Next", LINEAR_ATTENTION | {"shared_expert_intermediate_size": 8}),
+    "dots1": ("Dots1", ROUTED | {"layer_types": ["full_attention"] * 2}),
+    "lfm2_moe": ("Lfm2Moe", {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
+    "nemotron_h_moe": (
+        "NemotronH",
+        {"hybrid_override_pattern": "ME*E", "num_hidden_layers": 4, "ssm_state_size": 4, "mamba_num_heads": 4}
+        | {"mamba_head_dim": 8, "n_groups": 2, "chunk_size": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+        | {"moe_shared_expert_intermediate_size": 8},
+    ),
+}
+MODELS |= {
+    kind: (f"{name}Config", f"{name}ForCausalLM", TEXT | EXPERTS | settings)
+    for kind, (name, settings) in MIXTURES.items()
+}
+MODELS["gemma4"] = (
+    "Gemma4TextConfig",
+    "Gemma4ForCausalLM",
+    TEXT
+    | EXPERTS
+    | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "global_head_dim": 4}
+    | {"enable_moe_block": True, "top_k_experts": 2, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+)
+MODELS["qwen3_vl_moe"] = (
+    "Qwen3VLMoeConfig",
+    "Qwen3VLMoeForConditionalGeneration",
+    {
+        "text_config": TEXT
+        | EXPERTS
+        | {"moe_intermediate_size": 12}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}},
+        "vision_config": {"depth": 1, "hidden_size": 8, "intermediate_size": 12, "num_heads": 2, "patch_size": 4}
+        | {"out_hidden_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    },
+)
+MODELS["llava"] = (
+    "LlavaConfig",
+    "LlavaForConditionalGeneration",
+    {
+        "text_config": TEXT | {"model_type": "llama"},
+        "vision_config": VISION | {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4},
+        "image_token_index": 5,
+    },
+)
+MODELS["step3p7"] = (
+    "Step3p7Config",
+    "Step3p7ForConditionalGeneration",
+    {
+        "text_config": TEXT
+        | EXPERTS
+        | {"n_routed_experts": 4, "share_expert_dim": 8, "mlp_layer_types": ["dense", "sparse"], "sliding_window": 8},
+        "vision_config": VISION | {"image_size": 8, "patch_size": 4},
+    },
+)
 
 
 def build(kind: str, seed: int = 0) -> PreTrainedModel:
@@ -185,7 +264,7 @@ def gated(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if not hasattr(module, "gate_up_proj"):
         return module.act_fn(x)
     gate, up = x.chunk(2, -1)
-    return nn.functional.silu(gate) * up
+    return module.act_fn(gate) * up
 
 
 def expert_rows(module: nn.Module, args: tuple) -> list[torch.Tensor]:
@@ -258,7 +337,7 @@ def oracle(models: list[PreTrainedModel], texts: list[str] = TEXTS) -> dict[str,
             for name, module in model.named_modules(remove_duplicate=False)
             if isinstance(module, nn.Linear | Conv1D) or type(module).__name__.endswith("Router")
         }
-        layers = {name: layer for name, layer in layers.items() if layer.weight is not table}
+        layers = {n: layer for n, layer in layers.items() if getattr(layer, "weight", table) is not table}
         handles = [layer.register_forward_pre_hook(add) for layer in set(layers.values())]
         of_experts.append(({}, {}))
         handles += watch_experts(model, *of_experts[-1])
@@ -284,9 +363,9 @@ def oracle(models: list[PreTrainedModel], texts: list[str] = TEXTS) -> dict[str,
     return merged
 
 
-def load(folder: Path, auto: Any = AutoModelForCausalLM) -> PreTrainedModel:
+def load(folder: Path, auto: Any = AutoModelForCausalLM, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     # Kernels of experts do not support float64.
-    return auto.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager").eval()
+    return auto.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
 
 
 def assert_merged(
@@ -295,10 +374,11 @@ def assert_merged(
     auto: Any = AutoModelForCausalLM,
     texts: list[str] = TEXTS,
     tolerance: float = 1e-3,
+    dtype: torch.dtype = torch.float64,
 ) -> None:
     """Assert that a merge equals the oracle, relative to the models' difference, and solves the same tensors."""
-    a, b = models = [load(folder, auto) for folder in folders]
-    expected, merged = oracle(models, texts), load(out, auto).state_dict()
+    a, b = models = [load(folder, auto, dtype) for folder in folders]
+    expected, merged = oracle(models, texts), load(out, auto, dtype).state_dict()
     a, b = a.state_dict(), b.state_dict()
     for name, value in expected.items():
         if value.is_floating_point():

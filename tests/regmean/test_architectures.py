@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -24,7 +25,10 @@ from regmean.hooks import linear_layers
 from tests.regmean.folders import MODELS, assert_merged, build, grams, in_older_naming, rename, run, save
 
 FAST = ("neox", "qwen3_moe", "zamba2")
-ENCODERS = {
+AUTO = {
+    "llava": AutoModelForImageTextToText,
+    "qwen3_vl_moe": AutoModelForImageTextToText,
+    "step3p7": AutoModelForImageTextToText,
     "bert": AutoModelForSequenceClassification,
     "roberta": AutoModelForTokenClassification,
     "distilbert": AutoModelForQuestionAnswering,
@@ -42,7 +46,9 @@ def test_every_layer_is_solved(kind: str, tmp_path: Path) -> None:
     for folder in folders:
         grams(folder)
     out = run(folders, tmp_path / "out")
-    assert_merged(out, folders, ENCODERS.get(kind, AutoModelForCausalLM))
+    # The router of ERNIE runs in float32 only.
+    dtype = torch.float32 if kind == "ernie4_5_moe" else torch.float64
+    assert_merged(out, folders, AUTO.get(kind, AutoModelForCausalLM), dtype=dtype)
     report = read_json(out / "merge_report.json")
     assert f"RegMean solved {report['solved_fraction']:.1%} of the parameters" in (out / "README.md").read_text()
     if kind == "neox":
@@ -61,6 +67,14 @@ def text_alone(folder: Path, kind: str, seed: int) -> None:
     save(model, folder)
 
 
+def transposed(folder: Path, kind: str, seed: int) -> None:
+    """Rewrite a folder with its experts as (experts, in, out), as those of the hub are stored."""
+    tensors = load_file(folder / "model.safetensors")
+    turned = {name: value.mT.contiguous() for name, value in tensors.items() if ".experts." in name}
+    assert len(turned) == 4
+    save_file(tensors | turned, folder / "model.safetensors", {"format": "pt"})
+
+
 def renamed(folder: Path, kind: str, seed: int) -> None:
     rename(folder, in_older_naming)
 
@@ -70,6 +84,9 @@ def renamed(folder: Path, kind: str, seed: int) -> None:
     [
         ("qwen3_moe", as_in_memory, "A"),
         ("qwen3_moe", as_in_memory, "B"),
+        ("qwen3_vl_moe", transposed, "A"),
+        ("qwen3_vl_moe", transposed, "B"),
+        pytest.param("qwen3_vl_moe", transposed, "both", marks=pytest.mark.slow),
         pytest.param("qwen3_5", text_alone, "A", marks=pytest.mark.slow),
         pytest.param("qwen3_5", text_alone, "B", marks=pytest.mark.slow),
         pytest.param("gemma3", renamed, "A", marks=pytest.mark.slow),
@@ -79,19 +96,23 @@ def renamed(folder: Path, kind: str, seed: int) -> None:
 def test_two_forms_of_one_model_merge(kind: str, change: Any, first: str, tmp_path: Path) -> None:
     folders = [save(build(kind, seed), tmp_path / name) for seed, name in ((1, "A"), (2, "B"))]
     change(folders[1], kind, 2)
+    if first == "both":
+        change(folders[0], kind, 1)
     for folder in folders:
         grams(folder)
     if first == "B":
         folders.reverse()
     out = run(folders, tmp_path / "out")
-    assert_merged(out, folders)
+    auto = AUTO.get(kind, AutoModelForCausalLM)
+    assert_merged(out, folders, auto)
     # In the form of the first model, with all of its tensors.
-    assert load_file(out / "model.safetensors").keys() == load_file(folders[0] / "model.safetensors").keys()
-    assert_average(run(folders, tmp_path / "avg", "avg"), folders)
+    written, stored = (load_file(folder / "model.safetensors") for folder in (out, folders[0]))
+    assert {name: value.shape for name, value in written.items()} == {n: value.shape for n, value in stored.items()}
+    assert_average(run(folders, tmp_path / "avg", "avg"), folders, auto)
 
 
-def assert_average(out: Path, folders: list[Path]) -> None:
-    a, b, merged = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (*folders, out))
+def assert_average(out: Path, folders: list[Path], auto: Any) -> None:
+    a, b, merged = (auto.from_pretrained(folder).state_dict() for folder in (*folders, out))
     for name in a:
         torch.testing.assert_close(merged[name], (a[name] + b[name]) / 2)
 

@@ -32,9 +32,11 @@ from regmean.gram_file import FILE_NAME, GramFile
 from regmean.hooks import LinearInputs, linear_layers
 from regmean.merge import merge
 from tests.mindmerger.scripts import run_ranks
+from tests.regmean import folders
 from tests.regmean.conftest import make_gpt2, make_llama, make_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
+MIXTURE_BYTES = 10_000  # room for about half of the sums of a mixture
 
 
 class Experts(nn.Module):
@@ -635,28 +637,33 @@ def script(words: list[str], **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_sigkill_loses_nothing_but_the_last_batches(compute: Callable, texts: Path, tmp_path: Path) -> None:
-    whole = compute("llama", output="whole", tokens_per_batch=30)
+def test_sigkill_loses_nothing_but_the_last_batches(
+    compute: Callable, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mixture whose experts take several passes, killed in the second."""
+    folders.save(folders.build("qwen3_moe"), tmp_path / "mixture")
+    monkeypatch.setattr(compute_module, "available_memory", lambda device: MIXTURE_BYTES)
+    whole = compute("mixture", output="whole", tokens_per_batch=30)
     killing = f"""
 import os, signal
+from pathlib import Path
 from common.ranks import start_process
 from regmean import compute
 from regmean.config import GramFlags
-run, left = compute.LinearInputs.run, 8
+run = compute.LinearInputs.run
 def run_or_die(self, *args):
-    global left
-    left -= 1
-    if left == 0:
+    if Path({str(tmp_path / "gram" / "gram.partial" / "pass1-rank0")!r}).exists():
         os.kill(os.getpid(), signal.SIGKILL)
     run(self, *args)
 compute.LinearInputs.run = run_or_die
-flags = GramFlags(model={str(tmp_path / "llama")!r}, dataset={str(texts)!r}, text_column="text", tokens_per_batch=30,
-                  output_dir={str(tmp_path / "gram")!r}, device="cpu")
+compute.available_memory = lambda device: {MIXTURE_BYTES}
+flags = GramFlags(model={str(tmp_path / "mixture")!r}, dataset={str(texts)!r}, text_column="text", tokens_per_batch=30,
+                  output_dir={str(tmp_path / "gram")!r}, device="cpu", layerwise="off")
 compute.compute_grams(flags, start_process("cpu"), snapshot_seconds=0.0)
 """
     assert script(["-c", killing]).returncode == -9
-    assert (tmp_path / "gram" / "gram.partial" / "pass0-rank0").exists()
-    assert same_bits(whole, compute("llama", tokens_per_batch=30))
+    assert (tmp_path / "gram" / "gram.partial" / "pass1-rank0").exists()
+    assert same_bits(whole, compute("mixture", tokens_per_batch=30))
 
 
 def test_two_ranks_find_what_one_does(compute: Callable, texts: Path, tmp_path: Path) -> None:
