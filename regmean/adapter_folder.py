@@ -16,7 +16,7 @@ from typing import Any
 
 from common.errors import InputError
 from common.io import inside, read_json
-from regmean.adapters import AdaptedTensor, BiasTensor, LoraTensor, ReplacedTensor, TokenTensor
+from regmean.adapters import AdaptedTensor, BiasTensor, LoraTensor, ReplacedTensor, TokenTensor, updated_experts
 from regmean.heads import HEAD, TABLE, is_copy, same_values
 from regmean.model_folder import (
     ADAPTER,
@@ -50,6 +50,7 @@ WRAPPERS, UNTRAINED = re.compile(r"\.(base_layer|modules_to_save|token_adapter)(
 # Settings that the updates depend on.
 USED = ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora")
 TOKENS = ("trainable_token_indices", "token_indices")
+PARAMETERS = "target_parameters"  # ends of names of parameters with an update, such as those of all experts
 # Settings of training, and those that the file's tensors show.
 WITHOUT_EFFECT = {
     *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"),
@@ -117,6 +118,7 @@ class AdapterCheckpoint(Checkpoint):
         """Hex digest of base and adapter. The last bits of the base merged with it depend on the machine."""
         own = Checkpoint(self.name, self.own_folder, {}, self.own_tensors)
         settings = {key: self.settings.get(key) for key in (*USED, *TOKENS)}
+        settings |= {PARAMETERS: targets} if (targets := self.settings.get(PARAMETERS)) else {}
         text = json.dumps([self.base.fingerprint(), own.fingerprint(), settings], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -208,7 +210,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     kind = settings.get("peft_type")
     if kind not in ("LORA", "TRAINABLE_TOKENS"):
         raise InputError(f"{path}: adapters of type {kind} are not read, only LORA (with DoRA) and TRAINABLE_TOKENS")
-    unknown = sorted(settings.keys() - WITHOUT_EFFECT - {*USED, *TOKENS})
+    unknown = sorted(settings.keys() - WITHOUT_EFFECT - {*USED, *TOKENS, PARAMETERS})
     if used := [key for key in unknown if settings[key]]:
         raise InputError(f"{path}: {used[0]} is not supported: merge the adapter into its base with peft first")
     start = settings.get("init_lora_weights")
@@ -243,7 +245,10 @@ class _Matching:
             if info.dtype not in FLOATS:
                 raise InputError(f"{self.path}: tensor {key} is of {info.dtype}; adapters of floats are read")
             if part:
-                self.modules[name.removesuffix(f".{part}")][PARTS[part]] = info
+                module = name.removesuffix(f".{part}")
+                if targets := settings.get(PARAMETERS):
+                    module = _updated_parameter(self._built, module, targets, key.count(".base_layer")) or module
+                self.modules[module][PARTS[part]] = info
             elif "lora_" in name:
                 raise InputError(
                     f"{self.path}: tensor {key} is no part of an update that is known here: "
@@ -260,6 +265,9 @@ class _Matching:
             self._check_shape(info, base.shape, base)
             adapted[target] = ReplacedTensor.of(base, self.path, info)
         for module, parts in self.modules.items():
+            if self.settings.get(PARAMETERS) and module in self._parameters:
+                adapted |= self._update_experts(module, parts)
+                continue
             target, base = self._target(f"{module}.weight")
             adapted[target] = self._update(module, parts, adapted.get(target, base))
             if "bias" in parts:
@@ -299,6 +307,24 @@ class _Matching:
             self._check_shape(magnitude, (base.shape[1 if transposed else 0],), base)
         update = (a, b, magnitude, self._scale(module, rank), transposed, self.load)
         return LoraTensor.of(base, self.path, *update)
+
+    def _update_experts(self, name: str, parts: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """The tensors that hold a parameter of all experts, with their updates."""
+        (count, *shape), base = self._built.get_parameter(name).shape, self._parameters.get(name)
+        if parts.keys() != {"a", "b"} or base is None:
+            raise InputError(f"{self.path}: the update of {name} is not whole, or the base's tensors do not hold it")
+        a, b = parts["a"], parts["b"]
+        product, rank = [*b.shape[:1], *a.shape[1:]], math.prod(a.shape[:1]) // count
+        if (
+            not rank
+            or a.shape[:1] != (rank * count,)
+            or b.shape[1:] != (rank * count,)
+            or sorted(product) != sorted(shape)
+        ):
+            self._refuse(f"the product of {list(b.shape)} and {list(a.shape)} of {name}", (count, *shape), base)
+        experts = self._built.get_submodule(name.rpartition(".")[0])
+        transposed = product != shape or (shape[0] == shape[1] and getattr(experts, "is_transposed", False))
+        return updated_experts(base, self.path, a, b, self._scale(name, rank), transposed, self.load)
 
     def _scale(self, module: str, rank: int) -> float:
         """alpha / r, with the first alpha whose pattern fits the end of the module's name."""
@@ -351,6 +377,13 @@ class _Matching:
         return built
 
     @cached_property
+    def _parameters(self) -> dict[str, TensorInfo]:
+        """The base's tensor of each parameter of the model that transformers builds."""
+        from regmean.architectures import parameter_tensors
+
+        return parameter_tensors(self._built, self.base.tensors)
+
+    @cached_property
     def _tied(self) -> tuple[str, str] | None:
         """Names of the base's embedding table and of its output head, if the head is the table."""
         head, table = (
@@ -370,12 +403,12 @@ class _Matching:
     @cached_property
     def _stored_names(self) -> Callable[[str], str | None]:
         """Function from the name of a parameter to that of the tensor that holds the parameter and no more."""
-        from regmean.architectures import parameter_names, parameter_tensors
+        from regmean.architectures import parameter_names
 
         if self._built is None:
             return lambda name: None
-        found = parameter_tensors(self._built, self.base.tensors)
-        whole = {name: info.name for name, info in found.items() if info is self.base.tensors.get(info.name)}
+        found = self._parameters.items()
+        whole = {name: info.name for name, info in found if info is self.base.tensors.get(info.name)}
         return lambda name: whole.get(name, whole.get(parameter_names(self._built, [name])[name][0]))
 
     def _stored(self, name: str) -> str | None:
@@ -414,3 +447,14 @@ class _Matching:
             return tensors, False
         tensors[head_name] = head
         return tensors, True
+
+
+def _updated_parameter(built: Any, module: str, targets: list[str], depth: int) -> str | None:
+    """The parameter of all experts that an update of a module is for, `depth` wrappers below the outermost: each of the
+    module's parameters that has an update adds a wrapper around those before. None for other modules.
+    """
+    if built is None:
+        return None
+    own = {name: of for name, of in built.named_parameters() if name.rpartition(".")[0] == module}
+    names = [name for name in own if f".{name}".endswith(tuple(f".{target}" for target in targets))]
+    return names[-1 - depth] if depth < len(names) and own[names[-1 - depth]].ndim == 3 else None

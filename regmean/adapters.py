@@ -7,14 +7,16 @@ treats an embedding table like the weight of a Conv1D.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from regmean.tensor_file import STORAGE, TensorInfo, decode
+from common.errors import InputError
+from regmean.slices import sliced
+from regmean.tensor_file import STORAGE, JoinedTensor, TensorInfo, TransposedTensor, decode
 
 ROWS_ELEMENTS = 1 << 20  # elements of a weight read at a time for the lengths of its columns
 
@@ -105,6 +107,42 @@ class LoraTensor(AdaptedTensor):
             rows = lora.read(first * width, min(first + step, count) * width).reshape(-1, width)
             squares += np.square(rows, dtype=np.float64).sum(0)
         return np.sqrt(squares)
+
+
+def updated_experts(
+    base: TensorInfo,
+    path: Path,
+    a: TensorInfo,
+    b: TensorInfo,
+    scale: float,
+    transposed: bool,
+    load: Callable[[TensorInfo], np.ndarray],
+) -> dict[str, TensorInfo]:
+    """The stored tensors that make up `base`, the parameter of all experts, with the updates of all. Expert e of E has
+    r rows of the factor A (E r, inputs), and every E-th column of B from e on.
+    """
+    count, size = base.shape[0], base.size // base.shape[0]
+
+    def factor(expert: int, info: TensorInfo) -> np.ndarray:
+        values = load(info)
+        return np.split(values, count)[expert] if info is a else values[:, expert::count]
+
+    updates = [(a, b, None, scale, transposed, partial(factor, expert)) for expert in range(count)]
+    experts = [LoraTensor.of(sliced(base, number), path, *update) for number, update in enumerate(updates)]
+    dtype = experts[0].dtype
+    if not isinstance(base, JoinedTensor):
+        parts = tuple((expert, 0, size) for expert in experts)
+        whole = JoinedTensor(path, base.name, dtype, base.shape, 0, parts)
+        return {base.name: TransposedTensor.of(whole) if isinstance(base, TransposedTensor) else whole}
+    found, begin = {}, 0
+    for source, first, last in base.parts:
+        number, start = divmod(begin, size)
+        begin += last - first
+        if last - first != source.size or start + source.size > size:
+            raise InputError(f"{path}: the update is for a part of {source.name}: merge the adapter with peft first")
+        part = (replace(experts[number], name=source.name), start, start + source.size)
+        found[source.name] = JoinedTensor(path, source.name, dtype, source.shape, 0, (part,))
+    return found
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def load_updated(checkpoint: Checkpoint, model_class: Any, config: PretrainedCon
     model = load_model(model_class, str(checkpoint.folder), **options)
     state = model.state_dict() if changed else {}
     for name, info in parameter_tensors(model, checkpoint.tensors).items() if changed else ():
-        parts = {part.name for part, _, _ in info.parts} if isinstance(info, JoinedTensor) else {info.name}
+        parts = {info.name, *(part.name for part, _, _ in getattr(info, "parts", ()))}
         if parts & changed:
             state[name].copy_(torch.from_numpy(decode(info.read(), info.dtype)).view(state[name].shape))
             used |= parts

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from regmean.adapter_folder import open_models
 from regmean.tensor_file import decode
 from tests.regmean.conftest import make_gpt2, make_llama
-from tests.regmean.folders import run, save
+from tests.regmean.folders import build, run, save
 
 peft = pytest.importorskip("peft", reason="pip install -r requirements-peft.txt")
 
@@ -33,6 +34,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bias": ({"attention_bias": True}, {"target_modules": ["q_proj"], "lora_bias": True}),
     "all biases": ({"attention_bias": True}, {"target_modules": ["q_proj"], "bias": "all"}),
     "layers": ({}, {"target_modules": LINEAR, "layers_to_transform": [1]}),
+    "experts": ({"kind": "qwen3_moe"}, {"target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]}),
+    "fused experts": (
+        {"kind": "gpt_oss"},
+        {"target_parameters": ["layers.1.mlp.experts.gate_up_proj", "experts.down_proj"], "target_modules": ["q_proj"]}
+        | {"rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {"experts.gate_up_proj": 5}},
+    ),
+    "router": ({"kind": "qwen3_moe"}, {"target_parameters": ["mlp.gate.weight"], "target_modules": ["q_proj"]}),
     "gpt2": ({"gpt2": True}, {"target_modules": ["c_attn", "c_proj"]}),
     "gpt2 biases": ({"gpt2": True}, {"target_modules": ["c_attn"], "bias": "all", "modules_to_save": ["ln_f"]}),
     "gpt2 dora": ({"gpt2": True}, {"target_modules": ["c_proj", "c_fc"], "use_dora": True}),
@@ -69,8 +77,14 @@ def trained(base: Path, folder: Path, **settings: Any) -> Any:
 @pytest.mark.parametrize("case", CASES)
 def test_tensors_are_those_that_peft_merges(case: str, tmp_path: Path) -> None:
     options, settings = CASES[case]
-    base = save(make_gpt2() if options.get("gpt2") else make_llama(**options), tmp_path / "base")
-    expected = trained(base, tmp_path / "lora", **settings).merge_and_unload().state_dict()
+    if "kind" in options:
+        made = build(options["kind"])
+    else:
+        made = make_gpt2() if options.get("gpt2") else make_llama(**options)
+    base = save(made, tmp_path / "base")
+    merged = trained(base, tmp_path / "lora", **settings).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    expected = merged.state_dict() if "kind" not in options else load_file(tmp_path / "merged" / "model.safetensors")
     (model,) = open_models([str(tmp_path / "lora")], [], None)
     assert model.changed()
     for name, info in model.tensors.items():
