@@ -24,7 +24,6 @@ from benchmarks.reproduce.mindmerger import (
     RESULT,
     MiniatureFlags,
     held_out,
-    read_alone,
     train_stage,
     write_data,
     write_llm,
@@ -72,9 +71,8 @@ def compare(flags: HarmFlags) -> dict[str, Any]:
     """Run all unfinished steps.
 
     Returns:
-        The content of the results file: `settings`; the LLM's perplexity `alone` by language for each seed; for each
-        way and seed of `ways` the result of `benchmarks.aligned_start.train`, and `verdicts`, those of the mapping's
-        config; and `steps`, the seconds of each.
+        The content of the results file: `settings`; results of `benchmarks.aligned_start.train` for the `mapping` stage
+        and for each way and seed of `ways`, there with the `verdicts` by language; and the cost of each of the `steps`.
     """
     quiet_libraries()
     work, settings = Path(flags.work_dir), flags.settings()
@@ -89,23 +87,16 @@ def compare(flags: HarmFlags) -> dict[str, Any]:
         ways: dict[str, list[dict[str, Any]]] = {}
         for number, (way, words) in enumerate(WAYS.items()):
             for seed in range(flags.seeds if way == flags.best else 1):
-                step(work / f"alone_{seed}", functools.partial(read_alone, flags, seed))
                 name = f"{run_name}-{number}-{seed}"
                 more = f"--init_checkpoint outputs/{run_name}/mapping {words}"
                 done = work / f"way_{number}_{seed}"
                 step(done, functools.partial(train_stage, flags, "augmentation", START, seed, name, more=more))
                 verdicts = read_json(Path("outputs") / name / "augmentation" / "config.json")["verdicts"]["languages"]
                 ways.setdefault(way, []).append(read_json(done / RESULT) | {"verdicts": verdicts})
-        alone = [
-            read_json(work / f"alone_{seed}" / RESULT)
-            for seed in range(flags.seeds)
-            if (work / f"alone_{seed}").exists()
-        ]
     result = {
         "benchmark": "without_harm",
         "settings": settings | {"seeds": flags.seeds},
         "mapping": read_json(work / "mapping" / RESULT),
-        "alone": alone,
         "ways": ways,
         "steps": costs(work),
         "machine": machine(),
@@ -124,18 +115,18 @@ def gain(found: dict[str, Any], key: str = "perplexity") -> float:
 
 def table(result: dict[str, Any]) -> str:
     """Markdown table of all ways and seeds."""
-    languages = list(result["alone"][0])
+    languages = list(result["ways"][PUBLISHED][0]["verdicts"])
     lines = []
     for way, of_seeds in result["ways"].items():
         for seed, found in enumerate(of_seeds):
             cells = []
             for name in languages:
                 own, verdict = found["end"]["languages"][name], found["verdicts"][name]
-                cells.append(f"{own['perplexity']:.3f} ({own['shuffled']:.3f}), {verdict['verdict']}")
+                alone = math.exp(verdict["alone"])
+                cells.append(f"{alone:.3f}, {own['perplexity']:.3f} ({own['shuffled']:.3f}), {verdict['verdict']}")
             lines.append([f"{way}, seed {seed}", *cells, f"{gain(found):.3f} ({gain(found, 'shuffled'):.3f})"])
-    for seed, alone in enumerate(result["alone"]):
-        lines.append([f"the LLM alone, seed {seed}", *(f"{alone[name]:.3f}" for name in languages), ""])
-    return markdown(["dev perplexity (sources shuffled), verdict", *languages, "gain without English, nats"], lines)
+    head = "dev perplexity alone, with the mapping (sources shuffled), verdict"
+    return markdown([head, *languages, "nats gained without English"], lines)
 
 
 def main() -> None:
