@@ -185,6 +185,20 @@ def plan_merge(
     return MergePlan(models, model_weights, grams, layout, groups, tables, averaged, copied, untied, notes)
 
 
+def without_experts(plan: MergePlan, unreached: set[str]) -> MergePlan:
+    """The plan with the weights of experts that no token reached averaged, and a note of them."""
+    if not unreached:
+        return plan
+    groups = [group for group in plan.groups if unreached.isdisjoint(group.tensors)]
+    averaged = [name for group in plan.groups for name in group.tensors if name in unreached]
+    notes = [*plan.notes, _unreached_note(averaged)]
+    return replace(plan, groups=groups, averaged=[*plan.averaged, *averaged], notes=notes)
+
+
+def _unreached_note(names: list[str]) -> str:
+    return f"experts that no model's texts reach, averaged: {len(names)} weights: {', '.join(compact(names))}"
+
+
 def compact(names: Iterable[str]) -> list[str]:
     """Combine names that differ only in numbers into one with their count."""
     alike: dict[str, list[str]] = {}
@@ -422,8 +436,7 @@ def _group_layers(
         form = (theirs[0].width, any(gram.conv1d for gram in theirs), pools)
         groups.setdefault(key, LayerGroup(key, [], *form)).tensors.append(name)
     if unreached:
-        listed = ", ".join(compact(unreached))
-        notes.append(f"experts that no model's texts reach, averaged: {len(unreached)} weights: {listed}")
+        notes.append(_unreached_note(unreached))
     # The groups of a pool follow each other, so that the pool is read once.
     order: dict[tuple[str, ...], int] = {}
     for group in groups.values():
