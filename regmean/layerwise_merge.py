@@ -185,4 +185,6 @@ def _report(
     tables = [report for step in reports for report in step.tables]
     routing = Routing(flags.models, [step.routing for step in reports[1:-1]])
     write_report(folder, provenance, plan, layers, tables, routing, [step.distances for step in reports[:-1]])
-    print_table(alpha, flags.models, layers, tables, solved, routing)
+    print_table(alpha, flags.models, layers, tables, solved)
+    if routing.means:
+        print(f"routing: {routing}")

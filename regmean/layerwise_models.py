@@ -1,6 +1,7 @@
 """Models of a merge that are run layer by layer on their calibration texts."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -12,12 +13,15 @@ from common.ranks import Process
 from regmean.architectures import auto_class, config_of
 from regmean.calibration import Calibration, check_length, check_tokens, load_calibration, make_batches
 from regmean.config import MergeFlags
-from regmean.hooks import table_positions
+from regmean.experts import ExpertLayer
+from regmean.hooks import linear_layers, table_positions
 from regmean.layer_survey import Survey, survey
-from regmean.layerwise import Course, LayerwiseModel, build_without_weights, open_layerwise, stored_dtype
+from regmean.layerwise import BEFORE, Course, LayerwiseModel, build_without_weights, open_layerwise, stored_dtype
 from regmean.layerwise_grams import course_of
 from regmean.merge_plan import check_vocabularies
-from regmean.model_folder import Checkpoint
+from regmean.model_folder import Checkpoint, open_checkpoint
+from regmean.report import Routing
+from regmean.routing import advance, agreement
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +68,11 @@ class LayerwiseModels:
         check_length(self.texts[index], table_positions(model))
         return open_layerwise(checkpoint or self.checkpoints[index], model, device, self.surveys[0].tuple_length)
 
+    @property
+    def has_experts(self) -> bool:
+        """True if the first model is a mixture of experts whose routing can be measured."""
+        return any(isinstance(layer, ExpertLayer) for layer in linear_layers(self.build(0).model).values())
+
     def courses(
         self, index: int, merged: LayerwiseModel, own: LayerwiseModel, sampled: int = 1
     ) -> tuple[Course, Course]:
@@ -80,3 +89,22 @@ class LayerwiseModels:
             for model, own_numbers in zip((merged, own), numbers, strict=True)
         )
         return of_merged, of_own
+
+    def routing(self, folder: Path) -> Routing:
+        """Compare the routing of the merge in a folder with each model's, layer by layer.
+
+        Raises:
+            InputError: a state is NaN or infinite.
+        """
+        merged, columns = self.build(0, open_checkpoint(str(folder), folder=folder)), []
+        for index in range(len(self.checkpoints)):
+            pair = self.courses(index, merged, self.build(index))
+            columns.append([self._agreement(step, pair) for step in range(BEFORE, len(merged.layers))][1:])
+        return Routing(self.flags.models, [list(layer) for layer in zip(*columns, strict=True)])
+
+    def _agreement(self, step: int, pair: tuple[Course, Course]) -> float | None:
+        for course in pair:
+            weights = course.model.weights(step)
+            for number in range(len(course.batches)):
+                advance(course, step, weights, number)
+        return agreement(*pair, self.process)

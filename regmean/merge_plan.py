@@ -112,6 +112,11 @@ class MergePlan:
         tensor, number = split_name(name)
         return tensor, number * self.size(name)
 
+    @property
+    def has_routers(self) -> bool:
+        """True for mixtures of experts."""
+        return any(ROUTER.search(name) for name in self.layout)
+
     def pool_bytes(self) -> int:
         """Bytes of the widest sum over experts of all models."""
         return 4 * len(self.models) * max((group.width**2 for group in self.groups if group.pools), default=0)

@@ -232,16 +232,9 @@ def model_card(
 
 
 def print_table(
-    alpha: float,
-    models: list[str],
-    layers: list[LayerReport],
-    tables: list[TableReport],
-    solved_fraction: float,
-    routing: Routing | None = None,
+    alpha: float, models: list[str], layers: list[LayerReport], tables: list[TableReport], solved_fraction: float
 ) -> None:
-    """Print one line per system (solver, condition, and the objective relative to the mean's), embedding table, and for
-    the routing.
-    """
+    """Print one line per system (solver, condition, and the objective relative to the mean's) and embedding table."""
     measured = "RegMean's objective at the mean, and as a fraction of that at each model and at the merge"
     print(f"\nalpha {alpha:g}, {solved_fraction:.1%} of the parameters; {measured}")
     names = [Path(model).name[:14] for model in models]
@@ -256,8 +249,6 @@ def print_table(
         print(f"{title[-58:]:<58} {layer.solver:<26} {condition:>9} {at_mean:>10.3g} {fractions}")
     for table in tables:
         print(table)
-    if routing is not None and routing.means:
-        print(f"routing: {routing}")
 
 
 def _named(model: dict[str, Any]) -> str:

@@ -11,27 +11,23 @@ texts go through the written layer. A run that was stopped continues after the l
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-
-import torch
 
 from common.errors import InputError
 from common.logging import progress
 from common.ranks import Process
-from regmean.asymmetric import AsymmetricSystem, Errors, Moments, has_few_outputs, paired
+from regmean.asymmetric import AsymmetricSystem
 from regmean.average import write_averages
 from regmean.layer_survey import Survey
 from regmean.layerwise import BEFORE, Course, LayerwiseModel
 from regmean.merge_plan import LayerGroup, MergePlan
-from regmean.read_ahead import Reader
 from regmean.regmean import RegMean, write_pieces
 from regmean.report import LayerReport
 from regmean.routing import advance, agreement
 from regmean.solve import BLOCK_ELEMENTS, SolveError
 from regmean.step_files import StepFiles, StepReport
-from regmean.step_sums import inputs_of, sum_inputs, turns
+from regmean.step_sums import PairSums, blocks_of, pool_of, sum_inputs, turns
 from regmean.tables import Tables
 from regmean.tensor_file import TensorWriter
 
@@ -146,7 +142,9 @@ class SequentialMerge:
                 method.write()
                 for number, group in enumerate(reached):
                     solved = method.layers[self.alpha][str(number)]
-                    reports.append(LayerReport.of_blocks(*self._title(group), **solved, pool=_pool(group)))
+                    reports.append(
+                        LayerReport.of_blocks(group.tensors, self._tokens(group.grams), **solved, pool=pool_of(group))
+                    )
             for index, group in itertools.product(range(len(self.models)), turn):
                 self.plan.grams[index].sums.pop(group.grams[index], None)
         self._drop_sums()
@@ -166,10 +164,6 @@ class SequentialMerge:
     def _tokens(self, names: tuple[str, ...]) -> list[int]:
         return [grams.grams[name].tokens for grams, name in zip(self.plan.grams, names, strict=True)]
 
-    def _title(self, group: LayerGroup) -> tuple[list[str], list[int]]:
-        """A report's names and token counts."""
-        return group.tensors, self._tokens(group.grams)
-
     def _solve_asymmetric(self, step: int, part: MergePlan, writer: TensorWriter | None) -> list[LayerReport]:
         """One group after the other, each with the inputs that the merged groups before it lead to; all experts' groups
         of a parameter at once, if their sums fit into memory.
@@ -178,94 +172,28 @@ class SequentialMerge:
         groups = sorted(part.groups, key=lambda group: order[group.grams[0]])
         stages = [list(stage) for _, stage in itertools.groupby(groups, lambda group: group.pools or group.grams)]
         work = [turn for stage in stages for turn in turns(stage, self._pair_bytes, self.process)]
-        reports, pools = [], {}
+        pairs, reports = PairSums(step, self.plan, self.merged, self.courses, self.own, self.process), []
         for turn in work:
             self.process.barrier()
             self.files.use_unfinished(step)
-            systems = {
-                group.grams: AsymmetricSystem(self.alpha, self.ridge, partial(self._blocks, group)) for group in turn
-            }
+            blocks = [partial(blocks_of, self.plan, group, self.process.device) for group in turn]
+            systems = [AsymmetricSystem(self.alpha, self.ridge, each) for each in blocks]
             for index in range(len(self.models)):
-                sums = self._sums(step, index, turn, pools, is_last=turn is work[-1])
-                for group in turn if writer is not None else ():
-                    self._add(systems[group.grams], index, group, sums.pop(group.grams[index]), pools)
+                sums = pairs.sums(index, turn, is_last=turn is work[-1])
+                for system, group in zip(systems, turn, strict=True) if writer is not None else ():
+                    pairs.add(system, index, group, sums.pop(group.grams[index]))
                 del sums
-            for group in self._reached(turn, part, writer) if writer is not None else ():
-                reports.append(self._write_solution(systems[group.grams], group, writer))
+            if writer is not None:
+                reached = [*map(id, self._reached(turn, part, writer))]
+                solved = [pair for pair in zip(systems, turn, strict=True) if id(pair[1]) in reached]
+                reports += [self._write_solution(*pair, writer) for pair in solved]
+        if work:
+            self._own_steps |= dict.fromkeys(range(len(self.models)), step)
         return reports
 
     def _pair_bytes(self, group: LayerGroup) -> int:
         """Bytes of a group's sums over the texts of one model, its system and its right-hand side."""
         return 4 * (4 * group.width**2 + sum(map(self.plan.size, group.tensors)))
-
-    def _sums(
-        self, step: int, index: int, turn: list[LayerGroup], pools: dict[str, Moments], is_last: bool
-    ) -> dict[str, Moments | Errors]:
-        """Sums over the texts of a model; those in the model itself go through the whole step with its last group.
-
-        With the first experts of a parameter, those of all are summed for `pools`.
-        """
-        course, own, pool = self.courses[index], self.own[index], _pool(turn[0], index)
-        names, sums = [group.grams for group in turn], {g.grams[index]: self._no_sums(index, g) for g in turn}
-        rest = None
-        if pool and (index, pool) not in pools:
-            rest = pools[index, pool] = Moments(turn[0].width, self.process.device)
-            every = zip(self.plan.grams, turn[0].pools, strict=True)
-            names = list(zip(*(grams.grams[name].modules for grams, name in every), strict=True))
-        merged_weights, weights = self.merged.weights(step), own.model.weights(step)
-        run_own = partial(advance, own) if is_last else own.forward
-        with (
-            inputs_of(self.merged, [each[0] for each in names], ends=True) as of_merged,
-            inputs_of(own.model, [each[index] for each in names], ends=not is_last) as of_own,
-        ):
-            for number, batch in enumerate(course.batches):
-                h = of_merged(batch, partial(course.forward, step, merged_weights, number))
-                x = of_own(batch, partial(run_own, step, weights, number))
-                for each in names:
-                    if each[0] in h and each[index] in x:
-                        sums.get(each[index], rest).add(*paired(h[each[0]], x[each[index]]))
-        for each in [*sums.values(), *([rest] if rest else [])]:
-            for total in each.sums():
-                self.process.sum_(total)
-        if is_last:
-            self._own_steps[index] = step
-        self._count(index, pool, sums, rest)
-        return sums
-
-    def _count(self, index: int, pool: str, sums: dict[str, Moments], rest: Moments | None) -> None:
-        """Complete a pool that is new, `rest`, and set the token counts of experts."""
-        if pool:
-            grams = self.plan.grams[index]
-            for name, each in sums.items():
-                grams.count(name, int(each.tokens))
-            if rest is not None:
-                for each in sums.values():
-                    rest.join(each)
-                grams.count(pool, int(rest.tokens))
-
-    def _add(
-        self, system: AsymmetricSystem, index: int, group: LayerGroup, sums: Moments | Errors, pools: dict
-    ) -> None:
-        """Add a model's sums to a group's system."""
-        tokens = self._tokens(group.pools or group.grams)[index]
-        # Without a token of any expert, all are averaged.
-        if tokens:
-            if group.pools:
-                sums.shrink(pools[index, group.pools[index]])
-            system.add(index, self.plan.model_weights[index], sums, tokens)
-
-    def _no_sums(self, index: int, group: LayerGroup) -> Moments | Errors:
-        outputs = sum(map(self.plan.size, group.tensors)) // group.width
-        if not group.pools and has_few_outputs(outputs, group.width, self.process.device):
-            return Errors([(rows[index], mean) for rows, mean in self._blocks(group)])
-        return Moments(group.width, self.process.device)
-
-    def _blocks(self, group: LayerGroup) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
-        """Blocks of a group's outputs: the models' rows and their mean."""
-        method = RegMean(self.plan, {}, self.solver, self.process.device, _ignore)
-        for block in method.blocks(group, BLOCK_ELEMENTS):
-            *rows, mean = (values.to(self.process.device) for values in Reader(self.plan).rows(group, block))
-            yield rows, mean
 
     def _write_solution(self, system: AsymmetricSystem, group: LayerGroup, writer: TensorWriter) -> LayerReport:
         method = RegMean(self.plan, {}, self.solver, self.process.device, _ignore)
@@ -275,7 +203,8 @@ class SequentialMerge:
             raise InputError(f"alpha {self.alpha:g}, layers {', '.join(group.tensors)}: {error}") from error
         for block, rows in zip(method.blocks(group, BLOCK_ELEMENTS), merged, strict=True):
             write_pieces(writer, method.encoded(block, group, rows, writer))
-        return LayerReport(*self._title(group), solver.label, solver.condition, objective, _pool(group))
+        tokens = self._tokens(group.grams)
+        return LayerReport(group.tensors, tokens, solver.label, solver.condition, objective, pool_of(group))
 
     def _advance(self, step: int) -> tuple[list[float], list[float | None]]:
         """Move all texts through the step; return the relative distances of the merge's states from the models', and
@@ -306,7 +235,3 @@ class SequentialMerge:
 
 def _ignore(elements: int) -> None:
     """Progress of elements, which a pass of steps does not show."""
-
-
-def _pool(group: LayerGroup, index: int = 0) -> str:
-    return group.pools[index] if group.pools else ""

@@ -461,6 +461,33 @@ def test_distances_are_those_of_the_merged_and_the_own_states(pair: Callable, tm
     assert (out / "distances.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("method", ["avg", "regmean_asym"])
+def test_the_report_states_how_often_the_merge_routes_as_each_model(
+    method: str, pair: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folders, out = pair("qwen3_moe"), tmp_path / "out"
+    if method == "avg":
+        flags = merge_flags(folders, out, method, embeddings=None)
+        merge(replace(flags, calibration=[], tokens_per_batch=None, output_dir=str(tmp_path / "none")), "command")
+        assert "note: the merge's routing is not compared with the models': --calibration" in capsys.readouterr().out
+        merge(flags, "command")
+    else:
+        merged(folders, out, method)
+    found, expected = read_json(out / "merge_report.json")["routing"], []
+    for layer in range(2):
+        alike = []
+        for folder, texts in zip(folders, TEXTS, strict=True):
+            choices = []
+            for model in (load64(out), load64(folder)):
+                router = model.get_submodule(f"model.layers.{layer}.mlp.gate")
+                choices.append((inputs_of(model, router, texts) @ router.weight.T).topk(2).indices.tolist())
+            alike.append(np.mean([len({*a} & {*b}) / 2 for a, b in zip(*choices, strict=True)]))
+        expected.append(alike)
+    np.testing.assert_allclose(found["layers"], expected, rtol=1e-12)
+    np.testing.assert_allclose(found["mean"], np.mean(expected, 0), rtol=1e-12)
+    assert f"the merge chooses: {folders[0]} {found['mean'][0]:.1%}, " in (out / "README.md").read_text()
+
+
 def test_bad_input_is_refused_before_the_first_layer(
     pair: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -477,8 +504,10 @@ def test_bad_input_is_refused_before_the_first_layer(
 
     with pytest.raises(InputError, match="--calibration takes one per model: 2, not 1"):
         MergeFlags(method="regmean++", models=["A", "B"], calibration=["math"])
-    with pytest.raises(InputError, match="--calibration belongs to --method"):
-        MergeFlags(method="avg", models=["A", "B"], calibration=["math", "code"])
+    with pytest.raises(InputError, match="--offload_dir belongs to --calibration"):
+        MergeFlags(method="avg", models=["A", "B"], offload_dir="states")
+    with pytest.raises(InputError, match=r"--calibration: .*A has no experts"):
+        merge(merge_flags(folders, tmp_path / "out", "avg", embeddings=None), "command")
     swapped = [f"{folder}.yaml" for folder in reversed(folders)]
     refused("is for the model .*B, not .*A", lambda flags: replace(flags, calibration=swapped))
     refused("no such file, and no preset", lambda flags: replace(flags, calibration=["maths", "code"]))
