@@ -367,12 +367,15 @@ def as_words(flags: MergeFlags) -> list[str]:
 
 @pytest.mark.parametrize("method", SEQUENTIAL)
 def test_two_ranks_merge_as_one_does(method: str, pair: Callable, tmp_path: Path) -> None:
-    folders = pair("llama")
+    folders = pair("qwen3_moe")
     run_ranks(2, tmp_path, "merge_model.py", *as_words(merge_flags(folders, tmp_path / "two", method)))
     one = load_file(merged(folders, tmp_path / "one", method) / "model.safetensors")
     a, b = (load_file(folder / "model.safetensors") for folder in folders)
     for name, found in load_file(tmp_path / "two/model.safetensors").items():
         assert (found - one[name]).norm() <= 1e-5 * (a[name] - b[name]).norm(), name
+    reports = [read_json(tmp_path / name / "merge_report.json") for name in ("one", "two")]
+    if method == "regmean_asym":  # a sample of the batches, which each rank has others of, for the other method
+        np.testing.assert_allclose(*(report["routing"]["mean"] for report in reports), rtol=1e-12)
 
 
 KILLED = """
@@ -401,11 +404,11 @@ merge_layer_by_layer(parse_flags(MergeFlags, sys.argv[2:]), start_process("cpu")
 """
 
 
-@pytest.mark.parametrize("method", SEQUENTIAL)
+@pytest.mark.parametrize(("method", "kind"), [("regmean++", "gemma3"), ("regmean_asym", "qwen3_moe")])
 def test_a_merge_that_is_killed_twice_continues_to_the_same_bytes(
-    method: str, pair: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, kind: str, pair: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folders = pair("gemma3")
+    folders = pair(kind)
     counted = count_forwards(monkeypatch)
     whole = merged(folders, tmp_path / "whole", method, dtype="bfloat16")
     monkeypatch.undo()
@@ -426,6 +429,7 @@ def test_a_merge_that_is_killed_twice_continues_to_the_same_bytes(
     reports = [json.loads((folder / "merge_report.json").read_text()) for folder in (whole, tmp_path / "out")]
     assert reports[0]["layers"] == reports[1]["layers"]
     assert reports[0]["distances"] == reports[1]["distances"]
+    assert reports[0].get("routing") == reports[1].get("routing")
 
 
 def count_forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
