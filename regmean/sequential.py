@@ -135,10 +135,10 @@ class SequentialMerge:
                 wanted = {group.grams[index] for group in turn}
                 sum_inputs(step, model, course, self.plan.grams[index], wanted, self.process)
             if writer is not None:
-                reached = self._reached(turn, part, writer)
-                method = RegMean(
-                    replace(part, groups=reached), {self.alpha: writer}, self.solver, self.process.device, _ignore
-                )
+                self._average_unreached(turn, part, writer)
+                reached = [group for group in turn if self._is_reached(group)]
+                options = ({self.alpha: writer}, self.solver, self.process.device, _ignore)
+                method = RegMean(replace(part, groups=reached), *options)
                 method.write()
                 for number, group in enumerate(reached):
                     solved = method.layers[self.alpha][str(number)]
@@ -150,16 +150,13 @@ class SequentialMerge:
         self._drop_sums()
         return reports
 
-    def _reached(self, turn: list[LayerGroup], part: MergePlan, writer: TensorWriter) -> list[LayerGroup]:
-        """The groups without experts that no model's tokens reach, which are averaged."""
-        reached = [
-            group
-            for group in turn
-            if not group.pools or (any(self._tokens(group.grams)) and all(self._tokens(group.pools)))
-        ]
-        rest = [name for group in turn if group not in reached for name in group.tensors]
-        write_averages(replace(part, averaged=rest, copied={}), [writer], _ignore)
-        return reached
+    def _is_reached(self, group: LayerGroup) -> bool:
+        """False for experts that no model's tokens reach, and for all if no token of a model reaches any."""
+        return not group.pools or (any(self._tokens(group.grams)) and all(self._tokens(group.pools)))
+
+    def _average_unreached(self, turn: list[LayerGroup], part: MergePlan, writer: TensorWriter) -> None:
+        names = [name for group in turn if not self._is_reached(group) for name in group.tensors]
+        write_averages(replace(part, averaged=names, copied={}), [writer], _ignore)
 
     def _tokens(self, names: tuple[str, ...]) -> list[int]:
         return [grams.grams[name].tokens for grams, name in zip(self.plan.grams, names, strict=True)]
@@ -184,8 +181,8 @@ class SequentialMerge:
                     pairs.add(system, index, group, sums.pop(group.grams[index]))
                 del sums
             if writer is not None:
-                reached = [*map(id, self._reached(turn, part, writer))]
-                solved = [pair for pair in zip(systems, turn, strict=True) if id(pair[1]) in reached]
+                self._average_unreached(turn, part, writer)
+                solved = [pair for pair in zip(systems, turn, strict=True) if self._is_reached(pair[1])]
                 reports += [self._write_solution(*pair, writer) for pair in solved]
         if work:
             self._own_steps |= dict.fromkeys(range(len(self.models)), step)
