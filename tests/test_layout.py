@@ -21,7 +21,7 @@ ALLOWED = {
 }
 LONGEST_FUNCTION, LONGEST_CLASS = 45, 220
 # Current lines of the packages, rounded. An increase needs a reason.
-LINES = {("mindmerger",): 7030, ("regmean",): 7815, ("common",): 1310, PACKAGES: 18880}
+LINES = {("mindmerger",): 7030, ("regmean",): 8248, ("common",): 1310, PACKAGES: 19345}
 
 
 def path_of(module: str) -> Path | None:
