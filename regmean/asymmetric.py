@@ -13,6 +13,9 @@ Around the weighted mean M, with G = sum_i w_i H_i^T H_i / n_i and lambda a frac
 Off-diagonals of H_i^T H_i, H_i^T X_i and X_i^T X_i are first scaled by alpha. That minimises alpha f plus (1 - alpha)
 times the sum of f over single input features, which is convex. RegMean (solve.py) is the case H_i = X_i.
 
+Of an expert's projection, X_i and H_i have the tokens that both runs route to the expert. As in RegMean, its sums have
+a few tokens of the mean over all experts of the layer, and are divided by the number of tokens of all (solve.py).
+
 Here a layer's weights are `rows` of shape (outputs, inputs), so W is their transpose.
 """
 
@@ -22,24 +25,49 @@ from dataclasses import dataclass, field
 import torch
 
 from regmean.gram import add_cross_products, add_products, symmetrise_, zeros
-from regmean.solve import SOLVERS, Objective, inner, refined
+from regmean.solve import POOLED, SOLVERS, Objective, inner, refined
+
+Routed = tuple[torch.Tensor, torch.Tensor | None]  # rows, and the token of each, ascending; None for all tokens
+
+
+def paired(h: Routed, x: Routed) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of the tokens that are in both, in the same order."""
+    (h_rows, h_tokens), (x_rows, x_tokens) = h, x
+    if h_tokens is None:
+        return h_rows, x_rows
+    return h_rows[torch.isin(h_tokens, x_tokens)], x_rows[torch.isin(x_tokens, h_tokens)]
 
 
 class Moments:
-    """Sums over a model's tokens: H^T H, H^T X and X^T X, each float32 (inputs, inputs)."""
+    """Sums over a model's tokens: H^T H, H^T X and X^T X, each float32 (inputs, inputs); and the number of tokens."""
 
     def __init__(self, width: int, device: torch.device):
         self.merged, self.cross, self.own = (zeros(width, device) for _ in range(3))
+        self.tokens = torch.zeros(1, dtype=torch.int64, device=device)
 
     def add(self, h: torch.Tensor, x: torch.Tensor) -> None:
         """Add the inputs of a batch, both (tokens, inputs)."""
+        self.tokens += len(h)
         add_products(self.merged, h)
         add_cross_products(self.cross, h, x)
         add_products(self.own, x)
 
     def sums(self) -> list[torch.Tensor]:
         """All sums, of this rank's tokens."""
-        return [symmetrise_(self.merged), self.cross, symmetrise_(self.own)]
+        return [symmetrise_(self.merged), self.cross, symmetrise_(self.own), self.tokens]
+
+    def join(self, other: "Moments") -> None:
+        """Add the sums of other tokens."""
+        self.tokens += other.tokens
+        self._add(other, 1.0)
+
+    def shrink(self, pool: "Moments") -> None:
+        """Add a few tokens of the mean of `pool`, the sums over all experts of a layer, to those of one."""
+        self._add(pool, POOLED * len(self.own) / pool.tokens.item())
+
+    def _add(self, other: "Moments", factor: float) -> None:
+        for mine, theirs in ((self.merged, other.merged), (self.cross, other.cross), (self.own, other.own)):
+            mine.add_(theirs, alpha=factor)
 
 
 class Errors:

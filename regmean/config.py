@@ -139,8 +139,8 @@ class MergeFlags:
     device: str = flag("auto", "device of the solver, and of the layers: auto (GPU if there is one), cpu, cuda")
     calibration: list[str] = flag(
         [],
-        "each model's texts for regmean++ and regmean_asym: a preset of configs/regmean, or a YAML file of "
-        "compute_gram.py's flags",
+        "each model's texts: a preset of configs/regmean, or a YAML file of compute_gram.py's flags; avg and regmean "
+        "measure the routing of mixtures of experts on them",
     )
     ridge: float = flag(1e-6, "of regmean_asym: added to the diagonal, as a fraction of its mean")
     tokens_per_batch: int | None = flag(
@@ -201,10 +201,10 @@ class MergeFlags:
         return self.selects, self.dtype, self.counts_embeddings, router
 
     def _check_sequential(self) -> None:
-        if self.method not in SEQUENTIAL:
-            for name in ("calibration", "offload_dir", "tokens_per_batch"):
+        if self.method not in SEQUENTIAL and not self.calibration:
+            for name in ("offload_dir", "tokens_per_batch"):
                 if getattr(self, name):
-                    raise InputError(f"--{name} belongs to --method {' and '.join(SEQUENTIAL)}")
+                    raise InputError(f"--{name} belongs to --calibration")
         elif self.plan is None and len(self.calibration) != len(self.models):
             raise InputError(f"--calibration takes one per model: {len(self.models)}, not {len(self.calibration)}")
         if self.method == "regmean_asym" and self.solver != "cholesky":

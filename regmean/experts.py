@@ -16,8 +16,9 @@ from torch import nn
 # out). ALIKE: as in the registry.
 DENSE = ("Llama4TextExperts",)
 ALIKE = ("Step3p7Experts",)
-# Called with the parameter's name, the expert's number, and the rows that the expert reads.
-Receive = Callable[[str, int, torch.Tensor], None]
+# Called with the parameter's name, the expert's number, the rows that the expert reads, and their tokens, ascending:
+# positions in the flattened batch.
+Receive = Callable[[str, int, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +68,21 @@ def token_count(experts: nn.Module, hidden_states: torch.Tensor) -> int:
     return hidden_states.shape[:-1].numel() // copies
 
 
+def chosen(
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor | None = None,
+    top_k_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """True for each expert that a token is routed to, bool (tokens, experts); arguments as of `run_experts`."""
+    count = len(experts.down_proj)
+    if top_k_index is None:
+        return hidden_states.view(count, -1, hidden_states.shape[-1]).any(-1).T
+    # Higher numbers are those of experts without weights.
+    found = torch.zeros(len(top_k_index), count + 1, dtype=torch.bool, device=top_k_index.device)
+    return found.scatter_(1, top_k_index.clamp(max=count), True)
+
+
 def run_experts(
     experts: nn.Module,
     receive: Receive,
@@ -87,8 +103,9 @@ def run_experts(
         inputs = hidden_states.view(count, -1, hidden_states.shape[-1])
         routed = inputs.any(-1) if real is None else inputs.any(-1) & real
         # On the meta device, which has no data, as if all tokens were routed to the first expert.
-        rows = inputs[:1] if inputs.is_meta else inputs[routed].split(routed.sum(1).tolist())
-        results = torch.cat([*_outputs(experts, receive, rows)])
+        sizes = [inputs.shape[1], *[0] * (count - 1)] if inputs.is_meta else routed.sum(1).tolist()
+        rows, tokens = (inputs[0], inputs[0, :, 0]) if inputs.is_meta else (inputs[routed], routed.nonzero()[:, 1])
+        results = torch.cat([*_outputs(experts, receive, rows.split(sizes), tokens.split(sizes))])
         outputs = torch.zeros_like(inputs)
         if not inputs.is_meta:
             outputs[routed] = results
@@ -97,9 +114,10 @@ def run_experts(
     # One more number is that of no expert.
     numbers = top_k_index if real is None else top_k_index.masked_fill(~real[:, None], count)
     order = numbers.reshape(-1).argsort(stable=True)
-    sizes = _sizes(numbers, count)
-    rows = hidden_states[order // top_k].split(sizes)
-    outputs = torch.cat([*_outputs(experts, receive, rows[:count]), torch.zeros_like(rows[count])])
+    sizes, tokens = _sizes(numbers, count), order // top_k
+    rows = hidden_states[tokens].split(sizes)
+    outputs = [*_outputs(experts, receive, rows[:count], tokens.split(sizes)), torch.zeros_like(rows[count])]
+    outputs = torch.cat(outputs)
     weighted = outputs * top_k_weights.reshape(-1)[order, None]
     # Every token's experts are added up in the same order, as in the registry's implementations.
     weighted = torch.zeros_like(weighted).index_copy(0, order, weighted)
@@ -113,14 +131,16 @@ def _sizes(numbers: torch.Tensor, count: int) -> list[int]:
     return numbers.reshape(-1).bincount(minlength=count + 1).tolist()
 
 
-def _outputs(experts: nn.Module, receive: Receive, rows: tuple[torch.Tensor, ...]) -> Iterator[torch.Tensor]:
+def _outputs(
+    experts: nn.Module, receive: Receive, rows: tuple[torch.Tensor, ...], tokens: tuple[torch.Tensor, ...]
+) -> Iterator[torch.Tensor]:
     """Yield each expert's outputs for its rows."""
     up = _up_name(experts)
     for number, x in enumerate(rows):
         if len(x):
-            receive(up, number, x)
+            receive(up, number, x, tokens[number])
             x = _activation(experts, _projected(experts, up, number, x))
-            receive("down_proj", number, x)
+            receive("down_proj", number, x, tokens[number])
             x = _projected(experts, "down_proj", number, x)
             if getattr(experts, "has_post_expert_norm", False):
                 x = experts.post_expert_norm(x)

@@ -111,6 +111,7 @@ class LinearInputs:
         alone: layers whose inputs are never shared.
         called: the layers that the last forward pass called, in order.
         unaligned: the layers with other rows.
+        tokens: while an expert's input is received, its rows' positions in the flattened batch; else None.
     """
 
     layers: dict[str, Layer]
@@ -121,6 +122,7 @@ class LinearInputs:
     alone: set[str] = field(default_factory=set)
     called: list[str] = field(default_factory=list)
     unaligned: set[str] = field(default_factory=set)
+    tokens: torch.Tensor | None = None
 
     @property
     def aligned(self) -> bool:
@@ -198,10 +200,12 @@ class LinearInputs:
     def _forward_of(self, experts: nn.Module, names: dict[tuple[str, int], str]) -> Callable:
         """A forward function of a layer's experts that hands over the inputs of projections with these names."""
 
-        def receive(parameter: str, number: int, rows: torch.Tensor) -> None:
+        def receive(parameter: str, number: int, rows: torch.Tensor, tokens: torch.Tensor) -> None:
             if name := names.get((parameter, number)):
                 self.shared_name[name] = name
+                self.tokens = tokens
                 self.receive(name, rows)
+                self.tokens = None
 
         def forward(hidden_states: torch.Tensor, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
             tokens, real = token_count(experts, hidden_states), None

@@ -323,12 +323,14 @@ class Course:
     Attributes:
         batches, numbers: the batches, and the number of each among all of this rank.
         states: hidden states of each batch before the next step.
+        routes: for batches whose last step has experts, those that each token is routed to, bool (tokens, experts).
     """
 
     model: LayerwiseModel
     batches: list[Batch]
     numbers: list[int]
     states: States
+    routes: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def forward(self, step: int, weights: dict[str, torch.Tensor], index: int) -> torch.Tensor:
         """The states of a batch after a step."""

@@ -7,31 +7,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PretrainedConfig
-
 from common.io import atomic_folder, read_json, refuse_existing
-from common.logging import quiet_libraries, say
-from common.models import load_tokenizer
+from common.logging import say
 from common.ranks import Process
 from common.runs import open_run
 from regmean.adapter_folder import open_models
-from regmean.architectures import auto_class, config_of
 from regmean.average import CHUNK_ELEMENTS
-from regmean.calibration import Calibration, check_length, check_tokens, load_calibration, make_batches
+from regmean.calibration import Calibration
 from regmean.config import MergeFlags, TextSource
-from regmean.experts import ExpertLayer
+from regmean.experts import ExpertLayer, parameter_of
 from regmean.gram_file import Gram
-from regmean.hooks import input_width, is_conv1d, table_positions
-from regmean.layer_survey import Survey, survey
-from regmean.layerwise import BEFORE, LayerwiseModel, build_without_weights, open_layerwise, stored_dtype
-from regmean.layerwise_grams import course_of, measured
+from regmean.hooks import input_width, is_conv1d
+from regmean.layer_survey import Survey
+from regmean.layerwise import BEFORE, LayerwiseModel
+from regmean.layerwise_grams import measured
+from regmean.layerwise_models import LayerwiseModels
 from regmean.merge import print_tensors
-from regmean.merge_plan import MergePlan, check_vocabularies, plan_merge
+from regmean.merge_plan import MergePlan, plan_merge, without_experts
 from regmean.model_folder import Checkpoint, CheckpointWriter
-from regmean.report import Provenance, print_table, write_report
-from regmean.sequential import SAMPLED, SequentialMerge, StepGrams
+from regmean.report import Provenance, Routing, print_table, write_report
+from regmean.sequential import SAMPLED, SequentialMerge
 from regmean.step_files import StepFiles, StepReport
+from regmean.step_sums import StepGrams
 from regmean.tensor_file import TensorInfo
 
 
@@ -46,33 +43,18 @@ def merge_layer_by_layer(flags: MergeFlags, process: Process, command: str) -> N
     started = time.monotonic()
     sources, outputs = flags.texts(), _open_outputs(flags, process, command)
     checkpoints = open_models(flags.models, flags.revisions, flags.base)
-    # The merge reads the texts of all models.
-    check_vocabularies(checkpoints)
-    quiet_libraries()
-    configs = [config_of(checkpoint) for checkpoint in checkpoints]
-    classes = [auto_class(*pair) for pair in zip(checkpoints, configs, strict=True)]
-    surveys = [survey(*of, c.name) for *of, c in zip(classes, configs, checkpoints, strict=True)]
-    texts = [_texts(checkpoint, source) for checkpoint, source in zip(checkpoints, sources, strict=True)]
-    dtype = _run_dtype(checkpoints[0], configs[0], flags.dtype, process.device)
-
-    def build(index: int) -> LayerwiseModel:
-        model = build_without_weights(classes[index], configs[index], dtype, process.device)
-        check_tokens(texts[index], model.get_input_embeddings())
-        check_length(texts[index], table_positions(model))
-        return open_layerwise(checkpoints[index], model, process.device, surveys[0].tuple_length)
-
-    models = [build(index) for index in range(len(checkpoints))]
-    grams = [
-        _gram_entries(*of) for of in zip(checkpoints, models, surveys, texts, sources, flags.calibration, strict=True)
-    ]
+    opened = LayerwiseModels.of(flags, checkpoints, process)
+    models = [opened.build(index) for index in range(len(checkpoints))]
+    found = (checkpoints, models, opened.surveys, opened.texts, sources, flags.calibration)
+    grams = [_gram_entries(*of) for of in zip(*found, strict=True)]
     plan = plan_merge(checkpoints, flags.weights(), grams, *flags.plan_options)
     if process.is_main:
-        tokens = ", ".join(f"{of.tokens:,}" for of in texts)
+        tokens = ", ".join(f"{of.tokens:,}" for of in opened.texts)
         layers = f"{len(models[0].layers)} layers, one at a time"
         print(f"plan: {flags.method} of {len(models)} models, {layers}, {tokens} tokens of their texts")
         print_tensors(plan)
     for alpha, path in outputs.items():
-        _merge_one(flags, alpha, path, plan, models, build(0), surveys[0], texts, process, command)
+        _merge_one(flags, alpha, path, plan, models, opened, command)
     say(process, f"merged in {time.monotonic() - started:.1f} s")
 
 
@@ -89,38 +71,41 @@ def _open_outputs(flags: MergeFlags, process: Process, command: str) -> dict[flo
     return outputs
 
 
-def _texts(checkpoint: Checkpoint, source: TextSource) -> Calibration:
-    return load_calibration(source, load_tokenizer(str(checkpoint.tokenizer_folder)))
-
-
-def _run_dtype(first: Checkpoint, config: PretrainedConfig, dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype that layers run in: the merge's; float32 on a CPU for float16, which CPUs multiply slowly."""
-    chosen = stored_dtype(first, config, dtype)
-    return torch.float32 if chosen == torch.float16 and device.type == "cpu" else chosen
-
-
 def _gram_entries(
     checkpoint: Checkpoint,
     model: LayerwiseModel,
     found: Survey,
     texts: Calibration,
     source: TextSource,
-    name: str,
+    of_texts: str,
 ) -> StepGrams:
-    """Entries of all groups of linear layers whose inputs are summed, and of the embedding tables."""
+    """Entries of all groups of linear layers whose inputs are summed, of experts' pools, and of the embedding tables.
+    The tokens of experts are those of all texts, until they are counted.
+    """
     parts, grams = measured(checkpoint, model, found, texts), {}
-    for step in range(BEFORE, len(model.layers) + 1):
-        for group in found.groups_of(step):
-            # Layers that read other rows than the tokens are averaged, and experts.
-            group = [layer for layer in group if layer in parts.layers and not found.is_irregular(layer)]
-            if group and not isinstance(parts.layers[group[0]], ExpertLayer):
-                stored = tuple(tensor for tensor, owners in parts.tensors.items() if owners.issubset(group))
-                first = parts.layers[group[0]]
-                entry = (texts.tokens, input_width(first), is_conv1d(first), stored)
-                grams[group[0]] = Gram(group[0], tuple(group), *entry)
+    # Layers that read other rows than the tokens are averaged.
+    regular = [
+        [layer for layer in group if layer in parts.layers and not found.is_irregular(layer)]
+        for step in range(BEFORE, len(model.layers) + 1)
+        for group in found.groups_of(step)
+    ]
+    name_of = {layer: group[0] for group in regular for layer in group}
+    stored: dict[str, list[str]] = {}
+    for tensor, owners in parts.tensors.items():
+        names = {name_of.get(owner) for owner in owners}
+        if len(names) == 1:
+            stored.setdefault(names.pop(), []).append(tensor)
+    for group in filter(None, regular):
+        name, first = group[0], parts.layers[group[0]]
+        pool = parameter_of(name) if isinstance(first, ExpertLayer) else ""
+        form = (texts.tokens, input_width(first), is_conv1d(first))
+        grams[name] = Gram(name, tuple(group), *form, tuple(stored.get(name, ())), pool)
+        if pool:
+            members = grams[pool].modules if pool in grams else ()
+            grams[pool] = Gram(pool, (*members, name), *form, (), pool)
     origin = {"dataset": source.dataset, "split": source.split, "examples": len(texts.examples)}
     origin |= {"tokens": texts.tokens, "max_length": source.max_length}
-    return StepGrams(name, grams, {counts.name: counts for counts in parts.counts}, origin)
+    return StepGrams(of_texts, grams, {counts.name: counts for counts in parts.counts}, origin)
 
 
 def _merge_one(
@@ -129,29 +114,18 @@ def _merge_one(
     path: Path,
     plan: MergePlan,
     models: list[LayerwiseModel],
-    merged: LayerwiseModel,
-    found: Survey,
-    texts: list[Calibration],
-    process: Process,
+    opened: LayerwiseModels,
     command: str,
 ) -> None:
-    steps = path.with_name(f"{path.name}.steps")
-    identity = _identity(flags, alpha, plan, texts, process)
+    steps, process, merged = path.with_name(f"{path.name}.steps"), opened.process, opened.build(0)
+    identity = _identity(flags, alpha, plan, opened.texts, process)
     with open_run(steps, identity, False, process) as run:
         run.start()
-        files, size = StepFiles(merged, steps), flags.batch_tokens(process.device.type)
-        courses, own = [], []
-        for model, of in zip(models, texts, strict=True):
-            batches = make_batches([len(example) for example in of.examples], size, padding=True)
-            batches = batches[process.rank :: process.world_size]
-            step = 1 if flags.method == "regmean_asym" else SAMPLED
-            numbers = range(0, len(batches), step)
-            courses.append(course_of(merged, of, batches, range(len(batches)), flags.offload_dir))
-            own.append(course_of(model, of, batches, numbers, flags.offload_dir))
-        method = SequentialMerge(
-            flags.method, alpha, flags.ridge, flags.solver, plan, found, models, merged, courses, own, files, process
-        )
-        reports = method.run()
+        files, sampled = StepFiles(merged, steps), 1 if flags.method == "regmean_asym" else SAMPLED
+        courses = [opened.courses(index, merged, model, sampled) for index, model in enumerate(models)]
+        courses, own = map(list, zip(*courses, strict=True))
+        options = (flags.method, alpha, flags.ridge, flags.solver, plan, opened.surveys[0], models, merged)
+        reports = SequentialMerge(*options, courses, own, files, process).run()
         if process.is_main:
             with atomic_folder(path) as folder:
                 _assemble(flags, plan, files.tensors, folder)
@@ -204,9 +178,13 @@ def _report(
     command: str,
 ) -> None:
     layers = [report for step in reports for report in step.layers]
+    plan = without_experts(plan, {name for step in reports for name in step.unreached})
     solved = plan.solved_fraction()
     origin = (plan.models, plan.model_weights, plan.grams, solved)
     provenance = Provenance.of(flags.method, alpha, flags.solver, command, *origin)
     tables = [report for step in reports for report in step.tables]
-    write_report(folder, provenance, plan, layers, tables, [step.distances for step in reports[:-1]])
+    routing = Routing(flags.models, [step.routing for step in reports[1:-1]])
+    write_report(folder, provenance, plan, layers, tables, routing, [step.distances for step in reports[:-1]])
     print_table(alpha, flags.models, layers, tables, solved)
+    if routing.means:
+        print(f"routing: {routing}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.devices import launched_world_size
+from common.errors import InputError
 from common.locks import locked
 from common.logging import progress
 from regmean import shards
@@ -22,14 +23,16 @@ from regmean.config import MergeFlags
 from regmean.gram_file import Grams, open_grams
 from regmean.merge_plan import MergePlan, compact, plan_merge
 from regmean.model_folder import Checkpoint, CheckpointWriter, split_layout
-from regmean.report import LayerReport, Provenance, TableReport, print_table, write_report
+from regmean.report import LayerReport, Provenance, Routing, TableReport, print_table, write_report
 from regmean.tensor_file import STORAGE
 
 if TYPE_CHECKING:
     from common.ranks import Process
+    from regmean.layerwise_models import LayerwiseModels
 
 # A rank waits for the others' files; one that has died is found by other means.
 TIMEOUT = timedelta(days=30)
+UNMEASURED = "the merge's routing is not compared with the models': --calibration takes each model's texts"
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def merge(flags: MergeFlags, command: str) -> None:
     plan = plan_merge(models, model_weights, grams, *flags.plan_options)
     files = split_layout(plan.layout, flags.max_shard_size).filename_to_tensors
     process = _start_process(flags)
+    opened = _open_for_routing(flags, models, plan, process)
     if process.is_main:
         _print_plan(flags, plan, len(outputs))
 
@@ -79,20 +83,19 @@ def merge(flags: MergeFlags, command: str) -> None:
             settings = _settings(flags, alpha, models, grams)
             folders[alpha] = stack.enter_context(shards.unfinished_folder(path, settings, process.is_main))
         _write(flags, plan, files, folders, models[0], process)
-        # The other ranks leave: all files are whole.
         process.barrier()
+        routing = {alpha: opened.routing(folder) for alpha, folder in folders.items()} if opened else {}
+        # The other ranks leave: all files are whole.
         process.close()
         if not process.is_main:
             return
         reports = {alpha: _reports(plan, grams, folder, files) for alpha, folder in folders.items()}
+        origin = (models, model_weights, grams, plan.solved_fraction() if grams else None)
         for alpha, folder in folders.items():
-            solved = plan.solved_fraction() if grams else None
-            origin = (models, model_weights, grams, solved)
             provenance = Provenance.of(flags.method, alpha, flags.solver, command, *origin)
-            write_report(folder, provenance, plan, *reports[alpha])
+            write_report(folder, provenance, plan, *reports[alpha], routing.get(alpha))
     for alpha, path in zip(alphas, outputs, strict=True):
-        if alpha is not None:
-            print_table(alpha, flags.models, *reports[alpha], plan.solved_fraction())
+        _print_report(flags, alpha, reports[alpha], plan, routing.get(alpha))
         print(f"{path}: written")
     print(f"merged in {time.monotonic() - started:.1f} s")
 
@@ -111,13 +114,33 @@ def array_bytes(models: int, systems: list[tuple[int, int]], alphas: int, device
     return max(averaging, solving_bytes(models, systems, alphas, device))
 
 
+def _open_for_routing(
+    flags: MergeFlags, models: list[Checkpoint], plan: MergePlan, process: "Process | OneProcess"
+) -> "LayerwiseModels | None":
+    """The models with their texts, to measure a mixture's routing; None without texts, with a note for mixtures.
+
+    Raises:
+        InputError: as of `LayerwiseModels.of`, or the models are no mixtures.
+    """
+    if not flags.calibration:
+        if plan.has_routers:
+            plan.notes.append(UNMEASURED)
+        return None
+    from regmean.layerwise_models import LayerwiseModels
+
+    opened = LayerwiseModels.of(flags, models, process)
+    if not opened.has_experts:
+        raise InputError(f"--calibration: {models[0].name} has no experts, whose routing {flags.method} measures")
+    return opened
+
+
 def _start_process(flags: MergeFlags) -> "Process | OneProcess":
     """Join the launcher's ranks. Imported late: an average needs neither torch nor the seconds that it takes."""
-    if not flags.grams and launched_world_size() == 1:
+    if not flags.grams and not flags.calibration and launched_world_size() == 1:
         return OneProcess()
     from common.ranks import start_process
 
-    return start_process(flags.device if flags.grams else "cpu", TIMEOUT)
+    return start_process(flags.device if flags.grams or flags.calibration else "cpu", TIMEOUT)
 
 
 def _settings(flags: MergeFlags, alpha: float | None, models: list[Checkpoint], grams: list[Grams]) -> dict[str, Any]:
@@ -218,6 +241,19 @@ def _reports(
         for number, group in enumerate(plan.groups)
     ]
     return of_layers, [TableReport.of_json(tables[table.tensor]) for table in plan.tables]
+
+
+def _print_report(
+    flags: MergeFlags,
+    alpha: float | None,
+    of_tensors: tuple[list[LayerReport], list[TableReport]],
+    plan: MergePlan,
+    routing: Routing | None,
+) -> None:
+    if alpha is not None:
+        print_table(alpha, flags.models, *of_tensors, plan.solved_fraction())
+    if routing is not None:
+        print(f"routing: {routing}")
 
 
 def _print_plan(flags: MergeFlags, plan: MergePlan, outputs: int) -> None:

@@ -112,6 +112,11 @@ class MergePlan:
         tensor, number = split_name(name)
         return tensor, number * self.size(name)
 
+    @property
+    def has_routers(self) -> bool:
+        """True for mixtures of experts."""
+        return any(ROUTER.search(name) for name in self.layout)
+
     def pool_bytes(self) -> int:
         """Bytes of the widest sum over experts of all models."""
         return 4 * len(self.models) * max((group.width**2 for group in self.groups if group.pools), default=0)
@@ -183,6 +188,20 @@ def plan_merge(
     averaged = _averaged(merged, parts, groups, tables)
     layout = {name: (_written_as(info.file_dtype, dtype), info.shape) for name, info in infos.items()}
     return MergePlan(models, model_weights, grams, layout, groups, tables, averaged, copied, untied, notes)
+
+
+def without_experts(plan: MergePlan, unreached: set[str]) -> MergePlan:
+    """The plan with the weights of experts that no token reached averaged, and a note of them."""
+    if not unreached:
+        return plan
+    groups = [group for group in plan.groups if unreached.isdisjoint(group.tensors)]
+    averaged = [name for group in plan.groups for name in group.tensors if name in unreached]
+    notes = [*plan.notes, _unreached_note(averaged)]
+    return replace(plan, groups=groups, averaged=[*plan.averaged, *averaged], notes=notes)
+
+
+def _unreached_note(names: list[str]) -> str:
+    return f"experts that no model's texts reach, averaged: {len(names)} weights: {', '.join(compact(names))}"
 
 
 def compact(names: Iterable[str]) -> list[str]:
@@ -423,8 +442,7 @@ def _group_layers(
         form = (theirs[0].width, conv1d, pools)
         groups.setdefault(key, LayerGroup(key, [], *form)).tensors.append(name)
     if unreached:
-        listed = ", ".join(compact(unreached))
-        notes.append(f"experts that no model's texts reach, averaged: {len(unreached)} weights: {listed}")
+        notes.append(_unreached_note(unreached))
     # The groups of a pool follow each other, so that the pool is read once.
     order: dict[tuple[str, ...], int] = {}
     for group in groups.values():

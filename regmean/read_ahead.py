@@ -14,10 +14,8 @@ import torch
 from regmean.average import CHUNK_ELEMENTS, read_mean
 from regmean.gram_file import Empty
 from regmean.merge_plan import LayerGroup, MergePlan
+from regmean.solve import POOLED
 
-# Tokens of the sum over all experts that are added to each expert's, for each input of the projection: few enough to
-# change nothing in an expert with many tokens, and enough to decide where one has none.
-POOLED = 1 / 8
 READERS = min(8, os.cpu_count() or 1)  # threads that read and average the chunks of a block
 
 

@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any, Self
 
 from huggingface_hub import ModelCardData
@@ -97,6 +98,26 @@ class TableReport(_Report):
 
 
 @dataclass(frozen=True)
+class Routing:
+    """How often a mixture of experts routes as each of `models` does, on that model's texts: for each layer and model,
+    the mean over tokens of the fraction of the model's experts that the merge chooses, too; None without experts.
+    """
+
+    models: list[str]
+    layers: list[list[float | None]]
+
+    @property
+    def means(self) -> list[float]:
+        """The mean over layers with experts, for each model; none without such layers."""
+        measured = [layer for layer in self.layers if None not in layer]
+        return [mean(values) for values in zip(*measured, strict=True)]
+
+    def __str__(self) -> str:
+        means = ", ".join(f"{name} {mean:.1%}" for name, mean in zip(self.models, self.means, strict=True))
+        return f"of the experts that each model chooses for the tokens of its texts, the merge chooses: {means}"
+
+
+@dataclass(frozen=True)
 class Provenance:
     """The origin of a merged model."""
 
@@ -135,6 +156,7 @@ def write_report(
     plan: MergePlan,
     layers: list[LayerReport],
     tables: list[TableReport],
+    routing: Routing | None = None,
     distances: list[list[float]] | None = None,
 ) -> None:
     """Write `merge_report.json`, the model card `README.md` and a plot of `distances` into a model's folder.
@@ -146,13 +168,15 @@ def write_report(
     of_tensors = {"averaged": plan.averaged, "copied_from_first": copied, "notes": plan.notes}
     report = asdict(provenance) | {"layers": [asdict(layer) for layer in layers]} | of_tensors
     report["tables"] = [asdict(table) for table in tables]
+    if routing is not None and routing.means:
+        report["routing"] = {"mean": routing.means, "layers": routing.layers}
     if distances is not None:
         report["distances"] = distances
         names = [model["model"] for model in provenance.models]
         with atomic_path(folder / DISTANCES) as partial:
             _plot(names, distances).savefig(partial, format="png", dpi=150)
     write_json(folder / "merge_report.json", report)
-    write_text(folder / "README.md", model_card(provenance, tables, distances is not None))
+    write_text(folder / "README.md", model_card(provenance, tables, routing, distances is not None))
 
 
 def _plot(names: list[str], distances: list[list[float]]) -> "Figure":
@@ -172,7 +196,12 @@ def _plot(names: list[str], distances: list[list[float]]) -> "Figure":
     return figure
 
 
-def model_card(provenance: Provenance, tables: list[TableReport] | None = None, has_plot: bool = False) -> str:
+def model_card(
+    provenance: Provenance,
+    tables: list[TableReport] | None = None,
+    routing: Routing | None = None,
+    has_plot: bool = False,
+) -> str:
     """The model card of a merged model; `tables` are the embedding tables merged by token counts."""
     title, names = TITLES[provenance.method], [model["model"] for model in provenance.models]
     bases = dict.fromkeys(model["base"] for model in provenance.models if "base" in model)
@@ -191,6 +220,8 @@ def model_card(provenance: Provenance, tables: list[TableReport] | None = None, 
         if tables:
             lines += ["Embedding tables:", "\n".join(f"- {_code(str(table))}" for table in tables)]
         lines += [f"Layer by layer, `merge_report.json` gives the solver ({provenance.solver}) and the objective."]
+    if routing is not None and routing.means:
+        lines += [f"Routing: {_code(str(routing))}."]
     if has_plot:
         lines += [
             "Relative distance of the merged model's hidden states H from each model's own X, on its calibration "

@@ -9,54 +9,30 @@ texts go through the written layer. A run that was stopped continues after the l
 (2025), arXiv 2508.03121. `regmean_asym`: see asymmetric.py.
 """
 
-import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
 
 from common.errors import InputError
 from common.logging import progress
 from common.ranks import Process
-from regmean.asymmetric import AsymmetricSystem, Errors, Moments, has_few_outputs
+from regmean.asymmetric import AsymmetricSystem
 from regmean.average import write_averages
-from regmean.gram import GramSums, symmetrise_, zeros
-from regmean.gram_file import Counts, Gram, Grams
-from regmean.hooks import LinearInputs
 from regmean.layer_survey import Survey
 from regmean.layerwise import BEFORE, Course, LayerwiseModel
 from regmean.merge_plan import LayerGroup, MergePlan
-from regmean.read_ahead import Reader
 from regmean.regmean import RegMean, write_pieces
-from regmean.report import LayerReport, TableReport
+from regmean.report import LayerReport
+from regmean.routing import advance, agreement
 from regmean.solve import BLOCK_ELEMENTS, SolveError
 from regmean.step_files import StepFiles, StepReport
+from regmean.step_sums import PairSums, blocks_of, pool_of, sum_inputs, turns
 from regmean.tables import Tables
 from regmean.tensor_file import TensorWriter
 
 # For `regmean++`, one batch of this number carries the models' own states, to measure how far the merge is from them.
 SAMPLED = 16
-
-
-class StepGrams(Grams):
-    """Gram entries of all linear layers that one model's calibration texts reach; the sums of one step at a time.
-
-    Attributes:
-        sums: float32 (inputs, inputs) by name, symmetric.
-    """
-
-    def __init__(self, name: str, grams: dict[str, Gram], counts: dict[str, Counts], provenance: dict[str, Any]):
-        self.path, self.grams, self.counts, self.provenance = Path(name), grams, counts, provenance
-        self.sums: dict[str, torch.Tensor] = {}
-
-    def read(self, name: str, empty: Any = None) -> torch.Tensor:
-        """A copy of the sum of a Gram."""
-        return self.sums[name].clone()
 
 
 @dataclass(eq=False)
@@ -91,17 +67,18 @@ class SequentialMerge:
         names = self.files.names(self.plan, self.survey)
         for step in progress(self.process, range(BEFORE, count - 1), desc=f"alpha {self.alpha:g}", unit="step"):
             known = self.process.gather(self.files.read_report(step))[0]
-            layers, tables = (known.layers, known.tables) if known else self._merge_step(step, names[step])
+            report = known or self._merge_step(step, names[step])
             self.files.use(step)
-            reports.append(StepReport(layers, tables, self._advance(step)))
+            report.distances, report.routing = self._advance(step)
             if known is None and self.process.is_main:
-                self.files.write_report(step, reports[-1])
+                self.files.write_report(step, report)
+            reports.append(report)
             self.process.barrier()
         return reports
 
-    def _merge_step(self, step: int, names: list[str]) -> tuple[list[LayerReport], list[TableReport]]:
+    def _merge_step(self, step: int, names: list[str]) -> StepReport:
         if not names:
-            return [], []
+            return StepReport([], [])
         part = self._part(names)
         if any(table.grams for table in part.tables):
             self._sum_head_inputs()
@@ -116,7 +93,8 @@ class SequentialMerge:
         if writer is not None:
             self.files.close(step, writer)
         self.process.barrier()
-        return layers, tables
+        solved = {name for layer in layers for name in layer.tensors}
+        return StepReport(layers, tables, [n for group in part.groups for n in group.tensors if n not in solved])
 
     def _drop_sums(self) -> None:
         for grams in self.plan.grams:
@@ -131,7 +109,7 @@ class SequentialMerge:
                 for number in range(len(course.batches)):
                     alone.advance(step, weights, number)
             names = {table.grams[index] for table in self.plan.tables if table.grams}
-            self._sum_inputs(len(model.layers), model, course, self.plan.grams[index], names)
+            sum_inputs(len(model.layers), model, course, self.plan.grams[index], names, self.process)
 
     def _part(self, names: list[str]) -> MergePlan:
         """The plan of these tensors alone."""
@@ -139,101 +117,80 @@ class SequentialMerge:
         return replace(
             self.plan,
             layout={name: self.plan.layout[name] for name in names},
-            groups=[group for group in self.plan.groups if chosen.issuperset(group.tensors)],
+            groups=[group for group in self.plan.groups if chosen.issuperset(map(self._stored, group.tensors))],
             tables=[table for table in self.plan.tables if table.tensor in chosen],
-            averaged=[name for name in self.plan.averaged if name in chosen],
+            averaged=[name for name in self.plan.averaged if self._stored(name) in chosen],
             copied={name: index for name, index in self.plan.copied.items() if name in chosen},
         )
 
+    def _stored(self, name: str) -> str:
+        """The tensor of a slice, or a tensor itself."""
+        return self.plan.place(name)[0]
+
     def _solve_symmetric(self, step: int, part: MergePlan, writer: TensorWriter | None) -> list[LayerReport]:
         """RegMean with the inputs of each model's own layer on the merged states."""
-        if not part.groups:
-            return []
-        for index, (model, course) in enumerate(zip(self.models, self.courses, strict=True)):
-            wanted = {group.grams[index] for group in part.groups}
-            self._sum_inputs(step, model, course, self.plan.grams[index], wanted)
         reports = []
-        if writer is not None:
-            method = RegMean(part, {self.alpha: writer}, self.solver, self.process.device, _ignore)
-            method.write()
-            for number, group in enumerate(part.groups):
-                solved = method.layers[self.alpha][str(number)]
-                reports.append(LayerReport.of_blocks(group.tensors, self._tokens(group), **solved))
+        for turn in turns(part.groups, lambda group: 4 * len(self.models) * group.width**2, self.process):
+            for index, (model, course) in enumerate(zip(self.models, self.courses, strict=True)):
+                wanted = {group.grams[index] for group in turn}
+                sum_inputs(step, model, course, self.plan.grams[index], wanted, self.process)
+            if writer is not None:
+                self._average_unreached(turn, part, writer)
+                reached = [group for group in turn if self._is_reached(group)]
+                options = ({self.alpha: writer}, self.solver, self.process.device, _ignore)
+                method = RegMean(replace(part, groups=reached), *options)
+                method.write()
+                for number, group in enumerate(reached):
+                    solved = method.layers[self.alpha][str(number)]
+                    reports.append(
+                        LayerReport.of_blocks(group.tensors, self._tokens(group.grams), **solved, pool=pool_of(group))
+                    )
+            for index, group in itertools.product(range(len(self.models)), turn):
+                self.plan.grams[index].sums.pop(group.grams[index], None)
         self._drop_sums()
         return reports
 
-    def _tokens(self, group: LayerGroup) -> list[int]:
-        return [grams.grams[name].tokens for grams, name in zip(self.plan.grams, group.grams, strict=True)]
+    def _is_reached(self, group: LayerGroup) -> bool:
+        """False for experts that no model's tokens reach, and for all if no token of a model reaches any."""
+        return not group.pools or (any(self._tokens(group.grams)) and all(self._tokens(group.pools)))
 
-    def _sum_inputs(self, step: int, model: LayerwiseModel, course: Course, grams: StepGrams, wanted: set[str]) -> None:
-        layers = {name: model.model.get_submodule(name) for name in sorted(wanted)}
-        weights, sums = model.weights(step), GramSums()
-        # The model's own layer, on the merge's states.
-        own = Course(model, course.batches, course.numbers, course.states)
-        with LinearInputs(layers, None, sums.add, same_calls=True, alone=set(layers)) as inputs:
-            for index, batch in enumerate(course.batches):
-                real = None if batch.real is None else batch.real.to(model.device)
-                sums.begin({})
-                forward = partial(own.forward, step, weights, index)
-                inputs.run(lambda run=forward, **_: run(), batch.ids, batch.mask, real)
-        for name in sorted(wanted):
-            total = sums.totals.get(name)
-            if total is None:
-                total = zeros(grams.grams[name].width, model.device)
-            self.process.sum_(total)
-            grams.sums[name] = symmetrise_(total)
+    def _average_unreached(self, turn: list[LayerGroup], part: MergePlan, writer: TensorWriter) -> None:
+        names = [name for group in turn if not self._is_reached(group) for name in group.tensors]
+        write_averages(replace(part, averaged=names, copied={}), [writer], _ignore)
+
+    def _tokens(self, names: tuple[str, ...]) -> list[int]:
+        return [grams.grams[name].tokens for grams, name in zip(self.plan.grams, names, strict=True)]
 
     def _solve_asymmetric(self, step: int, part: MergePlan, writer: TensorWriter | None) -> list[LayerReport]:
-        """One group after the other, each with the inputs that the merged groups before it lead to."""
-        order = [names[0] for names in self.survey.groups_of(step)]
-        groups = sorted(part.groups, key=lambda group: order.index(self._module(group, 0)))
-        reports = []
-        for group in groups:
+        """One group after the other, each with the inputs that the merged groups before it lead to; all experts' groups
+        of a parameter at once, if their sums fit into memory.
+        """
+        order = {names[0]: number for number, names in enumerate(self.survey.groups_of(step))}
+        groups = sorted(part.groups, key=lambda group: order[group.grams[0]])
+        stages = [list(stage) for _, stage in itertools.groupby(groups, lambda group: group.pools or group.grams)]
+        work = [turn for stage in stages for turn in turns(stage, self._pair_bytes, self.process)]
+        pairs, reports = PairSums(step, self.plan, self.merged, self.courses, self.own, self.process), []
+        for turn in work:
             self.process.barrier()
             self.files.use_unfinished(step)
-            system = AsymmetricSystem(self.alpha, self.ridge, lambda group=group: self._blocks(group))
-            for index, weight in enumerate(self.plan.model_weights):
-                sums = self._sums(step, index, group, is_last=group is groups[-1])
-                if writer is not None:
-                    system.add(index, weight, sums, self._tokens(group)[index])
+            blocks = [partial(blocks_of, self.plan, group, self.process.device) for group in turn]
+            systems = [AsymmetricSystem(self.alpha, self.ridge, each) for each in blocks]
+            for index in range(len(self.models)):
+                sums = pairs.sums(index, turn, is_last=turn is work[-1])
+                for system, group in zip(systems, turn, strict=True) if writer is not None else ():
+                    pairs.add(system, index, group, sums.pop(group.grams[index]))
                 del sums
             if writer is not None:
-                reports.append(self._write_solution(system, group, writer))
+                self._average_unreached(turn, part, writer)
+                solved = [pair for pair in zip(systems, turn, strict=True) if self._is_reached(pair[1])]
+                reports += [self._write_solution(*pair, writer) for pair in solved]
+        if work:
+            self._own_steps |= dict.fromkeys(range(len(self.models)), step)
         return reports
 
-    def _module(self, group: LayerGroup, index: int) -> str:
-        """First linear layer of a group that is called in model `index`."""
-        return group.grams[index]
-
-    def _sums(self, step: int, index: int, group: LayerGroup, is_last: bool) -> Moments | Errors:
-        """Sums over the texts of a model; those in the model itself go through the whole step with its last group."""
-        course, own = self.courses[index], self.own[index]
-        sums = self._no_sums(index, group)
-        merged_weights, weights = self.merged.weights(step), own.model.weights(step)
-        layers = [model.model.get_submodule(self._module(group, index)) for model in (self.merged, own.model)]
-        run_own = own.advance if is_last else own.forward
-        for number, batch in enumerate(course.batches):
-            h = batch.rows(_input_of(layers[0], partial(course.forward, step, merged_weights, number)))
-            x = batch.rows(_input_of(layers[1], partial(run_own, step, weights, number), ends=not is_last))
-            sums.add(h, x)
-        for total in sums.sums():
-            self.process.sum_(total)
-        if is_last:
-            self._own_steps[index] = step
-        return sums
-
-    def _no_sums(self, index: int, group: LayerGroup) -> Moments | Errors:
-        outputs = sum(math.prod(self.plan.layout[name][1]) for name in group.tensors) // group.width
-        if has_few_outputs(outputs, group.width, self.process.device):
-            return Errors([(rows[index], mean) for rows, mean in self._blocks(group)])
-        return Moments(group.width, self.process.device)
-
-    def _blocks(self, group: LayerGroup) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
-        """Blocks of a group's outputs: the models' rows and their mean."""
-        method = RegMean(self.plan, {}, self.solver, self.process.device, _ignore)
-        for block in method.blocks(group, BLOCK_ELEMENTS):
-            *rows, mean = (values.to(self.process.device) for values in Reader(self.plan).rows(group, block))
-            yield rows, mean
+    def _pair_bytes(self, group: LayerGroup) -> int:
+        """Bytes of a group's sums over the texts of one model, its system and its right-hand side."""
+        return 4 * (4 * group.width**2 + sum(map(self.plan.size, group.tensors)))
 
     def _write_solution(self, system: AsymmetricSystem, group: LayerGroup, writer: TensorWriter) -> LayerReport:
         method = RegMean(self.plan, {}, self.solver, self.process.device, _ignore)
@@ -243,22 +200,26 @@ class SequentialMerge:
             raise InputError(f"alpha {self.alpha:g}, layers {', '.join(group.tensors)}: {error}") from error
         for block, rows in zip(method.blocks(group, BLOCK_ELEMENTS), merged, strict=True):
             write_pieces(writer, method.encoded(block, group, rows, writer))
-        return LayerReport(group.tensors, self._tokens(group), solver.label, solver.condition, objective)
+        tokens = self._tokens(group.grams)
+        return LayerReport(group.tensors, tokens, solver.label, solver.condition, objective, pool_of(group))
 
-    def _advance(self, step: int) -> list[float]:
-        """Move all texts through the step; return the relative distances of the merge's states from the models'."""
+    def _advance(self, step: int) -> tuple[list[float], list[float | None]]:
+        """Move all texts through the step; return the relative distances of the merge's states from the models', and
+        how often the merge routes as each model does.
+        """
         weights = self.merged.weights(step)
         for course in self.courses:
             for index in range(len(course.batches)):
-                course.advance(step, weights, index)
+                advance(course, step, weights, index)
         del weights
         for number, own in enumerate(self.own):
             if self._own_steps.get(number) == step:
                 continue
             weights = own.model.weights(step)
             for index in range(len(own.batches)):
-                own.advance(step, weights, index)
-        return [self._distance(*pair) for pair in zip(self.courses, self.own, strict=True)]
+                advance(own, step, weights, index)
+        pairs = list(zip(self.courses, self.own, strict=True))
+        return [self._distance(*pair) for pair in pairs], [agreement(*pair, self.process) for pair in pairs]
 
     def _distance(self, course: Course, own: Course) -> float:
         apart = size = 0.0
@@ -271,25 +232,3 @@ class SequentialMerge:
 
 def _ignore(elements: int) -> None:
     """Progress of elements, which a pass of steps does not show."""
-
-
-def _input_of(layer: nn.Module, run: Callable[[], Any], ends: bool = True) -> torch.Tensor:
-    """The input of a layer in a forward pass, which ends there if `ends`."""
-    seen: list[torch.Tensor] = []
-
-    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        seen.append(args[0] if args else next(iter(kwargs.values())))
-        if ends:
-            raise _Reached
-
-    handle = layer.register_forward_pre_hook(record, with_kwargs=True)
-    with contextlib.suppress(_Reached):
-        try:
-            run()
-        finally:
-            handle.remove()
-    return seen[0]
-
-
-class _Reached(Exception):
-    """Raised to end a forward pass."""

@@ -51,6 +51,9 @@ PROBE_MARGIN = 1 / 3
 # Distance from the mean at which a solution without refinement is refused, in differences of the models. On nearly
 # singular Grams it is hundreds although the residual is small, and 20 with the default solver.
 FARTHEST = 100
+# Tokens of the sum over all experts that are added to each expert's, for each input of the projection: few enough to
+# change nothing in an expert with many tokens, and enough to decide where one has none.
+POOLED = 1 / 8
 PANEL = 1024  # rows and columns of a tile of an inner product matrix that is never held whole
 SINGULAR = "the scaled Gram is singular; use --solver cholesky, or a smaller --alpha"
 

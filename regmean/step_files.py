@@ -1,6 +1,6 @@
 """Files of a layer-sequential merge while it runs: one weight file and one report for each step that is merged."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from common.io import read_json, sync, write_json
@@ -13,13 +13,15 @@ from regmean.tensor_file import JoinedTensor, TensorFile, TensorInfo, TensorWrit
 
 @dataclass
 class StepReport:
-    """Results of one step: reports of its groups and embedding tables, and for each model |H - X| / |X| of its hidden
-    states after it.
+    """Results of one step: reports of its groups and embedding tables; weights of experts that no model's texts reach;
+    for each model |H - X| / |X| of its hidden states after it, and how often the merge routes as the model does.
     """
 
     layers: list[LayerReport]
     tables: list[TableReport]
-    distances: list[float]
+    unreached: list[str] = field(default_factory=list)
+    distances: list[float] = field(default_factory=list)
+    routing: list[float | None] = field(default_factory=list)
 
 
 class StepFiles:
@@ -84,7 +86,8 @@ class StepFiles:
             return None
         content = read_json(self._report(step))
         layers = [LayerReport.of_json(entry) for entry in content["layers"]]
-        return StepReport(layers, [TableReport.of_json(entry) for entry in content["tables"]], content["distances"])
+        tables = [TableReport.of_json(entry) for entry in content["tables"]]
+        return StepReport(**content | {"layers": layers, "tables": tables})
 
     def _file(self, step: int) -> Path:
         return self._folder / f"step{step + 1}.safetensors"

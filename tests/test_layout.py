@@ -21,7 +21,7 @@ ALLOWED = {
 }
 LONGEST_FUNCTION, LONGEST_CLASS = 45, 220
 # Current lines of the packages, rounded. An increase needs a reason.
-LINES = {("mindmerger",): 7030, ("regmean",): 7911, ("common",): 1310, PACKAGES: 18965}
+LINES = {("mindmerger",): 7050, ("regmean",): 8430, ("common",): 1310, PACKAGES: 19548}
 
 
 def path_of(module: str) -> Path | None:

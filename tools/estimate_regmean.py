@@ -5,8 +5,9 @@ the tensors, as in a run.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import chain, groupby, zip_longest
 
 import torch
 from transformers import PreTrainedModel
@@ -18,7 +19,7 @@ from regmean.adapter_folder import config_name
 from regmean.average import AVERAGERS
 from regmean.compute import BATCH_MARGIN, LIBRARIES, memory_for_sums, plan_passes
 from regmean.config import SEQUENTIAL, GramFlags, MergeFlags
-from regmean.experts import ExpertLayer
+from regmean.experts import ExpertLayer, parameter_of
 from regmean.gram import PANEL
 from regmean.gram_file import packed_size
 from regmean.hooks import Layer, LinearInputs, input_width, linear_layers, untied_head
@@ -27,6 +28,7 @@ from regmean.merge import array_bytes
 from regmean.read_ahead import READERS
 from regmean.sequential import SAMPLED
 from regmean.solve import BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS, GPU_SQUARES
+from regmean.step_sums import SUMS_PART
 from tools.estimate import (
     Cost,
     Device,
@@ -61,12 +63,14 @@ class LayerInput:
         width: number of its features.
         outputs: total number of outputs of these layers.
         share: fraction of the tokens that reach it, which is below 1 for experts, on average.
+        pool: name of the parameter of all experts, for those of one.
     """
 
     layers: list[str]
     width: int
     outputs: int
     share: float = 1.0
+    pool: str = ""
 
     @property
     def sum_bytes(self) -> int:
@@ -184,14 +188,24 @@ class Steps:
         flops = batch.flops / (rows * length)
         return cls([*layers, rest], max(largest, outside), flops, batch.peak_bytes, width * model.dtype.itemsize)
 
-    def repeated(self) -> tuple[float, float]:
-        """Work of forward passes that end at each group, and of those that end at each last one, in whole ones."""
+    def stages(self) -> list[list[list[LayerInput]]]:
+        """The groups of each layer, those of all experts of a parameter together."""
+        return [
+            [list(stage) for _, stage in groupby(groups, lambda group: group.pool or group.layers[0])]
+            for groups in self.layers
+        ]
+
+    def repeated(self, turns: Callable[[list[LayerInput]], int]) -> tuple[float, float]:
+        """Work of forward passes that end at each stage, and of those that end at each last one, in whole ones; each
+        stage takes as many as `turns` returns for it.
+        """
         each = last = whole = 0.0
-        for groups in self.layers[:-1]:
+        for stages in self.stages()[:-1]:
             done = 0
-            for group in groups:
-                each, last = each + done, last + (done if group is groups[-1] else 0)
-                done += group.token_macs
+            for stage in stages:
+                last += done if stage is stages[-1] else 0
+                each += done * turns(stage)
+                done += sum(group.token_macs for group in stage)
             whole += done
         return each / whole, last / whole
 
@@ -266,6 +280,7 @@ def layer_inputs(model: PreTrainedModel) -> list[LayerInput]:
             input_width(layers[names[0]]),
             sum(layers[name].weight.numel() // input_width(layers[name]) for name in names),
             _share(model, layers[names[0]]),
+            parameter_of(names[0]) if isinstance(layers[names[0]], ExpertLayer) else "",
         )
         for names in inputs.groups()
     ]
@@ -315,33 +330,36 @@ def estimate_sequential(flags: MergeFlags, device: Device) -> Estimate:
     tokens = sum(source.num_examples * source.max_length for source in sources)
     longest = max(source.max_length for source in sources)
     steps = Steps.of(model, flags.batch_tokens(device.type), longest, device)
-    # These methods average experts.
-    steps = replace(steps, layers=[[group for group in groups if group.share == 1] for groups in steps.layers])
-    is_asymmetric = flags.method == "regmean_asym"
-    each, last = steps.repeated()
-    squares = sum(group.width**2 for groups in steps.layers for group in groups)
+    is_asymmetric, stages = flags.method == "regmean_asym", steps.stages()
+    memory = _SequentialMemory(steps, count, is_asymmetric, device)
+    each, last = steps.repeated(memory.turns)
+    squares = sum(group.token_products for groups in steps.layers for group in groups)
+    turns = max(map(memory.turns, chain(*stages) if is_asymmetric else steps.layers))
+    most = max(sum(map(memory.turns, layer)) for layer in stages)
     if is_asymmetric:
         # The merge's inputs of every group and its states; the same of the models, whose last group needs no more.
         forwards, products, copies = 2 * (each + 1) - last, 4 * squares, 2.0
     else:
-        forwards, products, copies = last + 1 + 1 / SAMPLED, squares, 1 + 1 / SAMPLED
+        forwards, products, copies = turns * last + 1 + 1 / SAMPLED, squares, 1 + 1 / SAMPLED
     flops = tokens * (forwards * steps.token_flops + products)
     solving = sum(_solving_flops(group, count, is_asymmetric) for groups in steps.layers for group in groups)
     size, states = weight_bytes(model), copies * tokens * steps.state_bytes
-    reads = 2 * count * max(map(len, steps.layers)) + count * (count + 1) if is_asymmetric else 3 * count + 1
-    copied = states * max(map(len, steps.layers)) * len(steps.layers)
+    reads = 2 * count * most + count * (count + 1) if is_asymmetric else (2 + turns) * count + 1
+    copied = states * most * len(steps.layers)
     seconds = flops / device.flops(itemsize) + solving / device.single_flops
     alphas = len(flags.alpha)
     return Estimate(
         parameters={"each model": parameters(model)},
-        memory=_sequential_memory(steps, count, is_asymmetric, device),
-        counts={"systems": sum(map(len, steps.layers)), "tokens": tokens, "steps": len(steps.layers) + 1},
+        memory=memory.parts(),
+        counts={"systems": sum(map(len, steps.layers)), "tokens": tokens, "steps": len(steps.layers) + 1}
+        | ({"turns": turns} if turns > 1 else {}),
         flops=alphas * (flops + solving),
         seconds=alphas * seconds,
         transfers={"states": states, "disk": (1 + alphas) * size, "read": alphas * reads * size},
         notes={
             "weights": "of one step of two models" if is_asymmetric else "of one step",
             "tokens": "at most, of all models",
+            "turns": "passes over the texts for the sums of one layer, at most",
             "time": f"copies of the states excluded, {duration(alphas * copied / COPIED)} at {gb(COPIED)}/s",
             "states": _place(flags.offload_dir),
             "disk": "the merge, and its steps until it is complete",
@@ -356,28 +374,53 @@ def _solving_flops(group: LayerInput, models: int, is_asymmetric: bool) -> float
     return group.width**3 / 3 + products * group.outputs * group.width**2
 
 
-def _sequential_memory(steps: Steps, models: int, is_asymmetric: bool, device: Device) -> dict[str, float]:
-    """Bytes on the device of the larger of two moments: while inputs are summed, and while a system is solved."""
-    on_gpu = device.type == "cuda"
-    margin = (BATCH_MARGIN - 1) * steps.activations + (LIBRARIES if on_gpu else 0)
-    groups = [group for layer in steps.layers for group in layer]
-    if is_asymmetric:
-        # Beside the sum over the models before: three sums, or a solver's arrays. Right-hand sides and solutions.
-        sums = max(4 * 4 * group.width**2 + 4 * group.width * group.outputs for group in groups)
-        arrays = max(
-            4 * ((GPU_SQUARES if on_gpu else 2) + 1) * group.width**2
-            + 8 * group.width * group.outputs
-            + 4 * (models + 8) * min(BLOCK_ELEMENTS, group.width * group.outputs)
-            for group in groups
-        )
-        summing = {"weights": 2 * steps.weights, "sums": sums, "activations": steps.activations, "margin": margin}
-        solving = {"arrays": arrays}
-    else:
-        sums = models * max(sum(group.sum_bytes for group in layer) for layer in steps.layers)
-        systems = [(group.width, group.outputs) for group in groups]
-        summing = {"weights": steps.weights, "sums": sums, "activations": steps.activations, "margin": margin}
-        solving = {"sums": sums, "arrays": array_bytes(models, systems, 1, device.type)}
-    return max(summing, solving, key=lambda parts: sum(parts.values()))
+@dataclass(frozen=True)
+class _SequentialMemory:
+    """Memory of a layer-sequential merge on a device."""
+
+    steps: Steps
+    models: int
+    is_asymmetric: bool
+    device: Device
+
+    def turns(self, groups: list[LayerInput]) -> int:
+        """Passes over the texts for the sums of groups that are summed at once, if they fit into memory."""
+        needed = sum(map(self._sum_bytes, groups)) / (SUMS_PART * self.device.memory)
+        return min(len(groups), max(1, math.ceil(needed)))
+
+    def parts(self) -> dict[str, float]:
+        """Bytes of the larger of two moments: while inputs are summed, and while a system is solved."""
+        on_gpu = self.device.type == "cuda"
+        margin = (BATCH_MARGIN - 1) * self.steps.activations + (LIBRARIES if on_gpu else 0)
+        groups = [group for layer in self.steps.layers for group in layer]
+        if self.is_asymmetric:
+            at_once = [stage for stages in self.steps.stages() for stage in stages]
+            # Beside the systems of a turn, which have one square each and the right-hand sides, one solver's arrays.
+            arrays = max(
+                4 * (GPU_SQUARES if on_gpu else 2) * group.width**2
+                + 4 * group.width * group.outputs
+                + 4 * (self.models + 8) * min(BLOCK_ELEMENTS, group.width * group.outputs)
+                for group in groups
+            )
+            squares = [sum(4 * (g.width**2 + g.width * g.outputs) for g in stage) for stage in at_once]
+            arrays += max(size / self.turns(stage) for size, stage in zip(squares, at_once, strict=True))
+            solving = {"arrays": arrays}
+        else:
+            at_once = self.steps.layers
+            systems = [(group.width, group.outputs) for group in groups]
+            solving = {"arrays": array_bytes(self.models, systems, 1, self.device.type)}
+        sums = max(sum(map(self._sum_bytes, groups)) / self.turns(groups) for groups in at_once)
+        weights = self.steps.weights * (2 if self.is_asymmetric else 1)
+        summing = {"weights": weights, "sums": sums, "activations": self.steps.activations, "margin": margin}
+        if not self.is_asymmetric:
+            solving = {"sums": sums} | solving
+        return max(summing, solving, key=lambda parts: sum(parts.values()))
+
+    def _sum_bytes(self, group: LayerInput) -> int:
+        if self.is_asymmetric:
+            # Three sums over the texts of a model, beside the system's square and right-hand sides.
+            return 4 * (4 * group.width**2 + group.width * group.outputs)
+        return self.models * group.sum_bytes
 
 
 def _models(flags: MergeFlags) -> list[PreTrainedModel]:

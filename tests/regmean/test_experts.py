@@ -15,7 +15,7 @@ from common.io import read_json
 from regmean import compute as compute_module
 from regmean import gram as gram_module
 from regmean.config import MergeFlags
-from regmean.experts import run_experts
+from regmean.experts import chosen, run_experts
 from regmean.gram_file import Gram, GramFile, join_files, write_grams
 from regmean.slices import sliced
 from regmean.tensor_file import TensorFile, TensorInfo
@@ -50,12 +50,15 @@ def test_every_expert_is_solved(kind: str, tmp_path: Path) -> None:
 def test_experts_run_as_the_model_runs_them(kind: str) -> None:
     model, ids = build(kind).double(), torch.tensor([[3, 9, 4, 7, 5, 11, 6]])
     model.set_experts_implementation("eager")
-    expected, reached = model(ids).logits, []
+    expected, reached, masks = model(ids).logits, [], []
     modules = [m for m in model.modules() if isinstance(getattr(m, "down_proj", None), torch.nn.Parameter)]
     for module in modules:
         module.forward = partial(run_experts, module, lambda *of: reached.append(of), None)
+        module.register_forward_pre_hook(lambda module, args: masks.append(chosen(module, *args)))
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-10, atol=1e-10)
     assert bool(reached) == bool(modules)
+    routed = [[token, number] for _, number, _, tokens in reached for token in tokens.tolist()]
+    assert sorted(routed) == sorted(2 * [pair for mask in masks for pair in mask.nonzero().tolist()])
     if modules and kind != "llama4":
         module, x = modules[0], torch.randn(3, 16, dtype=torch.float64)
         routing = (torch.tensor([[0, 1], [2, 3], [0, 1]]), torch.rand(3, 2, dtype=torch.float64))

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from common.cli import parse_flags
 from common.errors import InputError
+from common.io import read_json
 from common.ranks import start_process
 from regmean.compute import compute_grams
 from regmean.config import SEQUENTIAL, GramFlags, MergeFlags
@@ -33,7 +34,7 @@ from regmean.merge import merge
 from regmean.sequential import SequentialMerge
 from tests.mindmerger.scripts import rank_processes, run_ranks
 from tests.regmean.conftest import make_tokenizer
-from tests.regmean.folders import EXPERTS, MODELS, TEXT, build, save
+from tests.regmean.folders import EXPERTS, MODELS, TEXT, TRANSPOSED, build, gated, save, split_experts
 
 ALPHA, RIDGE = 0.9, 1e-6
 GEMMA = TEXT | {"num_hidden_layers": 3, "sliding_window": 4, "query_pre_attn_scalar": 4,
@@ -45,17 +46,23 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}),
     "qwen3_moe": ("Qwen3MoeConfig", TEXT | EXPERTS),
 }
+# Of six experts, the last is not reached, and the one before it not in the second model, nor in the merge.
+GPT_OSS = (
+    "GptOssConfig",
+    TEXT | EXPERTS | {"num_local_experts": 6, "num_experts": 6, "layer_types": ["sliding_attention", "full_attention"],
+                      "sliding_window": 4, "tie_word_embeddings": False},
+)  # fmt: skip
+ALL = {**KINDS, "gpt_oss": GPT_OSS}
+UNREACHED = {"A": [5], "B": [4, 5]}
 # Linear layers that share an input, in the order of calls, by the ends of their names.
 GROUPS = {
     "gpt2": [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],
-    "qwen3_moe": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"], ["mlp.gate"]],
 }
-USUAL = [
-    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    ["self_attn.o_proj"],
-    ["mlp.gate_proj", "mlp.up_proj"],
-    ["mlp.down_proj"],
-]
+ATTENTION = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]
+for KIND, ROUTER in (("qwen3_moe", "mlp.gate"), ("gpt_oss", "mlp.router")):
+    GROUPS[KIND] = [*ATTENTION, [ROUTER], ["mlp.experts.gate_up_proj"], ["mlp.experts.down_proj"]]
+USUAL = [*ATTENTION, ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+TOKENIZER = make_tokenizer()
 TABLE = re.compile(r"embed_tokens|wte|wpe")
 TEXTS = [
     [" ".join(f"w{(3 * i + j * j + i * j + seed) % 20}" for j in range(1 + i % (9 - 3 * seed))) for i in range(40)]
@@ -71,13 +78,15 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Path]
     def make(kind: str) -> list[Path]:
         if kind not in made:
             root = tmp_path_factory.mktemp(kind)
-            config_class, options = KINDS[kind]
+            config_class, options = ALL[kind]
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**options))
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(0.2 * torch.randn_like(parameter) if parameter.ndim > 1 else 0.1)
             for name in "AB":
+                for layer in model.model.layers if kind == "gpt_oss" else ():
+                    layer.mlp.router.bias.data[UNREACHED[name]] = -1e4
                 model.save_pretrained(root / name)
                 make_tokenizer().save_pretrained(root / name)
                 with torch.no_grad():
@@ -119,16 +128,41 @@ def load64(folder: Path) -> PreTrainedModel:
     )
 
 
+def run_texts(model: PreTrainedModel, texts: list[str]) -> None:
+    """Run texts of one length at once, without padding."""
+    ids = TOKENIZER(texts)["input_ids"]
+    with torch.no_grad():
+        for length in sorted(set(map(len, ids))):
+            model(torch.tensor([each for each in ids if len(each) == length]))
+
+
 def inputs_of(model: PreTrainedModel, layer: nn.Module, texts: list[str]) -> torch.Tensor:
     """Inputs of a layer for all tokens, (tokens, inputs)."""
     rows: list[torch.Tensor] = []
     handle = layer.register_forward_pre_hook(lambda module, args: rows.append(args[0].reshape(-1, args[0].shape[-1])))
-    tokenizer = make_tokenizer()
-    with torch.no_grad():
-        for text in texts:
-            model(torch.tensor([tokenizer(text)["input_ids"]]))
+    run_texts(model, texts)
     handle.remove()
     return torch.cat(rows)
+
+
+def inputs_of_experts(model: PreTrainedModel, name: str, texts: list[str]) -> list[dict[int, torch.Tensor]]:
+    """The rows that each expert reads, by the number of their tokens; `name` is that of a parameter."""
+    path, _, key = name.rpartition(".")
+    module, seen = model.get_submodule(path), [0]
+    ups, found = split_experts(module)["gate_up_proj"], [{} for _ in range(len(module.down_proj))]
+
+    def add(module: nn.Module, args: tuple) -> None:
+        states, choices = args[0], args[1].tolist()
+        for number, rows in enumerate(found):
+            tokens = [token for token, own in enumerate(choices) if number in own]
+            x = states[tokens] if key == "gate_up_proj" else gated(module, ups[number](states[tokens]))
+            rows |= {seen[0] + token: row for token, row in zip(tokens, x, strict=True)}
+        seen[0] += len(choices)
+
+    handle = module.register_forward_pre_hook(add)
+    run_texts(model, texts)
+    handle.remove()
+    return found
 
 
 def weight(layer: nn.Module) -> torch.Tensor:
@@ -149,7 +183,7 @@ def oracle(kind: str, folders: list[Path], method: str, tables: dict[str, torch.
     merge.load_state_dict(tables, strict=False)
     layers = [
         f"transformer.h.{i}" if kind == "gpt2" else f"model.layers.{i}"
-        for i in range(KINDS[kind][1].get("num_hidden_layers", 2))
+        for i in range(ALL[kind][1].get("num_hidden_layers", 2))
     ]
     steps = [[[f"{layer}.{name}" for name in group] for group in GROUPS.get(kind, USUAL)] for layer in layers]
     if not merge.config.tie_word_embeddings:
@@ -163,24 +197,62 @@ def oracle(kind: str, folders: list[Path], method: str, tables: dict[str, torch.
                 behind = [with_own_layer(merge, model, prefix) for model in models]
             else:
                 behind = [merge, merge]
-            h = [inputs_of(m, m.get_submodule(group[0]), texts) for m, texts in zip(behind, TEXTS, strict=True)]
-            x = [inputs_of(m, m.get_submodule(group[0]), texts) for m, texts in zip(models, TEXTS, strict=True)]
-            if method == "regmean++":
-                x = h
-            hh = [scaled(a.T @ a) / len(a) / 2 for a in h]
-            hx = [scaled(a.T @ b) / len(a) / 2 for a, b in zip(h, x, strict=True)]
-            total = sum(hh)
-            damping = RIDGE * total.diagonal().mean() if method == "regmean_asym" else 0.0
-            dead = (total.diagonal() == 0).double()
-            for name in group:
-                own = [weight(model.get_submodule(name)) for model in models]
-                mean = (own[0] + own[1]) / 2
-                rhs = sum(b @ w - a @ mean for a, b, w in zip(hh, hx, own, strict=True))
-                solved[name] = mean + torch.linalg.solve(total + torch.diag(damping + dead), rhs)
+            if group[0].endswith("_proj") and ".experts." in group[0]:
+                solved[group[0]] = merged_experts(group[0], merge, models, behind, method)
+            else:
+                h = [inputs_of(m, m.get_submodule(group[0]), texts) for m, texts in zip(behind, TEXTS, strict=True)]
+                x = [inputs_of(m, m.get_submodule(group[0]), texts) for m, texts in zip(models, TEXTS, strict=True)]
+                x = h if method == "regmean++" else x
+                sums = [(a.T @ a / len(a), a.T @ b / len(a)) for a, b in zip(h, x, strict=True)]
+                for name in group:
+                    solved[name] = solution(sums, [weight(model.get_submodule(name)) for model in models], method)
             if method == "regmean_asym":
                 put(merge, solved)
         put(merge, solved)
     return merge
+
+
+def solution(sums: list[tuple[torch.Tensor, torch.Tensor]], own: list[torch.Tensor], method: str) -> torch.Tensor:
+    """The merged weight, (inputs, outputs), of two models with their weights and H^T H and H^T X."""
+    mean = (own[0] + own[1]) / 2
+    total = sum(scaled(hh) for hh, _ in sums) / 2
+    rhs = sum(scaled(hx) @ w - scaled(hh) @ mean for (hh, hx), w in zip(sums, own, strict=True)) / 2
+    damping = RIDGE * total.diagonal().mean() if method == "regmean_asym" else 0.0
+    dead = (total.diagonal() == 0).double()
+    return mean + torch.linalg.solve(total + torch.diag(damping + dead), rhs)
+
+
+def merged_experts(
+    name: str, merge: PreTrainedModel, models: list[PreTrainedModel], behind: list[PreTrainedModel], method: str
+) -> torch.Tensor:
+    """All experts of a parameter, each with the tokens that both runs route to it, and an eighth of the width in tokens
+    of the mean over all experts.
+    """
+    path, _, key = name.rpartition(".")
+    sums, counts = [], []
+    for model, other, texts in zip(models, behind, TEXTS, strict=True):
+        h, x = (inputs_of_experts(each, name, texts) for each in (other, model))
+        x = h if method == "regmean++" else x
+        tokens = [sorted(a.keys() & b.keys()) for a, b in zip(h, x, strict=True)]
+        width = len(next(iter(h[0].values())))
+        h, x = ([torch.stack([of[t] for t in own]) if own else torch.zeros(0, width, dtype=torch.float64)
+                 for of, own in zip(side, tokens, strict=True)] for side in (h, x))  # fmt: skip
+        count = sum(map(len, tokens))
+        hh, hx = ([a.T @ b for a, b in zip(h, side, strict=True)] for side in (h, x))
+        sums.append([[(one + width / 8 * sum(all_) / count) / count for one in all_] for all_ in (hh, hx)])
+        counts.append(list(map(len, tokens)))
+    own = [split_experts(model.get_submodule(path))[key] for model in models]
+    parameter = merge.get_parameter(name).clone()
+    for number, count in enumerate(map(sum, zip(*counts, strict=True))):
+        weights = [weight(layers[number]) for layers in own]
+        of_models = [(hh[number], hx[number]) for hh, hx in sums]
+        value = solution(of_models, weights, method) if count else (weights[0] + weights[1]) / 2
+        parameter[number] = value if value.shape == parameter[number].shape and is_transposed(merge, path) else value.T
+    return parameter
+
+
+def is_transposed(model: PreTrainedModel, path: str) -> bool:
+    return type(model.get_submodule(path)).__name__ in TRANSPOSED
 
 
 def with_own_layer(merge: PreTrainedModel, model: PreTrainedModel, prefix: str) -> PreTrainedModel:
@@ -198,14 +270,12 @@ def load_copy(model: PreTrainedModel) -> PreTrainedModel:
 def put(model: PreTrainedModel, solved: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, value in solved.items():
-            weight(model.get_submodule(name)).copy_(value)
+            is_parameter = ".experts." in name
+            (model.get_parameter(name) if is_parameter else weight(model.get_submodule(name))).copy_(value)
 
 
-@pytest.mark.parametrize("method", ["regmean++", "regmean_asym"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_merge_equals_models_merged_group_by_group(kind: str, method: str, pair: Callable, tmp_path: Path) -> None:
-    folders = pair(kind)
-    out = merged(folders, tmp_path / "out", method)
+def assert_equals_oracle(kind: str, folders: list[Path], out: Path, method: str) -> list[dict[str, torch.Tensor]]:
+    """Assert that a merge equals the oracle; return the weights of the models and the merge, and the merge's tables."""
     a, b, found = (load64(folder).state_dict() for folder in (*folders, out))
     tables = {name: found[name] for name in found if TABLE.search(name)}
     expected = oracle(kind, folders, method, tables).state_dict()
@@ -215,6 +285,28 @@ def test_merge_equals_models_merged_group_by_group(kind: str, method: str, pair:
         if value.is_floating_point()
     }
     assert max(errors.values()) <= 1e-5, {name: error for name, error in errors.items() if error > 1e-5}
+    return [a, b, found, tables]
+
+
+@pytest.mark.parametrize("method", SEQUENTIAL)
+def test_experts_are_solved_in_turns_where_memory_is_short(
+    method: str, pair: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = pair("gpt_oss")
+    # Three experts' gate and up at a time; more of RegMean++, whose sums are smaller.
+    monkeypatch.setattr("regmean.step_sums.available_memory", lambda device: 2 * 16_000)
+    out = merged(folders, tmp_path / "out", method, tokens_per_batch=64)
+    assert_equals_oracle("gpt_oss", folders, out, method)
+    (note,) = (note for note in read_json(out / "merge_report.json")["notes"] if "no model's texts reach" in note)
+    assert f"averaged: {4 if method == 'regmean++' else 8} weights: " in note
+
+
+@pytest.mark.parametrize("method", SEQUENTIAL)
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_equals_models_merged_group_by_group(kind: str, method: str, pair: Callable, tmp_path: Path) -> None:
+    folders = pair(kind)
+    out = merged(folders, tmp_path / "out", method)
+    a, b, found, tables = assert_equals_oracle(kind, folders, out, method)
     # The tables are those of RegMean with Grams of the same texts.
     for folder in folders:
         words = ["--config", f"{folder}.yaml", "--device", "cpu", "--dtype", "float32"]
@@ -275,12 +367,15 @@ def as_words(flags: MergeFlags) -> list[str]:
 
 @pytest.mark.parametrize("method", SEQUENTIAL)
 def test_two_ranks_merge_as_one_does(method: str, pair: Callable, tmp_path: Path) -> None:
-    folders = pair("llama")
+    folders = pair("qwen3_moe")
     run_ranks(2, tmp_path, "merge_model.py", *as_words(merge_flags(folders, tmp_path / "two", method)))
     one = load_file(merged(folders, tmp_path / "one", method) / "model.safetensors")
     a, b = (load_file(folder / "model.safetensors") for folder in folders)
     for name, found in load_file(tmp_path / "two/model.safetensors").items():
         assert (found - one[name]).norm() <= 1e-5 * (a[name] - b[name]).norm(), name
+    reports = [read_json(tmp_path / name / "merge_report.json") for name in ("one", "two")]
+    if method == "regmean_asym":  # a sample of the batches, which each rank has others of, for the other method
+        np.testing.assert_allclose(*(report["routing"]["mean"] for report in reports), rtol=1e-12)
 
 
 KILLED = """
@@ -288,6 +383,7 @@ import os, signal, sys
 from common.ranks import start_process
 from common.cli import parse_flags
 from common.errors import InputError
+from common.io import read_json
 from regmean.config import MergeFlags
 from regmean.layerwise import LayerwiseModel
 from regmean.layer_survey import survey
@@ -308,11 +404,11 @@ merge_layer_by_layer(parse_flags(MergeFlags, sys.argv[2:]), start_process("cpu")
 """
 
 
-@pytest.mark.parametrize("method", SEQUENTIAL)
+@pytest.mark.parametrize(("method", "kind"), [("regmean++", "gemma3"), ("regmean_asym", "qwen3_moe")])
 def test_a_merge_that_is_killed_twice_continues_to_the_same_bytes(
-    method: str, pair: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, kind: str, pair: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folders = pair("gemma3")
+    folders = pair(kind)
     counted = count_forwards(monkeypatch)
     whole = merged(folders, tmp_path / "whole", method, dtype="bfloat16")
     monkeypatch.undo()
@@ -333,6 +429,7 @@ def test_a_merge_that_is_killed_twice_continues_to_the_same_bytes(
     reports = [json.loads((folder / "merge_report.json").read_text()) for folder in (whole, tmp_path / "out")]
     assert reports[0]["layers"] == reports[1]["layers"]
     assert reports[0]["distances"] == reports[1]["distances"]
+    assert reports[0].get("routing") == reports[1].get("routing")
 
 
 def count_forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -368,6 +465,33 @@ def test_distances_are_those_of_the_merged_and_the_own_states(pair: Callable, tm
     assert (out / "distances.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("method", ["avg", "regmean_asym"])
+def test_the_report_states_how_often_the_merge_routes_as_each_model(
+    method: str, pair: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folders, out = pair("qwen3_moe"), tmp_path / "out"
+    if method == "avg":
+        flags = merge_flags(folders, out, method, embeddings=None)
+        merge(replace(flags, calibration=[], tokens_per_batch=None, output_dir=str(tmp_path / "none")), "command")
+        assert "note: the merge's routing is not compared with the models': --calibration" in capsys.readouterr().out
+        merge(flags, "command")
+    else:
+        merged(folders, out, method)
+    found, expected = read_json(out / "merge_report.json")["routing"], []
+    for layer in range(2):
+        alike = []
+        for folder, texts in zip(folders, TEXTS, strict=True):
+            choices = []
+            for model in (load64(out), load64(folder)):
+                router = model.get_submodule(f"model.layers.{layer}.mlp.gate")
+                choices.append((inputs_of(model, router, texts) @ router.weight.T).topk(2).indices.tolist())
+            alike.append(np.mean([len({*a} & {*b}) / 2 for a, b in zip(*choices, strict=True)]))
+        expected.append(alike)
+    np.testing.assert_allclose(found["layers"], expected, rtol=1e-12)
+    np.testing.assert_allclose(found["mean"], np.mean(expected, 0), rtol=1e-12)
+    assert f"the merge chooses: {folders[0]} {found['mean'][0]:.1%}, " in (out / "README.md").read_text()
+
+
 def test_bad_input_is_refused_before_the_first_layer(
     pair: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,8 +508,10 @@ def test_bad_input_is_refused_before_the_first_layer(
 
     with pytest.raises(InputError, match="--calibration takes one per model: 2, not 1"):
         MergeFlags(method="regmean++", models=["A", "B"], calibration=["math"])
-    with pytest.raises(InputError, match="--calibration belongs to --method"):
-        MergeFlags(method="avg", models=["A", "B"], calibration=["math", "code"])
+    with pytest.raises(InputError, match="--offload_dir belongs to --calibration"):
+        MergeFlags(method="avg", models=["A", "B"], offload_dir="states")
+    with pytest.raises(InputError, match=r"--calibration: .*A has no experts"):
+        merge(merge_flags(folders, tmp_path / "out", "avg", embeddings=None), "command")
     swapped = [f"{folder}.yaml" for folder in reversed(folders)]
     refused("is for the model .*B, not .*A", lambda flags: replace(flags, calibration=swapped))
     refused("no such file, and no preset", lambda flags: replace(flags, calibration=["maths", "code"]))

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,18 @@ def test_a_mixture_of_experts(
     sums = sum(each.token_products for each in layer_inputs(model))
     assert planned.flops / planned.counts["tokens"] == pytest.approx(2 * active + sums, rel=0.1)
     assert planned.memory["activations"] < 10e9
+
+
+def test_experts_take_turns_in_a_sequential_merge_where_memory_is_short(tmp_path: Path) -> None:
+    Qwen3MoeConfig(**QWEN3_30B, num_hidden_layers=2).save_pretrained(tmp_path)
+    flags, device = MergeFlags(method="regmean_asym", models=[str(tmp_path)] * 2, plan="h200"), known_device("h200", 1)
+    whole, short = (estimate_sequential(flags, each) for each in (device, replace(device, memory=10 * 2**30)))
+    # Of gate and up: three sums over the texts and the system's square, and its right-hand side.
+    sums = 128 * 4 * (4 * 2048**2 + 2048 * 2 * 768)
+    assert whole.counts["systems"] == 2 * (3 + 2 * 128) + 1
+    assert whole.memory["sums"] == sums and "turns" not in whole.counts
+    assert short.memory["sums"] == sums / 2 and short.counts["turns"] == 2
+    assert short.flops > whole.flops
 
 
 def test_a_batch_takes_what_its_plan_says(save: Callable[..., Path]) -> None:
