@@ -512,10 +512,11 @@ def _grams_by_tensor(model: Checkpoint, file: Grams, copies: set[str], problems:
     """The Gram of each weight of a model that has one."""
     recorded = file.provenance.get("fingerprint")
     if recorded is not None and recorded != model.fingerprint():
-        problems.append(
-            f"{file.path} holds the Grams of {file.provenance.get('model')}, not of {model.name}; "
-            "--grams goes in the order of --models"
-        )
+        read = file.provenance.get("model")
+        reason = f"not of {model.name}; --grams goes in the order of --models"
+        if read == model.name:
+            reason = "whose weights were others then: compute them again"
+        problems.append(f"{file.path} holds the Grams of {read}, {reason}")
     found: dict[str, Gram] = {}
     for gram in (gram for gram in file.grams.values() if not gram.is_pool):
         for name in gram.tensors or (f"{module}.weight" for module in gram.modules):

@@ -512,10 +512,14 @@ def test_every_difference_is_told_at_once(library: Callable, tmp_path: Path) -> 
     assert all(text in str(error.value) for text in (NORM, DOWN, "tokenizers"))
 
 
-def test_grams_of_another_model_are_refused(library: Callable, tmp_path: Path) -> None:
+def test_grams_of_another_model_are_refused(library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = library("llama")
     with pytest.raises(InputError, match=rf"gram\.safetensors holds the Grams of {b}, not of {a}.*order of --models"):
         run([a, b], tmp_path / "out", grams=[str(b / "gram"), str(a / "gram")])
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "fingerprint", lambda _: "of weights that have changed")
+        with pytest.raises(InputError, match=rf"the Grams of {a}, whose weights were others then: compute them again"):
+            run([a, b], tmp_path / "out", grams=[str(a / "gram"), str(b / "gram")])
     other = library("gpt2")[0]
     with pytest.raises(InputError, match=r"has no layer transformer\.h\.0"):
         run([a, b], tmp_path / "out", grams=[str(a / "gram"), str(other / "gram")])
