@@ -476,7 +476,10 @@ def test_the_report_states_how_often_the_merge_routes_as_each_model(
         assert "note: the merge's routing is not compared with the models': --calibration" in capsys.readouterr().out
         merge(flags, "command")
     else:
-        merged(folders, out, method)
+        merged(folders, out, method, router=2)
+        for layer in range(2):
+            routers = [load64(of).get_parameter(f"model.layers.{layer}.mlp.gate.weight") for of in (out, folders[1])]
+            assert torch.equal(*routers)
     found, expected = read_json(out / "merge_report.json")["routing"], []
     for layer in range(2):
         alike = []
