@@ -99,7 +99,7 @@ class TableReport(_Report):
 
 @dataclass(frozen=True)
 class Routing:
-    """How often a mixture of experts routes as each of `models` does, on that model's texts: for each layer and model,
+    """Agreement of a mixture's routing with that of each of `models`, on that model's texts: for each layer and model,
     the mean over tokens of the fraction of the model's experts that the merge chooses, too; None without experts.
     """
 
