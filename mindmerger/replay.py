@@ -117,7 +117,8 @@ class OwnAnswers:
                 for answers in greedy_steps(llm, tokens, prefill, self.slots, limit, ends):
                     done = {answer.problem: answer.ids for answer in answers if answer.is_done}
                     found |= {row: ids for row, ids in done.items() if self._is_kept(ids, tokens[row].target, ends)}
-                    bar.update(len(done))
+                    if done:
+                        bar.update(len(done))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -21,7 +21,8 @@ curves to `docs/reproduce_mindmerger.png`; the last line printed is the same as 
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -335,6 +336,25 @@ def gain(alone: dict[str, list[bool]], merged: list[dict[str, list[bool]]]) -> d
     return {"value": float(gained.mean()), "low": low, "high": high}
 
 
+@contextmanager
+def open_miniature(flags: MiniatureFlags) -> Iterator[tuple[Path, str]]:
+    """Lock `--work_dir` until the block ends, write data and LLM there, and yield it and the name of the run's outputs.
+
+    Raises:
+        InputError: a `--work_dir` of other settings, or too little data.
+    """
+    work, settings = Path(flags.work_dir), flags.settings()
+    with open_run(work, settings, flags.overwrite, start_process("cpu")) as run:
+        run.start()
+        step(work / "data", functools.partial(write_data, flags))
+        for seed in range(flags.seeds):
+            for stage in STAGES:
+                held_out(flags, stage, seed)
+        step(work / "llm", functools.partial(write_llm, flags, work / "data"))
+        # Outputs are outside of work_dir and identify the LLM by its path: other settings get other names.
+        yield work, f"{work.name}-{crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
+
+
 def reproduce(flags: MiniatureFlags) -> dict[str, Any]:
     """Run all unfinished steps.
 
@@ -348,16 +368,7 @@ def reproduce(flags: MiniatureFlags) -> dict[str, Any]:
         InputError: no such model or data, too little data, a `--work_dir` of other settings, or a script failed.
     """
     quiet_libraries()
-    work, settings = Path(flags.work_dir), flags.settings()
-    # Results are also outside of work_dir and identify the LLM by its path: other settings get other names.
-    run_name = f"{work.name}-{crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
-    with open_run(work, settings, flags.overwrite, start_process("cpu")) as run:
-        run.start()
-        step(work / "data", functools.partial(write_data, flags))
-        for seed in range(flags.seeds):
-            for stage in STAGES:
-                held_out(flags, stage, seed)
-        step(work / "llm", functools.partial(write_llm, flags, work / "data"))
+    with open_miniature(flags) as (work, run_name):
         step(work / "asked", functools.partial(ask, flags, run_name, "--baseline"))
         alone = read_json(work / "asked" / RESULT)
 
@@ -379,7 +390,7 @@ def reproduce(flags: MiniatureFlags) -> dict[str, Any]:
 
     result = {
         "benchmark": "reproduce_mindmerger",
-        "settings": settings | {"seeds": flags.seeds},
+        "settings": flags.settings() | {"seeds": flags.seeds},
         "alone": {"asked": alone, "perplexity": perplexities},
         "starts": starts,
         "gains": {

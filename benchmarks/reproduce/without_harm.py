@@ -16,18 +16,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 from benchmarks.aligned_start import pooled
-from benchmarks.reproduce.mindmerger import (
-    ENGLISH,
-    RESULT,
-    MiniatureFlags,
-    held_out,
-    train_stage,
-    write_data,
-    write_llm,
-)
+from benchmarks.reproduce.mindmerger import ENGLISH, RESULT, MiniatureFlags, open_miniature, train_stage
 from benchmarks.reproduce.steps import costs, step
 from benchmarks.reproduce.tables import cost_table, markdown
 from benchmarks.side_by_side import machine
@@ -35,18 +26,16 @@ from common.cli import flag, parse_flags
 from common.errors import InputError, exit_with_message
 from common.io import read_json, write_json
 from common.logging import quiet_libraries
-from common.ranks import start_process
-from common.runs import open_run
 
 RESULTS = Path("results/reproduce/without_harm.json")
 START = "aligned"
-_ROWS = "--replay 0.1 --replay_languages en"
+_ROWS = "--replay 1 --replay_languages en"
 PUBLISHED = "as published"
 WAYS = {
     PUBLISHED: "",
-    "replay and KL": f"{_ROWS} --kl_weight 1",
     "replay": _ROWS,
-    "KL": f"{_ROWS} --replay_weight 0 --kl_weight 1",
+    "KL": f"{_ROWS} --replay_weight 0 --kl_weight 10",
+    "replay and KL": f"{_ROWS} --kl_weight 10",
 }
 
 
@@ -75,14 +64,7 @@ def compare(flags: HarmFlags) -> dict[str, Any]:
         and for each way and seed of `ways`, there with the `verdicts` by language; and the cost of each of the `steps`.
     """
     quiet_libraries()
-    work, settings = Path(flags.work_dir), flags.settings()
-    run_name = f"{work.name}-{crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
-    with open_run(work, settings, flags.overwrite, start_process("cpu")) as run:
-        run.start()
-        step(work / "data", functools.partial(write_data, flags))
-        for seed in range(flags.seeds):
-            held_out(flags, "augmentation", seed)
-        step(work / "llm", functools.partial(write_llm, flags, work / "data"))
+    with open_miniature(flags) as (work, run_name):
         step(work / "mapping", functools.partial(train_stage, flags, "mapping", START, 0, run_name))
         ways: dict[str, list[dict[str, Any]]] = {}
         for number, (way, words) in enumerate(WAYS.items()):
@@ -95,7 +77,7 @@ def compare(flags: HarmFlags) -> dict[str, Any]:
                 ways.setdefault(way, []).append(read_json(done / RESULT) | {"verdicts": verdicts})
     result = {
         "benchmark": "without_harm",
-        "settings": settings | {"seeds": flags.seeds},
+        "settings": flags.settings() | {"seeds": flags.seeds},
         "mapping": read_json(work / "mapping" / RESULT),
         "ways": ways,
         "steps": costs(work),
