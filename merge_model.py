@@ -30,7 +30,7 @@ def main() -> None:
         merge(flags, command)
         return
     from common.ranks import start_process  # imported late: bad flags are reported before torch loads
-    from regmean.layerwise_merge import merge_layer_by_layer
+    from regmean.layerwise.merge import merge_layer_by_layer
 
     process = start_process(flags.device)
     merge_layer_by_layer(flags, process, command)

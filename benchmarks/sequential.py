@@ -24,14 +24,14 @@ from benchmarks import regmean_inputs, side_by_side
 from benchmarks.published_regmean import published_regmean_plus_plus
 from benchmarks.side_by_side import measured
 from common.ranks import start_process
-from regmean.asymmetric import has_few_outputs
 from regmean.compute import compute_grams
 from regmean.config import GramFlags, MergeFlags
 from regmean.gram_file import FILE_NAME, GramFile
-from regmean.layerwise_merge import merge_layer_by_layer
+from regmean.layerwise.asymmetric import has_few_outputs
+from regmean.layerwise.merge import merge_layer_by_layer
+from regmean.layerwise.sequential import SAMPLED
 from regmean.merge import merge
 from regmean.model_folder import locate_model
-from regmean.sequential import SAMPLED
 
 ALPHA = 0.1
 TEXTS = "texts.jsonl"

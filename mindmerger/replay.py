@@ -115,9 +115,8 @@ class OwnAnswers:
         try:
             with progress(process, total=len(tokens), desc="the LLM's own answers", unit="row") as bar:
                 for answers in greedy_steps(llm, tokens, prefill, self.slots, limit, ends):
-                    done = {answer.problem: answer.ids for answer in answers if answer.is_done}
-                    found |= {row: ids for row, ids in done.items() if self._is_kept(ids, tokens[row].target, ends)}
-                    if done:
+                    if done := {answer.problem: answer.ids for answer in answers if answer.is_done}:
+                        found |= {row: ids for row, ids in done.items() if self._is_kept(ids, tokens[row].target, ends)}
                         bar.update(len(done))
         except RuntimeError as error:
             if not is_out_of_memory(error):

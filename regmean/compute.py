@@ -44,9 +44,9 @@ from regmean.hooks import (
     table_positions,
     untied_head,
 )
-from regmean.layer_survey import Survey, survey
-from regmean.layerwise import BEFORE, build_without_weights, open_layerwise, stored_dtype
-from regmean.layerwise_grams import LayerwiseGrams, measured
+from regmean.layerwise.grams import LayerwiseGrams, measured
+from regmean.layerwise.model import BEFORE, build_without_weights, open_layerwise, stored_dtype
+from regmean.layerwise.survey import Survey, survey
 from regmean.merge_plan import compact
 from regmean.model_folder import Checkpoint
 from regmean.token_counts import find_tables

@@ -28,7 +28,7 @@ from regmean.tensor_file import STORAGE
 
 if TYPE_CHECKING:
     from common.ranks import Process
-    from regmean.layerwise_models import LayerwiseModels
+    from regmean.layerwise.models import LayerwiseModels
 
 # A rank waits for the others' files; one that has died is found by other means.
 TIMEOUT = timedelta(days=30)
@@ -126,7 +126,7 @@ def _open_for_routing(
         if plan.has_routers:
             plan.notes.append(UNMEASURED)
         return None
-    from regmean.layerwise_models import LayerwiseModels
+    from regmean.layerwise.models import LayerwiseModels
 
     opened = LayerwiseModels.of(flags, models, process)
     if not opened.has_experts:

@@ -23,12 +23,12 @@ from regmean.experts import ExpertLayer, parameter_of
 from regmean.gram import PANEL
 from regmean.gram_file import packed_size
 from regmean.hooks import Layer, LinearInputs, input_width, linear_layers, untied_head
-from regmean.layerwise import decoder_layers
+from regmean.layerwise.model import decoder_layers
+from regmean.layerwise.sequential import SAMPLED
+from regmean.layerwise.sums import SUMS_PART
 from regmean.merge import array_bytes
 from regmean.read_ahead import READERS
-from regmean.sequential import SAMPLED
 from regmean.solve import BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS, GPU_SQUARES
-from regmean.step_sums import SUMS_PART
 from tools.estimate import (
     Cost,
     Device,

@@ -29,7 +29,7 @@ from regmean.config import SEQUENTIAL, GramFlags, MergeFlags
 from regmean.gram import GramSums, add_products, zeros
 from regmean.gram_file import FILE_NAME, GramFile
 from regmean.hooks import LinearInputs, linear_layers
-from regmean.layerwise_merge import merge_layer_by_layer
+from regmean.layerwise.merge import merge_layer_by_layer
 from regmean.merge import merge
 from regmean.solve import System
 

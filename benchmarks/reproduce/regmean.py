@@ -60,7 +60,7 @@ from common.runs import open_run
 from mindmerger.frozen_models import load_llm
 from regmean.compute import compute_grams
 from regmean.config import GramFlags, MergeFlags
-from regmean.layerwise_merge import merge_layer_by_layer
+from regmean.layerwise.merge import merge_layer_by_layer
 from regmean.merge import merge
 from regmean.model_folder import open_checkpoint
 

@@ -22,8 +22,8 @@ from regmean.adapter_folder import config_name, open_models
 from regmean.architectures import config_of
 from regmean.config import SEQUENTIAL, MergeFlags
 from regmean.gram_file import GramFile
-from regmean.layerwise import build_without_weights, open_layerwise
-from regmean.layerwise_merge import merge_layer_by_layer
+from regmean.layerwise.merge import merge_layer_by_layer
+from regmean.layerwise.model import build_without_weights, open_layerwise
 from regmean.tensor_file import decode
 from tests.regmean.conftest import make_gpt2, make_llama, make_tokenizer
 from tests.regmean.folders import TEXTS, grams, run, save

@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from common.io import read_json, sync, write_json
-from regmean.layer_survey import Survey
-from regmean.layerwise import BEFORE, LayerwiseModel
+from regmean.layerwise.model import BEFORE, LayerwiseModel
+from regmean.layerwise.survey import Survey
 from regmean.merge_plan import MergePlan
 from regmean.report import LayerReport, TableReport
 from regmean.tensor_file import JoinedTensor, TensorFile, TensorInfo, TensorWriter

@@ -27,11 +27,11 @@ from common.ranks import start_process
 from regmean.compute import compute_grams
 from regmean.config import SEQUENTIAL, GramFlags, MergeFlags
 from regmean.gram_file import GramFile
-from regmean.layer_survey import survey
-from regmean.layerwise import LayerwiseModel
-from regmean.layerwise_merge import merge_layer_by_layer
+from regmean.layerwise.merge import merge_layer_by_layer
+from regmean.layerwise.model import LayerwiseModel
+from regmean.layerwise.sequential import SequentialMerge
+from regmean.layerwise.survey import survey
 from regmean.merge import merge
-from regmean.sequential import SequentialMerge
 from tests.mindmerger.scripts import rank_processes, run_ranks
 from tests.regmean.conftest import make_tokenizer
 from tests.regmean.folders import EXPERTS, MODELS, TEXT, TRANSPOSED, build, gated, save, split_experts
@@ -294,7 +294,7 @@ def test_experts_are_solved_in_turns_where_memory_is_short(
 ) -> None:
     folders = pair("gpt_oss")
     # Three experts' gate and up at a time; more of RegMean++, whose sums are smaller.
-    monkeypatch.setattr("regmean.step_sums.available_memory", lambda device: 2 * 16_000)
+    monkeypatch.setattr("regmean.layerwise.sums.available_memory", lambda device: 2 * 16_000)
     out = merged(folders, tmp_path / "out", method, tokens_per_batch=64)
     assert_equals_oracle("gpt_oss", folders, out, method)
     (note,) = (note for note in read_json(out / "merge_report.json")["notes"] if "no model's texts reach" in note)
@@ -385,10 +385,10 @@ from common.cli import parse_flags
 from common.errors import InputError
 from common.io import read_json
 from regmean.config import MergeFlags
-from regmean.layerwise import LayerwiseModel
-from regmean.layer_survey import survey
-from regmean.layerwise import LayerwiseModel
-from regmean.layerwise_merge import merge_layer_by_layer
+from regmean.layerwise.model import LayerwiseModel
+from regmean.layerwise.survey import survey
+from regmean.layerwise.model import LayerwiseModel
+from regmean.layerwise.merge import merge_layer_by_layer
 
 left, forward = int(sys.argv[1]), LayerwiseModel.forward
 

@@ -18,17 +18,17 @@ from regmean.config import MergeFlags, TextSource
 from regmean.experts import ExpertLayer, parameter_of
 from regmean.gram_file import Gram
 from regmean.hooks import input_width, is_conv1d
-from regmean.layer_survey import Survey
-from regmean.layerwise import BEFORE, LayerwiseModel
-from regmean.layerwise_grams import measured
-from regmean.layerwise_models import LayerwiseModels
+from regmean.layerwise.files import StepFiles, StepReport
+from regmean.layerwise.grams import measured
+from regmean.layerwise.model import BEFORE, LayerwiseModel
+from regmean.layerwise.models import LayerwiseModels
+from regmean.layerwise.sequential import SAMPLED, SequentialMerge
+from regmean.layerwise.sums import StepGrams
+from regmean.layerwise.survey import Survey
 from regmean.merge import print_tensors
 from regmean.merge_plan import MergePlan, plan_merge, without_experts
 from regmean.model_folder import Checkpoint, CheckpointWriter
 from regmean.report import Provenance, Routing, print_table, write_report
-from regmean.sequential import SAMPLED, SequentialMerge
-from regmean.step_files import StepFiles, StepReport
-from regmean.step_sums import StepGrams
 from regmean.tensor_file import TensorInfo
 
 

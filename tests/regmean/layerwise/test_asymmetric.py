@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from regmean.asymmetric import AsymmetricSystem, Errors, Moments, has_few_outputs
+from regmean.layerwise.asymmetric import AsymmetricSystem, Errors, Moments, has_few_outputs
 
 ALPHA, RIDGE = 0.7, 1e-3
 WEIGHTS, TOKENS, INPUTS, OUTPUTS = [0.2, 0.3, 0.5], [50, 70, 90], 12, 5

@@ -8,7 +8,7 @@ from torch import nn
 
 from common.ranks import Process
 from regmean.experts import chosen, expert_layers
-from regmean.layerwise import BEFORE, Course
+from regmean.layerwise.model import BEFORE, Course
 
 
 def advance(course: Course, step: int, weights: dict[str, torch.Tensor], index: int) -> None:

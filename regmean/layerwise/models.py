@@ -15,13 +15,13 @@ from regmean.calibration import Calibration, check_length, check_tokens, load_ca
 from regmean.config import MergeFlags
 from regmean.experts import ExpertLayer
 from regmean.hooks import linear_layers, table_positions
-from regmean.layer_survey import Survey, survey
-from regmean.layerwise import BEFORE, Course, LayerwiseModel, build_without_weights, open_layerwise, stored_dtype
-from regmean.layerwise_grams import course_of
+from regmean.layerwise.grams import course_of
+from regmean.layerwise.model import BEFORE, Course, LayerwiseModel, build_without_weights, open_layerwise, stored_dtype
+from regmean.layerwise.routing import advance, agreement
+from regmean.layerwise.survey import Survey, survey
 from regmean.merge_plan import check_vocabularies
 from regmean.model_folder import Checkpoint, open_checkpoint
 from regmean.report import Routing
-from regmean.routing import advance, agreement
 
 
 @dataclass(frozen=True, eq=False)

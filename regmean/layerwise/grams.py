@@ -1,6 +1,6 @@
 """Grams of one model, layer by layer: for models that do not fit into memory beside their sums.
 
-Each step of the model (see layerwise.py) is read when its turn comes, and its sums are written before the next step. A
+Each step of the model (see model.py) is read when its turn comes, and its sums are written before the next step. A
 run that was stopped continues after the last whole step. The Grams are those of compute.py.
 """
 
@@ -21,8 +21,8 @@ from regmean.experts import ExpertLayer
 from regmean.gram import GramSums
 from regmean.gram_file import FILE_NAME, Counts, GramFile, join_files
 from regmean.hooks import Layer, LinearInputs, linear_layers
-from regmean.layer_survey import Survey
-from regmean.layerwise import BEFORE, Batch, Course, LayerwiseModel, States
+from regmean.layerwise.model import BEFORE, Batch, Course, LayerwiseModel, States
+from regmean.layerwise.survey import Survey
 from regmean.model_folder import Checkpoint
 
 

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from common.errors import InputError, first_line
 from regmean.calibration import Calibration
 from regmean.hooks import LinearInputs, linear_layers
-from regmean.layerwise import (
+from regmean.layerwise.model import (
     BEFORE,
     Batch,
     EndForward,

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from common.ranks import Process, available_memory
-from regmean.asymmetric import AsymmetricSystem, Errors, Moments, Routed, has_few_outputs, paired
 from regmean.gram import GramSums, symmetrise_, zeros
 from regmean.gram_file import Counts, Gram, Grams
 from regmean.hooks import LinearInputs, linear_layers
-from regmean.layerwise import Batch, Course, LayerwiseModel
+from regmean.layerwise.asymmetric import AsymmetricSystem, Errors, Moments, Routed, has_few_outputs, paired
+from regmean.layerwise.model import Batch, Course, LayerwiseModel
+from regmean.layerwise.routing import advance
 from regmean.merge_plan import LayerGroup, MergePlan
 from regmean.read_ahead import Reader
 from regmean.regmean import RegMean
-from regmean.routing import advance
 from regmean.solve import BLOCK_ELEMENTS
 
 SUMS_PART = 0.5  # fraction of the free memory that the sums of one pass over the texts may take

@@ -1,7 +1,7 @@
 """Layer-sequential merges: `regmean++` and `regmean_asym`. Each layer is solved from the states that the layers merged
 before it produce, one decoder layer of each model in memory at a time.
 
-Every step of the pass (see layerwise.py) is merged as follows: tensors without a solution are averaged; the inputs of
+Every step of the pass (see model.py) is merged as follows: tensors without a solution are averaged; the inputs of
 the linear layers are summed; the layers are solved and written to the step's file; the hidden states of all calibration
 texts go through the written layer. A run that was stopped continues after the last whole step.
 
@@ -17,17 +17,17 @@ from functools import partial
 from common.errors import InputError
 from common.logging import progress
 from common.ranks import Process
-from regmean.asymmetric import AsymmetricSystem
 from regmean.average import write_averages
-from regmean.layer_survey import Survey
-from regmean.layerwise import BEFORE, Course, LayerwiseModel
+from regmean.layerwise.asymmetric import AsymmetricSystem
+from regmean.layerwise.files import StepFiles, StepReport
+from regmean.layerwise.model import BEFORE, Course, LayerwiseModel
+from regmean.layerwise.routing import advance, agreement
+from regmean.layerwise.sums import PairSums, blocks_of, pool_of, sum_inputs, turns
+from regmean.layerwise.survey import Survey
 from regmean.merge_plan import LayerGroup, MergePlan
 from regmean.regmean import RegMean, write_pieces
 from regmean.report import LayerReport
-from regmean.routing import advance, agreement
 from regmean.solve import BLOCK_ELEMENTS, SolveError
-from regmean.step_files import StepFiles, StepReport
-from regmean.step_sums import PairSums, blocks_of, pool_of, sum_inputs, turns
 from regmean.tables import Tables
 from regmean.tensor_file import TensorWriter
 
