@@ -295,7 +295,8 @@ def build_trainer(
         model=model,
         optimizer=optimizer,
         lr_scheduler=lambda it: make_schedule(flags.lr_scheduler, it, round(flags.warmup_ratio * steps), steps),
-        config=stage.ds_config,
+        # DeepSpeed's own timers wait for the GPU in every micro batch.
+        config={"timers": {"throughput": {"enabled": False}}} | stage.ds_config,
     )
     # After the engine is built: under ZeRO-3 a model cannot run before.
     if not model.pack_rows(pad_id):
@@ -313,18 +314,20 @@ def build_trainer(
         return Metrics(process, folder, state.step, state.metrics_size, flags.report_to, settings)
 
     return Trainer(
-        engine,
-        MappingState(engine, model.mapping, process),
-        stage.train,
-        stage.dev,
-        stage.alone,
-        layout,
-        Schedule(sizes, flags.epoch_num, flags.eval_batch_size, flags.eval_steps, flags.save_steps, flags.seed),
-        folder,
-        stage.config.to_dict(),
-        process,
-        open_metrics,
-        replay,
+        engine=engine,
+        mapping=MappingState(engine, model.mapping, process),
+        train=stage.train,
+        dev=stage.dev,
+        alone=stage.alone,
+        lay_out=layout,
+        schedule=Schedule(
+            sizes, flags.epoch_num, flags.eval_batch_size, flags.eval_steps, flags.save_steps, flags.seed
+        ),
+        folder=folder,
+        config=stage.config.to_dict(),
+        process=process,
+        open_metrics=open_metrics,
+        replay=replay,
     )
 
 

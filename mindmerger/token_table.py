@@ -78,10 +78,11 @@ class Rows:
 
     def tokens(self, rows: Sequence[int]) -> list[Tokens]:
         """Token ids of the rows with these numbers, as int32 arrays."""
-        columns = self._table.select(KINDS).take(self.index[rows]).itercolumns()
+        # `take` of a list column in chunks would copy the whole column.
+        columns = [self._table.column(kind) for kind in KINDS]
         return [
-            Tokens(*(ids.values.to_numpy() for ids in row), mapped=self._mapped, opening=self._opening)
-            for row in zip(*columns, strict=True)
+            Tokens(*(ids[row].values.to_numpy() for ids in columns), mapped=self._mapped, opening=self._opening)
+            for row in self.index[rows].tolist()
         ]
 
     def locations(self, rows: Sequence[int]) -> list[str]:

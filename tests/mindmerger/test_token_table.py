@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from common.errors import InputError
@@ -42,7 +43,10 @@ def test_a_table_holds_what_the_tokenizer_gives(
     order = np.array([3, 0, 4, 1])
     rows, expected = table.rows(order), tokenizer(located)
     assert len(table) == len(located) and len(rows) == 4
-    for row, number in zip(rows.tokens([0, 1, 2, 3]), order, strict=True):
+    allocated = pa.total_allocated_bytes()
+    read = rows.tokens([0, 1, 2, 3])
+    assert pa.total_allocated_bytes() == allocated, "token ids stay in the mapped file"
+    for row, number in zip(read, order, strict=True):
         wanted = expected[number]
         for kind in ("source", "prompt", "target"):
             assert getattr(row, kind).dtype == np.int32 and list(getattr(row, kind)) == list(getattr(wanted, kind))
