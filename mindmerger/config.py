@@ -210,13 +210,10 @@ class TrainingFlags(ModelFlags):
 
     def _derive_batch_sizes(self, world_size: int) -> None:
         """Fill in missing values of batch = micro batch * accumulation * ranks, and check that it holds."""
-        batch, micro, accumulation = (
-            self.train_batch_size,
-            self.train_micro_batch_size_per_gpu,
-            self.gradient_accumulation,
-        )
-        for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation"):
-            if getattr(self, name) is not None:
+        names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation")
+        batch, micro, accumulation = given = [getattr(self, name) for name in names]
+        for name, value in zip(names, given, strict=True):
+            if value is not None:
                 require_positive(self, name)
         if batch is None and (micro is None or accumulation is None):
             batch = 128
@@ -227,10 +224,11 @@ class TrainingFlags(ModelFlags):
             accumulation = max(1, batch // (micro * world_size))
         batch = batch or micro * accumulation * world_size
         if batch != micro * accumulation * world_size:
+            multiple = world_size * (given[1] or 1) * (given[2] or 1)
             raise InputError(
                 f"--train_batch_size {batch} is not --train_micro_batch_size_per_gpu {micro} x "
                 f"--gradient_accumulation {accumulation} x {world_size} rank(s) = {micro * accumulation * world_size}: "
-                "leave one of the three out, and it is derived"
+                f"set it to a multiple of {multiple}{', or leave one of the three out' if all(given) else ''}"
             )
         _fill_in(self, train_batch_size=batch, train_micro_batch_size_per_gpu=micro, gradient_accumulation=accumulation)
 

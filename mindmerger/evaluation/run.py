@@ -120,7 +120,7 @@ def evaluate(flags: EvaluationFlags) -> None:
             rows = examples[task.name]
             own = settings | {"problems_sha256": _fingerprint(rows)} | _switched(rows, alone)
             if flags.switch == "decide":
-                _check_decision(checkpoint, find_alone(root.parent, task.name, own), task.name)
+                _check_decision(checkpoint, find_alone(root.parent, task.name, own), task.name, own)
             run = runs[task.name] = stack.enter_context(open_run(root / task.name, own, flags.overwrite, process))
             if not run.is_finished:
                 tokens, by_likelihood = parts.tokenizer(rows, with_targets=False), flags.by_likelihood(task)
@@ -139,7 +139,7 @@ def evaluate(flags: EvaluationFlags) -> None:
     process.close()
 
 
-def _check_decision(checkpoint: Path, alone: Path | None, task: str) -> None:
+def _check_decision(checkpoint: Path, alone: Path | None, task: str, settings: dict[str, Any]) -> None:
     """Raise InputError if the mapping cannot carry verdicts, or there is no evaluation of the LLM alone to compare."""
     mapping = mapping_file(checkpoint)
     if mapping.suffix != ".safetensors" or not (mapping.parent / CONFIG).is_file():
@@ -148,9 +148,10 @@ def _check_decision(checkpoint: Path, alone: Path | None, task: str) -> None:
             "the folder of a training stage"
         )
     if alone is None:
+        flags = "--baseline --prompt chat" if "chat_template" in settings else "--baseline"
         raise InputError(
             f"--switch decide: results/ has no finished evaluation of the LLM alone on these problems of {task}: run "
-            "it first, with --baseline and the same --llm_path"
+            f"it first, with {flags} and the same --llm_path, --max_gen_len, --classification and --answer_parser"
         )
 
 

@@ -283,6 +283,8 @@ def test_training_and_evaluation_have_the_same_prompts(
     assert rest[1].startswith("It is ")
 
     asked = ("--init_checkpoint", "outputs/chat/augmentation", "--languages", "de", "--max_gen_len", 4)
+    with pytest.raises(InputError, match="with --baseline --prompt chat and the same --llm_path"):
+        evaluate_words(*asked, "--save_name", "chat", "--switch", "decide")
     evaluate_words(*asked, "--save_name", "chat")
     wanted = {f"<s>user:\nMAPPED{sentence('German', n)}\nassistant:\n" for n in range(2)}
     assert set(seen["evaluation"]) == wanted

@@ -450,7 +450,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(work: Path, small: Words, word
     assert not (work / "outputs/refused").exists()
 
 
-def test_batch_sizes_are_derived() -> None:
+def test_batch_sizes_are_derived(monkeypatch: pytest.MonkeyPatch) -> None:
     from mindmerger.config import TrainingFlags
 
     def sizes(**given: int) -> tuple[int, int, int]:
@@ -462,6 +462,13 @@ def test_batch_sizes_are_derived() -> None:
     assert sizes(train_batch_size=24, gradient_accumulation=6) == (24, 4, 6)
     assert sizes(train_micro_batch_size_per_gpu=2) == (128, 2, 64)
     assert sizes(train_micro_batch_size_per_gpu=3, gradient_accumulation=5) == (15, 3, 5)
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(InputError, match="6 rank.s. = 126: set it to a multiple of 6$"):
+        sizes()
+    with pytest.raises(InputError, match="set it to a multiple of 24$"):
+        sizes(train_micro_batch_size_per_gpu=4)
+    with pytest.raises(InputError, match="set it to a multiple of 24, or leave one of the three out"):
+        sizes(train_batch_size=10, train_micro_batch_size_per_gpu=2, gradient_accumulation=2)
 
 
 def test_loss_falls(work: Path, reference: dict[str, torch.Tensor]) -> None:
