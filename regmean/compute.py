@@ -47,8 +47,8 @@ from regmean.hooks import (
 from regmean.layerwise.grams import LayerwiseGrams, measured
 from regmean.layerwise.model import BEFORE, build_without_weights, open_layerwise, stored_dtype
 from regmean.layerwise.survey import Survey, survey
-from regmean.merge_plan import compact
 from regmean.model_folder import Checkpoint
+from regmean.names import compact
 from regmean.token_counts import find_tables
 
 SNAPSHOT_SECONDS = 600.0

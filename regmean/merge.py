@@ -21,8 +21,9 @@ from regmean.adapter_folder import open_models
 from regmean.average import AVERAGERS, CHUNK_ELEMENTS, write_averages
 from regmean.config import MergeFlags
 from regmean.gram_file import Grams, open_grams
-from regmean.merge_plan import MergePlan, compact, plan_merge
+from regmean.merge_plan import MergePlan, plan_merge
 from regmean.model_folder import Checkpoint, CheckpointWriter, split_layout
+from regmean.names import compact
 from regmean.report import LayerReport, Provenance, Routing, TableReport, print_table, write_report
 from regmean.tensor_file import STORAGE
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 # Set before huggingface_hub is imported, which reads it once: no test may wait for the hub.
@@ -22,6 +23,9 @@ os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ[
 # A cache for the tests' tokenised rows and prepared data sets only.
 CACHE = tempfile.TemporaryDirectory(prefix="datasets-")
 os.environ["HF_DATASETS_CACHE"] = CACHE.name
+
+# Workers of pytest-xdist share the cores.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 
 # Number of fuzz cases per reader. Every case writes the test's folder again.
 _FUZZ = {

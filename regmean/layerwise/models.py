@@ -12,6 +12,7 @@ from common.models import load_tokenizer
 from common.ranks import Process
 from regmean.architectures import auto_class, config_of
 from regmean.calibration import Calibration, check_length, check_tokens, load_calibration, make_batches
+from regmean.comparison import check_vocabularies
 from regmean.config import MergeFlags
 from regmean.experts import ExpertLayer
 from regmean.hooks import linear_layers, table_positions
@@ -19,7 +20,6 @@ from regmean.layerwise.grams import course_of
 from regmean.layerwise.model import BEFORE, Course, LayerwiseModel, build_without_weights, open_layerwise, stored_dtype
 from regmean.layerwise.routing import advance, agreement
 from regmean.layerwise.survey import Survey, survey
-from regmean.merge_plan import check_vocabularies
 from regmean.model_folder import Checkpoint, open_checkpoint
 from regmean.report import Routing
 

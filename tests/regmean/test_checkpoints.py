@@ -27,7 +27,7 @@ from transformers import (
 from common.errors import InputError
 from common.io import read_json
 from common.models import load_model
-from regmean.merge_plan import compact
+from regmean.names import compact
 from regmean.report import Provenance, model_card
 from tests.regmean.conftest import make_gpt2
 from tests.regmean.folders import TEXT, assert_merged, build, grams, run, save

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.errors import InputError
 from common.io import read_json
 from common.ranks import start_process
-from regmean import average, merge_plan, regmean, solve
+from regmean import average, comparison, regmean, solve
 from regmean import merge as merge_module
 from regmean.compute import compute_grams
 from regmean.config import GramFlags, MergeFlags
@@ -563,12 +563,12 @@ def test_configs_of_several_years_are_compared_by_what_they_mean(tmp_path: Path)
             models.append(Checkpoint(name, tmp_path / name, read_json(tmp_path / name / "config.json"), {}))
         problems: list[str] = []
         notes: list[str] = []
-        merge_plan._compare_configs(*models, problems, problems, notes)
+        comparison._compare_configs(*models, problems, problems, notes)
         return problems, notes
 
     # These do not concern the weights, and no config has to be loaded to decide this.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge_plan, "_as_transformers_has_it", None)
+        patch.setattr(comparison, "_as_transformers_has_it", None)
         assert compare("llama", {"_name_or_path": "a", "eos_token_id": 2}, {"dtype": "bfloat16"}) == ([], [])
     theta = {"rope_theta": 5e5}
     assert compare("llama", theta, {"rope_parameters": theta | {"rope_type": "default"}}) == ([], [])
