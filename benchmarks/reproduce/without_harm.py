@@ -35,8 +35,7 @@ WAYS = {
     PUBLISHED: "",
     "replay": _ROWS,
     "KL": f"{_ROWS} --replay_weight 0 --kl_weight 10",
-    "higher rate": "--lr 5e-4",
-    "higher rate, replay and KL": f"--lr 5e-4 {_ROWS} --kl_weight 10",
+    "replay and KL": f"{_ROWS} --kl_weight 10",
 }
 
 
