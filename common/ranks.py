@@ -82,6 +82,26 @@ class Process:
         dist.all_gather_object(gathered, value)
         return gathered
 
+    def check_same(self, values: dict[str, Any]) -> None:
+        """Compare `values` of all processes, by their names; called by every process.
+
+        Raises:
+            InputError: on every process, if they differ; the message names the ranks and the values' names.
+        """
+        first, *others = self.gather(values)
+        differ = {
+            (rank, name)
+            for rank, other in enumerate(others, start=1)
+            for name in first.keys() | other.keys()
+            if first.get(name) != other.get(name)
+        }
+        if differ:
+            ranks, names = (", ".join(map(str, sorted(set(column)))) for column in zip(*differ, strict=True))
+            raise InputError(
+                f"{names} differ between rank 0 and rank {ranks}: all machines need the same flags, data, models and "
+                "versions of libraries"
+            )
+
     def peak_memory(self) -> dict[str, int]:
         """Peak bytes of this process so far, on its GPU or, without one, in host memory."""
         if self.device.type == "cuda":

@@ -92,7 +92,8 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, process: "
 
     Raises:
         InputError: another process has locked the folder; or it holds a run of other settings (the differences are
-            listed), and `overwrite` is off.
+            listed), and `overwrite` is off; or the ranks have different settings.
     """
+    process.check_same(settings)
     with locked(folder) if process.is_main else contextlib.nullcontext():
         yield RunFolder(folder, settings, overwrite, process)

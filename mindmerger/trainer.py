@@ -1,5 +1,6 @@
 """The training loop: steps, validation and saved states."""
 
+import hashlib
 import itertools
 import math
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 
 from common.errors import InputError, Stopped
@@ -275,6 +277,14 @@ class Trainer:
 def steps_per_epoch(rows: int, sizes: BatchSizes) -> int:
     """Optimizer steps of one pass over `rows` rows; the last step may have fewer rows."""
     return math.ceil(rows / sizes.train_batch_size)
+
+
+def fingerprint(rows: Rows) -> str:
+    """Hash of the rows' lengths, which decide their order, and of the ids of replayed rows."""
+    content = hashlib.sha256(rows.lengths.tobytes())
+    for row in rows.tokens(np.flatnonzero(rows.replayed)):
+        content.update(np.concatenate([row.prompt, row.target]).tobytes())
+    return content.hexdigest()
 
 
 def _all_rows(step_rows: StepRows) -> list[int]:

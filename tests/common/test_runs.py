@@ -62,8 +62,9 @@ def test_what_is_no_record_of_a_run_is_named(tmp_path: Path, content: str) -> No
         pass
 
 
-def test_the_first_rank_holds_the_folder_for_all(tmp_path: Path) -> None:
+def test_the_first_rank_holds_the_folder_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
+    monkeypatch.setattr(Process, "gather", lambda _, value: [value, value])
     with (
         open_run(folder, SETTINGS, False, MAIN),
         open_run(folder, SETTINGS, False, OTHER),
@@ -73,3 +74,15 @@ def test_the_first_rank_holds_the_folder_for_all(tmp_path: Path) -> None:
         pass
     with open_run(folder, SETTINGS, False, ALONE):
         pass
+
+
+@pytest.mark.parametrize("process", [MAIN, OTHER])
+def test_ranks_with_other_settings_open_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: Process
+) -> None:
+    others = [SETTINGS | {"rows": "d"}, SETTINGS, SETTINGS | {"seed": 1}]
+    monkeypatch.setattr(Process, "gather", lambda *_: [SETTINGS, *others])
+    message = r"^rows, seed differ between rank 0 and rank 1, 3: all machines need the same flags, data"
+    with pytest.raises(InputError, match=message), open_run(tmp_path / "run", SETTINGS, True, process):
+        pass
+    assert not list(tmp_path.iterdir())

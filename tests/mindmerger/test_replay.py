@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from common.errors import InputError
 from common.ranks import Process
+from mindmerger import build as build_module
 from mindmerger import replay
 from mindmerger.batching import Tokens, lay_out, without_sources
 from mindmerger.config import ModelPair
@@ -225,6 +226,27 @@ def test_a_run_with_replay_continues(
     mapping = load_file(work / "outputs/resumed/mapping/model.safetensors")
     for name, tensor in reference.items():
         torch.testing.assert_close(mapping[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["rows_sha256", "training rows", "dev rows", "dev rows for the LLM alone", "replayed rows"]
+)
+def test_ranks_with_other_rows_train_nothing(
+    work: Path, small: Words, reference: dict, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """One process, which finds values of a second rank that differ in one place."""
+    compare = Process.check_same
+
+    def differs(process: Process, values: dict) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Process, "gather", lambda _, own: [own, own | ({name: "other"} if name in own else {})])
+            compare(process, values)
+
+    monkeypatch.setattr(Process, "check_same", differs)
+    monkeypatch.setattr(build_module.MindMergerForCausalLM, "from_base_models", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=f"^{name} differ between rank 0 and rank 1: "):
+        train_here(work, *small, "--train_micro_batch_size_per_gpu", 8, "--save_name", "refused")
+    assert not (work / "outputs/refused").exists()
 
 
 @pytest.mark.parametrize(
