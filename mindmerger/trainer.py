@@ -88,7 +88,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.steps_per_epoch = steps_per_epoch(len(self.train), self.schedule.sizes)
         self.total_steps = self.steps_per_epoch * self.schedule.epochs
-        self.states = SavedStates(self.folder / STATE, self.engine, self.mapping, self.process)
+        rows_sha256 = fingerprint(self.train)
+        self.states = SavedStates(self.folder / STATE, self.engine, self.mapping, self.process, rows_sha256)
         self.signals = StopSignals()
         size = self.schedule.eval_batch_size
         self.dev_pass = DevPass(self.engine, self.batch, size, self.process, self._leave_on_signal)

@@ -1,5 +1,6 @@
 """Replayed rows: the LLM's own right answers as targets, and the divergence from the LLM alone."""
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,12 +13,12 @@ from safetensors.torch import load_file
 
 from common.errors import InputError
 from common.ranks import Process
-from mindmerger import build as build_module
 from mindmerger import replay
 from mindmerger.batching import Tokens, lay_out, without_sources
 from mindmerger.config import ModelPair
 from mindmerger.data import Example
 from mindmerger.losses import ReplayLoss
+from mindmerger.modeling import MindMergerForCausalLM
 from mindmerger.replay import OwnAnswers
 from mindmerger.tasks import TRAINING_TASKS
 from mindmerger.token_table import Rows, TokenTable, open_table
@@ -211,17 +212,30 @@ def test_a_run_with_replay_continues(
     from mindmerger.trainer import Trainer
 
     words = (*small, "--train_micro_batch_size_per_gpu", 4, "--save_name", "resumed", "--save_steps", 2)
-    monkeypatch.setattr(replay, "load_llm", lambda *_: pytest.fail("answered again"))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        step = Trainer.step
+    step, begun = Trainer.step, []
 
-        def interrupted(trainer: Trainer, rows: object) -> object:
-            if trainer.state.step == 3:
-                raise KeyboardInterrupt
-            return step(trainer, rows)
+    def interrupted(trainer: Trainer, rows: object) -> object:
+        begun.append(trainer.state.step)
+        if len(begun) in (4, 5):
+            raise KeyboardInterrupt
+        return step(trainer, rows)
 
-        patch.setattr(Trainer, "step", interrupted)
-        train_here(work, *words)
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "load_llm", lambda *_: pytest.fail("answered again"))
+        with pytest.raises(KeyboardInterrupt):
+            train_here(work, *words)
+    # Another cache, and other answers.
+    with monkeypatch.context() as patch:
+        patch.setattr(OwnAnswers, "_is_kept", lambda *_, choices=itertools.cycle([True, False]): next(choices))
+        with pytest.raises(InputError, match=r"state/step_2 was saved with other token ids .* or --overwrite the run"):
+            train_here(work, *words, "--cache_dir", "other")
+        record = json.loads((work / "outputs/resumed/mapping/state/step_2/state.json").read_text())
+        del record["rows_sha256"]
+        patch.setattr("mindmerger.train_state.read_json", lambda _: record)
+        with pytest.raises(KeyboardInterrupt):
+            train_here(work, *words, "--cache_dir", "other")
+    assert begun == [0, 1, 2, 3, 2]
     train_here(work, *words)
     mapping = load_file(work / "outputs/resumed/mapping/model.safetensors")
     for name, tensor in reference.items():
@@ -243,7 +257,7 @@ def test_ranks_with_other_rows_train_nothing(
             compare(process, values)
 
     monkeypatch.setattr(Process, "check_same", differs)
-    monkeypatch.setattr(build_module.MindMergerForCausalLM, "from_base_models", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(MindMergerForCausalLM, "from_base_models", lambda *_: pytest.fail("loaded"))
     with pytest.raises(InputError, match=f"^{name} differ between rank 0 and rank 1: "):
         train_here(work, *small, "--train_micro_batch_size_per_gpu", 8, "--save_name", "refused")
     assert not (work / "outputs/refused").exists()
