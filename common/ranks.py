@@ -209,12 +209,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """True if an error reports too little memory: PyTorch's, CUDA's, a CUDA library's, or the host's."""
-    texts = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
-
-
 def start_process(
     device: str = "auto", timeout: timedelta = timedelta(minutes=30), needs_group: bool = False
 ) -> Process:

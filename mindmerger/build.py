@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from transformers.integrations import HfDeepSpeedConfig
 
-from common.errors import InputError
+from common.errors import InputError, within_memory
 from common.io import sha256, write_json
 from common.logging import Metrics, quiet_libraries, say
+from common.models import TOO_LARGE
 from common.ranks import Process, start_process
 from common.runs import RunFolder, open_run
 from mindmerger.batching import lay_out, without_sources
@@ -231,22 +232,23 @@ def _run_stage(flags: TrainingFlags, stage: Stage, run: RunFolder) -> None:
     process, folder, config = run.process, run.folder, stage.config
     dtype = weights_dtype(stage.ds_config)
     initial = stage.initial
-    if initial is None and flags.mapping_init == "aligned":
-        initial, config.encoder_layer = _aligned_start(flags, stage, folder.parent / ALIGNED_START, dtype, process)
-    if flags.replay:
-        stage = _with_replay(flags, stage, dtype, process)
-    # While this object exists, transformers loads a model directly into ZeRO-3's partitions.
-    hf_ds_config = HfDeepSpeedConfig(stage.ds_config)  # noqa: F841
-    torch.manual_seed(flags.seed)
-    model = MindMergerForCausalLM.from_base_models(config, dtype, flags.trust_remote_code)
-    if flags.gradient_checkpointing:
-        recompute_layers(model.llm)
-    run.start()
-    trainer = build_trainer(flags, stage, model, folder, process)
-    if initial is not None:
-        trainer.mapping.set(initial)
-    else:
-        scale_mapping(trainer, model, flags.mapping_init == "scaled", flags.boundary_init == "mean")
+    with within_memory(f"{flags.llm_path} and {flags.mt_path}: {TOO_LARGE}"):
+        if initial is None and flags.mapping_init == "aligned":
+            initial, config.encoder_layer = _aligned_start(flags, stage, folder.parent / ALIGNED_START, dtype, process)
+        if flags.replay:
+            stage = _with_replay(flags, stage, dtype, process)
+        # While this object exists, transformers loads a model directly into ZeRO-3's partitions.
+        hf_ds_config = HfDeepSpeedConfig(stage.ds_config)  # noqa: F841
+        torch.manual_seed(flags.seed)
+        model = MindMergerForCausalLM.from_base_models(config, dtype, flags.trust_remote_code)
+        if flags.gradient_checkpointing:
+            recompute_layers(model.llm)
+        run.start()
+        trainer = build_trainer(flags, stage, model, folder, process)
+        if initial is not None:
+            trainer.mapping.set(initial)
+        else:
+            scale_mapping(trainer, model, flags.mapping_init == "scaled", flags.boundary_init == "mean")
     result = trainer.fit()
 
     if process.is_main:

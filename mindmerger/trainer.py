@@ -13,9 +13,9 @@ import deepspeed
 import numpy as np
 import torch
 
-from common.errors import InputError, Stopped
+from common.errors import InputError, Stopped, within_memory
 from common.logging import Metrics, progress, say
-from common.ranks import Process, is_out_of_memory
+from common.ranks import Process
 from common.signals import StopSignals
 from mindmerger.batching import Batch, Tokens, plan_epoch
 from mindmerger.checkpoint import read_mapping, write_mapping
@@ -152,14 +152,9 @@ class Trainer:
     def _run_step(self, rows: StepRows) -> dict[str, str]:
         """Take and record one optimizer step; return values for the progress bar."""
         state, started, lr = self.state, time.monotonic(), self.engine.get_lr()[0]
-        try:
+        longest = int(self.train.lengths[_all_rows(rows)].max())
+        with within_memory(_too_large(state.step + 1, longest, self.schedule.sizes)):
             loss, stop, suspects = self.step(rows)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise InputError(
-                _too_large(state.step + 1, int(self.train.lengths[_all_rows(rows)].max()), self.schedule.sizes)
-            ) from error
         state.step += 1
         tokens = sum(int(self.train.lengths[row]) for row in _all_rows(rows))
         speed = tokens / (time.monotonic() - started)

@@ -212,7 +212,7 @@ def test_a_run_with_replay_continues(
     from mindmerger.trainer import Trainer
 
     words = (*small, "--train_micro_batch_size_per_gpu", 4, "--save_name", "resumed", "--save_steps", 2)
-    step, begun = Trainer.step, []
+    step, begun, kept = Trainer.step, [], itertools.cycle([True, False])
 
     def interrupted(trainer: Trainer, rows: object) -> object:
         begun.append(trainer.state.step)
@@ -227,7 +227,7 @@ def test_a_run_with_replay_continues(
             train_here(work, *words)
     # Another cache, and other answers.
     with monkeypatch.context() as patch:
-        patch.setattr(OwnAnswers, "_is_kept", lambda *_, choices=itertools.cycle([True, False]): next(choices))
+        patch.setattr(OwnAnswers, "_is_kept", lambda *_: next(kept))
         with pytest.raises(InputError, match=r"state/step_2 was saved with other token ids .* or --overwrite the run"):
             train_here(work, *words, "--cache_dir", "other")
         record = json.loads((work / "outputs/resumed/mapping/state/step_2/state.json").read_text())
@@ -261,6 +261,17 @@ def test_ranks_with_other_rows_train_nothing(
     with pytest.raises(InputError, match=f"^{name} differ between rank 0 and rank 1: "):
         train_here(work, *small, "--train_micro_batch_size_per_gpu", 8, "--save_name", "refused")
     assert not (work / "outputs/refused").exists()
+
+
+def test_an_llm_that_does_not_fit_one_device_answers_nothing(
+    work: Path, small: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.to", run_out)
+    with pytest.raises(InputError, match=r"^out of memory while the LLM loads for --replay, .*leave --replay out$"):
+        train_here(work, *small, "--save_name", "too_large", "--seed", 1)
 
 
 @pytest.mark.parametrize(
