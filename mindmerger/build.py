@@ -138,11 +138,7 @@ def prepare(flags: TrainingFlags, process: Process) -> Stage:
     table = _read_rows(flags, tokenizer)
     dev_index, train_index = hold_out(len(table), flags.dev_size, flags.seed)
     train, dev = table.rows(train_index), table.rows(dev_index)
-    longest = max(rows.lengths.max(initial=0) for rows in (train, dev))
-    if flags.replay:
-        # An answer of the LLM may be longer than the target.
-        longest = max(longest, (train.lengths - train.target_lengths).max(initial=0) + flags.max_gen_len)
-    check_context(models, int(longest))
+    _check_rows(flags, models, train, dev)
     config.task, config.stage, config.augmentation = flags.task, flags.stage_name, uses_prompt
     config.prompt = prompt_template(flags.task, flags.stage_name) if uses_prompt else None
     if tokenizer.chat is not None:
@@ -155,6 +151,19 @@ def prepare(flags: TrainingFlags, process: Process) -> Stage:
         settings["chat_template"] = config.prompt
     alone = _alone_rows(flags, models, tokenizer, table, dev_index, process)
     return Stage(models, config, tokenizer, table, train, dev, alone, ds_config, initial, settings)
+
+
+def _check_rows(flags: TrainingFlags, models: ModelPair, train: Rows, dev: Rows) -> None:
+    """Raise InputError if a row is too long for the LLM, or a language of --replay_languages has no training row."""
+    longest = max(rows.lengths.max(initial=0) for rows in (train, dev))
+    if flags.replay:
+        languages = select_languages(flags.replay_languages, "--replay_languages") or ()
+        if missing := {language.name for language in languages} - set(train.languages()):
+            named = ", ".join(sorted(missing))
+            raise InputError(f"--replay_languages {flags.replay_languages}: no training row is in {named}")
+        # An answer of the LLM may be longer than the target.
+        longest = max(longest, (train.lengths - train.target_lengths).max(initial=0) + flags.max_gen_len)
+    check_context(models, int(longest))
 
 
 def _alone_rows(
@@ -283,8 +292,6 @@ def _with_replay(flags: TrainingFlags, stage: Stage, dtype: torch.dtype, process
     keeps_all = flags.stage_name == "mapping" or languages is not None
     answers = OwnAnswers(stage.models, task, keeps_all, stage.tokenizer, dtype, flags.eval_batch_size)
     names = languages and [language.name for language in languages]
-    if missing := set(names or ()) - set(stage.train.languages()):
-        raise InputError(f"--replay_languages {flags.replay_languages}: no training row is in {missing.pop()}")
     train = answers.replay(stage.table, stage.train, flags.replay, flags.seed, process, names)
     process.check_same({"replayed rows": fingerprint(train)})
     return replace(stage, train=train)

@@ -282,11 +282,17 @@ def test_an_llm_that_does_not_fit_one_device_answers_nothing(
         (("--replay", 0), "--kl_weight 0.7 needs --replay"),
         (("--replay_weight", 0, "--kl_weight", 0), "--replay_weight 0 leaves replayed rows without a loss"),
         (("--augmentation", "False"), "--replay needs --augmentation True"),
-        (("--replay_languages", "tr"), "--replay_languages tr: no training row is in Turkish"),
+        (("--replay_languages", "tr,de,fr"), "--replay_languages tr,de,fr: no training row is in French, Turkish"),
+        (("--replay_languages", "de,xx"), "--replay_languages: unknown language 'xx'"),
+        (("--replay_languages", "de,German"), "--replay_languages de,German: a language is named twice"),
         (("--replay", 0, "--kl_weight", 0, "--replay_languages", "de"), "--replay_languages de needs --replay"),
     ],
 )
-def test_bad_flags_are_one_line(work: Path, small: Words, words: Words, message: str) -> None:
+def test_bad_flags_are_one_line(
+    work: Path, small: Words, monkeypatch: pytest.MonkeyPatch, words: Words, message: str
+) -> None:
+    monkeypatch.setattr(MindMergerForCausalLM, "from_base_models", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("mindmerger.build.AlignedStart", lambda *_: pytest.fail("loaded"))
     with pytest.raises(InputError, match=message):
-        train_here(work, *small, "--save_name", "refused", *words)
+        train_here(work, *small, "--save_name", "refused", "--mapping_init", "aligned", *words)
     assert not (work / "outputs/refused").exists()
