@@ -156,6 +156,14 @@ def test_a_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch, device: str, expe
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", asked.append)
     assert start_process(device).device == torch.device(expected)
     assert asked == [torch.device(expected), False]
+    for launched in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.setenv(launched, "2")
+        if device == "cuda:1":
+            with pytest.raises(InputError, match="^--device cuda:1: 2 ranks would share this GPU; use --device cuda"):
+                start_process(device)
+        else:
+            assert start_process(device).device == torch.device(expected)
+        monkeypatch.delenv(launched)
 
 
 RANK = """
