@@ -55,6 +55,16 @@ def test_overwrite_empties_the_folder_when_the_run_starts(tmp_path: Path) -> Non
     assert read_json(tmp_path / "run" / RUN) == {"settings": {"lr": 1}}
 
 
+def test_a_folder_that_cannot_be_emptied_keeps_its_run(tmp_path: Path) -> None:
+    """A link stands for all: it is no folder that can be removed."""
+    with open_run(tmp_path / "elsewhere", SETTINGS, False, ALONE) as run:
+        run.start()
+    (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
+    with open_run(tmp_path / "run", {"lr": 1}, True, ALONE) as run, pytest.raises(InputError, match="cannot write"):
+        run.start()
+    assert read_json(tmp_path / "elsewhere" / RUN) == {"settings": SETTINGS}
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", '{"settings": 3}', "{"])
 def test_what_is_no_record_of_a_run_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / RUN).write_text(content)
