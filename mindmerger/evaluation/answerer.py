@@ -202,7 +202,7 @@ def prepare_answerer(
         checkpoint: path of the mapping; None for the LLM alone.
         limits: maximum lengths in tokens.
         augmentation: True if the prompt follows the mapped states; None for the value in training.
-        alone: English names of languages whose problems the LLM answers alone; see `languages_alone`.
+        alone: English names of languages whose problems the LLM answers alone; see `switched_languages`.
         prompt: "published" or "chat"; "auto" for the value in training, or for published prompts.
 
     Raises:
