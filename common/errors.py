@@ -3,7 +3,8 @@
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
 # Ends the process with an exit code; `common.ranks` sets its own in a process that joins a process group.
@@ -21,6 +22,29 @@ class InputError(Exception):
 def first_line(error: Exception) -> str:
     """First line of a library's error, without the advice that may follow; its class name if the message is empty."""
     return str(error).strip().split("\n", 1)[0] or type(error).__name__
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """True if an error reports too little memory: PyTorch's, CUDA's, a CUDA library's, or the host's."""
+    import torch  # late: programs report bad flags without it
+
+    texts = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
+@contextmanager
+def within_memory(message: str) -> Iterator[None]:
+    """Report memory that runs out in a block.
+
+    Raises:
+        InputError: `message`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(message) from error
 
 
 def exit_with_message(main: Callable[[], None]) -> None:

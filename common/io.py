@@ -57,8 +57,8 @@ def atomic_folder(path: Path, keeps: Callable[[Path], bool] = lambda partial: Fa
     refuse_existing(path)
     partial = partial_path(path)
     with writing(path):
-        if not keeps(partial):
-            shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists() and not keeps(partial):
+            shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
         try:
             yield partial

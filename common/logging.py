@@ -77,7 +77,7 @@ class Metrics:
         if process.is_main:
             with writing(self._path):
                 self._file = self._path.open("ab")
-                self._file.truncate(min(size, self._file.tell()))
+                self._file.seek(self._file.truncate(min(size, self._file.tell())))
                 if report_to == "tensorboard":
                     self._board = _TensorBoard(folder / "tensorboard", step)
             if report_to in _OPTIONAL:

@@ -11,8 +11,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from common.errors import InputError, first_line
+from common.errors import InputError, first_line, within_memory
 from common.io import read_shard_index
+
+TOO_LARGE = (
+    "out of memory while the model loads: use 16 bits (--dtype; in training bf16 in --deepspeed_config), in training "
+    "several GPUs under ZeRO-3 (configs/deepspeed/zero3_bf16.json), or larger devices; --plan shows what fits"
+)
 
 
 def base_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -71,13 +76,15 @@ def load_model(
         options: of `from_pretrained`.
 
     Raises:
-        InputError: `path` holds no such model, or lacks some of its weights, which would start at random.
+        InputError: `path` holds no such model, or lacks some of its weights, which would start at random; or it does
+            not fit into memory.
     """
     for index in Path(path).glob("*.index.json"):
         # transformers itself would read files outside the model's folder that an index lists.
         read_shard_index(index)
     try:
-        model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
+        with within_memory(f"{path}: {TOO_LARGE}"):
+            model, info = model_class.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         raise InputError(
             f"no model could be loaded from {path} as {model_class.__name__}: {first_line(error)}"

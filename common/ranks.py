@@ -82,6 +82,26 @@ class Process:
         dist.all_gather_object(gathered, value)
         return gathered
 
+    def check_same(self, values: dict[str, Any]) -> None:
+        """Compare `values` of all processes, by their names; called by every process.
+
+        Raises:
+            InputError: on every process, if they differ; the message names the ranks and the values' names.
+        """
+        first, *others = self.gather(values)
+        differ = {
+            (rank, name)
+            for rank, other in enumerate(others, start=1)
+            for name in first.keys() | other.keys()
+            if first.get(name) != other.get(name)
+        }
+        if differ:
+            ranks, names = (", ".join(map(str, sorted(set(column)))) for column in zip(*differ, strict=True))
+            raise InputError(
+                f"{names} differ between rank 0 and rank {ranks}: all machines need the same flags, data, models and "
+                "versions of libraries"
+            )
+
     def peak_memory(self) -> dict[str, int]:
         """Peak bytes of this process so far, on its GPU or, without one, in host memory."""
         if self.device.type == "cuda":
@@ -135,8 +155,7 @@ def available_memory(device: torch.device) -> int:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     free = min(psutil.virtual_memory().available, free_in_groups())
-    # Set by torchrun and by DeepSpeed, respectively.
-    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1"))
+    return int(free) // _ranks_here()
 
 
 def free_in_groups(root: Path = GROUPS) -> float:
@@ -189,12 +208,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """True if an error reports too little memory: PyTorch's, CUDA's, a CUDA library's, or the host's."""
-    texts = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
-
-
 def start_process(
     device: str = "auto", timeout: timedelta = timedelta(minutes=30), needs_group: bool = False
 ) -> Process:
@@ -209,24 +222,13 @@ def start_process(
         needs_group: True to form a group of one process without a launcher, as DeepSpeed requires.
 
     Raises:
-        InputError: unknown device.
+        InputError: unknown device, or one GPU for several ranks.
     """
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     # NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE: TF32 has 10 bits of mantissa in place of 23.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-        if chosen.type == "cuda":
-            chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
-            torch.cuda.set_device(chosen)
-            # In torch 2.13 its attention, the default on an H100, has NaN gradients under some masks: pytorch#196678.
-            torch.backends.cuda.enable_cudnn_sdp(False)
-    except (RuntimeError, AssertionError, AttributeError) as error:
-        raise InputError(f"--device {device}: {error}") from error
-
+    chosen = _choose_device(device, local_rank)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
@@ -240,6 +242,32 @@ def start_process(
         errors.end_process = end_rank
         _leave_with_peers(peers[process.rank], peers)
     return process
+
+
+def _choose_device(name: str, local_rank: int) -> torch.device:
+    """Device of this rank by the value of --device; a GPU becomes the current one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(name)
+        if chosen.type == "cuda":
+            if chosen.index is not None and _ranks_here() > 1:
+                raise InputError(
+                    f"--device {name}: {_ranks_here()} ranks would share this GPU; use --device cuda, and choose GPUs "
+                    "by CUDA_VISIBLE_DEVICES"
+                )
+            chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
+            torch.cuda.set_device(chosen)
+            # In torch 2.13 its attention, the default on an H100, has NaN gradients under some masks: pytorch#196678.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        raise InputError(f"--device {name}: {error}") from error
+    return chosen
+
+
+def _ranks_here() -> int:
+    """Number of ranks on this machine, as set by torchrun and by DeepSpeed, respectively."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1"))
 
 
 @dataclass(frozen=True)

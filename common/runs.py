@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import InputError
-from common.io import read_json, write_json
+from common.io import read_json, write_json, writing
 from common.locks import locked
 
 if TYPE_CHECKING:
@@ -46,12 +46,13 @@ class RunFolder:
         Called by all ranks, after every check and before anything else is written.
 
         Raises:
-            InputError: the folder cannot be written.
+            InputError: the folder cannot be emptied or written.
         """
         self.process.barrier()
         if self.process.is_main:
-            if self.overwrite:
-                shutil.rmtree(self.folder, ignore_errors=True)
+            if self.overwrite and self.folder.exists():
+                with writing(self.folder):
+                    shutil.rmtree(self.folder)
             write_json(self.folder / RUN, {"settings": self.settings})
         self.process.barrier()
 
@@ -92,7 +93,8 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool, process: "
 
     Raises:
         InputError: another process has locked the folder; or it holds a run of other settings (the differences are
-            listed), and `overwrite` is off.
+            listed), and `overwrite` is off; or the ranks have different settings.
     """
+    process.check_same(settings)
     with locked(folder) if process.is_main else contextlib.nullcontext():
         yield RunFolder(folder, settings, overwrite, process)

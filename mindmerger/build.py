@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from transformers.integrations import HfDeepSpeedConfig
 
-from common.errors import InputError
+from common.errors import InputError, within_memory
 from common.io import sha256, write_json
 from common.logging import Metrics, quiet_libraries, say
+from common.models import TOO_LARGE
 from common.ranks import Process, start_process
 from common.runs import RunFolder, open_run
 from mindmerger.batching import lay_out, without_sources
@@ -43,7 +44,7 @@ from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, Prompt, find_task, promp
 from mindmerger.token_table import Rows, TokenTable, file_hashes, open_table
 from mindmerger.tokenization import ExampleTokenizer, load_example_tokenizer
 from mindmerger.train_state import TrainState
-from mindmerger.trainer import STATE, Schedule, Trainer, steps_per_epoch
+from mindmerger.trainer import STATE, Schedule, Trainer, fingerprint, steps_per_epoch
 from mindmerger.zero import MappingState, deepspeed_config, free_shared_memory, weights_dtype
 
 ALIGNED_START = "aligned_start"
@@ -69,6 +70,9 @@ def train(flags: TrainingFlags) -> None:
     deepspeed.init_distributed()
     free_shared_memory(process)
     stage = prepare(flags, process)
+    # Batches depend on these lengths: other ones on one rank are wrong rows, or collectives that never end.
+    parts = {"training rows": stage.train, "dev rows": stage.dev, "dev rows for the LLM alone": stage.alone}
+    process.check_same({name: None if rows is None else fingerprint(rows) for name, rows in parts.items()})
     folder = Path("outputs") / flags.save_name / flags.stage_name
     with open_run(folder, stage.settings, flags.overwrite, process) as run:
         if run.is_finished:
@@ -134,11 +138,7 @@ def prepare(flags: TrainingFlags, process: Process) -> Stage:
     table = _read_rows(flags, tokenizer)
     dev_index, train_index = hold_out(len(table), flags.dev_size, flags.seed)
     train, dev = table.rows(train_index), table.rows(dev_index)
-    longest = max(rows.lengths.max(initial=0) for rows in (train, dev))
-    if flags.replay:
-        # An answer of the LLM may be longer than the target.
-        longest = max(longest, (train.lengths - train.target_lengths).max(initial=0) + flags.max_gen_len)
-    check_context(models, int(longest))
+    _check_rows(flags, models, train, dev)
     config.task, config.stage, config.augmentation = flags.task, flags.stage_name, uses_prompt
     config.prompt = prompt_template(flags.task, flags.stage_name) if uses_prompt else None
     if tokenizer.chat is not None:
@@ -151,6 +151,19 @@ def prepare(flags: TrainingFlags, process: Process) -> Stage:
         settings["chat_template"] = config.prompt
     alone = _alone_rows(flags, models, tokenizer, table, dev_index, process)
     return Stage(models, config, tokenizer, table, train, dev, alone, ds_config, initial, settings)
+
+
+def _check_rows(flags: TrainingFlags, models: ModelPair, train: Rows, dev: Rows) -> None:
+    """Raise InputError if a row is too long for the LLM, or a language of --replay_languages has no training row."""
+    longest = max(rows.lengths.max(initial=0) for rows in (train, dev))
+    if flags.replay:
+        languages = select_languages(flags.replay_languages, "--replay_languages") or ()
+        if missing := {language.name for language in languages} - set(train.languages()):
+            named = ", ".join(sorted(missing))
+            raise InputError(f"--replay_languages {flags.replay_languages}: no training row is in {named}")
+        # An answer of the LLM may be longer than the target.
+        longest = max(longest, (train.lengths - train.target_lengths).max(initial=0) + flags.max_gen_len)
+    check_context(models, int(longest))
 
 
 def _alone_rows(
@@ -228,22 +241,23 @@ def _run_stage(flags: TrainingFlags, stage: Stage, run: RunFolder) -> None:
     process, folder, config = run.process, run.folder, stage.config
     dtype = weights_dtype(stage.ds_config)
     initial = stage.initial
-    if initial is None and flags.mapping_init == "aligned":
-        initial, config.encoder_layer = _aligned_start(flags, stage, folder.parent / ALIGNED_START, dtype, process)
-    if flags.replay:
-        stage = _with_replay(flags, stage, dtype, process)
-    # While this object exists, transformers loads a model directly into ZeRO-3's partitions.
-    hf_ds_config = HfDeepSpeedConfig(stage.ds_config)  # noqa: F841
-    torch.manual_seed(flags.seed)
-    model = MindMergerForCausalLM.from_base_models(config, dtype, flags.trust_remote_code)
-    if flags.gradient_checkpointing:
-        recompute_layers(model.llm)
-    run.start()
-    trainer = build_trainer(flags, stage, model, folder, process)
-    if initial is not None:
-        trainer.mapping.set(initial)
-    else:
-        scale_mapping(trainer, model, flags.mapping_init == "scaled", flags.boundary_init == "mean")
+    with within_memory(f"{flags.llm_path} and {flags.mt_path}: {TOO_LARGE}"):
+        if initial is None and flags.mapping_init == "aligned":
+            initial, config.encoder_layer = _aligned_start(flags, stage, folder.parent / ALIGNED_START, dtype, process)
+        if flags.replay:
+            stage = _with_replay(flags, stage, dtype, process)
+        # While this object exists, transformers loads a model directly into ZeRO-3's partitions.
+        hf_ds_config = HfDeepSpeedConfig(stage.ds_config)  # noqa: F841
+        torch.manual_seed(flags.seed)
+        model = MindMergerForCausalLM.from_base_models(config, dtype, flags.trust_remote_code)
+        if flags.gradient_checkpointing:
+            recompute_layers(model.llm)
+        run.start()
+        trainer = build_trainer(flags, stage, model, folder, process)
+        if initial is not None:
+            trainer.mapping.set(initial)
+        else:
+            scale_mapping(trainer, model, flags.mapping_init == "scaled", flags.boundary_init == "mean")
     result = trainer.fit()
 
     if process.is_main:
@@ -278,9 +292,8 @@ def _with_replay(flags: TrainingFlags, stage: Stage, dtype: torch.dtype, process
     keeps_all = flags.stage_name == "mapping" or languages is not None
     answers = OwnAnswers(stage.models, task, keeps_all, stage.tokenizer, dtype, flags.eval_batch_size)
     names = languages and [language.name for language in languages]
-    if missing := set(names or ()) - set(stage.train.languages()):
-        raise InputError(f"--replay_languages {flags.replay_languages}: no training row is in {missing.pop()}")
     train = answers.replay(stage.table, stage.train, flags.replay, flags.seed, process, names)
+    process.check_same({"replayed rows": fingerprint(train)})
     return replace(stage, train=train)
 
 

@@ -9,7 +9,7 @@ from common.cli import flag
 from common.devices import HERE, PLAN_HELP, launched_world_size, parse_devices
 from common.errors import InputError
 from common.logging import ReportTo, require_board
-from mindmerger.tasks import EVALUATION_TASKS, TRAINING_TASKS, Task
+from mindmerger.tasks import EVALUATION_TASKS, TRAINING_TASKS, Task, select_languages
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,7 @@ class TrainingFlags(ModelFlags):
             raise InputError(f"--kl_weight {self.kl_weight} needs --replay: its rows are the replayed ones")
         if self.replay_languages is not None and not self.replay:
             raise InputError(f"--replay_languages {self.replay_languages} needs --replay")
+        select_languages(self.replay_languages, "--replay_languages")
         if self.replay and not (self.replay_weight or self.kl_weight):
             raise InputError("--replay_weight 0 leaves replayed rows without a loss: set --kl_weight")
         if self.replay and not self.uses_prompt:

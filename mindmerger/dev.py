@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_outputs import CausalLMOutput
 
-from common.errors import InputError
+from common.errors import within_memory
 from common.logging import progress, say
-from common.ranks import Process, is_out_of_memory
+from common.ranks import Process
 from mindmerger.batching import Batch, Tokens, plan_once
 from mindmerger.checkpoint import mapping_file, write_verdicts
 from mindmerger.evaluation.paired import judge_losses, summary
@@ -81,13 +81,8 @@ class DevPass:
 
     @torch.no_grad()
     def _forward(self, batch: Batch) -> CausalLMOutput:
-        try:
+        with within_memory(
+            f"out of memory in an evaluation, with a batch of {len(batch.lengths)} dev rows; saved files are kept. Use "
+            f"an --eval_batch_size below {self.batch_size}, or lower --max_seq_len, --max_prompt_len or --max_gen_len"
+        ):
             return self.engine(batch=batch, num_items_in_batch=1.0)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise InputError(
-                f"out of memory in an evaluation, with a batch of {len(batch.lengths)} dev rows; saved files are kept. "
-                f"Use an --eval_batch_size below {self.batch_size}, or lower --max_seq_len, --max_prompt_len or "
-                "--max_gen_len"
-            ) from error

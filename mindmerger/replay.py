@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.errors import InputError
+from common.errors import within_memory
 from common.io import sha256
 from common.logging import progress, say
 from common.models import base_config
-from common.ranks import Process, is_out_of_memory
+from common.ranks import Process
 from mindmerger.batching import plan_once
 from mindmerger.chat import without_thinking
 from mindmerger.config import ModelPair
@@ -101,9 +101,13 @@ class OwnAnswers:
 
     def _answer(self, rows: Rows, process: Process) -> dict[int, list[int]]:
         """Answer `rows` by the LLM alone, each rank its part; return the ids of kept answers by row, on every rank."""
-        llm = load_llm(self.models.llm_path, self.models.llm_revision, self.dtype, self.models.trust_remote_code)
-        llm.to(process.device)
-        check_answers(llm)
+        with within_memory(
+            "out of memory while the LLM loads for --replay, on each device whole, also under ZeRO-3: use bf16 in "
+            "--deepspeed_config or larger devices (--plan shows what fits), or leave --replay out"
+        ):
+            llm = load_llm(self.models.llm_path, self.models.llm_revision, self.dtype, self.models.trust_remote_code)
+            llm.to(process.device)
+            check_answers(llm)
         answerer, found = Answerer(llm, self.tokenizer), {}
         plan = plan_once(rows.lengths, 1, process.world_size)[process.rank]
         tokens = {row: rows.tokens([row])[0] for batch in plan for row in batch}
@@ -112,18 +116,14 @@ class OwnAnswers:
             return answerer.read([replace(tokens[row], target=[]) for row in chosen])
 
         limit, ends = self.tokenizer.max_gen_len, answerer.eos_token_ids
-        try:
-            with progress(process, total=len(tokens), desc="the LLM's own answers", unit="row") as bar:
-                for answers in greedy_steps(llm, tokens, prefill, self.slots, limit, ends):
-                    if done := {answer.problem: answer.ids for answer in answers if answer.is_done}:
-                        found |= {row: ids for row, ids in done.items() if self._is_kept(ids, tokens[row].target, ends)}
-                        bar.update(len(done))
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise InputError(
-                f"out of memory while the LLM alone answers {self.slots} rows at once: lower --eval_batch_size"
-            ) from error
+        with (
+            within_memory(f"out of memory while the LLM alone answers {self.slots} rows: lower --eval_batch_size"),
+            progress(process, total=len(tokens), desc="the LLM's own answers", unit="row") as bar,
+        ):
+            for answers in greedy_steps(llm, tokens, prefill, self.slots, limit, ends):
+                if done := {answer.problem: answer.ids for answer in answers if answer.is_done}:
+                    found |= {row: ids for row, ids in done.items() if self._is_kept(ids, tokens[row].target, ends)}
+                    bar.update(len(done))
         return {row: ids for own in process.gather(found) for row, ids in own.items()}
 
     def _is_kept(self, ids: list[int], target: np.ndarray, ends: set[int]) -> bool:

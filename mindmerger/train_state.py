@@ -8,6 +8,7 @@ import deepspeed
 from safetensors.torch import load_file, save
 
 from common import snapshots
+from common.errors import InputError
 from common.io import read_json, write_bytes, write_json
 from common.logging import say
 from common.ranks import Process
@@ -41,12 +42,14 @@ class SavedStates:
         engine: DeepSpeed's engine.
         mapping: values and optimizer state of the mapping.
         process: this rank.
+        rows_sha256: hash of the training rows; see `fingerprint`.
     """
 
     folder: Path
     engine: deepspeed.DeepSpeedEngine
     mapping: MappingState
     process: Process
+    rows_sha256: str
 
     def save(self, state: TrainState) -> None:
         """Save everything that the rest of the run depends on, unless this step is already saved."""
@@ -54,6 +57,7 @@ class SavedStates:
         for rank, rng_state in enumerate(self.process.gather(self.process.rng_state())):
             tensors[f"rng.{rank}"] = rng_state
         record = asdict(state) | {
+            "rows_sha256": self.rows_sha256,
             "optimizer_steps": self.mapping.steps,
             "schedule": self.engine.lr_scheduler.state_dict(),
         }
@@ -70,7 +74,7 @@ class SavedStates:
         """Restore the last state, if there is one.
 
         Raises:
-            InputError: all saved states are damaged.
+            InputError: all saved states are damaged, or the last one was saved with other training rows.
         """
         # Only rank 0 checks the states and removes damaged ones.
         warn = lambda text: say(self.process, text)  # noqa: E731
@@ -79,6 +83,12 @@ class SavedStates:
         if found is None:
             return TrainState()
         record, tensors = read_json(found / "state.json"), load_file(found / "state.safetensors")
+        # Older states have no hash.
+        if record.get("rows_sha256", self.rows_sha256) != self.rows_sha256:
+            raise InputError(
+                f"{found} was saved with other token ids of the training rows, or other answers of the LLM (--replay): "
+                "restore --cache_dir, --eval_batch_size and library versions of before, or --overwrite the run"
+            )
         self.mapping.restore(tensors, record["optimizer_steps"])
         self.engine.lr_scheduler.load_state_dict(record["schedule"])
         for group, lr in zip(self.engine.optimizer.param_groups, self.engine.lr_scheduler.get_last_lr(), strict=True):

@@ -7,8 +7,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from common.errors import InputError
-from common.ranks import is_out_of_memory
+from common.errors import InputError, is_out_of_memory
 from regmean.calibration import Calibration, collate
 from regmean.gram import Added, GramSums
 from regmean.hooks import Layer, LinearInputs

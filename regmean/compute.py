@@ -19,11 +19,11 @@ from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from common import snapshots
-from common.errors import InputError, Stopped
+from common.errors import InputError, Stopped, is_out_of_memory, within_memory
 from common.io import read_json, write_json
 from common.logging import progress, quiet_libraries, say
 from common.models import load_tokenizer
-from common.ranks import Process, available_memory, is_out_of_memory, synchronize
+from common.ranks import Process, available_memory, synchronize
 from common.runs import RUN, open_run
 from common.signals import StopSignals
 from regmean.adapter_folder import open_models
@@ -196,7 +196,8 @@ def _prepare(
     """
     share_modules(model)
     head, layers = untied_head(model), linear_layers(model)
-    model.to(process.device).eval()
+    with within_memory(f"out of memory with the model; {MORE_MEMORY}"):
+        model.to(process.device).eval()
     tables = find_tables(model, calibration)
     optional = {name for name, layer in layers.items() if layer is model.get_output_embeddings()}
     optional |= {table.module for table in tables}

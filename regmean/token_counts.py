@@ -15,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from common.ranks import is_out_of_memory
+from common.errors import is_out_of_memory
 from regmean.calibration import Calibration, collate
 from regmean.gram_file import Counts
 

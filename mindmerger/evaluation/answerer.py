@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from common.errors import InputError
+from common.errors import InputError, within_memory
 from common.io import sha256
+from common.models import TOO_LARGE
 from mindmerger.batching import Tokens, lay_out, without_sources
 from mindmerger.chat import is_thinking_tag, without_thinking
 from mindmerger.checkpoint import CONFIG, mapping_file, read_mapping, read_record, with_trained_layer
@@ -160,17 +161,18 @@ class AnswererParts:
             generates: True if this copy of the LLM generates; False if vLLM does.
 
         Raises:
-            InputError: weights are missing, or a model's outputs depend on the batch or on the cache.
+            InputError: weights are missing, a model's outputs depend on the batch or on the cache, or memory runs out.
         """
-        models, model = self.models, None
-        if self.mapping is None:
-            llm = load_llm(models.llm_path, models.llm_revision, dtype, models.trust_remote_code).to(device)
-        else:
-            model = MindMergerForCausalLM.from_base_models(self.config, dtype, models.trust_remote_code, self.mapping)
-            llm = model.to(device).llm
-            model.masking = find_masking(model.encoder, self.tokenizer.source_pad_id, ("padding", "alone"))
-        if generates:
-            check_answers(llm)
+        models, model, trusted = self.models, None, self.models.trust_remote_code
+        with within_memory(f"{models.llm_path}: {TOO_LARGE}"):
+            if self.mapping is None:
+                llm = load_llm(models.llm_path, models.llm_revision, dtype, trusted).to(device)
+            else:
+                model = MindMergerForCausalLM.from_base_models(self.config, dtype, trusted, self.mapping)
+                llm = model.to(device).llm
+                model.masking = find_masking(model.encoder, self.tokenizer.source_pad_id, ("padding", "alone"))
+            if generates:
+                check_answers(llm)
         return Answerer(llm, self.tokenizer, model)
 
     def settings(self) -> dict[str, Any]:
@@ -200,7 +202,7 @@ def prepare_answerer(
         checkpoint: path of the mapping; None for the LLM alone.
         limits: maximum lengths in tokens.
         augmentation: True if the prompt follows the mapped states; None for the value in training.
-        alone: English names of languages whose problems the LLM answers alone; see `languages_alone`.
+        alone: English names of languages whose problems the LLM answers alone; see `switched_languages`.
         prompt: "published" or "chat"; "auto" for the value in training, or for published prompts.
 
     Raises:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from common.errors import InputError, Stopped
+from common.errors import InputError, Stopped, is_out_of_memory
 from common.io import read_json
 from common.logging import progress, quiet_libraries, say
-from common.ranks import Process, is_out_of_memory, start_process
+from common.ranks import Process, start_process
 from common.runs import RunFolder, open_run
 from common.signals import StopSignals
 from mindmerger.batching import Tokens, plan_once

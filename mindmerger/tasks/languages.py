@@ -82,15 +82,18 @@ def named(names: str) -> tuple[Language, ...]:
     return tuple(LANGUAGES[name] for name in names.split())
 
 
-def select_languages(words: str | None) -> tuple[Language, ...] | None:
-    """Parse the comma-separated `--languages`; None if the flag is not given.
+def select_languages(words: str | None, flag: str = "--languages") -> tuple[Language, ...] | None:
+    """Parse the comma-separated languages of `flag`; None if the flag is not given.
 
     Raises:
         InputError: a language is unknown or named twice.
     """
     if words is None:
         return None
-    chosen = tuple(find_language(word) for word in words.split(","))
+    try:
+        chosen = tuple(find_language(word) for word in words.split(","))
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from error
     if len(set(chosen)) < len(chosen):
-        raise InputError(f"--languages {words}: a language is named twice")
+        raise InputError(f"{flag} {words}: a language is named twice")
     return chosen

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import InputError
-from common.io import atomic_folder, atomic_path, read_json, write_bytes, write_json
+from common.io import atomic_folder, atomic_path, partial_path, read_json, write_bytes, write_json
 
 
 def test_a_file_keeps_its_old_content_when_writing_fails(tmp_path: Path) -> None:
@@ -42,6 +42,15 @@ def test_what_a_killed_run_has_left_is_written_over(tmp_path: Path) -> None:
         write_json(tmp_path / "scores.json", 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "scores.json"]
     assert list((tmp_path / "merged").iterdir()) == []
+
+
+def test_what_cannot_be_removed_gets_into_no_new_folder(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/half.safetensors").touch()
+    partial_path(tmp_path / "merged").symlink_to(tmp_path / "old")
+    with pytest.raises(InputError, match="cannot write .*merged: "), atomic_folder(tmp_path / "merged"):
+        pass
+    assert not (tmp_path / "merged").exists() and (tmp_path / "old/half.safetensors").exists()
 
 
 def test_read_json_names_the_file(tmp_path: Path) -> None:

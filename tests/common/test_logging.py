@@ -46,6 +46,16 @@ def test_none_leaves_the_file_alone(process: Process, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
+def test_the_size_is_that_of_the_lines_that_are_kept(process: Process, tmp_path: Path) -> None:
+    write_two(process, tmp_path / "run", report_to="none")
+    first = len((tmp_path / "run/metrics.jsonl").read_bytes().splitlines(keepends=True)[0])
+    metrics = Metrics(process, tmp_path / "run", 1, first, report_to="none")
+    assert metrics.size == first == (tmp_path / "run/metrics.jsonl").stat().st_size
+    metrics.write(2, loss=1.5)
+    assert metrics.size == (tmp_path / "run/metrics.jsonl").stat().st_size
+    assert [line["loss"] for line in lines(tmp_path / "run")] == [2.5, 1.5]
+
+
 @pytest.mark.parametrize("package", ["wandb", "trackio"])
 def test_trackers_get_what_the_file_gets(
     package: str, process: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from common import ranks
-from common.ranks import available_memory, cores_in_groups, free_in_groups, is_out_of_memory, start_process
+from common.errors import InputError, is_out_of_memory, within_memory
+from common.ranks import available_memory, cores_in_groups, free_in_groups, start_process
 from tests.conftest import REPOSITORY
 from tests.mindmerger.scripts import ENVIRONMENT, deepspeed_command, free_port, run, torchrun_command
 
@@ -53,6 +54,9 @@ def test_a_container_or_a_job_has_less_than_its_machine(tmp_path: Path) -> None:
 )
 def test_memory_runs_out_in_several_ways(error: RuntimeError, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
+    with pytest.raises(InputError if expected else type(error)) as raised, within_memory("use less"):
+        raise error
+    assert (str(raised.value) == "use less") is expected
 
 
 PRECISION = """
@@ -152,6 +156,14 @@ def test_a_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch, device: str, expe
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", asked.append)
     assert start_process(device).device == torch.device(expected)
     assert asked == [torch.device(expected), False]
+    for launched in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.setenv(launched, "2")
+        if device == "cuda:1":
+            with pytest.raises(InputError, match="^--device cuda:1: 2 ranks would share this GPU; use --device cuda"):
+                start_process(device)
+        else:
+            assert start_process(device).device == torch.device(expected)
+        monkeypatch.delenv(launched)
 
 
 RANK = """

@@ -55,6 +55,16 @@ def test_overwrite_empties_the_folder_when_the_run_starts(tmp_path: Path) -> Non
     assert read_json(tmp_path / "run" / RUN) == {"settings": {"lr": 1}}
 
 
+def test_a_folder_that_cannot_be_emptied_keeps_its_run(tmp_path: Path) -> None:
+    """A link stands for all: it is no folder that can be removed."""
+    with open_run(tmp_path / "elsewhere", SETTINGS, False, ALONE) as run:
+        run.start()
+    (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
+    with open_run(tmp_path / "run", {"lr": 1}, True, ALONE) as run, pytest.raises(InputError, match="cannot write"):
+        run.start()
+    assert read_json(tmp_path / "elsewhere" / RUN) == {"settings": SETTINGS}
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", '{"settings": 3}', "{"])
 def test_what_is_no_record_of_a_run_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / RUN).write_text(content)
@@ -62,8 +72,9 @@ def test_what_is_no_record_of_a_run_is_named(tmp_path: Path, content: str) -> No
         pass
 
 
-def test_the_first_rank_holds_the_folder_for_all(tmp_path: Path) -> None:
+def test_the_first_rank_holds_the_folder_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
+    monkeypatch.setattr(Process, "gather", lambda _, value: [value, value])
     with (
         open_run(folder, SETTINGS, False, MAIN),
         open_run(folder, SETTINGS, False, OTHER),
@@ -73,3 +84,15 @@ def test_the_first_rank_holds_the_folder_for_all(tmp_path: Path) -> None:
         pass
     with open_run(folder, SETTINGS, False, ALONE):
         pass
+
+
+@pytest.mark.parametrize("process", [MAIN, OTHER])
+def test_ranks_with_other_settings_open_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: Process
+) -> None:
+    others = [SETTINGS | {"rows": "d"}, SETTINGS, SETTINGS | {"seed": 1}]
+    monkeypatch.setattr(Process, "gather", lambda *_: [SETTINGS, *others])
+    message = r"^rows, seed differ between rank 0 and rank 1, 3: all machines need the same flags, data"
+    with pytest.raises(InputError, match=message), open_run(tmp_path / "run", SETTINGS, True, process):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """Replayed rows: the LLM's own right answers as targets, and the divergence from the LLM alone."""
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from mindmerger.batching import Tokens, lay_out, without_sources
 from mindmerger.config import ModelPair
 from mindmerger.data import Example
 from mindmerger.losses import ReplayLoss
+from mindmerger.modeling import MindMergerForCausalLM
 from mindmerger.replay import OwnAnswers
 from mindmerger.tasks import TRAINING_TASKS
 from mindmerger.token_table import Rows, TokenTable, open_table
@@ -210,21 +212,66 @@ def test_a_run_with_replay_continues(
     from mindmerger.trainer import Trainer
 
     words = (*small, "--train_micro_batch_size_per_gpu", 4, "--save_name", "resumed", "--save_steps", 2)
-    monkeypatch.setattr(replay, "load_llm", lambda *_: pytest.fail("answered again"))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        step = Trainer.step
+    step, begun, kept = Trainer.step, [], itertools.cycle([True, False])
 
-        def interrupted(trainer: Trainer, rows: object) -> object:
-            if trainer.state.step == 3:
-                raise KeyboardInterrupt
-            return step(trainer, rows)
+    def interrupted(trainer: Trainer, rows: object) -> object:
+        begun.append(trainer.state.step)
+        if len(begun) in (4, 5):
+            raise KeyboardInterrupt
+        return step(trainer, rows)
 
-        patch.setattr(Trainer, "step", interrupted)
-        train_here(work, *words)
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "load_llm", lambda *_: pytest.fail("answered again"))
+        with pytest.raises(KeyboardInterrupt):
+            train_here(work, *words)
+    # Another cache, and other answers.
+    with monkeypatch.context() as patch:
+        patch.setattr(OwnAnswers, "_is_kept", lambda *_: next(kept))
+        with pytest.raises(InputError, match=r"state/step_2 was saved with other token ids .* or --overwrite the run"):
+            train_here(work, *words, "--cache_dir", "other")
+        record = json.loads((work / "outputs/resumed/mapping/state/step_2/state.json").read_text())
+        del record["rows_sha256"]
+        patch.setattr("mindmerger.train_state.read_json", lambda _: record)
+        with pytest.raises(KeyboardInterrupt):
+            train_here(work, *words, "--cache_dir", "other")
+    assert begun == [0, 1, 2, 3, 2]
     train_here(work, *words)
     mapping = load_file(work / "outputs/resumed/mapping/model.safetensors")
     for name, tensor in reference.items():
         torch.testing.assert_close(mapping[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["rows_sha256", "training rows", "dev rows", "dev rows for the LLM alone", "replayed rows"]
+)
+def test_ranks_with_other_rows_train_nothing(
+    work: Path, small: Words, reference: dict, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """One process, which finds values of a second rank that differ in one place."""
+    compare = Process.check_same
+
+    def differs(process: Process, values: dict) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Process, "gather", lambda _, own: [own, own | ({name: "other"} if name in own else {})])
+            compare(process, values)
+
+    monkeypatch.setattr(Process, "check_same", differs)
+    monkeypatch.setattr(MindMergerForCausalLM, "from_base_models", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=f"^{name} differ between rank 0 and rank 1: "):
+        train_here(work, *small, "--train_micro_batch_size_per_gpu", 8, "--save_name", "refused")
+    assert not (work / "outputs/refused").exists()
+
+
+def test_an_llm_that_does_not_fit_one_device_answers_nothing(
+    work: Path, small: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.to", run_out)
+    with pytest.raises(InputError, match=r"^out of memory while the LLM loads for --replay, .*leave --replay out$"):
+        train_here(work, *small, "--save_name", "too_large", "--seed", 1)
 
 
 @pytest.mark.parametrize(
@@ -235,11 +282,17 @@ def test_a_run_with_replay_continues(
         (("--replay", 0), "--kl_weight 0.7 needs --replay"),
         (("--replay_weight", 0, "--kl_weight", 0), "--replay_weight 0 leaves replayed rows without a loss"),
         (("--augmentation", "False"), "--replay needs --augmentation True"),
-        (("--replay_languages", "tr"), "--replay_languages tr: no training row is in Turkish"),
+        (("--replay_languages", "tr,de,fr"), "--replay_languages tr,de,fr: no training row is in French, Turkish"),
+        (("--replay_languages", "de,xx"), "--replay_languages: unknown language 'xx'"),
+        (("--replay_languages", "de,German"), "--replay_languages de,German: a language is named twice"),
         (("--replay", 0, "--kl_weight", 0, "--replay_languages", "de"), "--replay_languages de needs --replay"),
     ],
 )
-def test_bad_flags_are_one_line(work: Path, small: Words, words: Words, message: str) -> None:
+def test_bad_flags_are_one_line(
+    work: Path, small: Words, monkeypatch: pytest.MonkeyPatch, words: Words, message: str
+) -> None:
+    monkeypatch.setattr(MindMergerForCausalLM, "from_base_models", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("mindmerger.build.AlignedStart", lambda *_: pytest.fail("loaded"))
     with pytest.raises(InputError, match=message):
-        train_here(work, *small, "--save_name", "refused", *words)
+        train_here(work, *small, "--save_name", "refused", "--mapping_init", "aligned", *words)
     assert not (work / "outputs/refused").exists()

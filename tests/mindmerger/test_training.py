@@ -450,6 +450,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(work: Path, small: Words, word
     assert not (work / "outputs/refused").exists()
 
 
+def test_an_engine_that_does_not_fit_into_memory_is_one_line(
+    work: Path, small: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(**_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("deepspeed.initialize", run_out)
+    with pytest.raises(InputError, match=r"mt5: out of memory while the model loads: .*ZeRO-3.*--plan shows"):
+        train_here(work, *small, "--save_name", "too_large")
+
+
 def test_batch_sizes_are_derived(monkeypatch: pytest.MonkeyPatch) -> None:
     from mindmerger.config import TrainingFlags
 

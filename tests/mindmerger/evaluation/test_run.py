@@ -402,6 +402,24 @@ def test_bad_input_is_told_before_anything_loads(words: Words, more: Words, mess
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("place", "alone"),
+    [("AutoModelForCausalLM.from_pretrained", False), ("PreTrainedModel.to", False), ("PreTrainedModel.to", True)],
+)
+def test_models_that_do_not_fit_into_memory_are_one_line(
+    words: Words, monkeypatch: pytest.MonkeyPatch, place: str, alone: bool
+) -> None:
+    def run_out(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(f"transformers.{place}", run_out)
+    words = (*words[:2], "--baseline") if alone else words
+    message = r"llama: out of memory while the model loads: .*--dtype.*ZeRO-3.*--plan shows what fits$"
+    with pytest.raises(InputError, match=message):
+        evaluate_words(*words, "--save_name", "too_large")
+    assert not list(Path("results").glob("too_large*"))
+
+
 def test_a_mapping_of_another_encoder_is_refused(words: Words, models: dict[str, Path]) -> None:
     with pytest.raises(InputError, match=r"mlp.linear1.weight is \[48, 24\], these models need \[32, 16\]"):
         evaluate_words(*words, "--mt_path", models["xlm_roberta"], "--save_name", "refused")
