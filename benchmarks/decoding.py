@@ -23,7 +23,7 @@ from transformers import LlamaConfig
 from benchmarks.side_by_side import machine
 from common.cli import flag, parse_flags
 from common.errors import exit_with_message
-from mindmerger.modeling import Sequence
+from mindmerger.modeling import InputEmbeds
 
 LENGTH, MAX_NEW_TOKENS, VOCABULARY, HEADS, WIDTH = 40, 128, 16, 2, 8
 MODULES = ("slot_cache", "decoding")
@@ -89,7 +89,7 @@ def answers(loop: ModuleType, llm: StandIn, problems: int, slots: int) -> Iterat
     """Decode answers of all problems."""
     embeds = torch.zeros(problems, LENGTH, HEADS * WIDTH, device=llm.device)
     mask = torch.ones(problems, LENGTH, dtype=torch.int64, device=llm.device)
-    read = lambda some: Sequence(embeds[some[0] : some[-1] + 1], mask[some[0] : some[-1] + 1])  # noqa: E731
+    read = lambda some: InputEmbeds(embeds[some[0] : some[-1] + 1], mask[some[0] : some[-1] + 1])  # noqa: E731
     return loop.greedy_steps(llm, range(problems), read, slots, MAX_NEW_TOKENS, {0})
 
 

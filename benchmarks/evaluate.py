@@ -40,7 +40,7 @@ from mindmerger.evaluation.answerer import prepare_answerer
 from mindmerger.evaluation.report import read_predictions
 from mindmerger.evaluation.run import ProblemSet, answer_all
 from mindmerger.evaluation.vllm_answerer import VllmAnswerer, check_vllm
-from mindmerger.modeling import Sequence
+from mindmerger.modeling import InputEmbeds
 from mindmerger.tasks import EVALUATION_TASKS, select_languages
 from mindmerger.tokenization import ExampleTokenizer
 
@@ -105,7 +105,7 @@ def read_problems(flags: EvaluateBenchmarkFlags, tokenizer: ExampleTokenizer) ->
 
 def published_answers(
     llm: PreTrainedModel,
-    read: Callable[[list[int]], Sequence],
+    read: Callable[[list[int]], InputEmbeds],
     rows: int,
     max_new_tokens: int,
     eos_token_ids: set[int],
@@ -146,7 +146,7 @@ def one_side(flags: EvaluateBenchmarkFlags) -> None:
         if flags.side == "baseline":
             ids = published_answers(
                 answerer.llm,
-                lambda numbers: answerer.read([tokens[number] for number in numbers]),
+                lambda numbers: answerer.embed([tokens[number] for number in numbers]),
                 len(tokens),
                 flags.max_gen_len,
                 answerer.eos_token_ids,

@@ -48,7 +48,6 @@ from mindmerger.trainer import STATE, Schedule, Trainer, fingerprint, steps_per_
 from mindmerger.zero import MappingState, deepspeed_config, free_shared_memory, weights_dtype
 
 ALIGNED_START = "aligned_start"
-Mapping = dict[str, torch.Tensor]
 
 # Flags that do not change the result: a run may be continued with other values. Files named by some of these flags
 # enter a run's settings by their content.
@@ -107,7 +106,7 @@ class Stage:
     dev: Rows
     alone: Rows | None
     ds_config: dict[str, Any]
-    initial: Mapping | None
+    initial: dict[str, torch.Tensor] | None
     settings: dict[str, Any]
 
 
@@ -272,7 +271,7 @@ def _run_stage(flags: TrainingFlags, stage: Stage, run: RunFolder) -> None:
 
 def _aligned_start(
     flags: TrainingFlags, stage: Stage, folder: Path, dtype: torch.dtype, process: Process
-) -> tuple[Mapping, int | None]:
+) -> tuple[dict[str, torch.Tensor], int | None]:
     """Load or fit an aligned start: the mapping, and the encoder layer that it was fitted to."""
 
     def read_texts(chooses_layer: bool) -> Texts:

@@ -121,7 +121,7 @@ class Mapping(nn.Module):
 
 
 @dataclass(frozen=True)
-class Sequence:
+class InputEmbeds:
     """Input embeddings of the LLM, left-padded, so that every row ends in the last column.
 
     Attributes:

@@ -8,8 +8,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from common.errors import InputError, first_line
-from mindmerger.evaluation.decoding import read, read_on
-from mindmerger.modeling import Sequence
+from mindmerger.evaluation.decoding import cached_logits, continued_logits
+from mindmerger.modeling import InputEmbeds
 
 # Allowed relative difference of logits. Over all causal LMs of transformers, tiny and in float32, right ones differ by
 # at most 0.0008 (steps of Zamba 2), wrong ones by at least 0.04. In 16 bits the limit is the square root of eps: 0.09
@@ -73,25 +73,29 @@ class _Trial:
     def _logits(self, embeds: torch.Tensor) -> torch.Tensor:
         return self._llm(inputs_embeds=embeds[None], use_cache=False).logits[0]
 
-    def sequence(self, count: int) -> Sequence:
+    def sequence(self, count: int) -> InputEmbeds:
         """The first `count` rows, left-padded."""
         embeds, masks = (
             pad_sequence(rows, batch_first=True, padding_side="left")
             for rows in (self._embeds[:count], [torch.ones_like(row) for row in self._ids[:count]])
         )
-        return Sequence(embeds, masks)
+        return InputEmbeds(embeds, masks)
 
     def behind_cache(self, count: int, at_once: bool) -> list[torch.Tensor]:
         """Logits of the last tokens of the first rows after a cache of the others, all at once or one by one."""
         cache, sequence = DynamicCache(config=self._llm.config), self.sequence(count)
         mask, positions = sequence.mask, sequence.position_ids
         inputs = {"inputs_embeds": sequence.embeds[:, :-_LATER]}
-        logits = [read(self._llm, inputs, mask[:, :-_LATER], positions[:, :-_LATER], cache, logits_to_keep=1)[:, -1:]]
+        logits = [
+            cached_logits(self._llm, inputs, mask[:, :-_LATER], positions[:, :-_LATER], cache, logits_to_keep=1)[:, -1:]
+        ]
         later = torch.stack([row[-_LATER:] for row in self._ids[:count]])
         size = _LATER if at_once else 1
         for start in range(0, _LATER, size):
             end = mask.shape[1] - _LATER + start + size
-            logits.append(read_on(self._llm, later[:, start : start + size], mask[:, :end], positions[:, :end], cache))
+            logits.append(
+                continued_logits(self._llm, later[:, start : start + size], mask[:, :end], positions[:, :end], cache)
+            )
         return list(torch.cat(logits, dim=1))
 
     def compare(self, logits: list[torch.Tensor], where: str) -> None:

@@ -22,7 +22,7 @@ from mindmerger.config import ModelPair
 from mindmerger.evaluation.answerer import Answerer
 from mindmerger.evaluation.decoding import greedy_steps
 from mindmerger.frozen_models import load_llm
-from mindmerger.modeling import Sequence
+from mindmerger.modeling import InputEmbeds
 from mindmerger.probe import check_answers
 from mindmerger.tasks import Task
 from mindmerger.tasks.answers import is_same_number, parse_answer
@@ -112,15 +112,15 @@ class OwnAnswers:
         plan = plan_once(rows.lengths, 1, process.world_size)[process.rank]
         tokens = {row: rows.tokens([row])[0] for batch in plan for row in batch}
 
-        def prefill(chosen: list[int]) -> Sequence:
-            return answerer.read([replace(tokens[row], target=[]) for row in chosen])
+        def input_of(chosen: list[int]) -> InputEmbeds:
+            return answerer.embed([replace(tokens[row], target=[]) for row in chosen])
 
         limit, ends = self.tokenizer.max_gen_len, answerer.eos_token_ids
         with (
             within_memory(f"out of memory while the LLM alone answers {self.slots} rows: lower --eval_batch_size"),
             progress(process, total=len(tokens), desc="the LLM's own answers", unit="row") as bar,
         ):
-            for answers in greedy_steps(llm, tokens, prefill, self.slots, limit, ends):
+            for answers in greedy_steps(llm, tokens, input_of, self.slots, limit, ends):
                 if done := {answer.problem: answer.ids for answer in answers if answer.is_done}:
                     found |= {row: ids for row, ids in done.items() if self._is_kept(ids, tokens[row].target, ends)}
                     bar.update(len(done))

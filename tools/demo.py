@@ -25,7 +25,7 @@ from mindmerger.config import Limits, ModelPair, require_positive
 from mindmerger.data import Example
 from mindmerger.evaluation.answerer import Answerer, pick_dtype, prepare_answerer
 from mindmerger.frozen_models import check_llm, load_llm
-from mindmerger.modeling import Sequence
+from mindmerger.modeling import InputEmbeds
 from mindmerger.probe import check_answers
 from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, UNKNOWN, Prompt, math_prompt
 from mindmerger.tokenization import ExampleTokenizer
@@ -128,7 +128,7 @@ def mapping_columns(flags: DemoFlags, dtype: torch.dtype, process: Process) -> t
             prompt = text if task is not None and task.labels else math_prompt(question)
             example = Example(text, prompt, "", LANGUAGES.get(language, UNKNOWN), turn=text)
             [row] = answerer.tokenizer([example], with_targets=False)
-            return answerer.stream(answerer.read([row]), flags.max_gen_len)
+            return answerer.stream(answerer.embed([row]), flags.max_gen_len)
 
         return stream
 
@@ -163,7 +163,7 @@ def model_columns(flags: DemoFlags, dtype: torch.dtype, device: torch.device) ->
                 ids = tokenizer(question + "\n").input_ids
             with torch.inference_mode():
                 inputs = torch.tensor([ids], device=device)
-                sequence = Sequence(llm.get_input_embeddings()(inputs), torch.ones_like(inputs))
+                sequence = InputEmbeds(llm.get_input_embeddings()(inputs), torch.ones_like(inputs))
             return answerer.stream(sequence, flags.max_gen_len)
 
         return stream

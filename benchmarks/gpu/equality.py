@@ -21,7 +21,7 @@ from benchmarks.regmean_inputs import make_layer, make_sibling
 from common.ranks import start_process
 from mindmerger.batching import Tokens, lay_out
 from mindmerger.evaluation.decoding import greedy_steps, label_log_likelihoods
-from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM, Sequence
+from mindmerger.modeling import InputEmbeds, MindMergerConfig, MindMergerForCausalLM
 from mindmerger.packing import packed_attention
 from regmean.calibration import collate, make_batches
 from regmean.compute import compute_grams
@@ -273,9 +273,9 @@ def answers(bench: Bench) -> list[dict[str, Any]]:
     def answer(device: torch.device | str) -> tuple[dict[int, list[int]], torch.Tensor]:
         llm, there = tiny_llama(device), mask.to(device)
         embeds = llm.get_input_embeddings()(ids.to(device))
-        steps = greedy_steps(llm, range(11), lambda some: Sequence(embeds[some], there[some]), 4, 90, {7, 9})
+        steps = greedy_steps(llm, range(11), lambda some: InputEmbeds(embeds[some], there[some]), 4, 90, {7, 9})
         written = {answer.problem: answer.ids for some in steps for answer in some}
-        return written, label_log_likelihoods(llm, Sequence(embeds, there), [[5, 6, 7], [8], [9, 10]])[0]
+        return written, label_log_likelihoods(llm, InputEmbeds(embeds, there), [[5, 6, 7], [8], [9, 10]])[0]
 
     (ours, scores), (reference, expected) = answer(bench.device), answer("cpu")
     unequal = sum(ours[problem] != ids for problem, ids in reference.items())

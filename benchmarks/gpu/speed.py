@@ -21,7 +21,7 @@ from benchmarks.regmean_inputs import make_layer, make_sibling
 from mindmerger.batching import Batch, Tokens, lay_out
 from mindmerger.config import ModelFlags
 from mindmerger.evaluation.decoding import greedy_steps
-from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM, Sequence
+from mindmerger.modeling import InputEmbeds, MindMergerConfig, MindMergerForCausalLM
 from regmean.calibration import collate
 from regmean.config import MergeFlags
 from regmean.gram import GramSums, add_products, zeros
@@ -269,7 +269,7 @@ def decoding(bench: Bench) -> list[dict[str, Any]]:
     mask, stamps = torch.ones(rows, length, dtype=torch.int64, device=bench.device), []
 
     def decode() -> None:
-        for _ in greedy_steps(llm, range(rows), lambda some: Sequence(embeds[some], mask[some]), rows, new, set()):
+        for _ in greedy_steps(llm, range(rows), lambda some: InputEmbeds(embeds[some], mask[some]), rows, new, set()):
             stamps.append(time.perf_counter())
 
     peak = bench.peak_of(decode, llm)
@@ -302,11 +302,11 @@ def decoding_loop(bench: Bench) -> dict[str, Any]:
     """Pass of the decoding loop without an LLM: 64 slots, two layers, among them prefills."""
     slots, length, passes = 64, 40, []
     llm = StandIn(2, slots, bench.device)
-    sequence = Sequence(torch.zeros(4, length, 16, device=bench.device), torch.ones_like(llm.mask[:4]))
+    sequence = InputEmbeds(torch.zeros(4, length, 16, device=bench.device), torch.ones_like(llm.mask[:4]))
 
     def decode() -> None:
-        def read(some: list[int]) -> Sequence:
-            return Sequence(sequence.embeds[: len(some)], sequence.mask[: len(some)])
+        def read(some: list[int]) -> InputEmbeds:
+            return InputEmbeds(sequence.embeds[: len(some)], sequence.mask[: len(some)])
 
         passes.append(sum(1 for _ in greedy_steps(llm, range(4 * slots), read, slots, 128, {0})))
 
@@ -324,13 +324,13 @@ def mixed_lengths(bench: Bench) -> dict[str, Any]:
     if bench.small:
         lengths = {problem: length // 8 + 1 for problem, length in lengths.items()}
 
-    def read(some: list[int]) -> Sequence:
+    def read(some: list[int]) -> InputEmbeds:
         ids = torch.zeros(len(some), lengths[some[0]], dtype=torch.long, device=bench.device)
         mask = torch.arange(ids.shape[1], device=bench.device).flip(0) < torch.tensor(
             [[lengths[problem]] for problem in some], device=bench.device
         )
         with torch.inference_mode():
-            return Sequence(llm.get_input_embeddings()(ids), mask.long())
+            return InputEmbeds(llm.get_input_embeddings()(ids), mask.long())
 
     def ours() -> None:
         for _ in greedy_steps(llm, lengths, read, 16, new, set(), None, lengths):

@@ -18,9 +18,9 @@ from mindmerger.config import Limits, ModelPair
 from mindmerger.evaluation.decoding import greedy_steps, label_log_likelihoods
 from mindmerger.frozen_models import check_llm, find_masking, load_llm
 from mindmerger.modeling import (
+    InputEmbeds,
     MindMergerConfig,
     MindMergerForCausalLM,
-    Sequence,
     mapping_config,
 )
 from mindmerger.probe import check_answers
@@ -67,13 +67,13 @@ class Answerer:
         self._hidden = {index for index, token in added if token.special and not is_thinking_tag(token.content)}
 
     @torch.inference_mode()
-    def read(self, rows: list[Tokens]) -> Sequence:
+    def embed(self, rows: list[Tokens]) -> InputEmbeds:
         """Compute the LLM's input for `rows`."""
         rows = rows if self.model is not None else without_sources(rows)
         batch = lay_out(rows, self.tokenizer.bos_token_id, self.tokenizer.source_pad_id).to(self.llm.device)
         if self.model is not None:
-            return Sequence(self.model.embed(batch), batch.mask)
-        return Sequence(self.llm.get_input_embeddings()(batch.token_ids), batch.mask)
+            return InputEmbeds(self.model.embed(batch), batch.mask)
+        return InputEmbeds(self.llm.get_input_embeddings()(batch.token_ids), batch.mask)
 
     def generate(
         self,
@@ -94,12 +94,12 @@ class Answerer:
             After every step, the answers that ended in it.
         """
 
-        def prefill(problems: list[int]) -> Sequence:
-            return self.read([rows[problem] for problem in problems])
+        def input_of(problems: list[int]) -> InputEmbeds:
+            return self.embed([rows[problem] for problem in problems])
 
         lengths = {problem: len(tokens) for problem, tokens in rows.items()}
         eos = self.eos_token_ids
-        for answers in greedy_steps(self.llm, rows, prefill, slots, max_new_tokens, eos, has_ended, lengths):
+        for answers in greedy_steps(self.llm, rows, input_of, slots, max_new_tokens, eos, has_ended, lengths):
             yield [self.output(answer.problem, answer.ids) for answer in answers if answer.is_done]
 
     def choose(self, rows: dict[int, Tokens], labels: dict[int, tuple[str, ...]], slots: int) -> Iterator[list[Output]]:
@@ -115,14 +115,14 @@ class Answerer:
                 for problem, likelihoods in zip(batch, by_word, strict=True)
             ]
 
-    def stream(self, sequence: Sequence, max_new_tokens: int) -> Iterator[str]:
+    def stream(self, sequence: InputEmbeds, max_new_tokens: int) -> Iterator[str]:
         """Yield the text of the greedy answer to a one-row `sequence` after every token."""
         for [answer] in greedy_steps(self.llm, [0], lambda _: sequence, 1, max_new_tokens, self.eos_token_ids):
             yield self.text(answer.ids)
 
     def log_likelihoods(self, rows: list[Tokens], words: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log likelihoods of each of `words` as the answer to each row; see `label_log_likelihoods`."""
-        return label_log_likelihoods(self.llm, self.read(rows), [self.tokenizer.label_ids(word) for word in words])
+        return label_log_likelihoods(self.llm, self.embed(rows), [self.tokenizer.label_ids(word) for word in words])
 
     def output(self, problem: int, ids: list[int]) -> Output:
         """Build the `Output` of new token ids, in a chat without the thinking part of the answer."""

@@ -11,7 +11,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from mindmerger.evaluation.slot_cache import SlotCache
 from mindmerger.frozen_models import cache_name
-from mindmerger.modeling import Sequence
+from mindmerger.modeling import InputEmbeds
 
 # Number of problems in a prefill, which pads them to the longest and has all their activations in memory.
 _BEGIN_AT_ONCE = 4
@@ -36,15 +36,17 @@ class Answer:
     is_done: bool = False
 
 
-def greedy(llm: PreTrainedModel, sequence: Sequence, max_new_tokens: int, eos_token_ids: set[int]) -> list[list[int]]:
+def greedy(
+    llm: PreTrainedModel, sequence: InputEmbeds, max_new_tokens: int, eos_token_ids: set[int]
+) -> list[list[int]]:
     """Generate the greedy continuation of every row of `sequence` in one batch; return `Answer.ids` of each."""
     rows = range(len(sequence.mask))
     outputs: list[list[int]] = [[] for _ in rows]
 
-    def prefill(chosen: list[int]) -> Sequence:
-        return Sequence(sequence.embeds[chosen], sequence.mask[chosen])
+    def input_of(chosen: list[int]) -> InputEmbeds:
+        return InputEmbeds(sequence.embeds[chosen], sequence.mask[chosen])
 
-    for answers in greedy_steps(llm, rows, prefill, len(rows), max_new_tokens, eos_token_ids):
+    for answers in greedy_steps(llm, rows, input_of, len(rows), max_new_tokens, eos_token_ids):
         for answer in answers:
             outputs[answer.problem] = answer.ids
     return outputs
@@ -53,7 +55,7 @@ def greedy(llm: PreTrainedModel, sequence: Sequence, max_new_tokens: int, eos_to
 def greedy_steps(
     llm: PreTrainedModel,
     problems: Iterable[int],
-    prefill: Callable[[list[int]], Sequence],
+    input_of: Callable[[list[int]], InputEmbeds],
     slots: int,
     max_new_tokens: int,
     eos_token_ids: set[int],
@@ -72,7 +74,7 @@ def greedy_steps(
     Args:
         llm: a causal language model.
         problems: indices of the problems, in the order in which they start. Falling length needs the least memory.
-        prefill: function from the indices of some problems to the input of their prefill.
+        input_of: function from the indices of some problems to the input of their prefill.
         slots: maximum number of problems at once.
         max_new_tokens: maximum tokens of an answer.
         eos_token_ids: ids that end an answer.
@@ -88,7 +90,7 @@ def greedy_steps(
     limits = _Limits(max_new_tokens, eos_token_ids, has_ended, slots, slots * (mean + max_new_tokens))
     while waiting:
         batch = _Slots(llm, limits)
-        while answers := batch.advance(waiting, prefill):
+        while answers := batch.advance(waiting, input_of):
             yield answers
 
 
@@ -156,7 +158,7 @@ class _Slots:
         # A mask of the columns in use and of later ones, and the number of its columns; 0 if rows have changed.
         self._mask, self._masked = torch.zeros(0, 0, dtype=torch.int64, device=llm.device), 0
 
-    def advance(self, waiting: deque[Answer], prefill: Callable[[list[int]], Sequence]) -> list[Answer]:
+    def advance(self, waiting: deque[Answer], input_of: Callable[[list[int]], InputEmbeds]) -> list[Answer]:
         """Run one forward pass: a prefill of waiting problems if they can start, else a step of all active ones.
 
         Returns:
@@ -164,7 +166,7 @@ class _Slots:
         """
         with self._inference:
             if answers := self._next_of(waiting):
-                tokens = self._begin(answers, prefill([answer.problem for answer in answers]))
+                tokens = self._begin(answers, input_of([answer.problem for answer in answers]))
             elif len(self._free) < len(self._answers):
                 self._drop()
                 answers, tokens = list(self._answers), self._continue()
@@ -191,7 +193,7 @@ class _Slots:
             self._tokens, self._positions = (F.pad(part, (0, 0, 0, more)) for part in (self._tokens, self._positions))
         return [waiting.popleft() for _ in range(min(count, _BEGIN_AT_ONCE) if self._takes_rows else count)]
 
-    def _begin(self, answers: list[Answer], sequence: Sequence) -> list[int]:
+    def _begin(self, answers: list[Answer], sequence: InputEmbeds) -> list[int]:
         """Start problems in free slots; return the first token of each."""
         slots = self._free[: len(answers)]
         index, positions = torch.tensor(slots, device=self._tokens.device), sequence.position_ids
@@ -260,7 +262,7 @@ class _Slots:
 
 @torch.inference_mode()
 def label_log_likelihoods(
-    llm: PreTrainedModel, sequence: Sequence, labels: list[list[int]]
+    llm: PreTrainedModel, sequence: InputEmbeds, labels: list[list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the log probability of each label as the continuation of each row.
 
@@ -288,13 +290,13 @@ def label_log_likelihoods(
     ids = torch.tensor([label + [0] * (longest - len(label)) for label in labels], device=device).repeat(rows, 1)
     is_scored = torch.tensor([[n < len(label) for n in range(1, longest)] for label in labels], device=device)
     mask = F.pad(sequence.mask.repeat_interleave(count, dim=0), (0, longest - 1), value=1)
-    logits = read_on(llm, ids[:, :-1], mask, (mask.cumsum(dim=1) - 1).clamp(min=0), cache)
+    logits = continued_logits(llm, ids[:, :-1], mask, (mask.cumsum(dim=1) - 1).clamp(min=0), cache)
     later = logits.float().log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2).view(rows, count, -1)
     are_later_greedy = (logits.argmax(dim=-1) == ids[:, 1:]).view(rows, count, -1) | ~is_scored
     return scores + (later * is_scored).sum(dim=-1), are_greedy & are_later_greedy.all(dim=-1)
 
 
-def read_on(
+def continued_logits(
     llm: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Cache
 ) -> torch.Tensor:
     """Compute logits [rows, tokens, vocabulary] of tokens after a filled cache, and add them to the cache.
@@ -312,7 +314,7 @@ def read_on(
     for start in range(0, count, size):
         first, end = columns - count + start, columns - count + start + size
         inputs = {"input_ids": ids[:, start : start + size]}
-        logits.append(read(llm, inputs, mask[:, :end], positions[:, first:end], cache))
+        logits.append(cached_logits(llm, inputs, mask[:, :end], positions[:, first:end], cache))
     return torch.cat(logits, dim=1)
 
 
@@ -320,10 +322,10 @@ def _next(
     llm: PreTrainedModel, inputs: dict[str, torch.Tensor], mask: torch.Tensor, positions: torch.Tensor, cache: Cache
 ) -> torch.Tensor:
     """Compute logits [rows, vocabulary] of the next token, and add the inputs to the cache."""
-    return read(llm, inputs, mask, positions, cache, logits_to_keep=1).select(1, -1)
+    return cached_logits(llm, inputs, mask, positions, cache, logits_to_keep=1).select(1, -1)
 
 
-def read(
+def cached_logits(
     llm: PreTrainedModel,
     inputs: dict[str, torch.Tensor],
     mask: torch.Tensor,

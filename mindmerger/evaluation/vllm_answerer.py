@@ -119,7 +119,7 @@ class VllmAnswerer(Answerer):
         """Compute vLLM's input for each row, {"prompt_embeds": [length, hidden] on the CPU}."""
         prompts = []
         for start in range(0, len(rows), _ROWS_AT_ONCE):
-            sequence = self.read(rows[start : start + _ROWS_AT_ONCE])
+            sequence = self.embed(rows[start : start + _ROWS_AT_ONCE])
             masks = sequence.mask.bool()
             prompts += [{"prompt_embeds": row[mask].cpu()} for row, mask in zip(sequence.embeds, masks, strict=True)]
         return prompts

@@ -5,7 +5,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.evaluate import BATCH_SIZE, published_answers
 from mindmerger.evaluation.decoding import greedy_steps
-from mindmerger.modeling import Sequence
+from mindmerger.modeling import InputEmbeds
 
 MAX_NEW_TOKENS = 64
 ROWS = 64
@@ -30,8 +30,8 @@ def test_slots_take_half_the_steps_and_compute_nothing_that_has_ended() -> None:
 
     llm.register_forward_pre_hook(count, with_kwargs=True)
 
-    def read(numbers: list[int]) -> Sequence:
-        return Sequence(vectors[numbers], torch.ones(len(numbers), 6, dtype=torch.int64))
+    def read(numbers: list[int]) -> InputEmbeds:
+        return InputEmbeds(vectors[numbers], torch.ones(len(numbers), 6, dtype=torch.int64))
 
     eos = set(range(0, 300, 20))
     expected = published_answers(llm, read, ROWS, MAX_NEW_TOKENS, eos)

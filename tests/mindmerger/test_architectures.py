@@ -40,7 +40,7 @@ from mindmerger.frozen_models import (
     load_encoder,
     load_llm,
 )
-from mindmerger.modeling import MindMergerConfig, MindMergerForCausalLM, Sequence
+from mindmerger.modeling import InputEmbeds, MindMergerConfig, MindMergerForCausalLM
 from mindmerger.probe import check_answers, check_padding
 
 VOCABULARY, LARGEST = 96, 20_000_000
@@ -156,11 +156,11 @@ def sweep(
     return counts
 
 
-def padded(rows: list[torch.Tensor]) -> Sequence:
+def padded(rows: list[torch.Tensor]) -> InputEmbeds:
     """Vectors of rows, left-padded."""
     pad = {"batch_first": True, "padding_side": "left"}
     masks = [torch.ones(len(row), dtype=torch.int64) for row in rows]
-    return Sequence(*(torch.nn.utils.rnn.pad_sequence(part, **pad) for part in (rows, masks)))
+    return InputEmbeds(*(torch.nn.utils.rnn.pad_sequence(part, **pad) for part in (rows, masks)))
 
 
 @torch.no_grad()

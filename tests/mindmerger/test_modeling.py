@@ -31,7 +31,7 @@ from mindmerger.data import Example
 from mindmerger.evaluation.decoding import greedy
 from mindmerger.frozen_models import check_context, load_encoder, load_llm, recompute_layers
 from mindmerger.init.scaled import embedding_scale
-from mindmerger.modeling import MindMergerForCausalLM, Sequence, mapping_config
+from mindmerger.modeling import InputEmbeds, MindMergerForCausalLM, mapping_config
 from mindmerger.tasks import LANGUAGES
 from mindmerger.tokenization import ExampleTokenizer
 from tests.mindmerger.conftest import ENCODERS
@@ -66,10 +66,10 @@ def row_losses(model: MindMergerForCausalLM, batch: PaddedBatch) -> list[float]:
     return [float(part.sum()) for part in losses.split(counts)]
 
 
-def read(model: MindMergerForCausalLM, rows: list[Tokens], source_pad_id: int = 0) -> Sequence:
+def read(model: MindMergerForCausalLM, rows: list[Tokens], source_pad_id: int = 0) -> InputEmbeds:
     """Left-padded inputs of the LLM."""
     batch = lay_out(rows, model.config.llm_bos_token_id, source_pad_id)
-    return Sequence(model.embed(batch), batch.mask)
+    return InputEmbeds(model.embed(batch), batch.mask)
 
 
 @pytest.mark.parametrize("mt", ENCODERS)

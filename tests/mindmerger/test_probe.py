@@ -42,7 +42,7 @@ from mindmerger.batching import Tokens, lay_out
 from mindmerger.config import Limits, ModelPair
 from mindmerger.evaluation.decoding import greedy_steps, label_log_likelihoods
 from mindmerger.frozen_models import check_context, check_llm, encode, encoder_shape, find_masking, load_encoder
-from mindmerger.modeling import MindMergerForCausalLM, Sequence, mapping_config
+from mindmerger.modeling import InputEmbeds, MindMergerForCausalLM, mapping_config
 from mindmerger.probe import check_answers, check_padding
 from mindmerger.tokenization import load_example_tokenizer
 from tests.tiny_models import tiny_llama, tiny_mt5, tiny_xlm_roberta
@@ -85,7 +85,7 @@ def test_an_llm_with_recurrent_states_answers_as_it_does_without_a_cache(family:
 
     pad = {"batch_first": True, "padding_side": "left"}
     masks = [torch.ones(len(row), dtype=torch.int64) for row in rows]
-    both = Sequence(*(torch.nn.utils.rnn.pad_sequence(part, **pad) for part in (rows, masks)))
+    both = InputEmbeds(*(torch.nn.utils.rnn.pad_sequence(part, **pad) for part in (rows, masks)))
     for answers in greedy_steps(llm, [0, 1], lambda _: both, 2, 8, set()):
         for answer in answers:
             assert answer.ids[-1] == int(alone(rows[answer.problem], answer.ids[:-1])[-1].argmax())

@@ -20,7 +20,7 @@ from transformers import (
 from mindmerger.evaluation import decoding, slot_cache
 from mindmerger.evaluation.decoding import greedy_steps
 from mindmerger.evaluation.slot_cache import SlotCache
-from mindmerger.modeling import Sequence
+from mindmerger.modeling import InputEmbeds
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 90}  # fmt: skip
@@ -72,12 +72,12 @@ def problems(llm: PreTrainedModel) -> tuple[list[torch.Tensor], dict[int, list[i
     return rows, dict(enumerate(cut)), lambda ids: tuple(ids) in ends
 
 
-def padded(rows: list[torch.Tensor]) -> Sequence:
+def padded(rows: list[torch.Tensor]) -> InputEmbeds:
     longest = max(map(len, rows))
     embeds, mask = torch.zeros(len(rows), longest, 32), torch.zeros(len(rows), longest, dtype=torch.int64)
     for number, row in enumerate(rows):
         embeds[number, -len(row) :], mask[number, -len(row) :] = row, 1
-    return Sequence(embeds, mask)
+    return InputEmbeds(embeds, mask)
 
 
 def in_slots(
@@ -85,11 +85,11 @@ def in_slots(
 ) -> Iterator[dict[int, list[int]]]:
     """Number of complete answers after every step."""
 
-    def prefill(problems: list[int]) -> Sequence:
+    def input_of(problems: list[int]) -> InputEmbeds:
         return padded([rows[problem] for problem in problems])
 
     done: dict[int, list[int]] = {}
-    for answers in greedy_steps(llm, range(len(rows)), prefill, slots, MAX_NEW_TOKENS, set(), has_ended):
+    for answers in greedy_steps(llm, range(len(rows)), input_of, slots, MAX_NEW_TOKENS, set(), has_ended):
         assert len(answers) <= slots
         done |= {answer.problem: answer.ids for answer in answers if answer.is_done}
         yield done

@@ -339,7 +339,7 @@ def test_label_likelihoods_equal_the_loss_of_each_label_as_target(build: Callabl
     assert len({len(ids) for ids in label_ids}) > 2
     questions = tokenizer(examples, with_targets=False)
     with torch.no_grad():
-        sequence = Answerer(model.llm, tokenizer, model).read(questions)
+        sequence = Answerer(model.llm, tokenizer, model).embed(questions)
         scores, are_greedy = label_log_likelihoods(model.llm, sequence, label_ids)
         for row, question in enumerate(questions):
             for column, ids in enumerate(label_ids):
