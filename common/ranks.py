@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from common import errors
-from common.errors import InputError
+from common.errors import InputError, first_line
 
 # Between two checks of the other ranks: a rank that waits on a GPU for a dead one may wait forever, and DeepSpeed's
 # launcher ends such ranks one by one, with half a minute for each.
@@ -222,7 +222,7 @@ def start_process(
         needs_group: True to form a group of one process without a launcher, as DeepSpeed requires.
 
     Raises:
-        InputError: unknown device, or one GPU for several ranks.
+        InputError: unknown device, one GPU for several ranks, or a port that is in use.
     """
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     # NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE: TF32 has 10 bits of mantissa in place of 23.
@@ -231,7 +231,14 @@ def start_process(
     chosen = _choose_device(device, local_rank)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except dist.DistNetworkError as error:
+            port = os.environ.get("MASTER_PORT")
+            raise InputError(
+                f"port {port} connects no ranks: {first_line(error)}; if another run on this machine uses it, choose "
+                "another one, by deepspeed --master_port N or torchrun --master_port N"
+            ) from error
     elif needs_group:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     has_group = dist.is_initialized()
