@@ -72,7 +72,8 @@ def train(flags: TrainingFlags) -> None:
     stage = prepare(flags, process)
     # Batches depend on these lengths: other ones on one rank are wrong rows, or collectives that never end.
     parts = {"training rows": stage.train, "dev rows": stage.dev, "dev rows for the LLM alone": stage.alone}
-    process.check_same({name: None if rows is None else fingerprint(rows) for name, rows in parts.items()})
+    lengths = {name: None if rows is None else fingerprint(rows) for name, rows in parts.items()}
+    process.check_same(stage.settings | lengths)
     folder = Path("outputs") / flags.save_name / flags.stage_name
     with open_run(folder, stage.settings, flags.overwrite, process) as run:
         if run.is_finished:

@@ -89,10 +89,12 @@ class OwnAnswers:
         """Name of the table of answers: a hash of everything that determines them."""
         config = base_config(self.models.llm_path, self.models.llm_revision, self.models.trust_remote_code)
         local = sorted(Path(self.models.llm_path).glob("*.*")) if Path(self.models.llm_path).is_dir() else []
+        # Private: a config has no public attribute with the hub revision that it was loaded from.
+        commit = getattr(config, "_commit_hash", None)
         content: dict[str, Any] = {
             "table": table.folder.name,
             "rows": hashlib.sha256(asked.tobytes()).hexdigest(),
-            "llm": [self.models.llm_path, getattr(config, "_commit_hash", None), config.to_dict()],
+            "llm": [self.models.llm_path, commit, config.to_dict()],
             "files": [[path.name, path.stat().st_size, _digest(path)] for path in local],
             "dtype": str(self.dtype),
             "keeps_all": self.keeps_all,
