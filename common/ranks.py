@@ -108,17 +108,6 @@ class Process:
             return {"peak_device_bytes": torch.cuda.max_memory_allocated(self.device)}
         return {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
-    def rng_state(self) -> torch.Tensor:
-        """State of this device's random generator, uint8 on the CPU."""
-        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
-
-    def set_rng_state(self, state: torch.Tensor) -> None:
-        """Restore the state of that generator, from `rng_state` on the same type of device."""
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state, self.device)
-        else:
-            torch.set_rng_state(state)
-
     def close(self) -> None:
         """Leave the process group."""
         _closed.set()
