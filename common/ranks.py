@@ -83,24 +83,14 @@ class Process:
         return gathered
 
     def check_same(self, values: dict[str, Any]) -> None:
-        """Compare `values` of all processes, by their names; called by every process.
-
-        Raises:
-            InputError: on every process, if they differ; the message names the ranks and the values' names.
-        """
+        """Raise InputError in every process, with the first differences' names, unless all have the same `values`."""
         first, *others = self.gather(values)
-        differ = {
-            (rank, name)
-            for rank, other in enumerate(others, start=1)
-            for name in first.keys() | other.keys()
-            if first.get(name) != other.get(name)
-        }
-        if differ:
-            ranks, names = (", ".join(map(str, sorted(set(column)))) for column in zip(*differ, strict=True))
-            raise InputError(
-                f"{names} differ between rank 0 and rank {ranks}: all machines need the same flags, data, models and "
-                "versions of libraries"
-            )
+        for rank, other in enumerate(others, start=1):
+            if names := sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name)):
+                raise InputError(
+                    f"{', '.join(names)} differ between rank 0 and rank {rank}: all machines need the same flags, "
+                    "data, models and versions of libraries"
+                )
 
     def peak_memory(self) -> dict[str, int]:
         """Peak bytes of this process so far, on its GPU or, without one, in host memory."""
@@ -223,11 +213,8 @@ def start_process(
         try:
             dist.init_process_group(backend, timeout=timeout)
         except dist.DistNetworkError as error:
-            port = os.environ.get("MASTER_PORT")
-            raise InputError(
-                f"port {port} connects no ranks: {first_line(error)}; if another run on this machine uses it, choose "
-                "another one, by deepspeed --master_port N or torchrun --master_port N"
-            ) from error
+            advice = "if another run has this port, choose one by deepspeed --master_port N or torchrun --master_port N"
+            raise InputError(f"{first_line(error)}: {advice}") from error
     elif needs_group:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     has_group = dist.is_initialized()
@@ -248,10 +235,7 @@ def _choose_device(name: str, local_rank: int) -> torch.device:
         chosen = torch.device(name)
         if chosen.type == "cuda":
             if chosen.index is not None and _ranks_here() > 1:
-                raise InputError(
-                    f"--device {name}: {_ranks_here()} ranks would share this GPU; use --device cuda, and choose GPUs "
-                    "by CUDA_VISIBLE_DEVICES"
-                )
+                raise RuntimeError("all ranks would share it; choose GPUs by CUDA_VISIBLE_DEVICES instead")
             chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
             torch.cuda.set_device(chosen)
             # In torch 2.13 its attention, the default on an H100, has NaN gradients under some masks: pytorch#196678.

@@ -81,8 +81,7 @@ class SavedStates:
         if found is None:
             return TrainState()
         record, tensors = read_json(found / "state.json"), load_file(found / "state.safetensors")
-        # Older states have no hash.
-        if record.get("rows_sha256", self.rows_sha256) != self.rows_sha256:
+        if record.get("rows_sha256", self.rows_sha256) != self.rows_sha256:  # older states have none
             raise InputError(
                 f"{found} was saved with other token ids of the training rows, or other answers of the LLM (--replay): "
                 "restore --cache_dir, --eval_batch_size and library versions of before, or --overwrite the run"
