@@ -34,11 +34,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 @contextmanager
 def within_memory(message: str) -> Iterator[None]:
-    """Report memory that runs out in a block.
-
-    Raises:
-        InputError: `message`.
-    """
+    """Raise InputError with `message` if memory runs out in a block."""
     try:
         yield
     except RuntimeError as error:

@@ -76,8 +76,7 @@ def load_model(
         options: of `from_pretrained`.
 
     Raises:
-        InputError: `path` holds no such model, or lacks some of its weights, which would start at random; or it does
-            not fit into memory.
+        InputError: `path` holds no such model, lacks weights, which would start at random, or does not fit into memory.
     """
     for index in Path(path).glob("*.index.json"):
         # transformers itself would read files outside the model's folder that an index lists.

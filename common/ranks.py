@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from common import errors
-from common.errors import InputError
+from common.errors import InputError, first_line
 
 # Between two checks of the other ranks: a rank that waits on a GPU for a dead one may wait forever, and DeepSpeed's
 # launcher ends such ranks one by one, with half a minute for each.
@@ -83,41 +83,20 @@ class Process:
         return gathered
 
     def check_same(self, values: dict[str, Any]) -> None:
-        """Compare `values` of all processes, by their names; called by every process.
-
-        Raises:
-            InputError: on every process, if they differ; the message names the ranks and the values' names.
-        """
+        """Raise InputError in every process, with the first differences' names, unless all have the same `values`."""
         first, *others = self.gather(values)
-        differ = {
-            (rank, name)
-            for rank, other in enumerate(others, start=1)
-            for name in first.keys() | other.keys()
-            if first.get(name) != other.get(name)
-        }
-        if differ:
-            ranks, names = (", ".join(map(str, sorted(set(column)))) for column in zip(*differ, strict=True))
-            raise InputError(
-                f"{names} differ between rank 0 and rank {ranks}: all machines need the same flags, data, models and "
-                "versions of libraries"
-            )
+        for rank, other in enumerate(others, start=1):
+            if names := sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name)):
+                raise InputError(
+                    f"{', '.join(names)} differ between rank 0 and rank {rank}: all machines need the same flags, "
+                    "data, models and versions of libraries"
+                )
 
     def peak_memory(self) -> dict[str, int]:
         """Peak bytes of this process so far, on its GPU or, without one, in host memory."""
         if self.device.type == "cuda":
             return {"peak_device_bytes": torch.cuda.max_memory_allocated(self.device)}
         return {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-
-    def rng_state(self) -> torch.Tensor:
-        """State of this device's random generator, uint8 on the CPU."""
-        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
-
-    def set_rng_state(self, state: torch.Tensor) -> None:
-        """Restore the state of that generator, from `rng_state` on the same type of device."""
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state, self.device)
-        else:
-            torch.set_rng_state(state)
 
     def close(self) -> None:
         """Leave the process group."""
@@ -222,7 +201,7 @@ def start_process(
         needs_group: True to form a group of one process without a launcher, as DeepSpeed requires.
 
     Raises:
-        InputError: unknown device, or one GPU for several ranks.
+        InputError: unknown device, one GPU for several ranks, or a port that is in use.
     """
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     # NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE: TF32 has 10 bits of mantissa in place of 23.
@@ -231,7 +210,11 @@ def start_process(
     chosen = _choose_device(device, local_rank)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except dist.DistNetworkError as error:
+            advice = "if another run has this port, choose one by deepspeed --master_port N or torchrun --master_port N"
+            raise InputError(f"{first_line(error)}: {advice}") from error
     elif needs_group:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     has_group = dist.is_initialized()
@@ -252,10 +235,7 @@ def _choose_device(name: str, local_rank: int) -> torch.device:
         chosen = torch.device(name)
         if chosen.type == "cuda":
             if chosen.index is not None and _ranks_here() > 1:
-                raise InputError(
-                    f"--device {name}: {_ranks_here()} ranks would share this GPU; use --device cuda, and choose GPUs "
-                    "by CUDA_VISIBLE_DEVICES"
-                )
+                raise RuntimeError("all ranks would share it; choose GPUs by CUDA_VISIBLE_DEVICES instead")
             chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
             torch.cuda.set_device(chosen)
             # In torch 2.13 its attention, the default on an H100, has NaN gradients under some masks: pytorch#196678.

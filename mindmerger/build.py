@@ -71,7 +71,7 @@ def train(flags: TrainingFlags) -> None:
     stage = prepare(flags, process)
     # Batches depend on these lengths: other ones on one rank are wrong rows, or collectives that never end.
     parts = {"training rows": stage.train, "dev rows": stage.dev, "dev rows for the LLM alone": stage.alone}
-    process.check_same({name: None if rows is None else fingerprint(rows) for name, rows in parts.items()})
+    process.check_same(stage.settings | {name: rows is None or fingerprint(rows) for name, rows in parts.items()})
     folder = Path("outputs") / flags.save_name / flags.stage_name
     with open_run(folder, stage.settings, flags.overwrite, process) as run:
         if run.is_finished:
@@ -157,9 +157,8 @@ def _check_rows(flags: TrainingFlags, models: ModelPair, train: Rows, dev: Rows)
     longest = max(rows.lengths.max(initial=0) for rows in (train, dev))
     if flags.replay:
         languages = select_languages(flags.replay_languages, "--replay_languages") or ()
-        if missing := {language.name for language in languages} - set(train.languages()):
-            named = ", ".join(sorted(missing))
-            raise InputError(f"--replay_languages {flags.replay_languages}: no training row is in {named}")
+        if missing := sorted({language.name for language in languages} - set(train.languages())):
+            raise InputError(f"--replay_languages {flags.replay_languages}: no training row is in {', '.join(missing)}")
         # An answer of the LLM may be longer than the target.
         longest = max(longest, (train.lengths - train.target_lengths).max(initial=0) + flags.max_gen_len)
     check_context(models, int(longest))

@@ -170,7 +170,7 @@ def _load_half(
         raise InputError(f"{path}: encoders of type {config.model_type!r} cannot be loaded alone")
     prefix = rf"^((model|{whole.base_model_prefix})\.)?"
     renamed = {rf"{prefix}(text_)?encoder\.": "", rf"{prefix}shared\.": "embed_tokens."}
-    # Computed tensors, as Marian's table of sinusoids, are in no file.
+    # Computed tensors, as Marian's table of sinusoids, are in no file. Private: transformers lists them only there.
     computed = [re.sub(r"^model\.encoder\.", "", name) for name in whole._keys_to_ignore_on_load_missing or ()]
     return load_model(encoder_class, path, config=own_config, key_mapping=renamed, computed=computed, **options)
 

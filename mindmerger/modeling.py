@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 _HUB_OPTIONS = {
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
-    "_commit_hash",
+    "_commit_hash",  # private: the auto classes add it
 }
 
 

@@ -79,7 +79,11 @@ class OwnAnswers:
         answers: dict[int, list[int]] = {}
         (known,) = process.sum(folder.exists())
         if known < process.world_size:
-            answers = self._answer(table.rows(asked), process)
+            with within_memory(
+                f"out of memory while the LLM, whole on each device, answers {self.slots} rows at once for --replay: "
+                "lower --eval_batch_size, use bf16 in --deepspeed_config, or leave --replay out; --plan shows what fits"
+            ):
+                answers = self._answer(table.rows(asked), process)
         own = open_replaced(folder, table, {int(asked[row]): ids for row, ids in answers.items()})
         process.barrier()
         say(process, f"replay: {len(own)} of {count} answers of the LLM alone are kept, in {folder}")
@@ -92,6 +96,7 @@ class OwnAnswers:
         content: dict[str, Any] = {
             "table": table.folder.name,
             "rows": hashlib.sha256(asked.tobytes()).hexdigest(),
+            # Private: a config has no public attribute with the hub revision that it was loaded from.
             "llm": [self.models.llm_path, getattr(config, "_commit_hash", None), config.to_dict()],
             "files": [[path.name, path.stat().st_size, _digest(path)] for path in local],
             "dtype": str(self.dtype),
@@ -101,13 +106,9 @@ class OwnAnswers:
 
     def _answer(self, rows: Rows, process: Process) -> dict[int, list[int]]:
         """Answer `rows` by the LLM alone, each rank its part; return the ids of kept answers by row, on every rank."""
-        with within_memory(
-            "out of memory while the LLM loads for --replay, on each device whole, also under ZeRO-3: use bf16 in "
-            "--deepspeed_config or larger devices (--plan shows what fits), or leave --replay out"
-        ):
-            llm = load_llm(self.models.llm_path, self.models.llm_revision, self.dtype, self.models.trust_remote_code)
-            llm.to(process.device)
-            check_answers(llm)
+        llm = load_llm(self.models.llm_path, self.models.llm_revision, self.dtype, self.models.trust_remote_code)
+        llm.to(process.device)
+        check_answers(llm)
         answerer, found = Answerer(llm, self.tokenizer), {}
         plan = plan_once(rows.lengths, 1, process.world_size)[process.rank]
         tokens = {row: rows.tokens([row])[0] for batch in plan for row in batch}
@@ -116,10 +117,7 @@ class OwnAnswers:
             return answerer.embed([replace(tokens[row], target=[]) for row in chosen])
 
         limit, ends = self.tokenizer.max_gen_len, answerer.eos_token_ids
-        with (
-            within_memory(f"out of memory while the LLM alone answers {self.slots} rows: lower --eval_batch_size"),
-            progress(process, total=len(tokens), desc="the LLM's own answers", unit="row") as bar,
-        ):
+        with progress(process, total=len(tokens), desc="the LLM's own answers", unit="row") as bar:
             for answers in greedy_steps(llm, tokens, input_of, self.slots, limit, ends):
                 if done := {answer.problem: answer.ids for answer in answers if answer.is_done}:
                     found |= {row: ids for row, ids in done.items() if self._is_kept(ids, tokens[row].target, ends)}

@@ -1,4 +1,4 @@
-"""Saved state of a run: counters, the mapping, its optimizer and schedule, and random generators."""
+"""Saved state of a run: counters, the mapping, its optimizer and schedule. Training draws no random numbers."""
 
 import math
 from dataclasses import asdict, dataclass, fields
@@ -54,8 +54,6 @@ class SavedStates:
     def save(self, state: TrainState) -> None:
         """Save everything that the rest of the run depends on, unless this step is already saved."""
         tensors = self.mapping.tensors()
-        for rank, rng_state in enumerate(self.process.gather(self.process.rng_state())):
-            tensors[f"rng.{rank}"] = rng_state
         record = asdict(state) | {
             "rows_sha256": self.rows_sha256,
             "optimizer_steps": self.mapping.steps,
@@ -83,8 +81,7 @@ class SavedStates:
         if found is None:
             return TrainState()
         record, tensors = read_json(found / "state.json"), load_file(found / "state.safetensors")
-        # Older states have no hash.
-        if record.get("rows_sha256", self.rows_sha256) != self.rows_sha256:
+        if record.get("rows_sha256", self.rows_sha256) != self.rows_sha256:  # older states have none
             raise InputError(
                 f"{found} was saved with other token ids of the training rows, or other answers of the LLM (--replay): "
                 "restore --cache_dir, --eval_batch_size and library versions of before, or --overwrite the run"
@@ -93,7 +90,6 @@ class SavedStates:
         self.engine.lr_scheduler.load_state_dict(record["schedule"])
         for group, lr in zip(self.engine.optimizer.param_groups, self.engine.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
-        self.process.set_rng_state(tensors[f"rng.{self.process.rank}"])
         known = {field.name for field in fields(TrainState)}
         return TrainState(
             **{name: value for name, value in record.items() if name in known} | {"step": snapshots.step_of(found)}

@@ -88,8 +88,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.steps_per_epoch = steps_per_epoch(len(self.train), self.schedule.sizes)
         self.total_steps = self.steps_per_epoch * self.schedule.epochs
-        rows_sha256 = fingerprint(self.train)
-        self.states = SavedStates(self.folder / STATE, self.engine, self.mapping, self.process, rows_sha256)
+        self.states = SavedStates(self.folder / STATE, self.engine, self.mapping, self.process, fingerprint(self.train))
         self.signals = StopSignals()
         size = self.schedule.eval_batch_size
         self.dev_pass = DevPass(self.engine, self.batch, size, self.process, self._leave_on_signal)

@@ -2,6 +2,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -159,11 +160,21 @@ def test_a_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch, device: str, expe
     for launched in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.setenv(launched, "2")
         if device == "cuda:1":
-            with pytest.raises(InputError, match="^--device cuda:1: 2 ranks would share this GPU; use --device cuda"):
+            with pytest.raises(InputError, match="^--device cuda:1: all ranks would share it; choose GPUs by CUDA"):
                 start_process(device)
         else:
             assert start_process(device).device == torch.device(expected)
         monkeypatch.delenv(launched)
+
+
+def test_a_port_that_is_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": "0"}
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(InputError, match=f"port: {port}, .*: if another run has .*deepspeed --master_port N"):
+            start_process("cpu")
 
 
 RANK = """
