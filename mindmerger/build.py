@@ -244,6 +244,7 @@ def _run_stage(flags: TrainingFlags, stage: Stage, run: RunFolder) -> None:
             initial, config.encoder_layer = _aligned_start(flags, stage, folder.parent / ALIGNED_START, dtype, process)
         if flags.replay:
             stage = _with_replay(flags, stage, dtype, process)
+        torch.cuda.empty_cache()  # models that are gone; NCCL allocates outside of PyTorch's cache
         # While this object exists, transformers loads a model directly into ZeRO-3's partitions.
         hf_ds_config = HfDeepSpeedConfig(stage.ds_config)  # noqa: F841
         torch.manual_seed(flags.seed)
