@@ -44,6 +44,7 @@ FOREIGN = {
     *("--num_gpus", "--node_rank", "--no_ssh", "--master_addr", "--hypothesis-profile", "--help", "--config"),
     *("--apply_chat_template", "--batch_size", "--metadata", "--no-deps", "--num_accelerators", "--index-url"),
     *("--model", "--model_args", "--tasks", "--include_path", "--log_samples", "--confirm_run_unsafe_code", "--logdir"),
+    "--master_port",
 }
 
 

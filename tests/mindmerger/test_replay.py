@@ -206,6 +206,10 @@ def test_two_ranks_take_the_same_steps(
         torch.testing.assert_close(mapping[name], tensor, rtol=1e-5, atol=1e-5)
 
 
+class Killed(Exception):
+    pass
+
+
 def test_a_run_with_replay_continues(
     work: Path, small: Words, reference: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,13 +221,13 @@ def test_a_run_with_replay_continues(
     def interrupted(trainer: Trainer, rows: object) -> object:
         begun.append(trainer.state.step)
         if len(begun) in (4, 5):
-            raise KeyboardInterrupt
+            raise Killed
         return step(trainer, rows)
 
     monkeypatch.setattr(Trainer, "step", interrupted)
     with monkeypatch.context() as patch:
         patch.setattr(replay, "load_llm", lambda *_: pytest.fail("answered again"))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             train_here(work, *words)
     # Another cache, and other answers.
     with monkeypatch.context() as patch:
@@ -233,7 +237,7 @@ def test_a_run_with_replay_continues(
         record = json.loads((work / "outputs/resumed/mapping/state/step_2/state.json").read_text())
         del record["rows_sha256"]
         patch.setattr("mindmerger.train_state.read_json", lambda _: record)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             train_here(work, *words, "--cache_dir", "other")
     assert begun == [0, 1, 2, 3, 2]
     train_here(work, *words)
