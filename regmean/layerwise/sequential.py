@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from common.errors import InputError
+from common.io import writing
 from common.logging import progress
 from common.ranks import Process
 from regmean.average import write_averages
@@ -67,7 +68,8 @@ class SequentialMerge:
         names = self.files.names(self.plan, self.survey)
         for step in progress(self.process, range(BEFORE, count - 1), desc=f"alpha {self.alpha:g}", unit="step"):
             known = self.process.gather(self.files.read_report(step))[0]
-            report = known or self._merge_step(step, names[step])
+            with writing(self.files.folder):
+                report = known or self._merge_step(step, names[step])
             self.files.use(step)
             report.distances, report.routing = self._advance(step)
             if known is None and self.process.is_main:
@@ -171,6 +173,8 @@ class SequentialMerge:
         work = [turn for stage in stages for turn in turns(stage, self._pair_bytes, self.process)]
         pairs, reports = PairSums(step, self.plan, self.merged, self.courses, self.own, self.process), []
         for turn in work:
+            if writer is not None and self.process.world_size > 1:
+                self.files.sync(step)
             self.process.barrier()
             self.files.use_unfinished(step)
             blocks = [partial(blocks_of, self.plan, group, self.process.device) for group in turn]

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -23,15 +23,18 @@ from transformers.pytorch_utils import Conv1D
 from common.cli import parse_flags
 from common.errors import InputError
 from common.io import read_json
-from common.ranks import start_process
+from common.ranks import Process, start_process
 from regmean.compute import compute_grams
 from regmean.config import SEQUENTIAL, GramFlags, MergeFlags
 from regmean.gram_file import GramFile
+from regmean.layerwise import files
 from regmean.layerwise.merge import merge_layer_by_layer
 from regmean.layerwise.model import LayerwiseModel
 from regmean.layerwise.sequential import SequentialMerge
 from regmean.layerwise.survey import survey
 from regmean.merge import merge
+from regmean.model_folder import CheckpointWriter
+from regmean.tensor_file import TensorWriter
 from tests.mindmerger.scripts import rank_processes, run_ranks
 from tests.regmean.conftest import make_tokenizer
 from tests.regmean.folders import EXPERTS, MODELS, TEXT, TRANSPOSED, build, gated, save, split_experts
@@ -376,6 +379,49 @@ def test_two_ranks_merge_as_one_does(method: str, pair: Callable, tmp_path: Path
     reports = [read_json(tmp_path / name / "merge_report.json") for name in ("one", "two")]
     if method == "regmean_asym":  # a sample of the batches, which each rank has others of, for the other method
         np.testing.assert_allclose(*(report["routing"]["mean"] for report in reports), rtol=1e-12)
+
+
+class FirstOfTwo(Process):
+    """The first rank of two, whose second has no texts; checks that others can read what it has written."""
+
+    unsynced: ClassVar[set[Path]] = set()
+
+    def barrier(self) -> None:
+        assert not self.unsynced
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, value]
+
+    def sum_(self, tensor: torch.Tensor) -> None:
+        pass
+
+
+def test_other_machines_read_what_the_first_rank_has_written(
+    pair: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsynced, write, sync = FirstOfTwo.unsynced, TensorWriter.write, files.sync
+
+    def record_write(self: TensorWriter, name: str, *args: Any) -> None:
+        unsynced.add(self._infos[name].path)
+        write(self, name, *args)
+
+    def record_sync(path: Path) -> None:
+        unsynced.discard(path)
+        sync(path)
+
+    monkeypatch.setattr(TensorWriter, "write", record_write)
+    monkeypatch.setattr(files, "sync", record_sync)
+    monkeypatch.setattr(CheckpointWriter, "close", lambda self: unsynced.clear())
+    process = FirstOfTwo(0, 2, torch.device("cpu"))
+    merge_layer_by_layer(merge_flags(pair("llama"), tmp_path / "out", "regmean_asym"), process, "command")
+
+
+@pytest.mark.parametrize("method", SEQUENTIAL)
+def test_a_full_disk_is_one_line(method: str, pair: Callable, small_disk: Callable[[int, int], Path]) -> None:
+    out = small_disk(16_000, 6_000) / "out"
+    with pytest.raises(InputError, match=r"cannot write .*: (No space left on device|File too large)"):
+        merged(pair("llama"), out, method)
+    assert not out.exists()
 
 
 KILLED = """
