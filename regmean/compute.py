@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from common.io import read_json, write_json
 from common.logging import progress, quiet_libraries, say
 from common.models import load_tokenizer
 from common.ranks import Process, available_memory, is_out_of_memory, synchronize
-from common.runs import RUN, open_run
+from common.runs import RUN, RunFolder, open_run
 from common.signals import StopSignals
 from regmean.adapter_folder import open_models
 from regmean.architectures import auto_class, config_of, layer_tensors, load_updated
@@ -72,7 +73,7 @@ def compute_grams(
 
     Args:
         process: this rank; each rank runs its shard of the batches. It leaves the process group before the first rank
-            joins the Grams of several passes, which may take longer than a collective's timeout.
+            joins the Grams of several passes.
         snapshot_seconds: the time between two snapshots.
         model: the model `flags.model`, if it is already loaded; its output head is removed.
 
@@ -92,47 +93,57 @@ def compute_grams(
     calibration = load_calibration(flags.texts(), tokenizer)
     say(process, calibration.summary(flags.max_length))
     found = None if model else survey_if_large(flags, checkpoint, model_class, config, process)
-    if found is not None:
-        _compute_layerwise(flags, process, checkpoint, model_class, config, found, tokenizer, calibration)
-        return
-    model = model or load_updated(checkpoint, model_class, config, dtype=flags.dtype, **trusted)
-    check_tokens(calibration, model.get_input_embeddings())
-    check_length(calibration, table_positions(model))
-    identity = _identity(checkpoint, calibration, model.dtype, process)
+    load = partial(load_updated, checkpoint, model_class, config, dtype=flags.dtype, **trusted)
+    # A class that comes with the model is built with its weights only.
+    model = model or (load() if flags.trust_remote_code and found is None else None)
+    dtype = model.dtype if model else stored_dtype(checkpoint, config, flags.dtype)
+    built = model or build_without_weights(model_class, config, dtype, process.device)
+    check_tokens(calibration, built.get_input_embeddings())
+    check_length(calibration, table_positions(built))
+    identity = _identity(checkpoint, calibration, dtype, process) | ({"layerwise": True} if found else {})
     provenance = _provenance(identity, checkpoint, flags.texts(), tokenizer, calibration)
     with open_run(target.with_suffix(".partial"), identity, flags.overwrite, process) as run:
-        run.start()
-        layers, tensors, counts = _prepare(model, checkpoint, calibration, process)
-        size = flags.batch_tokens(process.device.type)
-        passes = _Passes(model, layers, tensors, counts, calibration, size, run.folder, process, snapshot_seconds)
-        passes.run(target, provenance)
+        if found is None:
+            _compute_whole(flags, checkpoint, model or load(), calibration, run, target, provenance, snapshot_seconds)
+        else:
+            _compute_layerwise(flags, checkpoint, built, found, calibration, run, target, provenance)
+
+
+def _compute_whole(
+    flags: GramFlags,
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    calibration: Calibration,
+    run: RunFolder,
+    target: Path,
+    provenance: dict[str, Any],
+    snapshot_seconds: float,
+) -> None:
+    """Compute the Grams with the whole model in memory."""
+    run.start()
+    parts, size = _prepare(model, checkpoint, calibration, run.process), flags.batch_tokens(run.process.device.type)
+    passes = _Passes(model, *parts, calibration, size, run.folder, run.process, snapshot_seconds)
+    passes.run(target, provenance)
 
 
 def _compute_layerwise(
     flags: GramFlags,
-    process: Process,
     checkpoint: Checkpoint,
-    model_class: Any,
-    config: PretrainedConfig,
+    built: PreTrainedModel,
     found: Survey,
-    tokenizer: PreTrainedTokenizerBase,
     calibration: Calibration,
+    run: RunFolder,
+    target: Path,
+    provenance: dict[str, Any],
 ) -> None:
-    """Compute the Grams with one layer of the model in memory."""
-    dtype = stored_dtype(checkpoint, config, flags.dtype)
-    built = build_without_weights(model_class, config, dtype, process.device)
-    check_tokens(calibration, built.get_input_embeddings())
-    check_length(calibration, table_positions(built))
+    """Compute the Grams with one layer of the model in memory; `built` is the model without weights."""
+    process = run.process
     model = open_layerwise(checkpoint, built, process.device, found.tuple_length)
-    identity = _identity(checkpoint, calibration, dtype, process) | {"layerwise": True}
-    provenance = _provenance(identity, checkpoint, flags.texts(), tokenizer, calibration)
-    target = Path(flags.output_dir) / FILE_NAME
-    with open_run(target.with_suffix(".partial"), identity, flags.overwrite, process) as run:
-        run.start()
-        parts, size = measured(checkpoint, model, found, calibration), flags.batch_tokens(process.device.type)
-        say(process, f"plan: {len(model.layers)} layers, one at a time, {len(parts.layers)} linear layers in them")
-        grams = LayerwiseGrams(model, found, parts, calibration, size, flags.offload_dir, run.folder, process)
-        grams.run(target, provenance)
+    run.start()
+    parts, size = measured(checkpoint, model, found, calibration), flags.batch_tokens(process.device.type)
+    say(process, f"plan: {len(model.layers)} layers, one at a time, {len(parts.layers)} linear layers in them")
+    grams = LayerwiseGrams(model, found, parts, calibration, size, flags.offload_dir, run.folder, process)
+    grams.run(target, provenance)
 
 
 def survey_if_large(

@@ -1,5 +1,6 @@
 """Models of a merge that are run layer by layer on their calibration texts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -7,6 +8,7 @@ from typing import Any, Self
 import torch
 from transformers import PretrainedConfig
 
+from common.errors import InputError
 from common.logging import quiet_libraries
 from common.models import load_tokenizer
 from common.ranks import Process
@@ -98,13 +100,27 @@ class LayerwiseModels:
         """
         merged, columns = self.build(0, open_checkpoint(str(folder), folder=folder)), []
         for index in range(len(self.checkpoints)):
-            pair = self.courses(index, merged, self.build(index))
+            pair = self._by_all(lambda index=index: self.courses(index, merged, self.build(index)))
             columns.append([self._agreement(step, pair) for step in range(BEFORE, len(merged.layers))][1:])
         return Routing(self.flags.models, [list(layer) for layer in zip(*columns, strict=True)])
 
     def _agreement(self, step: int, pair: tuple[Course, Course]) -> float | None:
-        for course in pair:
-            weights = course.model.weights(step)
-            for number in range(len(course.batches)):
-                advance(course, step, weights, number)
+        def advance_all() -> None:
+            for course in pair:
+                weights = course.model.weights(step)
+                for number in range(len(course.batches)):
+                    advance(course, step, weights, number)
+
+        self._by_all(advance_all)
         return agreement(*pair, self.process)
+
+    def _by_all(self, work: Callable[[], Any]) -> Any:
+        """The result of `work` on this rank; an `InputError` on one rank is raised on all."""
+        done, message = None, ""
+        try:
+            done = work()
+        except InputError as error:
+            message = str(error)
+        if messages := [theirs for theirs in self.process.gather(message) if theirs]:
+            raise InputError(messages[0])
+        return done

@@ -30,7 +30,7 @@ from common.models import load_model
 from regmean.merge_plan import compact
 from regmean.report import Provenance, model_card
 from tests.regmean.conftest import make_gpt2
-from tests.regmean.folders import TEXT, assert_merged, build, grams, run, save
+from tests.regmean.folders import TEXT, assert_merged, build, grams, run, save, unread
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 SPECIALISTS = Path(__file__).parents[2] / "quickstart" / "models" / "regmean"
@@ -283,13 +283,13 @@ def test_an_adapter_is_no_base(tmp_path: Path) -> None:
         run([folder, folder], tmp_path / "out", "avg")
 
 
-def test_texts_that_a_model_has_no_rows_for_are_named(tmp_path: Path) -> None:
+def test_texts_that_a_model_has_no_rows_for_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(make_gpt2(), tmp_path / "gpt2")
     texts = ["w1 w2", " ".join(["w3"] * 70), "w4"]
-    with pytest.raises(InputError, match=r"row 1 of the data set .* has 71 tokens, .* for 64: --max_length 64 cuts it"):
-        grams(folder, texts)
-    shutil.rmtree(folder.with_suffix(".gram"), ignore_errors=True)
     assert grams(folder, texts, max_length=64).exists()
+    monkeypatch.setattr("regmean.compute.load_updated", unread)
+    with pytest.raises(InputError, match=r"row 1 of the data set .* has 71 tokens, .* for 64: --max_length 64 cuts it"):
+        grams(folder, texts, overwrite=True)
     config = AutoConfig.from_pretrained(folder, vocab_size=20)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     with pytest.raises(InputError, match=r"row 0 of .* has the token 26, and the embedding table .* has 20 rows"):

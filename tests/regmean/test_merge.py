@@ -667,6 +667,15 @@ def test_bad_shard_sizes_and_empty_selections_are_named(library: Callable, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_output_folder_that_exists_is_refused_before_models_are_read(
+    library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out_0.9").mkdir()
+    monkeypatch.setattr(merge_module, "open_models", None)
+    with pytest.raises(InputError, match=r"out_0\.9 exists already"):
+        run(library("llama"), tmp_path / "out", alpha=[0.1, 0.9])
+
+
 def test_a_full_disk_leaves_no_folder(
     library: Callable, tmp_path: Path, small_disk: Callable[[int, int], Path]
 ) -> None:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,6 +31,7 @@ from regmean.gram_file import GramFile
 from regmean.layerwise import files
 from regmean.layerwise.merge import merge_layer_by_layer
 from regmean.layerwise.model import LayerwiseModel
+from regmean.layerwise.models import LayerwiseModels
 from regmean.layerwise.sequential import SequentialMerge
 from regmean.layerwise.survey import survey
 from regmean.merge import merge
@@ -591,6 +593,45 @@ def test_bad_input_is_refused_before_the_first_layer(
 
     monkeypatch.setattr("os.posix_fallocate", full)
     refused("--offload_dir .*No space left", lambda flags: replace(flags, offload_dir=str(tmp_path / "states")))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"max_shard_size": "lots"}, "--max_shard_size lots"),
+        ({"include": ["nothing"]}, "leave no tensor to merge"),
+        ({"models": ["llama", "gpt2"]}, "model_type is 'llama' in .* and 'gpt2' in"),
+    ],
+)
+def test_headers_are_compared_before_texts_are_read(
+    options: dict[str, Any], match: str, pair: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = merge_flags(pair("llama"), tmp_path / "out", "regmean_asym")
+    options = {
+        key: [str(pair(kind)[0]) for kind in value] if key == "models" else value for key, value in options.items()
+    }
+    monkeypatch.setattr(MergeFlags, "texts", lambda self: [])
+    monkeypatch.setattr("regmean.layerwise.merge.LayerwiseModels", None)
+    with pytest.raises(InputError, match=match):
+        merge_layer_by_layer(replace(flags, **options), start_process("cpu"), "command")
+
+
+def test_a_merge_is_kept_where_its_routing_cannot_be_measured(
+    pair: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*args: Any) -> None:
+        raise InputError("states after step 1 are NaN")
+
+    monkeypatch.setattr("regmean.layerwise.models.advance", fail)
+    merge(merge_flags(pair("qwen3_moe"), tmp_path / "out", "avg", embeddings=None), "command")
+    note = "the routing of the merge is not compared with the models': states after step 1 are NaN"
+    assert f"note: {note}" in capsys.readouterr().out
+    report = read_json(tmp_path / "out/merge_report.json")
+    assert note in report["notes"] and "routing" not in report
+    # An error of one rank ends the measurement on all.
+    opened = LayerwiseModels(*[None] * 7, SimpleNamespace(gather=lambda message: [message, "of rank 1"]))
+    with pytest.raises(InputError, match="of rank 1"):
+        opened._by_all(lambda: None)
 
 
 def test_models_whose_layers_exchange_more_are_refused() -> None:
