@@ -205,7 +205,7 @@ class MergeFlags:
             for name in ("offload_dir", "tokens_per_batch"):
                 if getattr(self, name):
                     raise InputError(f"--{name} belongs to --calibration")
-        elif self.plan is None and len(self.calibration) != len(self.models):
+        elif (self.plan is None or self.calibration) and len(self.calibration) != len(self.models):
             raise InputError(f"--calibration takes one per model: {len(self.models)}, not {len(self.calibration)}")
         if self.method == "regmean_asym" and self.solver != "cholesky":
             raise InputError("--method regmean_asym has one solver: cholesky")

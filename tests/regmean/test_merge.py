@@ -637,6 +637,7 @@ def test_integer_tensors_must_agree(library: Callable, tmp_path: Path) -> None:
         ({"embeddings": "mean"}, "--embeddings is counts or average"),
         ({"method": "avg", "grams": [], "embeddings": "counts"}, "--embeddings counts belongs to --method regmean"),
         ({"dtype": "int8"}, "--dtype is one of"),
+        ({"method": "regmean++", "grams": [], "calibration": ["math"], "plan": "h100"}, "--calibration takes one per"),
     ],
 )
 def test_flags_that_contradict_each_other_are_named(options: dict[str, Any], message: str) -> None:
