@@ -173,8 +173,8 @@ class MergeFlags:
             raise InputError(f"--router is a number of --models: 1 to {len(self.models)}")
         if not self.alpha or not all(0 <= alpha <= 1 for alpha in self.alpha):
             raise InputError("--alpha must lie between 0 and 1")
-        if len(set(self.alpha)) < len(self.alpha):
-            raise InputError("--alpha names a value twice")
+        if len({f"{alpha:g}" for alpha in self.alpha}) < len(self.alpha):
+            raise InputError("--alpha names a value twice: six digits count, as in the names of the output folders")
         for name in ("model_weights", "revisions"):
             given = getattr(self, name)
             if given and len(given) != len(self.models):

@@ -1,5 +1,6 @@
 """Checkpoints as programs write them: tied heads, buffers, other vocabularies, companion files, and refused ones."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from common.errors import InputError
 from common.io import read_json
 from common.models import load_model
 from regmean.merge_plan import compact
+from regmean.model_folder import open_checkpoint
 from regmean.report import Provenance, model_card
 from tests.regmean.conftest import make_gpt2
 from tests.regmean.folders import TEXT, assert_merged, build, grams, run, save, unread
@@ -160,6 +162,19 @@ def test_buffers_may_be_infinite(siblings: Callable, tmp_path: Path) -> None:
         run(folders, tmp_path / "nan", "avg")
     out = run(folders, tmp_path / "excluded_nan", "avg", exclude=["masked_bias"], dtype="bfloat16")
     assert tensors(out)[name].isnan()
+
+
+def test_a_fingerprint_is_that_of_the_first_values_in_bfloat16(siblings: Callable) -> None:
+    """Also of masks with the lowest number of float32, which bfloat16 rounds to infinity."""
+    (folder, _), name = siblings("neox"), "gpt_neox.layers.0.attention.masked_bias"
+    edit(folder, lambda t: t.update({name: torch.tensor([torch.finfo(torch.float32).min, 3.39e38, torch.inf])}))
+    digest = hashlib.sha256()
+    for key, value in sorted(tensors(folder).items()):
+        digest.update(f"{key} {tuple(value.shape)} ".encode())
+        digest.update(value.flatten()[:256].bfloat16().view(torch.int16).numpy().tobytes())
+    assert open_checkpoint(str(folder)).fingerprint() == digest.hexdigest()
+    edit(folder, lambda t: t.update({key: value.bfloat16() for key, value in t.items()}))
+    assert open_checkpoint(str(folder)).fingerprint() == digest.hexdigest()
 
 
 def test_the_backbone_alone_of_two_vocabularies(

@@ -629,6 +629,7 @@ def test_integer_tensors_must_agree(library: Callable, tmp_path: Path) -> None:
         ({"method": "avg"}, "--grams belongs to --method regmean"),
         ({"alpha": [1.5]}, "--alpha must lie between"),
         ({"alpha": [0.1, 0.1]}, "--alpha names a value twice"),
+        ({"alpha": [0.9999999, 1]}, "--alpha names a value twice"),
         ({"model_weights": [1.0]}, "--model_weights takes one per model"),
         ({"model_weights": [1.0, -1.0]}, "--model_weights must be positive"),
         ({"revisions": ["main"]}, "--revisions takes one per model"),
