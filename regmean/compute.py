@@ -48,6 +48,7 @@ from regmean.hooks import (
 from regmean.layerwise.grams import LayerwiseGrams, measured
 from regmean.layerwise.model import BEFORE, build_without_weights, open_layerwise, stored_dtype
 from regmean.layerwise.survey import Survey, survey
+from regmean.memory import advising
 from regmean.merge_plan import compact
 from regmean.model_folder import Checkpoint
 from regmean.token_counts import find_tables
@@ -196,6 +197,7 @@ def _identity(checkpoint: Checkpoint, calibration: Calibration, dtype: torch.dty
     }
 
 
+@advising(MORE_MEMORY)
 def _prepare(
     model: PreTrainedModel, checkpoint: Checkpoint, calibration: Calibration, process: Process
 ) -> tuple[dict[str, Layer], dict[str, set[str]], list[Counts]]:

@@ -7,6 +7,7 @@ import torch
 
 from common.errors import InputError
 from regmean.embeddings import TiedTable, merge_by_counts
+from regmean.memory import OTHER_DEVICE, advising
 from regmean.merge_plan import CountedTable, MergePlan
 from regmean.model_folder import CheckpointWriter
 from regmean.report import TableReport
@@ -47,11 +48,12 @@ class Tables:
     device: torch.device
     advance: Callable[[int], None]
 
+    @advising(OTHER_DEVICE)
     def write(self) -> dict[float, dict[str, TableReport]]:
         """Write all tables that the writers hold; return their reports by alpha and tensor.
 
         Raises:
-            InputError: a Gram or table that is damaged or not finite.
+            InputError: a Gram or table that is damaged or not finite, or too little memory.
         """
         holds = next(iter(self.writers.values())).holds
         tables = [table for table in self.plan.tables if holds(table.tensor)]

@@ -23,6 +23,7 @@ from regmean.gram_file import FILE_NAME, Counts, GramFile, join_files
 from regmean.hooks import Layer, LinearInputs, linear_layers
 from regmean.layerwise.model import BEFORE, Batch, Course, LayerwiseModel, States
 from regmean.layerwise.survey import Survey
+from regmean.memory import SMALLER_BATCHES, advising
 from regmean.model_folder import Checkpoint
 
 
@@ -115,11 +116,12 @@ class LayerwiseGrams:
         batches = batches[process.rank :: process.world_size]
         self.course = course_of(model, calibration, batches, range(len(batches)), offload_dir)
 
+    @advising(SMALLER_BATCHES)
     def run(self, target: Path, provenance: dict[str, Any]) -> None:
         """Run the remaining steps, write the Grams to `target`, and remove the folder.
 
         Raises:
-            InputError: activations that are not finite.
+            InputError: activations that are not finite, or too little memory.
             Stopped: a signal was received; the whole steps so far are on disk.
         """
         started, steps = time.monotonic(), range(BEFORE, len(self.model.layers) + 1)

@@ -21,6 +21,7 @@ from regmean.layerwise.grams import course_of
 from regmean.layerwise.model import BEFORE, Course, LayerwiseModel, build_without_weights, open_layerwise, stored_dtype
 from regmean.layerwise.routing import advance, agreement
 from regmean.layerwise.survey import Survey, survey
+from regmean.memory import SMALLER_BATCHES, advising
 from regmean.merge_plan import check_vocabularies
 from regmean.model_folder import Checkpoint, open_checkpoint
 from regmean.report import Routing
@@ -118,7 +119,8 @@ class LayerwiseModels:
         """The result of `work` on this rank; an `InputError` on one rank is raised on all."""
         done, message = None, ""
         try:
-            done = work()
+            with advising(SMALLER_BATCHES):
+                done = work()
         except InputError as error:
             message = str(error)
         if messages := [theirs for theirs in self.process.gather(message) if theirs]:

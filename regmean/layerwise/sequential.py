@@ -25,6 +25,7 @@ from regmean.layerwise.model import BEFORE, Course, LayerwiseModel
 from regmean.layerwise.routing import advance, agreement
 from regmean.layerwise.sums import PairSums, blocks_of, pool_of, sum_inputs, turns
 from regmean.layerwise.survey import Survey
+from regmean.memory import SMALLER_BATCHES, advising
 from regmean.merge_plan import LayerGroup, MergePlan
 from regmean.regmean import RegMean, write_pieces
 from regmean.report import LayerReport
@@ -62,8 +63,13 @@ class SequentialMerge:
     process: Process
     _own_steps: dict[int, int] = field(default_factory=dict)  # the last step that each model's own texts went through
 
+    @advising(SMALLER_BATCHES)
     def run(self) -> list[StepReport]:
-        """Merge all steps; return their reports."""
+        """Merge all steps; return their reports.
+
+        Raises:
+            InputError: too little memory, a full disk, states or weights that are not finite.
+        """
         count, reports = len(self.merged.layers) + 2, []
         names = self.files.names(self.plan, self.survey)
         for step in progress(self.process, range(BEFORE, count - 1), desc=f"alpha {self.alpha:g}", unit="step"):

@@ -419,6 +419,9 @@ def test_a_model_that_does_not_run_at_all_is_told(compute: Callable, monkeypatch
     monkeypatch.setattr(LinearInputs, "run", fail)
     with pytest.raises(InputError, match="out of memory with the model and one example; take a larger --device"):
         compute("llama")
+    monkeypatch.setattr(PreTrainedModel, "to", fail)
+    with pytest.raises(InputError, match="out of memory: take a larger --device"):
+        compute("llama")
 
 
 def test_the_memory_of_a_batch_is_left_free(

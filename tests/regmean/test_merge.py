@@ -678,6 +678,17 @@ def test_an_output_folder_that_exists_is_refused_before_models_are_read(
         run(library("llama"), tmp_path / "out", alpha=[0.1, 0.9])
 
 
+def test_a_gpu_that_is_too_small_is_one_line(
+    library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
+
+    monkeypatch.setattr(regmean.RegMean, "_write_group", fail)
+    with pytest.raises(InputError, match="out of memory: take --device cpu, or"):
+        run(library("llama"), tmp_path / "out")
+
+
 def test_a_full_disk_leaves_no_folder(
     library: Callable, tmp_path: Path, small_disk: Callable[[int, int], Path]
 ) -> None:

@@ -30,7 +30,7 @@ from regmean.config import SEQUENTIAL, GramFlags, MergeFlags
 from regmean.gram_file import GramFile
 from regmean.layerwise import files
 from regmean.layerwise.merge import merge_layer_by_layer
-from regmean.layerwise.model import LayerwiseModel
+from regmean.layerwise.model import Course, LayerwiseModel
 from regmean.layerwise.models import LayerwiseModels
 from regmean.layerwise.sequential import SequentialMerge
 from regmean.layerwise.survey import survey
@@ -416,6 +416,27 @@ def test_other_machines_read_what_the_first_rank_has_written(
     monkeypatch.setattr(CheckpointWriter, "close", lambda self: unsynced.clear())
     process = FirstOfTwo(0, 2, torch.device("cpu"))
     merge_layer_by_layer(merge_flags(pair("llama"), tmp_path / "out", "regmean_asym"), process, "command")
+
+
+@pytest.mark.parametrize("method", ["grams", "avg", *SEQUENTIAL])
+def test_too_little_memory_is_one_line(
+    method: str, pair: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
+
+    monkeypatch.setattr(Course, "advance", fail)
+    out, message = tmp_path / "out", "out of memory: take a smaller --tokens_per_batch, or --device cpu"
+    if method == "avg":
+        merge(merge_flags(pair("qwen3_moe"), out, method, embeddings=None), "command")
+        assert read_json(out / "merge_report.json")["notes"][-1].endswith(message)
+        return
+    words = ["--config", f"{pair('llama')[0]}.yaml", "--device", "cpu", "--layerwise", "on", "--output_dir", str(out)]
+    with pytest.raises(InputError, match=message):
+        if method == "grams":
+            compute_grams(parse_flags(GramFlags, words), start_process("cpu"))
+        else:
+            merged(pair("llama"), out, method)
 
 
 @pytest.mark.parametrize("method", SEQUENTIAL)
