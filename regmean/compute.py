@@ -61,6 +61,8 @@ RESERVED = 0.1
 # Factor on a batch's bytes as measured on a GPU; and bytes of libraries there, such as cuBLAS and NCCL.
 BATCH_MARGIN = 1.15
 LIBRARIES = 0.5e9
+# Tokens of the text that shows if tokens depend on padding, and the largest relative change that is rounding.
+PADDED, LARGEST_CHANGE = 64, 1e-3
 MORE_MEMORY = "take a larger --device, a narrower --dtype or a smaller --max_length"
 
 
@@ -263,7 +265,7 @@ def probe(model: PreTrainedModel, layers: dict[str, Layer], ids: list[int], devi
     """Run one example to find which layers share an input, and if the rows of every layer are the example's tokens.
 
     If they are not (as in experts that are modules of their own, each with some of the tokens), padding rows cannot be
-    identified inside the model, and batches must not contain padding.
+    identified inside the model, and batches must not contain padding; nor where tokens depend on padding.
     """
     example, mask = (tensor.to(device) for tensor in collate([ids]))
     head = model.get_output_embeddings()
@@ -279,9 +281,31 @@ def probe(model: PreTrainedModel, layers: dict[str, Layer], ids: list[int], devi
         inputs.receive = lambda name, rows: None
         real = mask.flatten().nonzero().flatten() if inputs.aligned else None
         nbytes = peak_bytes(device, lambda: inputs.run(model, example, mask, real))
-    modules = {name for name, layer in layers.items() if not isinstance(layer, ExpertLayer)}
-    padding = inputs.aligned and inputs.shared_name.keys() >= modules
+        modules = {name for name, layer in layers.items() if not isinstance(layer, ExpertLayer)}
+        padding = inputs.aligned and inputs.shared_name.keys() >= modules
+        padding = padding and not _depends_on_padding(model, inputs, modules, ids[:PADDED], device)
     return Probe(inputs.groups(), padding, sorted(inputs.alone), seconds, nbytes)
+
+
+def _depends_on_padding(
+    model: PreTrainedModel, inputs: LinearInputs, names: set[str], ids: list[int], device: torch.device
+) -> bool:
+    """True if inputs of these layers at the first half of a text change, beyond rounding, where that half is padded."""
+    half, found = ids[: (len(ids) + 1) // 2], []
+    for texts in ([half], [half, half], [ids, half]):
+        batch, mask = (tensor.to(device) for tensor in collate(texts))
+        real = None if mask.all() else mask.flatten().nonzero().flatten()
+        rows: dict[str, torch.Tensor] = {}
+        inputs.receive = rows.__setitem__
+        inputs.run(model, batch, mask, real)
+        found.append({name: rows[name][-len(half) :].double() for name in names & rows.keys()})
+    tolerance = max(LARGEST_CHANGE, 4 * torch.finfo(model.dtype).eps)
+    for name, alone in found[0].items():
+        # Other shapes alone change the rounding, and so the experts of some tokens.
+        rounding, change = ((other[name] - alone).norm() for other in found[1:])
+        if change > 4 * rounding + tolerance * alone.norm():
+            return True
+    return False
 
 
 def peak_bytes(device: torch.device, run: Callable[[], None]) -> int:
@@ -388,7 +412,7 @@ class _Passes:
                 check_length(self.calibration, nominal_positions(self.model))
                 raise
             raise InputError(f"out of memory with the model and one example; {MORE_MEMORY}") from error
-        widths = self._widths(inputs)
+        padding, widths = all(self.process.gather(padding)), self._widths(inputs)
         batch = nbytes * max(1.0, self.tokens_per_batch / len(longest)) + product_bytes(max(widths), device)
         memory = min(self.process.gather(memory_for_sums(available_memory(device), batch, device.type)))
         plan = Plan(plan_passes(inputs, widths, memory), inputs, padding, self.tokens_per_batch, alone)

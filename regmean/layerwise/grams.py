@@ -112,7 +112,7 @@ class LayerwiseGrams:
         self.model, self.found, self.parts = model, found, parts
         self.folder, self.process = folder, process
         lengths = [len(example) for example in calibration.examples]
-        batches = make_batches(lengths, tokens_per_batch, padding=not found.irregular)
+        batches = make_batches(lengths, tokens_per_batch, padding=not (found.irregular or found.depends_on_padding))
         batches = batches[process.rank :: process.world_size]
         self.course = course_of(model, calibration, batches, range(len(batches)), offload_dir)
 

@@ -84,7 +84,8 @@ class LayerwiseModels:
         """
         texts, process = self.texts[index], self.process
         size = self.flags.batch_tokens(process.device.type)
-        batches = make_batches([len(example) for example in texts.examples], size, padding=True)
+        padding = not self.surveys[index].depends_on_padding
+        batches = make_batches([len(example) for example in texts.examples], size, padding)
         batches = batches[process.rank :: process.world_size]
         numbers = range(len(batches)), range(0, len(batches), sampled)
         of_merged, of_own = (

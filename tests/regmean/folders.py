@@ -39,6 +39,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "DistilBertForQuestionAnswering",
         TEXT | {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4},
     ),
+    "convbert": ("ConvBertConfig", "ConvBertForMaskedLM", TEXT | {"embedding_size": 16}),  # tokens depend on padding
     "llama": ("LlamaConfig", "LlamaForCausalLM", TEXT),
     "neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", TEXT),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", TEXT),
