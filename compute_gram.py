@@ -34,8 +34,9 @@ def main() -> None:
         return
     from common.ranks import start_process  # imported late: bad flags are reported before torch loads
     from regmean.compute import compute_grams
+    from regmean.merge import TIMEOUT
 
-    process = start_process(flags.device)
+    process = start_process(flags.device, TIMEOUT)
     compute_grams(flags, process)
     # Not after an error: other ranks that wait in a collective would block this process and its message.
     process.close()

@@ -13,7 +13,7 @@ from pathlib import Path
 from common.cli import parse_flags
 from common.errors import exit_with_message
 from regmean.config import SEQUENTIAL, MergeFlags
-from regmean.merge import merge
+from regmean.merge import TIMEOUT, merge
 
 PRESETS = Path(__file__).parent / "configs" / "regmean"
 
@@ -32,7 +32,7 @@ def main() -> None:
     from common.ranks import start_process  # imported late: bad flags are reported before torch loads
     from regmean.layerwise.merge import merge_layer_by_layer
 
-    process = start_process(flags.device)
+    process = start_process(flags.device, TIMEOUT)
     merge_layer_by_layer(flags, process, command)
     process.close()
 

@@ -24,12 +24,12 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0] or type(error).__name__
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """True if an error reports too little memory: PyTorch's, CUDA's, a CUDA library's, or the host's."""
+def is_out_of_memory(error: Exception) -> bool:
+    """True if an error reports too little memory: Python's, PyTorch's, CUDA's, a CUDA library's, or the host's."""
     import torch  # late: programs report bad flags without it
 
     texts = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def within_memory(message: str) -> Iterator[None]:
     """Raise InputError with `message` if memory runs out in a block."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise InputError(message) from error

@@ -136,20 +136,23 @@ def _load_rows(source: TextSource) -> Any:
     import datasets  # takes a second to import
 
     datasets.disable_progress_bars()
-    path = Path(source.dataset)
-    rows = f"{source.split}[:{source.num_examples}]"
+    path, named = Path(source.dataset), f"--dataset {source.dataset} --split {source.split}"
+    is_saved = (path / "state.json").exists()
     if path.is_file() and path.suffix not in FILE_READERS:
         raise InputError(f"--dataset {path}: expected one of {', '.join(FILE_READERS)}")
     try:
         if path.is_file():
-            return datasets.load_dataset(FILE_READERS[path.suffix], data_files={source.split: str(path)}, split=rows)
-        if (path / "state.json").exists():
-            saved = datasets.load_from_disk(str(path))
-            return saved.select(range(min(source.num_examples, len(saved))))
-        return datasets.load_dataset(source.dataset, revision=source.revision, split=rows)
+            files = {source.split.partition("[")[0]: str(path)}
+            rows = datasets.load_dataset(FILE_READERS[path.suffix], data_files=files, split=source.split)
+        elif is_saved:
+            rows = datasets.load_from_disk(str(path))
+        else:
+            rows = datasets.load_dataset(source.dataset, revision=source.revision, split=source.split)
     except Exception as error:  # `datasets` raises errors of many libraries for one unreadable source
-        named = f"--dataset {source.dataset} --split {source.split}"
         raise InputError(f"{named}: cannot be loaded: {first_line(error)}") from error
+    if is_saved and source.split not in ("train", str(rows.split).partition("[")[0]):
+        raise InputError(f"{named}: the folder holds one split, {rows.split or 'without a name'}: leave --split out")
+    return rows.select(range(min(source.num_examples, len(rows))))
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from common.io import read_json, write_json
 from common.logging import progress, quiet_libraries, say
 from common.models import load_tokenizer
 from common.ranks import Process, available_memory, synchronize
-from common.runs import RUN, open_run
+from common.runs import RUN, RunFolder, open_run
 from common.signals import StopSignals
 from regmean.adapter_folder import open_models
 from regmean.architectures import auto_class, config_of, layer_tensors, load_updated
@@ -59,6 +60,8 @@ RESERVED = 0.1
 # Factor on a batch's bytes as measured on a GPU; and bytes of libraries there, such as cuBLAS and NCCL.
 BATCH_MARGIN = 1.15
 LIBRARIES = 0.5e9
+# Tokens of the text that shows if tokens depend on padding, and the largest relative change that is rounding.
+PADDED, LARGEST_CHANGE = 64, 1e-3
 MORE_MEMORY = "take a larger --device, a narrower --dtype or a smaller --max_length"
 
 
@@ -72,7 +75,7 @@ def compute_grams(
 
     Args:
         process: this rank; each rank runs its shard of the batches. It leaves the process group before the first rank
-            joins the Grams of several passes, which may take longer than a collective's timeout.
+            joins the Grams of several passes.
         snapshot_seconds: the time between two snapshots.
         model: the model `flags.model`, if it is already loaded; its output head is removed.
 
@@ -92,47 +95,57 @@ def compute_grams(
     calibration = load_calibration(flags.texts(), tokenizer)
     say(process, calibration.summary(flags.max_length))
     found = None if model else survey_if_large(flags, checkpoint, model_class, config, process)
-    if found is not None:
-        _compute_layerwise(flags, process, checkpoint, model_class, config, found, tokenizer, calibration)
-        return
-    model = model or load_updated(checkpoint, model_class, config, dtype=flags.dtype, **trusted)
-    check_tokens(calibration, model.get_input_embeddings())
-    check_length(calibration, table_positions(model))
-    identity = _identity(checkpoint, calibration, model.dtype, process)
+    load = partial(load_updated, checkpoint, model_class, config, dtype=flags.dtype, **trusted)
+    # A class that comes with the model is built with its weights only.
+    model = model or (load() if flags.trust_remote_code and found is None else None)
+    dtype = model.dtype if model else stored_dtype(checkpoint, config, flags.dtype)
+    built = model or build_without_weights(model_class, config, dtype, process.device)
+    check_tokens(calibration, built.get_input_embeddings())
+    check_length(calibration, table_positions(built))
+    identity = _identity(checkpoint, calibration, dtype, process) | ({"layerwise": True} if found else {})
     provenance = _provenance(identity, checkpoint, flags.texts(), tokenizer, calibration)
     with open_run(target.with_suffix(".partial"), identity, flags.overwrite, process) as run:
-        run.start()
-        layers, tensors, counts = _prepare(model, checkpoint, calibration, process)
-        size = flags.batch_tokens(process.device.type)
-        passes = _Passes(model, layers, tensors, counts, calibration, size, run.folder, process, snapshot_seconds)
-        passes.run(target, provenance)
+        if found is None:
+            _compute_whole(flags, checkpoint, model or load(), calibration, run, target, provenance, snapshot_seconds)
+        else:
+            _compute_layerwise(flags, checkpoint, built, found, calibration, run, target, provenance)
+
+
+def _compute_whole(
+    flags: GramFlags,
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    calibration: Calibration,
+    run: RunFolder,
+    target: Path,
+    provenance: dict[str, Any],
+    snapshot_seconds: float,
+) -> None:
+    """Compute the Grams with the whole model in memory."""
+    run.start()
+    parts, size = _prepare(model, checkpoint, calibration, run.process), flags.batch_tokens(run.process.device.type)
+    passes = _Passes(model, *parts, calibration, size, run.folder, run.process, snapshot_seconds)
+    passes.run(target, provenance)
 
 
 def _compute_layerwise(
     flags: GramFlags,
-    process: Process,
     checkpoint: Checkpoint,
-    model_class: Any,
-    config: PretrainedConfig,
+    built: PreTrainedModel,
     found: Survey,
-    tokenizer: PreTrainedTokenizerBase,
     calibration: Calibration,
+    run: RunFolder,
+    target: Path,
+    provenance: dict[str, Any],
 ) -> None:
-    """Compute the Grams with one layer of the model in memory."""
-    dtype = stored_dtype(checkpoint, config, flags.dtype)
-    built = build_without_weights(model_class, config, dtype, process.device)
-    check_tokens(calibration, built.get_input_embeddings())
-    check_length(calibration, table_positions(built))
+    """Compute the Grams with one layer of the model in memory; `built` is the model without weights."""
+    process = run.process
     model = open_layerwise(checkpoint, built, process.device, found.tuple_length)
-    identity = _identity(checkpoint, calibration, dtype, process) | {"layerwise": True}
-    provenance = _provenance(identity, checkpoint, flags.texts(), tokenizer, calibration)
-    target = Path(flags.output_dir) / FILE_NAME
-    with open_run(target.with_suffix(".partial"), identity, flags.overwrite, process) as run:
-        run.start()
-        parts, size = measured(checkpoint, model, found, calibration), flags.batch_tokens(process.device.type)
-        say(process, f"plan: {len(model.layers)} layers, one at a time, {len(parts.layers)} linear layers in them")
-        grams = LayerwiseGrams(model, found, parts, calibration, size, flags.offload_dir, run.folder, process)
-        grams.run(target, provenance)
+    run.start()
+    parts, size = measured(checkpoint, model, found, calibration), flags.batch_tokens(process.device.type)
+    say(process, f"plan: {len(model.layers)} layers, one at a time, {len(parts.layers)} linear layers in them")
+    grams = LayerwiseGrams(model, found, parts, calibration, size, flags.offload_dir, run.folder, process)
+    grams.run(target, provenance)
 
 
 def survey_if_large(
@@ -251,7 +264,7 @@ def probe(model: PreTrainedModel, layers: dict[str, Layer], ids: list[int], devi
     """Run one example to find which layers share an input, and if the rows of every layer are the example's tokens.
 
     If they are not (as in experts that are modules of their own, each with some of the tokens), padding rows cannot be
-    identified inside the model, and batches must not contain padding.
+    identified inside the model, and batches must not contain padding; nor where tokens depend on padding.
     """
     example, mask = (tensor.to(device) for tensor in collate([ids]))
     head = model.get_output_embeddings()
@@ -267,9 +280,31 @@ def probe(model: PreTrainedModel, layers: dict[str, Layer], ids: list[int], devi
         inputs.receive = lambda name, rows: None
         real = mask.flatten().nonzero().flatten() if inputs.aligned else None
         nbytes = peak_bytes(device, lambda: inputs.run(model, example, mask, real))
-    modules = {name for name, layer in layers.items() if not isinstance(layer, ExpertLayer)}
-    padding = inputs.aligned and inputs.shared_name.keys() >= modules
+        modules = {name for name, layer in layers.items() if not isinstance(layer, ExpertLayer)}
+        padding = inputs.aligned and inputs.shared_name.keys() >= modules
+        padding = padding and not _depends_on_padding(model, inputs, modules, ids[:PADDED], device)
     return Probe(inputs.groups(), padding, sorted(inputs.alone), seconds, nbytes)
+
+
+def _depends_on_padding(
+    model: PreTrainedModel, inputs: LinearInputs, names: set[str], ids: list[int], device: torch.device
+) -> bool:
+    """True if inputs of these layers at the first half of a text change, beyond rounding, where that half is padded."""
+    half, found = ids[: (len(ids) + 1) // 2], []
+    for texts in ([half], [half, half], [ids, half]):
+        batch, mask = (tensor.to(device) for tensor in collate(texts))
+        real = None if mask.all() else mask.flatten().nonzero().flatten()
+        rows: dict[str, torch.Tensor] = {}
+        inputs.receive = rows.__setitem__
+        inputs.run(model, batch, mask, real)
+        found.append({name: rows[name][-len(half) :].double() for name in names & rows.keys()})
+    tolerance = max(LARGEST_CHANGE, 4 * torch.finfo(model.dtype).eps)
+    for name, alone in found[0].items():
+        # Other shapes alone change the rounding, and so the experts of some tokens.
+        rounding, change = ((other[name] - alone).norm() for other in found[1:])
+        if change > 4 * rounding + tolerance * alone.norm():
+            return True
+    return False
 
 
 def peak_bytes(device: torch.device, run: Callable[[], None]) -> int:
@@ -376,7 +411,7 @@ class _Passes:
                 check_length(self.calibration, nominal_positions(self.model))
                 raise
             raise InputError(f"out of memory with the model and one example; {MORE_MEMORY}") from error
-        widths = self._widths(inputs)
+        padding, widths = all(self.process.gather(padding)), self._widths(inputs)
         batch = nbytes * max(1.0, self.tokens_per_batch / len(longest)) + product_bytes(max(widths), device)
         memory = min(self.process.gather(memory_for_sums(available_memory(device), batch, device.type)))
         plan = Plan(plan_passes(inputs, widths, memory), inputs, padding, self.tokens_per_batch, alone)

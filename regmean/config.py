@@ -173,8 +173,8 @@ class MergeFlags:
             raise InputError(f"--router is a number of --models: 1 to {len(self.models)}")
         if not self.alpha or not all(0 <= alpha <= 1 for alpha in self.alpha):
             raise InputError("--alpha must lie between 0 and 1")
-        if len(set(self.alpha)) < len(self.alpha):
-            raise InputError("--alpha names a value twice")
+        if len({f"{alpha:g}" for alpha in self.alpha}) < len(self.alpha):
+            raise InputError("--alpha names a value twice: six digits count, as in the names of the output folders")
         for name in ("model_weights", "revisions"):
             given = getattr(self, name)
             if given and len(given) != len(self.models):
@@ -205,7 +205,7 @@ class MergeFlags:
             for name in ("offload_dir", "tokens_per_batch"):
                 if getattr(self, name):
                     raise InputError(f"--{name} belongs to --calibration")
-        elif self.plan is None and len(self.calibration) != len(self.models):
+        elif (self.plan is None or self.calibration) and len(self.calibration) != len(self.models):
             raise InputError(f"--calibration takes one per model: {len(self.models)}, not {len(self.calibration)}")
         if self.method == "regmean_asym" and self.solver != "cholesky":
             raise InputError("--method regmean_asym has one solver: cholesky")

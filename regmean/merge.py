@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from common.devices import launched_world_size
 from common.errors import InputError
+from common.io import refuse_existing
 from common.locks import locked
-from common.logging import progress
+from common.logging import progress, say
 from regmean import shards
 from regmean.adapter_folder import open_models
 from regmean.average import AVERAGERS, CHUNK_ELEMENTS, write_averages
@@ -65,9 +66,11 @@ def merge(flags: MergeFlags, command: str) -> None:
         InputError: models or Grams that do not fit together or are damaged; values that are not finite.
     """
     started = time.monotonic()
+    outputs = dict(zip(flags.alpha if flags.grams else [None], flags.output_dirs(), strict=True))
+    for path in outputs.values():
+        refuse_existing(path)
     models = open_models(flags.models, flags.revisions, flags.base)
-    grams = [open_grams(Path(path)) for path in flags.grams]
-    outputs, model_weights = flags.output_dirs(), flags.weights()
+    grams, model_weights = [open_grams(Path(path)) for path in flags.grams], flags.weights()
     plan = plan_merge(models, model_weights, grams, *flags.plan_options)
     files = split_layout(plan.layout, flags.max_shard_size).filename_to_tensors
     process = _start_process(flags)
@@ -75,17 +78,16 @@ def merge(flags: MergeFlags, command: str) -> None:
     if process.is_main:
         _print_plan(flags, plan, len(outputs))
 
-    alphas = flags.alpha if grams else [None]
     with contextlib.ExitStack() as stack:
         folders = {}
-        for alpha, path in zip(alphas, outputs, strict=True):
+        for alpha, path in outputs.items():
             if process.is_main:
                 stack.enter_context(locked(path))
             settings = _settings(flags, alpha, models, grams)
             folders[alpha] = stack.enter_context(shards.unfinished_folder(path, settings, process.is_main))
         _write(flags, plan, files, folders, models[0], process)
         process.barrier()
-        routing = {alpha: opened.routing(folder) for alpha, folder in folders.items()} if opened else {}
+        routing = _compare_routing(opened, folders, plan, process) if opened else {}
         # The other ranks leave: all files are whole.
         process.close()
         if not process.is_main:
@@ -95,7 +97,7 @@ def merge(flags: MergeFlags, command: str) -> None:
         for alpha, folder in folders.items():
             provenance = Provenance.of(flags.method, alpha, flags.solver, command, *origin)
             write_report(folder, provenance, plan, *reports[alpha], routing.get(alpha))
-    for alpha, path in zip(alphas, outputs, strict=True):
+    for alpha, path in outputs.items():
         _print_report(flags, alpha, reports[alpha], plan, routing.get(alpha))
         print(f"{path}: written")
     print(f"merged in {time.monotonic() - started:.1f} s")
@@ -133,6 +135,21 @@ def _open_for_routing(
     if not opened.has_experts:
         raise InputError(f"--calibration: {models[0].name} has no experts, whose routing {flags.method} measures")
     return opened
+
+
+def _compare_routing(
+    opened: "LayerwiseModels", folders: dict[float | None, Path], plan: MergePlan, process: "Process | OneProcess"
+) -> dict[float | None, Routing]:
+    """Compare the routing of each merge with the models'; where that fails, the plan gets a note with the reason."""
+    found = {}
+    for alpha, folder in folders.items():
+        try:
+            found[alpha] = opened.routing(folder)
+        except InputError as error:
+            merge = "the merge" if alpha is None else f"the merge with alpha {alpha:g}"
+            plan.notes.append(f"the routing of {merge} is not compared with the models': {error}")
+            say(process, f"note: {plan.notes[-1]}")
+    return found
 
 
 def _start_process(flags: MergeFlags) -> "Process | OneProcess":

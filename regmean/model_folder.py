@@ -15,7 +15,7 @@ import numpy as np
 
 from common.errors import InputError, first_line
 from common.io import inside, read_json, read_shard_index, write_json
-from regmean.tensor_file import FLOATS, STORAGE, TensorFile, TensorInfo, TensorWriter, decode, encode
+from regmean.tensor_file import FLOATS, STORAGE, TensorFile, TensorInfo, TensorWriter, decode, round_to
 
 if TYPE_CHECKING:
     from huggingface_hub import StateDictSplit
@@ -92,7 +92,7 @@ class Checkpoint:
         for name, info in sorted(self.tensors.items()):
             if info.dtype in FLOATS and name not in tied:
                 head = decode(info.read(0, min(FINGERPRINT_ELEMENTS, info.size)), info.dtype)
-                digest.update(f"{name} {info.shape} ".encode() + encode(head, "BF16").tobytes())
+                digest.update(f"{name} {info.shape} ".encode() + round_to(head, "BF16").tobytes())
         return digest.hexdigest()
 
 

@@ -11,8 +11,9 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from common.errors import InputError
+from common.errors import InputError, within_memory
 from common.ranks import available_memory
+from regmean.memory import SYSTEMS
 from regmean.merge_plan import LayerGroup, MergePlan
 from regmean.model_folder import CheckpointWriter
 from regmean.read_ahead import AheadReader, Piece, Reader
@@ -70,11 +71,13 @@ class RegMean:
     layers: dict[float, Layers] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @within_memory(SYSTEMS)
     def write(self) -> None:
         """Write all weights that have a Gram, and that the writers hold.
 
         Raises:
-            InputError: a Gram or weight that is damaged or not finite, or a system that the solver cannot solve.
+            InputError: a Gram or weight that is damaged or not finite, a system that the solver cannot solve, or too
+                little memory.
         """
         threads = torch.get_num_threads()
         at_once = systems_at_once(len(self.plan.models), self.plan.systems(), len(self.writers), threads)

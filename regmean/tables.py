@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from common.errors import InputError
+from common.errors import InputError, within_memory
 from regmean.embeddings import TiedTable, merge_by_counts
+from regmean.memory import SYSTEMS
 from regmean.merge_plan import CountedTable, MergePlan
 from regmean.model_folder import CheckpointWriter
 from regmean.report import TableReport
@@ -47,11 +48,12 @@ class Tables:
     device: torch.device
     advance: Callable[[int], None]
 
+    @within_memory(SYSTEMS)
     def write(self) -> dict[float, dict[str, TableReport]]:
         """Write all tables that the writers hold; return their reports by alpha and tensor.
 
         Raises:
-            InputError: a Gram or table that is damaged or not finite.
+            InputError: a Gram or table that is damaged or not finite, or too little memory.
         """
         holds = next(iter(self.writers.values())).holds
         tables = [table for table in self.plan.tables if holds(table.tensor)]

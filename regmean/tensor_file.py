@@ -165,24 +165,28 @@ def decode_into(out: np.ndarray, values: np.ndarray, dtype: str) -> None:
         np.copyto(out, values, casting="same_kind")
 
 
+def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Convert floats to the storage dtype `dtype`, rounded to nearest, ties to even; beyond its range, to infinity."""
+    with np.errstate(over="ignore"):
+        if dtype != "BF16":
+            return values.astype(STORAGE[dtype], copy=False)
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    # In place: new memory costs as much as all the rest.
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    return rounded.astype(np.uint16)
+
+
 def encode(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Convert floats to the storage dtype `dtype`, rounded to nearest, ties to even.
+    """Convert floats as `round_to`.
 
     Raises:
         OverflowError: a finite value is beyond the range of `dtype`.
     """
-    if dtype == "BF16":
-        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-        # In place: new memory costs as much as all the rest.
-        rounded = bits >> 16
-        rounded &= 1
-        rounded += 0x7FFF
-        rounded += bits
-        rounded >>= 16
-        stored = rounded.astype(np.uint16)
-    else:
-        with np.errstate(over="ignore"):
-            stored = values.astype(STORAGE[dtype], copy=False)
+    stored = round_to(values, dtype)
     if dtype in ("BF16", "F16") and not is_finite_stored(stored, dtype):
         lost = ~np.isfinite(decode(stored, dtype)) & np.isfinite(values)
         if lost.any():

@@ -286,6 +286,9 @@ def find_device(text: str, device: str) -> Device:
     """Devices of `--plan`, as many as it names, or else as the launcher has started.
 
     Devices of this machine are measured for a second: its GPU, or its CPU according to `--device`.
+
+    Raises:
+        InputError: unknown device.
     """
     name, count = parse_devices(text)
     count = launched_world_size() if count is None else count
@@ -293,10 +296,13 @@ def find_device(text: str, device: str) -> Device:
         return known_device(name, count)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
-    memory = available_memory(chosen)
-    half, single = (_measured_flops(chosen, dtype) for dtype in (torch.bfloat16, torch.float32))
-    bandwidth = _measured_bandwidth(chosen)
+    try:
+        chosen = torch.device(device)
+        memory = available_memory(chosen)
+        half, single = (_measured_flops(chosen, dtype) for dtype in (torch.bfloat16, torch.float32))
+        bandwidth = _measured_bandwidth(chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: {first_line(error)}") from error
     basis = (
         f"measured: {half / 1e12:.2g} TFLOP/s in bfloat16, {single / 1e12:.2g} in float32, {bandwidth / 1e9:.0f} GB/s"
     )

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, zip_longest
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -15,7 +16,9 @@ from transformers import PreTrainedModel
 from common.devices import HERE
 from common.errors import InputError
 from common.logging import quiet_libraries
+from common.models import base_config
 from regmean.adapter_folder import config_name
+from regmean.architectures import auto_class
 from regmean.average import AVERAGERS
 from regmean.compute import BATCH_MARGIN, LIBRARIES, memory_for_sums, plan_passes
 from regmean.config import SEQUENTIAL, GramFlags, MergeFlags
@@ -27,18 +30,19 @@ from regmean.layerwise.model import decoder_layers
 from regmean.layerwise.sequential import SAMPLED
 from regmean.layerwise.sums import SUMS_PART
 from regmean.merge import array_bytes
+from regmean.model_folder import Checkpoint
 from regmean.read_ahead import READERS
 from regmean.solve import BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS, GPU_SQUARES
 from tools.estimate import (
     Cost,
     Device,
     Estimate,
-    causal_lm_on_meta,
     cost_of,
     cost_of_layers,
     duration,
     find_device,
     gb,
+    on_meta,
     parameters,
     show,
     weight_bytes,
@@ -491,7 +495,9 @@ def _host_seconds(flags: MergeFlags, elements: int, gram_bytes: float, on_gpu: b
 
 
 def _model(path: str, revision: str | None, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    return causal_lm_on_meta(path, revision, _dtype(dtype, None), trust_remote_code)
+    config = base_config(path, revision, trust_remote_code)
+    model_class = auto_class(Checkpoint(path, Path(path), {}, {}), config)
+    return on_meta(model_class, path, config, _dtype(dtype, config.dtype) or torch.float32, trust_remote_code)
 
 
 def _dtype(name: str, default: torch.dtype | None) -> torch.dtype | None:

@@ -29,15 +29,15 @@ class StepFiles:
 
     Attributes:
         tensors: the stored tensors so far, by name.
+        folder: of the files.
 
     Args:
         merged: a `LayerwiseModel` of the merge's form; its tensors are replaced.
-        folder: of the files.
     """
 
     def __init__(self, merged: LayerwiseModel, folder: Path):
         self.tensors: dict[str, TensorInfo] = {}
-        self._merged, self._folder = merged, folder
+        self.folder, self._merged = folder, merged
         self._sources, merged.tensors = merged.tensors, {}
 
     def names(self, plan: MergePlan, found: Survey) -> dict[int, list[str]]:
@@ -61,6 +61,10 @@ class StepFiles:
         """A writer of the step's unfinished file."""
         return TensorWriter(self._unfinished(step), part.layout, {"format": "pt"})
 
+    def sync(self, step: int) -> None:
+        """Put what the step's unfinished file has so far on the disk, for ranks of other machines."""
+        sync(self._unfinished(step))
+
     def use_unfinished(self, step: int) -> None:
         """Let the merge read the step's unfinished file; tensors that are not written yet are zeros."""
         self._use(self._unfinished(step))
@@ -68,7 +72,7 @@ class StepFiles:
     def close(self, step: int, writer: TensorWriter) -> None:
         """Finish the step's file."""
         writer.close()
-        sync(self._unfinished(step))
+        self.sync(step)
         self._unfinished(step).replace(self._file(step))
 
     def use(self, step: int) -> None:
@@ -90,7 +94,7 @@ class StepFiles:
         return StepReport(**content | {"layers": layers, "tables": tables})
 
     def _file(self, step: int) -> Path:
-        return self._folder / f"step{step + 1}.safetensors"
+        return self.folder / f"step{step + 1}.safetensors"
 
     def _unfinished(self, step: int) -> Path:
         return self._file(step).with_suffix(".partial")

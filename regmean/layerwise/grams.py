@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.errors import Stopped
+from common.errors import Stopped, within_memory
 from common.logging import progress, say
 from common.ranks import Process
 from common.signals import StopSignals
@@ -23,6 +23,7 @@ from regmean.gram_file import FILE_NAME, Counts, GramFile, join_files
 from regmean.hooks import Layer, LinearInputs, linear_layers
 from regmean.layerwise.model import BEFORE, Batch, Course, LayerwiseModel, States
 from regmean.layerwise.survey import Survey
+from regmean.memory import BATCHES
 from regmean.model_folder import Checkpoint
 
 
@@ -111,15 +112,16 @@ class LayerwiseGrams:
         self.model, self.found, self.parts = model, found, parts
         self.folder, self.process = folder, process
         lengths = [len(example) for example in calibration.examples]
-        batches = make_batches(lengths, tokens_per_batch, padding=not found.irregular)
+        batches = make_batches(lengths, tokens_per_batch, padding=not (found.irregular or found.depends_on_padding))
         batches = batches[process.rank :: process.world_size]
         self.course = course_of(model, calibration, batches, range(len(batches)), offload_dir)
 
+    @within_memory(BATCHES)
     def run(self, target: Path, provenance: dict[str, Any]) -> None:
         """Run the remaining steps, write the Grams to `target`, and remove the folder.
 
         Raises:
-            InputError: activations that are not finite.
+            InputError: activations that are not finite, or too little memory.
             Stopped: a signal was received; the whole steps so far are on disk.
         """
         started, steps = time.monotonic(), range(BEFORE, len(self.model.layers) + 1)

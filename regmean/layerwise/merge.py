@@ -27,7 +27,7 @@ from regmean.layerwise.sums import StepGrams
 from regmean.layerwise.survey import Survey
 from regmean.merge import print_tensors
 from regmean.merge_plan import MergePlan, plan_merge, without_experts
-from regmean.model_folder import Checkpoint, CheckpointWriter
+from regmean.model_folder import Checkpoint, CheckpointWriter, split_layout
 from regmean.report import Provenance, Routing, print_table, write_report
 from regmean.tensor_file import TensorInfo
 
@@ -43,6 +43,9 @@ def merge_layer_by_layer(flags: MergeFlags, process: Process, command: str) -> N
     started = time.monotonic()
     sources, outputs = flags.texts(), _open_outputs(flags, process, command)
     checkpoints = open_models(flags.models, flags.revisions, flags.base)
+    # Checks of the headers, which need no texts.
+    headers = plan_merge(checkpoints, flags.weights(), [], *flags.plan_options)
+    split_layout(headers.layout, flags.max_shard_size)
     opened = LayerwiseModels.of(flags, checkpoints, process)
     models = [opened.build(index) for index in range(len(checkpoints))]
     found = (checkpoints, models, opened.surveys, opened.texts, sources, flags.calibration)

@@ -1,5 +1,6 @@
 """Models of a merge that are run layer by layer on their calibration texts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -7,6 +8,7 @@ from typing import Any, Self
 import torch
 from transformers import PretrainedConfig
 
+from common.errors import InputError, within_memory
 from common.logging import quiet_libraries
 from common.models import load_tokenizer
 from common.ranks import Process
@@ -20,6 +22,7 @@ from regmean.layerwise.grams import course_of
 from regmean.layerwise.model import BEFORE, Course, LayerwiseModel, build_without_weights, open_layerwise, stored_dtype
 from regmean.layerwise.routing import advance, agreement
 from regmean.layerwise.survey import Survey, survey
+from regmean.memory import BATCHES
 from regmean.model_folder import Checkpoint, open_checkpoint
 from regmean.report import Routing
 
@@ -81,7 +84,8 @@ class LayerwiseModels:
         """
         texts, process = self.texts[index], self.process
         size = self.flags.batch_tokens(process.device.type)
-        batches = make_batches([len(example) for example in texts.examples], size, padding=True)
+        padding = not self.surveys[index].depends_on_padding
+        batches = make_batches([len(example) for example in texts.examples], size, padding)
         batches = batches[process.rank :: process.world_size]
         numbers = range(len(batches)), range(0, len(batches), sampled)
         of_merged, of_own = (
@@ -98,13 +102,28 @@ class LayerwiseModels:
         """
         merged, columns = self.build(0, open_checkpoint(str(folder), folder=folder)), []
         for index in range(len(self.checkpoints)):
-            pair = self.courses(index, merged, self.build(index))
+            pair = self._by_all(lambda index=index: self.courses(index, merged, self.build(index)))
             columns.append([self._agreement(step, pair) for step in range(BEFORE, len(merged.layers))][1:])
         return Routing(self.flags.models, [list(layer) for layer in zip(*columns, strict=True)])
 
     def _agreement(self, step: int, pair: tuple[Course, Course]) -> float | None:
-        for course in pair:
-            weights = course.model.weights(step)
-            for number in range(len(course.batches)):
-                advance(course, step, weights, number)
+        def advance_all() -> None:
+            for course in pair:
+                weights = course.model.weights(step)
+                for number in range(len(course.batches)):
+                    advance(course, step, weights, number)
+
+        self._by_all(advance_all)
         return agreement(*pair, self.process)
+
+    def _by_all(self, work: Callable[[], Any]) -> Any:
+        """The result of `work` on this rank; an `InputError` on one rank is raised on all."""
+        done, message = None, ""
+        try:
+            with within_memory(BATCHES):
+                done = work()
+        except InputError as error:
+            message = str(error)
+        if messages := [theirs for theirs in self.process.gather(message) if theirs]:
+            raise InputError(messages[0])
+        return done

@@ -14,7 +14,8 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from common.errors import InputError
+from common.errors import InputError, within_memory
+from common.io import writing
 from common.logging import progress
 from common.ranks import Process
 from regmean.average import write_averages
@@ -24,6 +25,7 @@ from regmean.layerwise.model import BEFORE, Course, LayerwiseModel
 from regmean.layerwise.routing import advance, agreement
 from regmean.layerwise.sums import PairSums, blocks_of, pool_of, sum_inputs, turns
 from regmean.layerwise.survey import Survey
+from regmean.memory import BATCHES
 from regmean.merge_plan import LayerGroup, MergePlan
 from regmean.regmean import RegMean, write_pieces
 from regmean.report import LayerReport
@@ -61,13 +63,19 @@ class SequentialMerge:
     process: Process
     _own_steps: dict[int, int] = field(default_factory=dict)  # the last step that each model's own texts went through
 
+    @within_memory(BATCHES)
     def run(self) -> list[StepReport]:
-        """Merge all steps; return their reports."""
+        """Merge all steps; return their reports.
+
+        Raises:
+            InputError: too little memory, a full disk, states or weights that are not finite.
+        """
         count, reports = len(self.merged.layers) + 2, []
         names = self.files.names(self.plan, self.survey)
         for step in progress(self.process, range(BEFORE, count - 1), desc=f"alpha {self.alpha:g}", unit="step"):
             known = self.process.gather(self.files.read_report(step))[0]
-            report = known or self._merge_step(step, names[step])
+            with writing(self.files.folder):
+                report = known or self._merge_step(step, names[step])
             self.files.use(step)
             report.distances, report.routing = self._advance(step)
             if known is None and self.process.is_main:
@@ -171,6 +179,8 @@ class SequentialMerge:
         work = [turn for stage in stages for turn in turns(stage, self._pair_bytes, self.process)]
         pairs, reports = PairSums(step, self.plan, self.merged, self.courses, self.own, self.process), []
         for turn in work:
+            if writer is not None and self.process.world_size > 1:
+                self.files.sync(step)
             self.process.barrier()
             self.files.use_unfinished(step)
             blocks = [partial(blocks_of, self.plan, group, self.process.device) for group in turn]

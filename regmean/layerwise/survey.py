@@ -52,6 +52,7 @@ class Survey:
             are called more than once.
         prefix: name of the list of layers.
         tables: embedding tables that tokens read, with the number of rows of the small model.
+        depends_on_padding: True if states of tokens do, so that batches must not contain padding.
     """
 
     tuple_length: int | None
@@ -62,6 +63,7 @@ class Survey:
     irregular: set[str]
     prefix: str
     tables: list[Table]
+    depends_on_padding: bool = False
 
     def groups_of(self, step: int) -> list[list[str]]:
         """Full names of the linear layers of a step, in groups that share an input, in the order of calls."""
@@ -141,7 +143,8 @@ def _survey(auto_class: Any, config: PretrainedConfig) -> Survey:
             del layers[index]
     model.config.get_text_config().num_hidden_layers = len(layers)
     weights = _random_weights(model)
-    batches = [Batch.of(examples, Calibration(TEXTS, [0, 1, 2], 0, 0)) for examples in ([0, 1, 2], [0, 1])]
+    texts = Calibration(TEXTS, [0, 1, 2], 0, 0)
+    batches = [Batch.of(examples, texts) for examples in ([0, 1, 2], [0, 1])]
     found = Survey(_tuple_length(model, layers, weights, batches[0]), kinds, [], [], [], set(), prefix, [])
     stepwise = LayerwiseModel(model, CPU, found.tuple_length)
     for batch in batches:
@@ -149,10 +152,12 @@ def _survey(auto_class: Any, config: PretrainedConfig) -> Survey:
         difference = (_stepwise(stepwise, weights, batch) - whole).norm() / whole.norm()
         if not difference <= TOLERANCE:
             raise InputError(f"layers of a {config.model_type} model exchange more than their hidden states")
-    found = _with_groups(found, model, weights, batches[0], first)
+    padded, alone = (_whole(model, weights, batch) for batch in (batches[0], Batch.of([2], texts)))
+    depends = bool((padded[-len(alone) :] - alone).norm() > TOLERANCE * alone.norm())
+    found = replace(_with_groups(found, model, weights, batches[0], first), depends_on_padding=depends)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    return replace(found, tables=find_tables(model, Calibration(TEXTS, [0, 1, 2], 0, 0)))
+    return replace(found, tables=find_tables(model, texts))
 
 
 def _kinds(layers: nn.ModuleList) -> list[int]:

@@ -11,6 +11,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -24,7 +25,7 @@ from regmean.architectures import layer_tensors
 from regmean.hooks import linear_layers
 from tests.regmean.folders import MODELS, assert_merged, build, grams, in_older_naming, rename, run, save
 
-FAST = ("neox", "qwen3_moe", "zamba2")
+FAST = ("convbert", "neox", "qwen3_moe", "zamba2")
 AUTO = {
     "llava": AutoModelForImageTextToText,
     "qwen3_vl_moe": AutoModelForImageTextToText,
@@ -32,6 +33,7 @@ AUTO = {
     "bert": AutoModelForSequenceClassification,
     "roberta": AutoModelForTokenClassification,
     "distilbert": AutoModelForQuestionAnswering,
+    "convbert": AutoModelForMaskedLM,
 }
 
 

@@ -43,6 +43,29 @@ def test_every_source(tmp_path: Path, form: str) -> None:
     assert len(calibration.examples) == 1
 
 
+def test_splits_are_joined_and_cut_before_rows_are_counted(tmp_path: Path) -> None:
+    folder, saved = tmp_path / "folder", tmp_path / "saved"
+    folder.mkdir()
+    for split in ("train", "test"):
+        rows_file(folder, ROWS).rename(folder / f"{split}.jsonl")
+    for split, count, expected in (
+        ("train+test", 3, ["<s> w0 w1", "<s> w3", "<s> w0 w1"]),
+        ("test[1:]", 9, ["<s> w3"]),
+    ):
+        rows = source(folder, text_column="question", split=split, num_examples=count)
+        assert texts_of(load_calibration(rows, make_tokenizer())) == expected
+    rows = source(folder / "train.jsonl", text_column="question", split="train[:1]")
+    assert texts_of(load_calibration(rows, make_tokenizer())) == ["<s> w0 w1"]
+    datasets.load_dataset("json", data_files={"test": str(folder / "test.jsonl")}, split="test[:1]").save_to_disk(saved)
+    for split in ("train", "test"):
+        rows = source(saved, text_column="question", split=split)
+        assert texts_of(load_calibration(rows, make_tokenizer())) == ["<s> w0 w1"]
+    with pytest.raises(
+        InputError, match=r"saved --split dev: the folder holds one split, test\[:1\]: leave --split out"
+    ):
+        load_calibration(source(saved, text_column="question", split="dev"), make_tokenizer())
+
+
 def rows_file(path: Path, rows: list[dict]) -> Path:
     path = path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,5 +1,6 @@
 """Checkpoints as programs write them: tied heads, buffers, other vocabularies, companion files, and refused ones."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -27,10 +28,11 @@ from transformers import (
 from common.errors import InputError
 from common.io import read_json
 from common.models import load_model
+from regmean.model_folder import open_checkpoint
 from regmean.names import compact
 from regmean.report import Provenance, model_card
 from tests.regmean.conftest import make_gpt2
-from tests.regmean.folders import TEXT, assert_merged, build, grams, run, save
+from tests.regmean.folders import TEXT, assert_merged, build, grams, run, save, unread
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 SPECIALISTS = Path(__file__).parents[2] / "quickstart" / "models" / "regmean"
@@ -162,6 +164,19 @@ def test_buffers_may_be_infinite(siblings: Callable, tmp_path: Path) -> None:
     assert tensors(out)[name].isnan()
 
 
+def test_a_fingerprint_is_that_of_the_first_values_in_bfloat16(siblings: Callable) -> None:
+    """Also of masks with the lowest number of float32, which bfloat16 rounds to infinity."""
+    (folder, _), name = siblings("neox"), "gpt_neox.layers.0.attention.masked_bias"
+    edit(folder, lambda t: t.update({name: torch.tensor([torch.finfo(torch.float32).min, 3.39e38, torch.inf])}))
+    digest = hashlib.sha256()
+    for key, value in sorted(tensors(folder).items()):
+        digest.update(f"{key} {tuple(value.shape)} ".encode())
+        digest.update(value.flatten()[:256].bfloat16().view(torch.int16).numpy().tobytes())
+    assert open_checkpoint(str(folder)).fingerprint() == digest.hexdigest()
+    edit(folder, lambda t: t.update({key: value.bfloat16() for key, value in t.items()}))
+    assert open_checkpoint(str(folder)).fingerprint() == digest.hexdigest()
+
+
 def test_the_backbone_alone_of_two_vocabularies(
     siblings: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -283,13 +298,13 @@ def test_an_adapter_is_no_base(tmp_path: Path) -> None:
         run([folder, folder], tmp_path / "out", "avg")
 
 
-def test_texts_that_a_model_has_no_rows_for_are_named(tmp_path: Path) -> None:
+def test_texts_that_a_model_has_no_rows_for_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(make_gpt2(), tmp_path / "gpt2")
     texts = ["w1 w2", " ".join(["w3"] * 70), "w4"]
-    with pytest.raises(InputError, match=r"row 1 of the data set .* has 71 tokens, .* for 64: --max_length 64 cuts it"):
-        grams(folder, texts)
-    shutil.rmtree(folder.with_suffix(".gram"), ignore_errors=True)
     assert grams(folder, texts, max_length=64).exists()
+    monkeypatch.setattr("regmean.compute.load_updated", unread)
+    with pytest.raises(InputError, match=r"row 1 of the data set .* has 71 tokens, .* for 64: --max_length 64 cuts it"):
+        grams(folder, texts, overwrite=True)
     config = AutoConfig.from_pretrained(folder, vocab_size=20)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     with pytest.raises(InputError, match=r"row 0 of .* has the token 26, and the embedding table .* has 20 rows"):

@@ -629,6 +629,7 @@ def test_integer_tensors_must_agree(library: Callable, tmp_path: Path) -> None:
         ({"method": "avg"}, "--grams belongs to --method regmean"),
         ({"alpha": [1.5]}, "--alpha must lie between"),
         ({"alpha": [0.1, 0.1]}, "--alpha names a value twice"),
+        ({"alpha": [0.9999999, 1]}, "--alpha names a value twice"),
         ({"model_weights": [1.0]}, "--model_weights takes one per model"),
         ({"model_weights": [1.0, -1.0]}, "--model_weights must be positive"),
         ({"revisions": ["main"]}, "--revisions takes one per model"),
@@ -637,6 +638,7 @@ def test_integer_tensors_must_agree(library: Callable, tmp_path: Path) -> None:
         ({"embeddings": "mean"}, "--embeddings is counts or average"),
         ({"method": "avg", "grams": [], "embeddings": "counts"}, "--embeddings counts belongs to --method regmean"),
         ({"dtype": "int8"}, "--dtype is one of"),
+        ({"method": "regmean++", "grams": [], "calibration": ["math"], "plan": "h100"}, "--calibration takes one per"),
     ],
 )
 def test_flags_that_contradict_each_other_are_named(options: dict[str, Any], message: str) -> None:
@@ -665,6 +667,26 @@ def test_bad_shard_sizes_and_empty_selections_are_named(library: Callable, tmp_p
     with pytest.raises(InputError, match="none of the selected tensors has a Gram"):
         run(folders, tmp_path / "out", include=["embed"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_exists_is_refused_before_models_are_read(
+    library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out_0.9").mkdir()
+    monkeypatch.setattr(merge_module, "open_models", None)
+    with pytest.raises(InputError, match=r"out_0\.9 exists already"):
+        run(library("llama"), tmp_path / "out", alpha=[0.1, 0.9])
+
+
+def test_a_gpu_that_is_too_small_is_one_line(
+    library: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
+
+    monkeypatch.setattr(regmean.RegMean, "_write_group", fail)
+    with pytest.raises(InputError, match="out of memory: take --device cpu, or"):
+        run(library("llama"), tmp_path / "out")
 
 
 def test_a_full_disk_leaves_no_folder(

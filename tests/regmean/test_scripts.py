@@ -6,7 +6,9 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,6 +102,28 @@ def test_grams_and_merges_from_the_command_line(
     assert (tmp_path / "runs/merges/regmean_0.9/model.safetensors").exists()
     report = json.loads((tmp_path / "runs/merges/regmean_0.1/merge_report.json").read_text())
     assert report["command"].startswith("python merge_model.py regmean --models A B")
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (merge_model.main, ["regmean++"]),
+        (merge_model.main, ["regmean", "--models", "A", "B"]),
+        (compute_gram.main, ["code"]),
+    ],
+)
+def test_ranks_wait_for_the_first_as_long_as_it_writes(
+    main: Callable[[], None], words: list[str], call: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(device: str, timeout: timedelta = timedelta(minutes=30)) -> None:
+        raise InterruptedError(timeout.days)
+
+    monkeypatch.setattr("common.ranks.start_process", stop)
+    monkeypatch.setattr("regmean.merge.plan_merge", lambda *args: SimpleNamespace(layout={}))
+    monkeypatch.setattr("regmean.merge.open_models", lambda *args: [])
+    monkeypatch.setattr("regmean.merge.open_grams", lambda *args: None)
+    with pytest.raises(InterruptedError, match="30"):
+        call(main, *words)
 
 
 def test_convert_takes_a_file(tmp_path: Path, call: Callable) -> None:

@@ -64,6 +64,9 @@ def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.memory > 1e8 and device.single_flops > 1e9 and device.bandwidth > 1e8
     assert find_device("4xh100", "cpu") == known_device("h100", 4)
     assert find_device("a6000", "auto").memory == 47.4 * 2**30
+    for name in ("gpu", "cuda"):
+        with pytest.raises(InputError, match=f"--device {name}: "):
+            find_device(HERE, name)
 
 
 def test_a_product_is_counted() -> None:

@@ -3,11 +3,18 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    Qwen3MoeConfig,
+)
 
 from common.devices import HERE
 from regmean.average import AVERAGERS, CHUNK_ELEMENTS
@@ -18,8 +25,10 @@ from regmean.read_ahead import READERS
 from tests.commands import run
 from tests.conftest import REPOSITORY
 from tests.regmean.conftest import make_gpt2, make_llama
+from tests.regmean.folders import TEXT, build
 from tools.estimate import Device, causal_lm_on_meta, cost_of, known_device
 from tools.estimate_regmean import (
+    _model,
     batch_cost,
     estimate_grams,
     estimate_layerwise_grams,
@@ -33,13 +42,20 @@ LLAMA_3_70B = str(REPOSITORY / "configs/models/llama-3-70b")
 LARGE = Device(HERE, "cpu", 1, 2**50, 1e9, 1e9, 1e9, "")
 
 
-@pytest.mark.parametrize("make", [make_llama, lambda: make_llama(tied=True), make_gpt2])
+def make_modernbert() -> ModernBertForMaskedLM:
+    options = TEXT | {"cls_token_id": 1, "sep_token_id": 2}
+    return ModernBertForMaskedLM(ModernBertConfig(**options))
+
+
+@pytest.mark.parametrize(
+    "make", [make_llama, lambda: make_llama(tied=True), make_gpt2, partial(build, "distilbert"), make_modernbert]
+)
 def test_layers_share_inputs_as_in_a_run(save: Callable[..., Path], make: Callable) -> None:
-    folder = save(make(), "model")
-    real = AutoModelForCausalLM.from_pretrained(folder).eval()
+    real, flags = make().eval(), GramFlags(model=str(save(make(), "model")), max_length=64, plan="h100")
     probed = probe(real, linear_layers(real), [1, 5, 6], torch.device("cpu"))
-    planned = layer_inputs(causal_lm_on_meta(str(folder)))
-    assert [each.layers for each in planned] == probed.inputs
+    planned = _model(flags.model, None, "auto")
+    assert [each.layers for each in layer_inputs(planned)] == probed.inputs
+    assert estimate_grams(flags, planned, LARGE).counts["passes"] == 1
 
 
 QWEN3_30B = {

@@ -9,7 +9,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -23,15 +24,19 @@ from transformers.pytorch_utils import Conv1D
 from common.cli import parse_flags
 from common.errors import InputError
 from common.io import read_json
-from common.ranks import start_process
+from common.ranks import Process, start_process
 from regmean.compute import compute_grams
 from regmean.config import SEQUENTIAL, GramFlags, MergeFlags
 from regmean.gram_file import GramFile
+from regmean.layerwise import files
 from regmean.layerwise.merge import merge_layer_by_layer
-from regmean.layerwise.model import LayerwiseModel
+from regmean.layerwise.model import Course, LayerwiseModel
+from regmean.layerwise.models import LayerwiseModels
 from regmean.layerwise.sequential import SequentialMerge
 from regmean.layerwise.survey import survey
 from regmean.merge import merge
+from regmean.model_folder import CheckpointWriter
+from regmean.tensor_file import TensorWriter
 from tests.mindmerger.scripts import rank_processes, run_ranks
 from tests.regmean.conftest import make_tokenizer
 from tests.regmean.folders import EXPERTS, MODELS, TEXT, TRANSPOSED, build, gated, save, split_experts
@@ -378,6 +383,70 @@ def test_two_ranks_merge_as_one_does(method: str, pair: Callable, tmp_path: Path
         np.testing.assert_allclose(*(report["routing"]["mean"] for report in reports), rtol=1e-12)
 
 
+class FirstOfTwo(Process):
+    """The first rank of two, whose second has no texts; checks that others can read what it has written."""
+
+    unsynced: ClassVar[set[Path]] = set()
+
+    def barrier(self) -> None:
+        assert not self.unsynced
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, value]
+
+    def sum_(self, tensor: torch.Tensor) -> None:
+        pass
+
+
+def test_other_machines_read_what_the_first_rank_has_written(
+    pair: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsynced, write, sync = FirstOfTwo.unsynced, TensorWriter.write, files.sync
+
+    def record_write(self: TensorWriter, name: str, *args: Any) -> None:
+        unsynced.add(self._infos[name].path)
+        write(self, name, *args)
+
+    def record_sync(path: Path) -> None:
+        unsynced.discard(path)
+        sync(path)
+
+    monkeypatch.setattr(TensorWriter, "write", record_write)
+    monkeypatch.setattr(files, "sync", record_sync)
+    monkeypatch.setattr(CheckpointWriter, "close", lambda self: unsynced.clear())
+    process = FirstOfTwo(0, 2, torch.device("cpu"))
+    merge_layer_by_layer(merge_flags(pair("llama"), tmp_path / "out", "regmean_asym"), process, "command")
+
+
+@pytest.mark.parametrize("method", ["grams", "avg", *SEQUENTIAL])
+def test_too_little_memory_is_one_line(
+    method: str, pair: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
+
+    monkeypatch.setattr(Course, "advance", fail)
+    out, message = tmp_path / "out", "out of memory: take a smaller --tokens_per_batch, or --device cpu"
+    if method == "avg":
+        merge(merge_flags(pair("qwen3_moe"), out, method, embeddings=None), "command")
+        assert read_json(out / "merge_report.json")["notes"][-1].endswith(message)
+        return
+    words = ["--config", f"{pair('llama')[0]}.yaml", "--device", "cpu", "--layerwise", "on", "--output_dir", str(out)]
+    with pytest.raises(InputError, match=message):
+        if method == "grams":
+            compute_grams(parse_flags(GramFlags, words), start_process("cpu"))
+        else:
+            merged(pair("llama"), out, method)
+
+
+@pytest.mark.parametrize("method", SEQUENTIAL)
+def test_a_full_disk_is_one_line(method: str, pair: Callable, small_disk: Callable[[int, int], Path]) -> None:
+    out = small_disk(16_000, 6_000) / "out"
+    with pytest.raises(InputError, match=r"cannot write .*: (No space left on device|File too large)"):
+        merged(pair("llama"), out, method)
+    assert not out.exists()
+
+
 KILLED = """
 import os, signal, sys
 from common.ranks import start_process
@@ -547,6 +616,45 @@ def test_bad_input_is_refused_before_the_first_layer(
     refused("--offload_dir .*No space left", lambda flags: replace(flags, offload_dir=str(tmp_path / "states")))
 
 
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"max_shard_size": "lots"}, "--max_shard_size lots"),
+        ({"include": ["nothing"]}, "leave no tensor to merge"),
+        ({"models": ["llama", "gpt2"]}, "model_type is 'llama' in .* and 'gpt2' in"),
+    ],
+)
+def test_headers_are_compared_before_texts_are_read(
+    options: dict[str, Any], match: str, pair: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = merge_flags(pair("llama"), tmp_path / "out", "regmean_asym")
+    options = {
+        key: [str(pair(kind)[0]) for kind in value] if key == "models" else value for key, value in options.items()
+    }
+    monkeypatch.setattr(MergeFlags, "texts", lambda self: [])
+    monkeypatch.setattr("regmean.layerwise.merge.LayerwiseModels", None)
+    with pytest.raises(InputError, match=match):
+        merge_layer_by_layer(replace(flags, **options), start_process("cpu"), "command")
+
+
+def test_a_merge_is_kept_where_its_routing_cannot_be_measured(
+    pair: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*args: Any) -> None:
+        raise InputError("states after step 1 are NaN")
+
+    monkeypatch.setattr("regmean.layerwise.models.advance", fail)
+    merge(merge_flags(pair("qwen3_moe"), tmp_path / "out", "avg", embeddings=None), "command")
+    note = "the routing of the merge is not compared with the models': states after step 1 are NaN"
+    assert f"note: {note}" in capsys.readouterr().out
+    report = read_json(tmp_path / "out/merge_report.json")
+    assert note in report["notes"] and "routing" not in report
+    # An error of one rank ends the measurement on all.
+    opened = LayerwiseModels(*[None] * 7, SimpleNamespace(gather=lambda message: [message, "of rank 1"]))
+    with pytest.raises(InputError, match="of rank 1"):
+        opened._by_all(lambda: None)
+
+
 def test_models_whose_layers_exchange_more_are_refused() -> None:
     config = transformers.Gemma3nTextConfig(
         vocab_size=96, vocab_size_per_layer_input=96, hidden_size=16, hidden_size_per_layer_input=8,
@@ -573,8 +681,9 @@ def test_compute_gram_takes_layers_one_by_one_where_the_model_does_not_fit(
     assert (tmp_path / "large/gram.safetensors").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "convbert" else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS]
+)
 def test_every_kind_is_surveyed_or_refused_in_one_line(kind: str, tmp_path: Path) -> None:
     """Grams layer by layer are those of the whole model, wherever a model can be run layer by layer."""
     folder = save(build(kind, 1), tmp_path / "A")
