@@ -21,7 +21,7 @@ ALLOWED = {
 }
 LONGEST_FUNCTION, LONGEST_CLASS = 45, 220
 # Current lines of the packages, rounded. An increase needs a reason.
-LINES = {("mindmerger",): 7050, ("regmean",): 8429, ("common",): 1310, PACKAGES: 19549}
+LINES = {("mindmerger",): 7050, ("regmean",): 8575, ("common",): 1310, PACKAGES: 19707}
 
 
 def path_of(module: str) -> Path | None:
