@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,6 +185,7 @@ def _settings(flags: MergeFlags, alpha: float | None, models: list[Checkpoint], 
         **{name: getattr(flags, name) for name in names},
         "alpha": alpha,
         "files": [[list(stat) for stat in some] for some in stats],
+        "records": 2,  # form of the files' records
         "versions": {name: version(name) for name in ("torch", "numpy")},
     }
 
@@ -234,14 +236,16 @@ def _write(
 
 
 def _layers_of(plan: MergePlan, names: list[str], layers: shards.Layers) -> shards.Layers:
-    """The reports of the groups that have one of these tensors."""
-    held = set(names)
-    chosen = {
-        str(number)
-        for number, group in enumerate(plan.groups)
-        if any(plan.place(name)[0] in held for name in group.tensors)
-    }
-    return {number: layers[number] for number in chosen & layers.keys()}
+    """The reports of the groups that have one of these tensors, of which those of blocks of these tensors."""
+    held, chosen = set(names), {}
+    for number, group in enumerate(plan.groups):
+        sizes = [plan.size(name) // group.width for name in group.tensors]
+        spans = zip(group.tensors, map(range, [0, *accumulate(sizes)], accumulate(sizes)), strict=True)
+        own = [outputs for name, outputs in spans if plan.place(name)[0] in held]
+        if own and (report := layers.get(str(number))):
+            kept = {first: each for first, each in report["objectives"].items() if any(int(first) in o for o in own)}
+            chosen[str(number)] = report | {"objectives": kept}
+    return chosen
 
 
 def _reports(

@@ -225,13 +225,17 @@ class CheckpointWriter:
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
 
+    def file_of(self, name: str) -> str:
+        """Name of the tensor's file."""
+        return self._split.tensor_to_filename[name]
+
     def holds(self, name: str) -> bool:
         """True if this writer has the tensor's file."""
-        return self._split.tensor_to_filename[name] in self._files
+        return self.file_of(name) in self._files
 
     def write(self, name: str, values: np.ndarray, start: int = 0) -> None:
         """Write a part of a tensor, see `TensorWriter.write`."""
-        self._writers[self._split.tensor_to_filename[name]].write(name, values, start)
+        self._writers[self.file_of(name)].write(name, values, start)
 
     def close_whole(self) -> list[tuple[str, list[str]]]:
         """Close the files that have become whole; return their names, and those of their tensors."""

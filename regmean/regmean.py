@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import numpy as np
 import torch
@@ -100,23 +100,20 @@ class RegMean:
                 torch.set_num_threads(threads)
 
     def _work(self, elements: list[int]) -> list[tuple[LayerGroup, dict[int, list[Piece]]]]:
-        """The groups that the writers hold a tensor of, with their blocks of outputs by number.
+        """The groups that the writers hold a tensor of, with their blocks of outputs by the first output.
 
-        A block may have rows of two files. Each file's writer solves it, so that no result depends on the files.
+        A block is in one file. So objectives add up, whatever the blocks' size is where another file is written.
         """
-        work = []
+        work, writer = [], next(iter(self.writers.values()))
         for group, size in zip(self.plan.groups, elements, strict=True):
-            blocks = {
-                number: block
-                for number, block in enumerate(self.blocks(group, size))
-                if any(self._holds(piece) for piece in block)
-            }
+            blocks, first = {}, 0
+            for block in output_blocks(self.plan, group, size, writer.file_of):
+                if writer.holds(self.plan.place(block[0].name)[0]):
+                    blocks[first] = block
+                first += sum(piece.last - piece.first for piece in block)
             if blocks:
                 work.append((group, blocks))
         return work
-
-    def _holds(self, piece: Piece) -> bool:
-        return next(iter(self.writers.values())).holds(self.plan.place(piece.name)[0])
 
     def _elements(self, side_by_side: bool) -> list[int]:
         """Number of elements of a block of each group."""
@@ -151,7 +148,7 @@ class RegMean:
         # All experts' tokens count: of two models, that whose tokens reach an expert more often has the larger weight.
         tokens = [file.grams[name].tokens for file, name in zip(grams, group.pools or group.grams, strict=True)]
         system = System(lambda index: reader.gram(group, index), tokens, self.plan.model_weights, self.solver)
-        for place, block in blocks.items():
+        for first, block in blocks.items():
             *values, mean = reader.rows(group, block)
             regression = system.regress(values, mean)
             for alpha, writer in self.writers.items():
@@ -160,54 +157,57 @@ class RegMean:
                 except SolveError as error:
                     paths, layers = ", ".join(str(file.path) for file in grams), ", ".join(group.tensors)
                     raise InputError(f"alpha {alpha:g}, layers {layers}, Grams {paths}: {error}") from error
-                self._report(alpha, number, place, system)
-                reader.write(partial(write_pieces, writer, self.encoded(block, group, merged, writer)))
-            self.advance(sum(piece.last - piece.first for piece in block if self._holds(piece)) * group.width)
+                self._report(alpha, number, first, system)
+                reader.write(partial(write_pieces, writer, encoded(self.plan, block, group, merged)))
+            self.advance(sum(piece.last - piece.first for piece in block) * group.width)
         reader.write(self._finish)
 
-    def _report(self, alpha: float, number: str, place: int, system: System) -> None:
+    def _report(self, alpha: float, number: str, first: int, system: System) -> None:
         """Keep the report of a block that was just solved, before it is written."""
         solver, objective = system.solvers[alpha], asdict(system.objectives.pop(alpha))
         with self.lock:
             layers = self.layers.setdefault(alpha, {})
             known = layers.setdefault(number, {"solver": solver.label, "condition": solver.condition, "objectives": {}})
-            known["objectives"][str(place)] = objective
+            known["objectives"][str(first)] = objective
 
     def _finish(self) -> None:
         with self.lock:
             self.finished(self.layers)
 
-    def blocks(self, group: LayerGroup, elements: int) -> Iterator[list[Piece]]:
-        """Yield the group's outputs in blocks of `elements`. A Conv1D weight, with outputs as columns, stays whole."""
-        shapes = [self.plan.shape(name) for name in group.tensors]
-        ends = list(accumulate(shape[1] if group.conv1d else shape[0] for shape in shapes))
+
+def output_blocks(
+    plan: MergePlan, group: LayerGroup, elements: int, file_of: Callable[[str], str] | None = None
+) -> Iterator[list[Piece]]:
+    """Yield a group's outputs in blocks of `elements`, which end where a file does. A Conv1D weight, with outputs as
+    columns, stays whole.
+    """
+    for _, files_own in groupby(group.tensors, lambda name: file_of and file_of(plan.place(name)[0])):
+        names = list(files_own)
+        ends = list(accumulate(plan.shape(name)[1 if group.conv1d else 0] for name in names))
         step = ends[-1] if group.conv1d else max(1, elements // group.width)
         for start in range(0, ends[-1], step):
-            spans = zip(group.tensors, [0, *ends], ends, strict=False)
+            spans = zip(names, [0, *ends], ends, strict=False)
             pieces = [Piece(name, max(start - a, 0), min(start + step, b) - a) for name, a, b in spans]
             yield [piece for piece in pieces if piece.first < piece.last]
 
-    def encoded(
-        self, block: list[Piece], group: LayerGroup, merged: torch.Tensor, writer: CheckpointWriter
-    ) -> list[tuple[str, np.ndarray, int]]:
-        """Tensor, stored values and first element of each piece of a block that the writer holds."""
-        pieces, row = [], 0
-        for piece in block:
-            rows = merged[row : row + piece.last - piece.first]
-            row += len(rows)
-            tensor, start = self.plan.place(piece.name)
-            if not writer.holds(tensor):
-                continue
-            dtype, values = self.plan.layout[tensor][0], rows.T if group.conv1d else rows
-            stored = values.to(TORCH_DTYPES[dtype]).cpu()
-            stored = (stored.view(torch.uint16) if dtype == "BF16" else stored).numpy()
-            if not is_finite_stored(stored, dtype):
-                stored = self.plan.encode(piece.name, values.cpu().numpy())  # names the value
-            pieces.append((tensor, stored, start + piece.first * group.width))
-        return pieces
+
+def encoded(
+    plan: MergePlan, block: list[Piece], group: LayerGroup, merged: torch.Tensor
+) -> list[tuple[str, np.ndarray, int]]:
+    """Tensor, stored values and first element of each piece of a block."""
+    pieces = []
+    for piece, rows in zip(block, merged.split([piece.last - piece.first for piece in block]), strict=True):
+        tensor, start = plan.place(piece.name)
+        dtype, values = plan.layout[tensor][0], rows.T if group.conv1d else rows
+        stored = values.to(TORCH_DTYPES[dtype]).cpu()
+        stored = (stored.view(torch.uint16) if dtype == "BF16" else stored).numpy()
+        if not is_finite_stored(stored, dtype):
+            stored = plan.encode(piece.name, values.cpu().numpy())  # names the value
+        pieces.append((tensor, stored, start + piece.first * group.width))
+    return pieces
 
 
 def write_pieces(writer: CheckpointWriter, pieces: list[tuple[str, np.ndarray, int]]) -> None:
-    """Write pieces as from `RegMean.encoded`."""
+    """Write pieces as from `encoded`."""
     for piece in pieces:
         writer.write(*piece)

@@ -66,12 +66,12 @@ class LayerReport(_Report):
         objectives: dict[str, dict[str, Any]],
         pool: str = "",
     ) -> "LayerReport":
-        """Add up the objectives of blocks of outputs, which are given by number, in their order."""
+        """Add up the objectives of blocks of outputs, which are given by the first output, in their order."""
         from regmean.solve import Objective
 
         total = Objective()
-        for number in sorted(objectives, key=int):
-            total.add(Objective(**objectives[number]))
+        for first in sorted(objectives, key=int):
+            total.add(Objective(**objectives[first]))
         return cls(tensors, tokens, solver, condition, total, pool)
 
 

@@ -15,7 +15,8 @@ from regmean.merge_plan import MergePlan
 
 RECORDS = ".whole_files"
 SETTINGS = "merge.json"
-# Of a group by its number in the plan: the solver's label and condition, and the objective of each block by number.
+# Of a group by its number in the plan: the solver's label and condition, and the objective of each block by its
+# first output.
 Layers = dict[str, dict[str, Any]]
 
 

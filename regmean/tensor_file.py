@@ -253,6 +253,10 @@ class TensorWriter:
         self._file.truncate(8 + len(text) + end)
         self._write_at(0, struct.pack("<Q", len(text)) + text)
 
+    def file_of(self, name: str) -> str:
+        """Name of the tensor's file."""
+        return self._infos[name].path.name
+
     def holds(self, name: str) -> bool:
         """True if the file has a tensor of this name."""
         return name in self._infos

@@ -21,7 +21,7 @@ ALLOWED = {
 }
 LONGEST_FUNCTION, LONGEST_CLASS = 45, 220
 # Current lines of the packages, rounded. An increase needs a reason.
-LINES = {("mindmerger",): 7072, ("regmean",): 8429, ("common",): 1343, PACKAGES: 19607}
+LINES = {("mindmerger",): 7081, ("regmean",): 8598, ("common",): 1343, PACKAGES: 19797}
 
 
 def path_of(module: str) -> Path | None:

@@ -27,7 +27,7 @@ from regmean.layerwise.sums import PairSums, blocks_of, pool_of, sum_inputs, tur
 from regmean.layerwise.survey import Survey
 from regmean.memory import BATCHES
 from regmean.merge_plan import LayerGroup, MergePlan
-from regmean.regmean import RegMean, write_pieces
+from regmean.regmean import RegMean, encoded, output_blocks, write_pieces
 from regmean.report import LayerReport
 from regmean.solve import BLOCK_ELEMENTS, SolveError
 from regmean.tables import Tables
@@ -203,13 +203,12 @@ class SequentialMerge:
         return 4 * (4 * group.width**2 + sum(map(self.plan.size, group.tensors)))
 
     def _write_solution(self, system: AsymmetricSystem, group: LayerGroup, writer: TensorWriter) -> LayerReport:
-        method = RegMean(self.plan, {}, self.solver, self.process.device, _ignore)
         try:
             merged, objective, solver = system.solve(self.solver)
         except SolveError as error:
             raise InputError(f"alpha {self.alpha:g}, layers {', '.join(group.tensors)}: {error}") from error
-        for block, rows in zip(method.blocks(group, BLOCK_ELEMENTS), merged, strict=True):
-            write_pieces(writer, method.encoded(block, group, rows, writer))
+        for block, rows in zip(output_blocks(self.plan, group, BLOCK_ELEMENTS), merged, strict=True):
+            write_pieces(writer, encoded(self.plan, block, group, rows))
         tokens = self._tokens(group.grams)
         return LayerReport(group.tensors, tokens, solver.label, solver.condition, objective, pool_of(group))
 

@@ -18,7 +18,7 @@ from regmean.layerwise.model import Batch, Course, LayerwiseModel
 from regmean.layerwise.routing import advance
 from regmean.merge_plan import LayerGroup, MergePlan
 from regmean.read_ahead import Reader
-from regmean.regmean import RegMean
+from regmean.regmean import output_blocks
 from regmean.solve import BLOCK_ELEMENTS
 
 SUMS_PART = 0.5  # fraction of the free memory that the sums of one pass over the texts may take
@@ -134,7 +134,7 @@ def blocks_of(
     plan: MergePlan, group: LayerGroup, device: torch.device
 ) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
     """Yield blocks of a group's outputs: the models' rows and their mean."""
-    for block in RegMean(plan, {}, "", device, lambda elements: None).blocks(group, BLOCK_ELEMENTS):
+    for block in output_blocks(plan, group, BLOCK_ELEMENTS):
         *rows, mean = (values.to(device) for values in Reader(plan).rows(group, block))
         yield rows, mean
 
