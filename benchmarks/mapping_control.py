@@ -92,7 +92,7 @@ def translate(model: MindMergerForCausalLM, tokenizer: ExampleTokenizer, rows: l
     eos = {tokenizer.llm_tokenizer.eos_token_id, *tokenizer.closing[-1:]}
     (plan,) = plan_once([len(row) for row in rows], size, ranks=1)
     for numbers in plan:
-        sequence = Answerer(model.llm, tokenizer, model).read([replace(rows[number], target=[]) for number in numbers])
+        sequence = Answerer(model.llm, tokenizer, model).embed([replace(rows[number], target=[]) for number in numbers])
         for number, ids in zip(numbers, greedy(model.llm, sequence, longest, eos), strict=True):
             texts[number] = tokenizer.llm_tokenizer.decode(ids, skip_special_tokens=True).strip()
     return texts

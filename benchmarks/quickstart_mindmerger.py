@@ -136,7 +136,7 @@ def control(checkpoint: str) -> dict[str, float]:
         right = 0
         (plan,) = plan_once([len(row) for row in rows], 50, ranks=1)
         for batch in plan:
-            sequence = Answerer(model.llm, tokenizer, model).read([rows[row] for row in batch])
+            sequence = Answerer(model.llm, tokenizer, model).embed([rows[row] for row in batch])
             for row, ids in zip(batch, greedy(model.llm, sequence, 48, eos), strict=True):
                 text = tokenizer.llm_tokenizer.decode(ids, skip_special_tokens=True)
                 right += parse_answer(text) == parse_answer(problems[row].target)

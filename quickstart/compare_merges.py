@@ -24,7 +24,7 @@ from mindmerger.batching import Tokens, lay_out, plan_once
 from mindmerger.evaluation.decoding import greedy
 from mindmerger.evaluation.metrics import SCORES, wilson_interval
 from mindmerger.frozen_models import load_llm
-from mindmerger.modeling import Sequence
+from mindmerger.modeling import InputEmbeds
 from quickstart.exercises import TASKS, Exercise
 
 BATCH_SIZE = 128
@@ -138,7 +138,7 @@ def answers(
     for rows in plan_once([len(row) for row in ids], BATCH_SIZE, ranks=1)[0]:
         batch = lay_out([Tokens([], ids[row], [], mapped=False) for row in rows], None).to(model.device)
         with torch.inference_mode():
-            sequence = Sequence(model.get_input_embeddings()(batch.token_ids), batch.mask)
+            sequence = InputEmbeds(model.get_input_embeddings()(batch.token_ids), batch.mask)
         for row, new in zip(rows, greedy(model, sequence, MAX_NEW_TOKENS, {tokenizer.eos_token_id}), strict=True):
             outputs[row] = tokenizer.decode(new, skip_special_tokens=True)
         bar.update(len(rows))

@@ -26,6 +26,7 @@ SHARD = "4KB"
 RANK = """
 import json, os, signal, sys
 from common import ranks
+from regmean import shards
 from regmean.config import MergeFlags
 from regmean.merge import merge
 from regmean.model_folder import CheckpointWriter
@@ -34,7 +35,7 @@ import torch
 torch.set_num_threads(1)
 ranks.LOOK_SECONDS = 0.2
 flags, dies = json.loads(sys.argv[1]), sys.argv[2] == "dies"
-write, close_whole, whole = CheckpointWriter.write, CheckpointWriter.close_whole, []
+write, record, whole = CheckpointWriter.write, shards.record, []
 kind = sys.argv[3]
 
 def write_or_die(self, name, values, start=0):
@@ -43,12 +44,11 @@ def write_or_die(self, name, values, start=0):
         os.kill(os.getpid(), signal.SIGKILL)
     write(self, name, values, start)
 
-def close_and_count(self):
-    found = close_whole(self)
-    whole.extend(found)
-    return found
+def record_and_count(*args):
+    record(*args)
+    whole.append(args)
 
-CheckpointWriter.write, CheckpointWriter.close_whole = write_or_die, close_and_count
+CheckpointWriter.write, shards.record = write_or_die, record_and_count
 merge(MergeFlags(**flags), "the command")
 """
 
