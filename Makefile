@@ -18,7 +18,7 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 
 test: lint
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist worksteal
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python -m quickstart
