@@ -118,7 +118,7 @@ def test_an_interrupted_merge_keeps_whole_files_only_for_the_same_merge(
     write, closed = CheckpointWriter.close_whole, []
 
     def close_and_interrupt(self: CheckpointWriter) -> list:
-        if len(closed) >= (4 if changed == "blocks" else 2):
+        if len(closed) >= (5 if changed == "blocks" else 2):
             raise KeyboardInterrupt
         closed.extend(found := write(self))
         return found
