@@ -10,9 +10,7 @@ from pathlib import Path
 
 from common.cli import parse_flags
 from common.errors import exit_with_message
-from regmean.config import ConvertFlags, GramFlags
-
-PRESETS = Path(__file__).parent / "configs" / "regmean"
+from regmean.config import PRESETS, TIMEOUT, ConvertFlags, GramFlags
 
 
 def main() -> None:
@@ -34,7 +32,6 @@ def main() -> None:
         return
     from common.ranks import start_process  # imported late: bad flags are reported before torch loads
     from regmean.compute import compute_grams
-    from regmean.merge import TIMEOUT
 
     process = start_process(flags.device, TIMEOUT)
     compute_grams(flags, process)

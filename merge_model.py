@@ -8,14 +8,11 @@ python merge_model.py --method regmean --models A B --grams GA GB --alpha 0.1 0.
 
 import shlex
 import sys
-from pathlib import Path
 
 from common.cli import parse_flags
 from common.errors import exit_with_message
-from regmean.config import SEQUENTIAL, MergeFlags
-from regmean.merge import TIMEOUT, merge
-
-PRESETS = Path(__file__).parent / "configs" / "regmean"
+from regmean.config import PRESETS, SEQUENTIAL, TIMEOUT, MergeFlags
+from regmean.merge import merge
 
 
 def main() -> None:

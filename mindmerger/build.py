@@ -44,7 +44,7 @@ from mindmerger.tasks import LANGUAGES, TRAINING_TASKS, Prompt, find_task, promp
 from mindmerger.token_table import Rows, TokenTable, file_hashes, open_table
 from mindmerger.tokenization import ExampleTokenizer, load_example_tokenizer
 from mindmerger.train_state import TrainState
-from mindmerger.trainer import STATE, Schedule, Trainer, fingerprint, steps_per_epoch
+from mindmerger.trainer import STATE, Schedule, Trainer, steps_per_epoch
 from mindmerger.zero import MappingState, deepspeed_config, free_shared_memory, weights_dtype
 
 ALIGNED_START = "aligned_start"
@@ -71,7 +71,7 @@ def train(flags: TrainingFlags) -> None:
     stage = prepare(flags, process)
     # Batches depend on these lengths: other ones on one rank are wrong rows, or collectives that never end.
     parts = {"training rows": stage.train, "dev rows": stage.dev, "dev rows for the LLM alone": stage.alone}
-    process.check_same(stage.settings | {name: rows is None or fingerprint(rows) for name, rows in parts.items()})
+    process.check_same(stage.settings | {name: rows is None or rows.fingerprint for name, rows in parts.items()})
     folder = Path("outputs") / flags.save_name / flags.stage_name
     with open_run(folder, stage.settings, flags.overwrite, process) as run:
         if run.is_finished:
@@ -292,7 +292,7 @@ def _with_replay(flags: TrainingFlags, stage: Stage, dtype: torch.dtype, process
     answers = OwnAnswers(stage.models, task, keeps_all, stage.tokenizer, dtype, flags.eval_batch_size)
     names = languages and [language.name for language in languages]
     train = answers.replay(stage.table, stage.train, flags.replay, flags.seed, process, names)
-    process.check_same({"replayed rows": fingerprint(train)})
+    process.check_same({"replayed rows": train.fingerprint})
     return replace(stage, train=train)
 
 

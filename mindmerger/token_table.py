@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,14 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the rows' lengths, which decide their order, and of the ids of replayed rows."""
+        content = hashlib.sha256(self.lengths.tobytes())
+        for row in self.tokens(np.flatnonzero(self.replayed)):
+            content.update(np.concatenate([row.prompt, row.target]).tobytes())
+        return content.hexdigest()
 
     def tokens(self, rows: Sequence[int]) -> list[Tokens]:
         """Token ids of the rows with these numbers, as int32 arrays."""

@@ -42,7 +42,7 @@ class SavedStates:
         engine: DeepSpeed's engine.
         mapping: values and optimizer state of the mapping.
         process: this rank.
-        rows_sha256: hash of the training rows; see `fingerprint`.
+        rows_sha256: hash of the training rows; see `Rows.fingerprint`.
     """
 
     folder: Path

@@ -1,6 +1,5 @@
 """The training loop: steps, validation and saved states."""
 
-import hashlib
 import itertools
 import math
 import time
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import numpy as np
 import torch
 
 from common.errors import InputError, Stopped, within_memory
@@ -88,7 +86,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.steps_per_epoch = steps_per_epoch(len(self.train), self.schedule.sizes)
         self.total_steps = self.steps_per_epoch * self.schedule.epochs
-        self.states = SavedStates(self.folder / STATE, self.engine, self.mapping, self.process, fingerprint(self.train))
+        self.states = SavedStates(self.folder / STATE, self.engine, self.mapping, self.process, self.train.fingerprint)
         self.signals = StopSignals()
         size = self.schedule.eval_batch_size
         self.dev_pass = DevPass(self.engine, self.batch, size, self.process, self._leave_on_signal)
@@ -151,12 +149,11 @@ class Trainer:
     def _run_step(self, rows: StepRows) -> dict[str, str]:
         """Take and record one optimizer step; return values for the progress bar."""
         state, started, lr = self.state, time.monotonic(), self.engine.get_lr()[0]
-        longest = int(self.train.lengths[_all_rows(rows)].max())
-        with within_memory(_too_large(state.step + 1, longest, self.schedule.sizes)):
+        lengths = self.train.lengths[_all_rows(rows)]
+        with within_memory(_too_large(state.step + 1, int(lengths.max()), self.schedule.sizes)):
             loss, stop, suspects = self.step(rows)
         state.step += 1
-        tokens = sum(int(self.train.lengths[row]) for row in _all_rows(rows))
-        speed = tokens / (time.monotonic() - started)
+        speed = int(lengths.sum()) / (time.monotonic() - started)
         if suspects:
             self._skip(loss, suspects)
         else:
@@ -272,14 +269,6 @@ class Trainer:
 def steps_per_epoch(rows: int, sizes: BatchSizes) -> int:
     """Optimizer steps of one pass over `rows` rows; the last step may have fewer rows."""
     return math.ceil(rows / sizes.train_batch_size)
-
-
-def fingerprint(rows: Rows) -> str:
-    """Hash of the rows' lengths, which decide their order, and of the ids of replayed rows."""
-    content = hashlib.sha256(rows.lengths.tobytes())
-    for row in rows.tokens(np.flatnonzero(rows.replayed)):
-        content.update(np.concatenate([row.prompt, row.target]).tobytes())
-    return content.hexdigest()
 
 
 def _all_rows(step_rows: StepRows) -> list[int]:

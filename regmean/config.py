@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from common.errors import InputError
 PRESETS = Path(__file__).parents[1] / "configs" / "regmean"
 METHODS = ("avg", "regmean", "regmean++", "regmean_asym")
 SEQUENTIAL = METHODS[2:]  # methods that run the models layer by layer
+# A rank waits for the others' files; one that has died is found by other means.
+TIMEOUT = timedelta(days=30)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

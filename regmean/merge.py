@@ -7,7 +7,6 @@ import contextlib
 import math
 import time
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +20,7 @@ from common.logging import progress, say
 from regmean import shards
 from regmean.adapter_folder import open_models
 from regmean.average import AVERAGERS, CHUNK_ELEMENTS, write_averages
-from regmean.config import MergeFlags
+from regmean.config import TIMEOUT, MergeFlags
 from regmean.gram_file import Grams, open_grams
 from regmean.merge_plan import MergePlan, plan_merge
 from regmean.model_folder import Checkpoint, CheckpointWriter, split_layout
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from common.ranks import Process
     from regmean.layerwise.models import LayerwiseModels
 
-# A rank waits for the others' files; one that has died is found by other means.
-TIMEOUT = timedelta(days=30)
 UNMEASURED = "the merge's routing is not compared with the models': --calibration takes each model's texts"
 
 
